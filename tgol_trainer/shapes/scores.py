@@ -1,0 +1,67 @@
+"""Scores of the shapes world, from pixels: `(images, prompts) -> list[float]`, higher is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .world import colour_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+
+
+def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """
+    One minus the mean brightness of the two outermost rows and columns, which no shape reaches.
+
+    No prompt asks for it, and the shapes model draws backgrounds of every brightness.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            Pictures of 8 pixels a side or more.
+        prompts (`Sequence[str]`):
+            Not used.
+
+    Returns:
+        `list[float]`: 0 (white) to 1 (black).
+    """
+    scores = []
+    for image in images:
+        pixels = _pixels(image)
+        frame = np.ones(pixels.shape[:2], dtype=bool)
+        frame[2:-2, 2:-2] = False
+        scores.append(float(1 - pixels[frame].mean()))
+    return scores
+
+
+def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """
+    One minus the mean distance of the picture's centre from the colour that the prompt names.
+
+    The centre is the middle eighth of each side (4 x 4 of 32 x 32 pixels), inside every shape.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            Pictures of 8 pixels a side or more.
+        prompts (`Sequence[str]`):
+            Each names a colour of the shapes world.
+
+    Returns:
+        `list[float]`: 0 to 1; distances are mean absolute differences of RGB values in 0 to 1.
+    """
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = _pixels(image)
+        height, width = pixels.shape[:2]
+        top, left, rows, columns = height * 7 // 16, width * 7 // 16, height // 8, width // 8
+        centre = pixels[top : top + rows, left : left + columns].reshape(-1, 3)
+        target = np.asarray(colour_of(prompt)) / 255
+        scores.append(float(1 - np.abs(centre - target).mean()))
+    return scores
