@@ -1,0 +1,118 @@
+"""
+What is logged about a batch: per-example rows, fixed-shape sums and counts, one reduction over processes.
+
+A batch in which one class is absent is the normal case. Nothing here changes its shape for it: sums and counts of both
+classes always travel together, and a ratio whose count is 0 on every process is left out of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error")
+"""Columns of the (B, 7) float32 matrix that [`stack_record`] makes and [`MetricSums`] adds up."""
+
+LOGGED_METRICS: dict[str, str] = {
+    "rewards/positive": "mean implicit reward β·log(π_θ/π_ref) of samples labelled positive; rises",
+    "rewards/negative": "the same for samples labelled negative; falls",
+    "rewards/margins": "rewards/positive - rewards/negative",
+    "rewards/accuracies": "share of samples whose implicit reward has the sign of their label; 0 counts one half",
+    "errors/positive": "mean denoising error of the policy on positive samples, in squared network-output units",
+    "errors/negative": "the same on negative samples",
+    "errors/positive_change": "errors/positive minus the reference's error on the same draws; falls",
+    "errors/negative_change": "errors/negative minus the reference's error on the same draws; rises",
+    "labels/positive_share": "share of samples labelled positive",
+    "weights/mean": "mean confidence weight w",
+    "weights/max": "largest confidence weight w",
+    "scores/mean": "mean score, after score normalisation",
+}
+"""Every key that training logs beside Trainer's own, with its meaning; evaluation logs them with the prefix `eval_`."""
+
+
+def stack_record(**columns: torch.Tensor) -> torch.Tensor:
+    """
+    Stack per-example values into one float32 matrix, detached.
+
+    Args:
+        columns (`torch.Tensor`):
+            (B,) tensors, one for each name in `RECORD`.
+
+    Returns:
+        `torch.Tensor`: (B, len(RECORD)) float32.
+    """
+    return torch.stack([columns[name].detach().float() for name in RECORD], dim=1)
+
+
+class MetricSums:
+    """
+    Running sums and counts of per-example records, averaged over all processes once, when they are read.
+
+    The state is one float64 vector of fixed length plus one maximum, so adding a batch never waits for the device and
+    reading costs one collective whatever the batches held.
+    """
+
+    _CLASSES = ("positive", "negative")
+
+    def __init__(self) -> None:
+        self._state: torch.Tensor | None = None
+
+    @staticmethod
+    def _sums(record: torch.Tensor) -> torch.Tensor:
+        column = {name: record[:, index].double() for index, name in enumerate(RECORD)}
+        positive = column["label"] > 0.5
+        reward = column["implicit_reward"]
+        correct = torch.where(positive, reward > 0, reward < 0).double() + 0.5 * (reward == 0).double()
+        values = [torch.ones_like(reward).sum(), correct.sum()]
+        for mask in (positive, ~positive):
+            mask = mask.double()
+            error, reference_error = column["error"], column["reference_error"]
+            values += [mask.sum(), (mask * reward).sum(), (mask * error).sum(), (mask * (error - reference_error)).sum()]
+        values += [column["weight"].sum(), column["score"].sum(), column["weight"].max()]
+        return torch.stack(values)
+
+    def add(self, record: torch.Tensor) -> None:
+        """Add one batch: a (B, len(RECORD)) matrix from [`stack_record`], B >= 1."""
+        # MPS has no float64; the sums of a logging window are small, so the host does them there.
+        new = self._sums(record.cpu() if record.device.type == "mps" else record)
+        if self._state is None:
+            self._state = new
+        else:
+            self._state = torch.cat([self._state[:-1] + new[:-1], torch.maximum(self._state[-1:], new[-1:])])
+
+    def pop(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
+        """
+        Return the averages since the last call, keys as in `LOGGED_METRICS`, and start again.
+
+        Args:
+            gather (`Callable`, *optional*):
+                Concatenates a (1, K) tensor over processes into (processes, K), such as `Accelerator.gather`. Every
+                process must call `pop` at the same moment. `None` for one process.
+
+        Returns:
+            `dict[str, float]`: empty if nothing was added; a class that no process saw has no keys.
+        """
+        if self._state is None:
+            return {}
+        rows = self._state.unsqueeze(0)
+        self._state = None
+        rows = (gather(rows) if gather is not None else rows).cpu()
+        totals = rows.sum(0).tolist()
+        count, correct, weight, score = totals[0], totals[1], totals[-3], totals[-2]
+        logs = {
+            "rewards/accuracies": correct / count,
+            "labels/positive_share": totals[2] / count,
+            "weights/mean": weight / count,
+            "weights/max": rows[:, -1].max().item(),
+            "scores/mean": score / count,
+        }
+        for index, name in enumerate(self._CLASSES):
+            members, reward, error, change = totals[2 + 4 * index : 6 + 4 * index]
+            if members:
+                logs[f"rewards/{name}"] = reward / members
+                logs[f"errors/{name}"] = error / members
+                logs[f"errors/{name}_change"] = change / members
+        if "rewards/positive" in logs and "rewards/negative" in logs:
+            logs["rewards/margins"] = logs["rewards/positive"] - logs["rewards/negative"]
+        return {name: logs[name] for name in LOGGED_METRICS if name in logs}
