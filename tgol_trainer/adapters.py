@@ -1,0 +1,366 @@
+"""Adapters on a diffusers denoiser: attach, switch to the reference, save and load in the Hub's format."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+    from peft import LoraConfig, PeftConfig
+
+logger = logging.getLogger(__name__)
+
+POLICY = "default"
+"""Name of the adapter that is trained."""
+
+REFERENCE = "reference"
+"""Name of the frozen second adapter, where the reference is not the base model."""
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""File that `pipe.load_lora_weights(folder)` looks for (diffusers/loaders/lora_base.py, LORA_WEIGHT_NAME_SAFE)."""
+
+REFERENCE_WEIGHTS_NAME = "reference_lora_weights.safetensors"
+"""The reference adapter's weights inside a checkpoint; never part of what is published."""
+
+# PiSSA, OLoRA, LoftQ, CorDA, EVA and the like rewrite the base weights (or load others), so that "adapters off" is no
+# longer the base model. These leave them alone and start with an update of zero:
+_NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")
+
+# Facts about a run or a machine, not about the adapter.
+_NOT_METADATA = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+_NOT_METADATA |= {"peft_version", "runtime_config", "r", "lora_alpha", "target_modules"}
+
+
+def check_peft_config(config: PeftConfig) -> None:
+    """
+    Refuse adapters under which "adapters off" would not be the base model.
+
+    Args:
+        config (`peft.PeftConfig`):
+            The user's configuration.
+
+    Raises:
+        TypeError: for anything but a `LoraConfig` (DoRA and rsLoRA are options of it).
+        ValueError: for trained biases, `modules_to_save`, or an initialisation that changes base weights.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(config).__name__}; TGOLTrainer takes a `peft.LoraConfig` (also with "
+            "`use_dora=True` or `use_rslora=True`), the one type whose adapters every diffusers pipeline loads."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f'`peft_config.bias` is {config.bias!r}: trained biases stay on when adapters are switched off, so the '
+            'reference would move with the policy. Set `bias="none"`.'
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"`peft_config.modules_to_save` is {config.modules_to_save!r}: a LoRA file has no place for full modules. "
+            "Leave it out."
+        )
+    if config.init_lora_weights not in _NEUTRAL_INITIALISATIONS:
+        raise ValueError(
+            f"`peft_config.init_lora_weights` is {config.init_lora_weights!r}, under which the policy does not start as "
+            "the reference. Use True or 'gaussian'."
+        )
+    if config.lora_dropout:
+        logger.warning(
+            "`peft_config.lora_dropout` is %s: the policy's pass is then noisy while the reference's is not, and the "
+            "log-ratio carries that noise. 0 is recommended.",
+            config.lora_dropout,
+        )
+
+
+def attach(model: ModelMixin, config: LoraConfig, *, seed: int, probe: Callable[[], torch.Tensor]) -> None:
+    """
+    Add the policy's adapter to a denoiser, in float32 on a base of any dtype, and freeze the rest.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            The denoiser; changed in place.
+        config (`peft.LoraConfig`):
+            With `target_modules` set.
+        seed (`int`):
+            Seed of the adapter's random half; the global generator is left as it was.
+        probe (`Callable`):
+            Runs the denoiser on a fixed input; called before and, with adapters off, after attaching.
+
+    Raises:
+        ValueError: if the model already has adapters, if nothing matches `target_modules`, or if switching the adapter
+            off does not give back the base model's output exactly.
+    """
+    from diffusers.training_utils import cast_training_params
+
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"The model already carries adapters ({', '.join(model.peft_config)}). Call `pipe.unload_lora_weights()` "
+            "first, or continue from a saved adapter with `adapter_name_or_path=`."
+        )
+    model.requires_grad_(False)
+    before = probe()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config, POLICY)
+    cast_training_params(model, torch.float32)
+    check_reference(model, before, probe)
+
+
+def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[], torch.Tensor]) -> None:
+    """
+    Compare the output with adapters off to the base model's own.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            With adapters.
+        expected (`torch.Tensor`):
+            Output of `probe` before anything was attached.
+        probe (`Callable`):
+            Runs the denoiser on a fixed input.
+
+    Raises:
+        ValueError: if they differ at all.
+    """
+    model.disable_adapters()
+    after = probe()
+    model.enable_adapters()
+    if not torch.equal(expected, after):
+        raise ValueError(
+            "With the adapter switched off the model no longer gives the base model's output (largest difference "
+            f"{(expected.float() - after.float()).abs().max().item():.3g}), so it cannot serve as the reference. This "
+            "PEFT configuration changes base weights; use a plain LoraConfig."
+        )
+
+
+def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
+    """
+    Start the policy from a saved adapter.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            Changed in place.
+        denoiser (`str`):
+            Name of the component that carries the adapter.
+        source (`str`):
+            Folder or Hub id, in any format `pipeline.load_lora_weights` reads.
+        keep_as_reference (`bool`):
+            Load it a second time, frozen, as the reference; else the reference is the base model.
+
+    Raises:
+        ValueError: if the file holds nothing for the denoiser, or something for another component.
+    """
+    from diffusers.training_utils import cast_training_params
+
+    names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
+    for name in names:
+        pipeline.load_lora_weights(source, adapter_name=name)
+    model = getattr(pipeline, denoiser)
+    if POLICY not in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded.")
+    others = [
+        name
+        for name, component in pipeline.components.items()
+        if name != denoiser and getattr(component, "peft_config", None)
+    ]
+    if others:
+        raise ValueError(
+            f"`adapter_name_or_path={source!r}` also holds weights for {', '.join(others)}, which are not trained here and "
+            f"would be missing from what is saved. Use an adapter of the {denoiser} alone."
+        )
+    for name in names:
+        check_peft_config(_neutral(model.peft_config[name]))
+    model.requires_grad_(False)
+    _activate_policy(model)
+    cast_training_params(model, torch.float32)
+    if keep_as_reference:
+        _freeze_reference(model)
+
+
+def _neutral(config: LoraConfig) -> LoraConfig:
+    # How a loaded adapter was once initialised does not matter any more.
+    config = copy.copy(config)
+    config.init_lora_weights = True
+    return config
+
+
+def _parameters_of(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of one adapter, keyed by their name without the adapter's."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if adapter in parts and any(part.startswith("lora_") for part in parts):
+            found[".".join(part for part in parts if part != adapter)] = parameter
+    return found
+
+
+def _activate_policy(model: ModelMixin) -> None:
+    model.set_adapter(POLICY)
+    for parameter in _parameters_of(model, POLICY).values():
+        parameter.requires_grad_(True)
+
+
+def _freeze_reference(model: ModelMixin) -> None:
+    for parameter in _parameters_of(model, REFERENCE).values():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def reference_policy(model: ModelMixin) -> Iterator[None]:
+    """
+    Make the denoiser the reference inside the block: no gradient, adapters off or the reference adapter on.
+
+    Switching adapters off also clears `requires_grad` on their weights. A backward pass before they are on again would
+    give zero gradients without any error, so leaving the block always restores them; run the reference's pass first and
+    the policy's after, and nothing is switched between a forward pass and its backward pass.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            The denoiser itself, not its distributed wrapper.
+    """
+    second = REFERENCE in model.peft_config
+    if second:
+        model.set_adapter(REFERENCE)
+    else:
+        model.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if second:
+            model.set_adapter(POLICY)
+            _freeze_reference(model)
+        else:
+            model.enable_adapters()
+
+
+def sync_reference(model: ModelMixin) -> None:
+    """
+    Make the policy of this moment the reference (paper, Algorithm 1, line 15).
+
+    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to the
+    true base model.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            The denoiser with its policy adapter.
+    """
+    if REFERENCE not in model.peft_config:
+        with torch.random.fork_rng(devices=[]):
+            model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
+    policy = _parameters_of(model, POLICY)
+    with torch.no_grad():
+        for name, parameter in _parameters_of(model, REFERENCE).items():
+            parameter.data = policy[name].detach().clone()
+    _activate_policy(model)
+    _freeze_reference(model)
+
+
+def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
+    """
+    What a loader must know to rebuild the adapter: r, lora_alpha, target_modules and every field off its default.
+
+    A full dump of today's fields could not be read by a PEFT that lacks one of them; without the metadata diffusers
+    takes lora_alpha for r and forgets rsLoRA.
+
+    Args:
+        config (`peft.LoraConfig`):
+            The adapter's configuration.
+
+    Returns:
+        `dict`: JSON-serialisable.
+    """
+    metadata: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+    for field in dataclasses.fields(config):
+        if field.name.startswith("_") or field.name in _NOT_METADATA or not field.init:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = getattr(config, field.name)
+        if value != default:
+            metadata[field.name] = value
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
+
+
+def save_adapter(
+    pipeline_class: type[DiffusionPipeline],
+    denoiser: str,
+    model: ModelMixin,
+    directory: Path,
+    *,
+    adapter: str = POLICY,
+    weight_name: str = WEIGHTS_NAME,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """
+    Write one adapter in diffusers' format, metadata included.
+
+    Args:
+        pipeline_class (`type`):
+            The pipeline's class, which knows its key prefix.
+        denoiser (`str`):
+            `"unet"` or `"transformer"`.
+        model (`diffusers.ModelMixin`):
+            The denoiser.
+        directory (`Path`):
+            Where to write; made if missing.
+        adapter (`str`, *optional*, defaults to `"default"`):
+            Which adapter.
+        weight_name (`str`, *optional*):
+            File name.
+        state_dict (`dict`, *optional*):
+            The whole model's gathered state, where it is sharded over processes.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    pipeline_class.save_lora_weights(
+        directory,
+        weight_name=weight_name,
+        **{
+            f"{denoiser}_lora_layers": weights,
+            f"{denoiser}_lora_adapter_metadata": adapter_metadata(model.peft_config[adapter]),
+        },
+    )
+
+
+def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:
+    """
+    Put saved weights into an adapter that is already attached.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            The denoiser with the adapter of the same configuration.
+        denoiser (`str`):
+            Key prefix inside the file.
+        file (`Path`):
+            A file that [`save_adapter`] wrote.
+        adapter (`str`, *optional*, defaults to `"default"`):
+            Which adapter to fill.
+
+    Raises:
+        ValueError: if the file's keys are not exactly the adapter's.
+    """
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = {name.removeprefix(f"{denoiser}."): tensor for name, tensor in load_file(file).items()}
+    expected = get_peft_model_state_dict(model, adapter_name=adapter)
+    wrong = set(weights) ^ set(expected)
+    wrong |= {name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape}
+    if wrong:
+        raise ValueError(
+            f"{file} does not fit the adapter of this run: {len(wrong)} tensors are missing, unknown or of another shape "
+            f"(such as {sorted(wrong)[0]}). Resume with the `peft_config` that the checkpoint was trained with."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=adapter)

@@ -1,0 +1,211 @@
+"""What every backbone shares: where a model came from, freezing, prompts, saving."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..families import Draw, Family, RowGenerators
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOrigin:
+    """
+    Where a base model came from, for the card.
+
+    Args:
+        hub_id (`str`, *optional*):
+            `owner/name`; `None` for a local folder or an object of unknown origin.
+        revision (`str`, *optional*):
+            Commit hash where known, else the revision asked for.
+        note (`str`, *optional*):
+            A plain phrase where there is no Hub id.
+        loading_code (`str`, *optional*):
+            Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
+    """
+
+    hub_id: str | None = None
+    revision: str | None = None
+    note: str | None = None
+    loading_code: str | None = None
+
+    @classmethod
+    def of_source(cls, source: str, revision: str | None = None) -> ModelOrigin:
+        """Describe what `from_pretrained(source, revision=revision)` loads."""
+        if Path(source).expanduser().exists() or not _HUB_ID.match(source):
+            return cls(note="a local folder whose name is not recorded")
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(source, "model_index.json", revision=revision)
+        commit = Path(file).parent.name if isinstance(file, str) else None
+        return cls(hub_id=source, revision=commit or revision)
+
+    @classmethod
+    def of_pipeline(cls, pipeline: DiffusionPipeline) -> ModelOrigin:
+        """Describe a loaded pipeline by the name its config remembers, if any."""
+        name = getattr(pipeline, "name_or_path", None) or pipeline.config.get("_name_or_path")
+        return cls.of_source(name) if name else cls(note="a pipeline object of unknown origin")
+
+
+class Backbone(abc.ABC):
+    """
+    A pipeline seen as a likelihood model: how to encode, what to call, what to save.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            Used in place. Every component is frozen and set to eval mode; the trainer decides what trains.
+        origin ([`ModelOrigin`]):
+            Where it came from.
+    """
+
+    denoiser_name: str
+    """Component that is trained: `"unet"` or `"transformer"`."""
+
+    default_target_modules: tuple[str, ...]
+    """LoRA targets where the user gives none."""
+
+    family: Family
+
+    def __init__(self, pipeline: DiffusionPipeline, origin: ModelOrigin) -> None:
+        self.pipeline = pipeline
+        self.origin = origin
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False)
+                component.eval()
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    @abc.abstractmethod
+    def native_resolution(self) -> int:
+        """Side in pixels that the model was made for."""
+
+    @property
+    @abc.abstractmethod
+    def resolution_multiple(self) -> int:
+        """Sides in pixels must be multiples of this."""
+
+    @abc.abstractmethod
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts the text encoder cuts, and the number of tokens it takes."""
+
+    @abc.abstractmethod
+    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Return the conditioning, one row a prompt, as keyword arguments of the denoiser."""
+
+    @abc.abstractmethod
+    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """
+        Encode pictures into scaled latents.
+
+        Args:
+            pixels (`torch.Tensor`):
+                (B, 3, H, W) float32 in [-1, 1].
+            rows ([`RowGenerators`]):
+                Source of the posterior sample.
+            sample (`bool`):
+                Sample the posterior, or take its mode.
+
+        Returns:
+            `torch.Tensor`: (B, C, h, w) in the denoiser's dtype.
+        """
+
+    @abc.abstractmethod
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Call the denoiser, or a wrapper of it, on a draw; returns (B, ...) in its dtype."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """
+        Encode prompts, each distinct one once, without gradient.
+
+        Args:
+            prompts (`Sequence[str]`):
+                B prompts; an empty string is the unconditional prompt.
+
+        Returns:
+            `dict[str, torch.Tensor]`: conditioning with B rows.
+        """
+        unique = list(dict.fromkeys(prompts))
+        index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        with torch.no_grad():
+            encoded = self.encode_unique_prompts(unique)
+            return {name: value[index.to(value.device)] for name, value in encoded.items()}
+
+    def probe(self) -> torch.Tensor:
+        """Output of the denoiser on one small fixed input, for comparing a model with itself."""
+        rows = RowGenerators(0, 0, [0])
+        side = self.native_resolution
+        with torch.no_grad():
+            pixels = rows.normal("probe", torch.empty(1, 3, side, side)).clamp(-1, 1).to(self.device)
+            draw = self.family.draw(self.encode_images(pixels, rows, sample=False), rows)
+            return self.predict(self.denoiser, draw, self.encode_prompts(["a probe"]))
+
+    def to(self, device: torch.device | str) -> Backbone:
+        """Move every component."""
+        self.pipeline.to(device)
+        return self
+
+    def usage(self, location: str, prompt: str) -> str:
+        """
+        A Python snippet that loads the base model and the adapter and makes a picture.
+
+        Args:
+            location (`str`):
+                What to hand to `load_lora_weights`: Hub id or folder.
+            prompt (`str`):
+                Any text.
+
+        Returns:
+            `str`: source code.
+        """
+        return "\n".join([*self._loading_lines(), f"pipe.load_lora_weights({location!r})", *self._picture_lines(prompt)])
+
+    def full_usage(self, location: str, prompt: str) -> str:
+        """The same for a fully fine-tuned denoiser saved under `location`."""
+        name = self.denoiser_name
+        load = f'{type(self.denoiser).__name__}.from_pretrained({location!r}, subfolder="{name}")'
+        lines = [f"from diffusers import {type(self.denoiser).__name__}", *self._loading_lines()]
+        return "\n".join([*lines, f"pipe.{name} = {load}", *self._picture_lines(prompt)])
+
+    def _loading_lines(self) -> list[str]:
+        if self.origin.loading_code:
+            return self.origin.loading_code.splitlines()
+        source = self.origin.hub_id or "path/to/the/base/model"
+        revision = f", revision={self.origin.revision!r}" if self.origin.hub_id and self.origin.revision else ""
+        return [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({source!r}{revision})",
+        ]
+
+    def _picture_lines(self, prompt: str) -> list[str]:
+        return [f"image = pipe({prompt!r}).images[0]", 'image.save("sample.png")']
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for logs and cards: pipeline and denoiser class, parameter count, dtype."""
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "denoiser": type(self.denoiser).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.denoiser.parameters()),
+            "dtype": str(self.denoiser.dtype).removeprefix("torch."),
+        }

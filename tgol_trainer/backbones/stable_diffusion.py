@@ -1,0 +1,70 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..families import DiffusionFamily, Draw, RowGenerators
+from .base import Backbone, ModelOrigin
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class StableDiffusionBackbone(Backbone):
+    """
+    `StableDiffusionPipeline`: CLIP text encoder, KL autoencoder, UNet that predicts ε or v.
+
+    The training scheduler is made from the pipeline's config: generation overwrites the live one's timesteps, and a
+    DDPMScheduler made so has the same noise levels whichever sampler the pipeline carries.
+    """
+
+    denoiser_name = "unet"
+    default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def __init__(self, pipeline: DiffusionPipeline, origin: ModelOrigin) -> None:
+        from diffusers import DDPMScheduler
+
+        super().__init__(pipeline, origin)
+        self.family = DiffusionFamily(DDPMScheduler.from_config(pipeline.scheduler.config))
+
+    @property
+    def native_resolution(self) -> int:
+        """Side in pixels: the UNet's sample size times the autoencoder's factor."""
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def resolution_multiple(self) -> int:
+        """The autoencoder's factor."""
+        return self.pipeline.vae_scale_factor
+
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts are longer than the tokenizer's limit, and that limit in tokens."""
+        tokenizer = self.pipeline.tokenizer
+        limit = tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+        return sum(length > limit for length in lengths), limit
+
+    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` (N, tokens, D), padded and cut as the pipeline does for generation."""
+        embeddings, _ = self.pipeline.encode_prompt(
+            prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeddings.to(self.denoiser.dtype)}
+
+    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """Latents (B, 4, h, w) times the autoencoder's scaling factor."""
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            latents = posterior.mean
+            if sample:
+                latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
+            return (latents * vae.config.scaling_factor).to(self.denoiser.dtype)
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Output of the UNet (B, 4, h, w)."""
+        return model(draw.inputs, draw.timesteps, return_dict=False, **conditioning)[0]

@@ -1,0 +1,216 @@
+"""`TGOLConfig`: one dataclass on `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+LORA_LEARNING_RATE = 1e-4
+FULL_LEARNING_RATE = 1e-5
+
+
+@dataclass
+class TGOLConfig(TrainingArguments):
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Defaults of TrainingArguments that differ here; `CHANGED_DEFAULTS` says why, `tests/test_config.py` holds the list.
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. None means 1e-5 for full fine-tuning, the paper's value for batches of "
+            "128, and 1e-4 for LoRA: ten times that, since a low-rank update of the same size needs larger steps."
+        },
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the data; the paper makes one (78 updates for 10,000 prompts)."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Updates between two log lines; below 1, a share of all."})
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first update: its loss must equal mean(w)·ln 2."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses from the log. Off: a NaN stops training with its likely cause."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: prompt, image and score are no arguments of a denoiser."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last incomplete training batch. Evaluation always keeps it."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight takes part in each step."}
+    )
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to `DiffusionPipeline.from_pretrained` where `model` is an id or a folder: dtype, revision, ..."},
+    )
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a LoRA adapter to start from, instead of a new one."}
+    )
+    reference: Literal["base", "initial"] = field(
+        default="base",
+        metadata={
+            "help": "With `adapter_name_or_path`: measure the policy against the base model, or against the adapter it "
+            "started from, kept frozen under a second name."
+        },
+    )
+    full_finetuning: bool = field(
+        default=False,
+        metadata={"help": "Train every weight of the denoiser instead of an adapter; the reference is a frozen copy."},
+    )
+
+    # Data
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    score_column: str = field(default="score", metadata={"help": "Column with one real score an image; higher is better."})
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels to which images are resized and centre-cropped. None: the model's own."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
+    caption_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability of training an image with the empty prompt, the same for policy and reference."},
+    )
+    latent_sampling: Literal["sample", "mode"] = field(
+        default="sample",
+        metadata={"help": "Draw an image's latents from the autoencoder's posterior at each step, or take its mode."},
+    )
+    on_bad_sample: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "What to do with rows that cannot be trained on: stop before training, or drop and count them."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that check the images before training."}
+    )
+
+    # Method
+    beta: float = field(default=1.0, metadata={"help": "β, scale of the implicit reward (paper: 1)."})
+    temperature: float = field(
+        default=0.001,
+        metadata={
+            "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T holds "
+            "the policy less close to the reference. No effect on masked-token models."
+        },
+    )
+    confidence_scale: float = field(
+        default=5.0,
+        metadata={"help": "c in the weight 1 + c·|s - τ| (paper: 5). Its effect depends on the unit of the scores."},
+    )
+    threshold_percentile: float = field(
+        default=50.0, metadata={"help": "Percentile of the scores that becomes the threshold τ (paper: 50, the median)."}
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "A fixed τ, in normalised score units, instead of a percentile."}
+    )
+    threshold_update: Literal["once", "epoch"] = field(
+        default="once",
+        metadata={
+            "help": "Estimate τ once, or again at each epoch. The latter only means something for streamed data or for a "
+            "proxy set that is made anew after the reference moves."
+        },
+    )
+    max_threshold_samples: int | None = field(
+        default=None, metadata={"help": "Streams only: rows read in the first pass over the scores. None reads them all."}
+    )
+    score_normalization: Literal["none", "zscore", "robust"] = field(
+        default="none",
+        metadata={
+            "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and interquartile "
+            "range. 'none' is the paper's."
+        },
+    )
+    sync_ref_model: Literal["no", "epoch"] = field(
+        default="no",
+        metadata={
+            "help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15). Unlike TRL's "
+            "flag of this name, which mixes weights every 512 steps."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = FULL_LEARNING_RATE if self.full_finetuning else LORA_LEARNING_RATE
+        if self.data_seed is None:
+            # Without it accelerate seeds the order of rows from the global generator's state.
+            self.data_seed = self.seed
+        super().__post_init__()
+        # accelerate's dispatcher sends batches from rank 0, which streams of several processes do not need.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name, low, high in (
+            ("beta", 0, None),
+            ("temperature", 0, None),
+            ("confidence_scale", None, None),
+            ("threshold_percentile", None, 100),
+            ("caption_dropout", None, 1),
+        ):
+            value = getattr(self, name)
+            if not (value > low if low is not None else value >= 0) or (high is not None and value > high):
+                wanted = "larger than 0" if low is not None else "at least 0"
+                wanted += f" and at most {high}" if high is not None else ""
+                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+        for name in ("reference", "latent_sampling", "on_bad_sample", "threshold_update", "score_normalization", "sync_ref_model"):
+            allowed = _choices(name)
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def _check_combinations(self) -> None:
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the denoiser. "
+                "Leave it False; columns that are not needed are ignored."
+            )
+        if self.full_finetuning and self.adapter_name_or_path:
+            raise ValueError("`full_finetuning=True` trains no adapter: leave out `adapter_name_or_path`.")
+        if self.reference == "initial" and not self.adapter_name_or_path:
+            raise ValueError("`reference='initial'` means the adapter of `adapter_name_or_path`, which is not given.")
+        if self.reference == "initial" and self.sync_ref_model == "epoch":
+            raise ValueError("`reference='initial'` and `sync_ref_model='epoch'` both set the reference: choose one.")
+        if self.threshold is not None and self.threshold_update == "epoch":
+            raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    from typing import get_args, get_type_hints
+
+    return get_args(get_type_hints(TGOLConfig)[name])
+
+
+CHANGED_DEFAULTS: dict[str, str] = {
+    "learning_rate": "5e-5 is neither the paper's value nor one for LoRA",
+    "num_train_epochs": "the paper makes one pass",
+    "logging_steps": "a run of the paper has 78 updates",
+    "logging_first_step": "the first loss is a self-test of data, reference and loss",
+    "logging_nan_inf_filter": "a NaN must not hide",
+    "remove_unused_columns": "the columns are not the network's arguments",
+    "dataloader_drop_last": "78 updates of 128 for 10,000 rows",
+    "ddp_find_unused_parameters": "no adapter weight is ever unused",
+}
+"""Fields of TrainingArguments with another default here, and why."""
+
+
+def _docstring() -> str:
+    """One text for `help()` and `--help`: the fields' own help."""
+    inherited = {item.name for item in fields(TrainingArguments)}
+    lines = [
+        "Configuration of [`TGOLTrainer`]; every field of `transformers.TrainingArguments` as well.",
+        "",
+        "Args:",
+    ]
+    for item in fields(TGOLConfig):
+        if item.name in inherited and item.name not in CHANGED_DEFAULTS:
+            continue
+        lines += [f"    {item.name} (`{item.type}`, *optional*, defaults to `{item.default!r}`):", f"        {item.metadata['help']}"]
+    return "\n".join(lines)
+
+
+TGOLConfig.__doc__ = _docstring()
