@@ -1,0 +1,135 @@
+"""Rewards: the protocol, what `score_images` refuses, and JPEG sizes."""
+
+import functools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tgol_trainer.rewards import jpeg_compressibility, reward_name, score_images
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)]
+
+
+def redness(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    return [float(image.getpixel((0, 0))[0]) for image in images]
+
+
+def returning(value):
+    def reward(images, prompts):
+        return value
+
+    return reward
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_scores_come_back_in_order_whatever_the_batch_size(batch_size):
+    assert score_images(redness, pictures(7), ["p"] * 7, batch_size=batch_size) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_reward_sees_lists_no_longer_than_the_batch_and_the_prompt_of_each_picture():
+    seen = []
+
+    def reward(images, prompts):
+        assert type(images) is list and type(prompts) is list
+        seen.append([(image.getpixel((0, 0))[0], prompt) for image, prompt in zip(images, prompts, strict=True)])
+        return [0.0] * len(images)
+
+    score_images(reward, tuple(pictures(5)), tuple("abcde"), batch_size=2)
+    assert seen == [[(0, "a"), (1, "b")], [(2, "c"), (3, "d")], [(4, "e")]]
+
+
+def test_none_is_kept_as_could_not_be_scored():
+    assert score_images(returning([1, None]), pictures(2), ["p", "q"]) == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [np.array([1.5, 2.0], dtype=np.float32), torch.tensor([1.5, 2.0]), [np.float32(1.5), torch.tensor(2)], (1.5, 2)],
+    ids=["array", "tensor", "scalars", "tuple"],
+)
+def test_arrays_and_tensors_become_plain_floats(returned):
+    scores = score_images(returning(returned), pictures(2), ["p", "q"])
+    assert scores == [1.5, 2.0] and all(type(score) is float for score in scores)
+
+
+def test_no_pictures_give_no_scores_and_no_call():
+    assert score_images(None, [], []) == []
+
+
+def test_a_wrong_number_of_scores_names_the_reward_and_the_rows():
+    def forgetful(images, prompts):
+        return [1.0] * min(len(images), 1)
+
+    with pytest.raises(ValueError, match=r"'forgetful' returned 1 scores for 2 pictures \(rows 0 to 1\)"):
+        score_images(forgetful, pictures(3), ["p"] * 3, batch_size=2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_names_the_reward_the_row_and_the_prompt(bad):
+    def unstable(images, prompts):
+        return [bad if prompt == "cat" else 0.0 for prompt in prompts]
+
+    with pytest.raises(ValueError, match=rf"'unstable' returned NaN or infinity for row 3 \({bad}, prompt 'cat'\)"):
+        score_images(unstable, pictures(5), ["a", "b", "c", "cat", "e"], batch_size=2)
+
+
+def test_only_the_first_offending_rows_are_listed():
+    with pytest.raises(ValueError, match=r"row 0 .*row 1 .*row 2 .* and 7 more"):
+        score_images(returning([math.nan] * 10), pictures(10), ["p"] * 10)
+
+
+@pytest.mark.parametrize("returned", ["12", 1.0, iter([1.0, 2.0]), {0: 1.0, 1: 2.0}, None])
+def test_anything_but_a_list_is_a_type_error(returned):
+    with pytest.raises(TypeError, match="must return a list"):
+        score_images(returning(returned), pictures(2), ["p", "q"])
+
+
+@pytest.mark.parametrize("entry", ["1.0", [1.0], 1j])
+def test_an_entry_that_is_no_number_is_a_type_error_with_its_row(entry):
+    with pytest.raises(TypeError, match="is no number for row 1"):
+        score_images(returning([1.0, entry]), pictures(2), ["p", "q"])
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        score_images(redness, pictures(2), ["p"])
+    with pytest.raises(ValueError, match="`batch_size` is 0"):
+        score_images(redness, pictures(1), ["p"], batch_size=0)
+    with pytest.raises(TypeError, match="is one string"):
+        score_images(redness, pictures(2), "ab")
+
+
+def test_names_of_functions_partials_and_objects():
+    class Aesthetic:
+        def __call__(self, images, prompts):
+            return [0.0] * len(images)
+
+    assert reward_name(redness) == "redness"
+    assert reward_name(functools.partial(redness, prompts=[])) == "redness"
+    assert reward_name(Aesthetic()) == "Aesthetic"
+
+
+def test_jpeg_score_is_minus_the_kilobytes_of_the_saved_file(tmp_path):
+    rng = random.Random(0)
+    noise = Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3))
+    noise.save(tmp_path / "noise.jpg", quality=95)
+    assert jpeg_compressibility([noise], [""]) == [-(tmp_path / "noise.jpg").stat().st_size / 1000]
+
+
+def test_a_plain_picture_scores_higher_than_noise():
+    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3))
+    plain = Image.new("RGB", (64, 64), "red")
+    scores = score_images(jpeg_compressibility, [noise, plain], ["", ""])
+    assert scores[0] < scores[1] < 0
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_pictures_of_every_mode_are_scored_as_their_rgb_form(mode):
+    image = Image.new(mode, (16, 16))
+    assert jpeg_compressibility([image], [""]) == jpeg_compressibility([image.convert("RGB")], [""])

@@ -1,0 +1,302 @@
+"""Scores before against scores after on the same prompts and seeds: win rate, means and their intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLOCK = 1_000_000
+"""Resampled groups held in memory at a time: 8 MB an array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """
+    One score, before against after, over pairs of pictures made from the same prompt and seed.
+
+    Args:
+        name (`str`):
+            Name of the score.
+        trained (`bool`):
+            Whether this score was trained on; a rise in one that was is weaker evidence.
+        num_images (`int`):
+            Pairs compared.
+        num_prompts (`int`):
+            Distinct prompts among them.
+        win_rate (`float`):
+            Share of pairs in which after beats before, a tie counting one half; in 0..1.
+        interval (`tuple[float, float]`):
+            Bootstrap interval of the win rate.
+        ties (`int`):
+            Pairs with equal scores.
+        mean_before (`float`):
+            Mean score before, in the unit of the score; the next five are too.
+        mean_after (`float`):
+            Mean score after.
+        median_before (`float`):
+            Median score before.
+        median_after (`float`):
+            Median score after.
+        mean_change (`float`):
+            Mean of after − before.
+        mean_change_interval (`tuple[float, float]`):
+            Bootstrap interval of that mean.
+        num_missing (`int`):
+            Pairs left out because one of the two could not be scored.
+        confidence (`float`, *optional*, defaults to 0.95):
+            Level of both intervals.
+    """
+
+    name: str
+    trained: bool
+    num_images: int
+    num_prompts: int
+    win_rate: float
+    interval: tuple[float, float]
+    ties: int
+    mean_before: float
+    mean_after: float
+    median_before: float
+    median_after: float
+    mean_change: float
+    mean_change_interval: tuple[float, float]
+    num_missing: int
+    confidence: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary; intervals become lists."""
+        fields = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def compare_scores(
+    name: str,
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    prompts: Sequence[str],
+    *,
+    trained: bool,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """
+    Compare paired scores.
+
+    The win rate is `mean(1[after > before] + ½·1[after = before])`. Intervals are percentile bootstrap intervals over
+    prompts: whole prompts are drawn with all their pictures, since pictures of one prompt are no independent
+    evidence. With a single prompt pictures are drawn instead. Such intervals are too narrow for a handful of prompts,
+    and a single point where all pairs agree. Exchanging before and after mirrors every number.
+
+    Args:
+        name (`str`):
+            Name of the score.
+        before (`Sequence[float | None]`):
+            Scores before; `None` where a picture could not be scored.
+        after (`Sequence[float | None]`):
+            Scores after, of pictures with the same prompts and seeds.
+        prompts (`Sequence[str]`):
+            The prompt of each pair; equal prompts form one group.
+        trained (`bool`):
+            Whether this score was trained on.
+        num_resamples (`int`, *optional*, defaults to 2000):
+            Bootstrap resamples.
+        confidence (`float`, *optional*, defaults to 0.95):
+            Level of the intervals, in 0..1.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the resampling.
+
+    Returns:
+        `Comparison`: all numbers over the pairs in which both were scored.
+
+    Raises:
+        ValueError: if the lengths differ, a score is NaN or infinite, no pair is left, or an argument is out of range.
+    """
+    if not len(before) == len(after) == len(prompts):
+        raise ValueError(
+            f"The score {name!r} has {len(before)} values before, {len(after)} after and {len(prompts)} prompts; "
+            "all three must belong to the same pictures."
+        )
+    if num_resamples < 1:
+        raise ValueError(f"`num_resamples` is {num_resamples}; it must be at least 1.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` is {confidence}; it must lie between 0 and 1, for example 0.95.")
+    old, new = _as_array(before, name, "before"), _as_array(after, name, "after")
+    kept = ~(np.isnan(old) | np.isnan(new))
+    if not kept.any():
+        raise ValueError(f"The score {name!r} has no pair with both values: nothing is left of {len(before)} pairs.")
+    old, new = old[kept], new[kept]
+    groups: dict[str, int] = {}
+    group_of = np.array([groups.setdefault(prompts[i], len(groups)) for i in np.flatnonzero(kept).tolist()])
+    clusters = group_of if len(groups) > 1 else np.arange(old.size)
+    wins = (new > old) + 0.5 * (new == old)
+    change = new - old
+    intervals = _bootstrap((wins, change), clusters, num_resamples, confidence, seed)
+    return Comparison(
+        name=name,
+        trained=trained,
+        num_images=int(old.size),
+        num_prompts=len(groups),
+        win_rate=float(wins.mean()),
+        interval=intervals[0],
+        ties=int((new == old).sum()),
+        mean_before=float(old.mean()),
+        mean_after=float(new.mean()),
+        median_before=float(np.median(old)),
+        median_after=float(np.median(new)),
+        mean_change=float(change.mean()),
+        mean_change_interval=intervals[1],
+        num_missing=int((~kept).sum()),
+        confidence=confidence,
+    )
+
+
+def write_metrics(
+    path: str | os.PathLike[str],
+    comparisons: Sequence[Comparison],
+    *,
+    seconds: Mapping[str, float] | None = None,
+    **facts: Any,
+) -> None:
+    """
+    Write comparisons as JSON: `{"scores": {name: {"trained": ..., "win_rate": ..., ...}}, "seconds": {...}, ...}`.
+
+    The file appears whole or not at all. NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; missing folders are made.
+        comparisons (`Sequence[Comparison]`):
+            One a score, with distinct names.
+        seconds (`Mapping[str, float]`, *optional*):
+            Wall-clock seconds of each part of the run.
+        facts (`Any`):
+            Further top-level entries: numbers, strings, lists and dictionaries of them.
+
+    Raises:
+        ValueError: if two comparisons share a name, or a fact is called `scores`.
+        TypeError: if a fact cannot be written as JSON.
+    """
+    names = [comparison.name for comparison in comparisons]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two comparisons share a name ({', '.join(sorted(names))}); the file holds one a name.")
+    if "scores" in facts:
+        raise ValueError("`scores` is filled from `comparisons`; give the fact another name.")
+    scores = {comparison.name: comparison.to_dict() for comparison in comparisons}
+    for fields in scores.values():
+        del fields["name"]
+    content = {"scores": scores, "seconds": dict(seconds or {}), **facts}
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def format_table(comparisons: Sequence[Comparison]) -> str:
+    """
+    Return an aligned table of plain ASCII (score names apart), at most 100 columns wide.
+
+    Args:
+        comparisons (`Sequence[Comparison]`):
+            One a row, in the order given.
+
+    Returns:
+        `str`: a header, a rule, one line a score and, where pairs are missing, a note; no newline at the end.
+    """
+    levels = {comparison.confidence for comparison in comparisons}
+    level = f"{100 * levels.pop():.4g} % " if len(levels) == 1 else ""
+    rows = [("score", "trained on", "images", f"win rate [{level}interval]", "mean before -> after")]
+    for comparison in comparisons:
+        low, high = comparison.interval
+        rows.append(
+            (
+                _shortened(comparison.name),
+                "yes" if comparison.trained else "no",
+                f"{comparison.num_images:6d}",
+                f"{100 * comparison.win_rate:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+                _before_after(comparison.mean_before, comparison.mean_after),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for comparison in comparisons:
+        if comparison.num_missing:
+            lines.append(
+                f"{_shortened(comparison.name)}: pairs left out for want of a score: {comparison.num_missing}"
+            )
+    return "\n".join(lines)
+
+
+def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarray:
+    """Return float64 values (N,) with NaN for None; a NaN or infinity among the values themselves is an error."""
+    array = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    bad = [i for i in np.flatnonzero(~np.isfinite(array)).tolist() if values[i] is not None]
+    if bad:
+        rows = ", ".join(f"row {i}: {values[i]}" for i in bad[:3])
+        raise ValueError(
+            f"The score {name!r} is NaN or infinite in {len(bad)} of {array.size} values {side} ({rows}). "
+            "Use None for a picture that could not be scored."
+        )
+    return array
+
+
+def _bootstrap(
+    quantities: Sequence[np.ndarray], clusters: np.ndarray, num_resamples: int, confidence: float, seed: int
+) -> list[tuple[float, float]]:
+    """Return a percentile interval of the mean of each quantity (N,), drawing whole clusters with replacement."""
+    sizes = np.bincount(clusters).astype(np.float64)
+    sums = [np.bincount(clusters, weights=values) for values in quantities]
+    rng = np.random.default_rng(seed)
+    means = np.empty((len(sums), num_resamples))
+    rows = max(1, _BLOCK // sizes.size)
+    for start in range(0, num_resamples, rows):
+        # The draws depend on the number of clusters alone, so that exchanging before and after mirrors the result.
+        drawn = rng.integers(sizes.size, size=(min(rows, num_resamples - start), sizes.size))
+        drawn_sizes = sizes[drawn].sum(axis=1)
+        for k, values in enumerate(sums):
+            means[k, start : start + len(drawn)] = values[drawn].sum(axis=1) / drawn_sizes
+    tail = (1 - confidence) / 2
+    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=1).T]
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with NumPy numbers and paths in plain Python, and None for what is not finite."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _shortened(text: str, length: int = 26) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _before_after(before: float, after: float) -> str:
+    """Return both numbers, with the decimals that show four digits of the larger and two of the change."""
+    largest, change = max(abs(before), abs(after)), abs(after - before)
+    if not 1e-4 <= largest < 1e7:
+        return f"{before:.4g} -> {after:.4g}"
+    leading = math.floor(math.log10(largest))
+    decimals = 3 - leading
+    if change > 0:
+        decimals = max(decimals, 1 - math.floor(math.log10(change)))
+    decimals = min(max(decimals, 0), 7 - max(leading, 1))
+    return f"{before:.{decimals}f} -> {after:.{decimals}f}"

@@ -1,0 +1,125 @@
+"""The protocol of a reward and the one place where rewards are called."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+_ROWS_SHOWN = 3
+
+
+class RewardFunction(Protocol):
+    """
+    Any callable that turns pictures and their prompts into scores, higher is better.
+
+    Called with a batch of `n` pictures and `n` prompts, it returns `n` finite numbers; `None` stands for a picture
+    that could not be scored. It must not depend on what else is in the batch.
+    """
+
+    def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
+        """Return one score a picture, or `None` for one that could not be scored."""
+        ...
+
+
+def reward_name(reward: Callable[..., Any]) -> str:
+    """
+    Return the name under which a reward appears in tables and messages.
+
+    Args:
+        reward (`Callable`):
+            A function, a `functools.partial` of one, or an instance with `__call__`.
+
+    Returns:
+        `str`: `__name__` where there is one, that of the wrapped function for a partial, else the class name.
+    """
+    reward = getattr(reward, "func", reward)
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def score_images(
+    reward: RewardFunction,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[float | None]:
+    """
+    Score pictures batch by batch and check what comes back.
+
+    Args:
+        reward (`RewardFunction`):
+            Called as `reward(images, prompts)` with lists of at most `batch_size`. A one-dimensional array or tensor
+            is accepted as a result too.
+        images (`Sequence[PIL.Image.Image]`):
+            The pictures.
+        prompts (`Sequence[str]`):
+            One prompt a picture.
+        batch_size (`int`, *optional*, defaults to 64):
+            Largest number of pictures a call.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar over the pictures.
+
+    Returns:
+        `list[float | None]`: one score a picture, in order; `None` where the reward gave none.
+
+    Raises:
+        ValueError: if the lengths differ, if `batch_size` is below 1, if the reward returned a wrong number of scores,
+            or a NaN or infinite one.
+        TypeError: if the reward returned something other than a list of numbers and `None`.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("`prompts` is one string; pass a list with one prompt a picture.")
+    if len(images) != len(prompts):
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    name = reward_name(reward)
+    scores: list[float | None] = []
+    with tqdm(total=len(images), desc=f"Scoring ({name})", unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            returned = reward(list(images[start : start + batch_size]), batch)
+            scores.extend(_checked(returned, batch, start, name))
+            bar.update(len(batch))
+    return scores
+
+
+def _checked(returned: Any, prompts: list[str], start: int, name: str) -> list[float | None]:
+    """Return the scores of one batch as floats, or raise an error that names the reward and the first bad rows."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"The reward {name!r} returned {type(returned).__name__}; it must return a list with one number, or None, "
+            "a picture."
+        )
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} pictures (rows {start} to "
+            f"{start + len(prompts) - 1}). It must return one a picture: None for one that cannot be scored."
+        )
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    wrong = [i for i, value in enumerate(values) if not (value is None or isinstance(value, numbers.Real))]
+    if wrong:
+        raise TypeError(
+            f"The reward {name!r} returned something that is no number for {_shown(wrong, values, prompts, start)}. "
+            "It must return a float, or None, a picture."
+        )
+    wrong = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
+    if wrong:
+        raise ValueError(
+            f"The reward {name!r} returned NaN or infinity for {_shown(wrong, values, prompts, start)}. "
+            "Return None for a picture that cannot be scored."
+        )
+    return [None if value is None else float(value) for value in values]
+
+
+def _shown(wrong: list[int], values: Sequence[Any], prompts: list[str], start: int) -> str:
+    rows = [f"row {start + i} ({values[i]!r:.40}, prompt {prompts[i]!r:.60})" for i in wrong[:_ROWS_SHOWN]]
+    rest = len(wrong) - len(rows)
+    return ", ".join(rows) + (f" and {rest} more" if rest else "")
