@@ -1,0 +1,118 @@
+"""Rows to a batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tgol_trainer.data.images import DataError, ImageError, describe, open_image, to_pixels
+from tgol_trainer.thresholds import ScoreNormalization
+
+_TINY = np.finfo(np.float32).tiny
+_HUGE = np.finfo(np.float32).max
+_RAW_SCORES = ScoreNormalization()
+
+
+class Collator:
+    """
+    Makes a batch of rows. Tensors only, because `accelerate` dispatches nothing else of a stream.
+
+    The threshold lives in shared memory: setting `collator.threshold` is seen by DataLoader workers that already run,
+    for the batches they make from then on (those prefetched keep the old one).
+
+    Args:
+        resolution (`tuple[int, int]`):
+            (height, width) in pixels.
+        normalization ([`ScoreNormalization`], *optional*):
+            Applied to the scores; by default none.
+        threshold (`float`, *optional*, defaults to 0.0):
+            τ, in the normalised unit of the scores.
+    """
+
+    def __init__(
+        self,
+        resolution: tuple[int, int],
+        normalization: ScoreNormalization = _RAW_SCORES,
+        threshold: float = 0.0,
+    ) -> None:
+        self.resolution = (int(resolution[0]), int(resolution[1]))
+        self.normalization = normalization
+        self._threshold = torch.tensor(float(threshold), dtype=torch.float64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self._threshold.is_shared():  # a plain pickle or copy; torch's own, for workers, keeps sharing
+            self._threshold = self._threshold.share_memory_()
+
+    @property
+    def threshold(self) -> float:
+        """τ, in the normalised unit of the scores."""
+        return self._threshold.item()
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold.fill_(float(value))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Collate rows.
+
+        Args:
+            rows (`Sequence[Mapping[str, Any]]`):
+                B of them, from [`ScoredDataset`] or [`ScoredStream`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1; `prompt_bytes` (B, L)
+            uint8, UTF-8 padded with zeros, and `prompt_length` (B,) int64 in bytes, see [`decode_prompts`]; `score`
+            (B,) float32, normalised; `margin` (B,) float32, normalised score - τ, whose sign is that of the float64
+            difference; `row_id` (B,) int64.
+
+        Raises:
+            DataError: for an image that can no longer be opened.
+        """
+        texts = [row["prompt"].encode("utf-8") for row in rows]
+        lengths = [len(text) for text in texts]
+        padded = b"".join(text.ljust(max(lengths), b"\0") for text in texts)
+        scores = self.normalization(np.array([row["score"] for row in rows], dtype=np.float64))
+        return {
+            "pixel_values": torch.stack([self._pixels(row) for row in rows]),
+            "prompt_bytes": torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1),
+            "prompt_length": torch.tensor(lengths, dtype=torch.int64),
+            "score": torch.from_numpy(np.clip(scores, -_HUGE, _HUGE).astype(np.float32)),
+            "margin": torch.from_numpy(_signed_float32(scores - self.threshold)),
+            "row_id": torch.tensor([row["row_id"] for row in rows], dtype=torch.int64),
+        }
+
+    def _pixels(self, row: Mapping[str, Any]) -> torch.Tensor:
+        try:
+            return to_pixels(open_image(row["image"]), self.resolution)
+        except ImageError as error:
+            raise DataError(
+                f"The image of row {row['row_id']} ({describe(row['image'])}), which the check before training "
+                f"opened, cannot be opened now: {error.cause}, {error}. Put the file back; images must stay in place "
+                "and unchanged while a run reads them."
+            ) from error
+
+
+def _signed_float32(values: np.ndarray) -> np.ndarray:
+    # A label is the sign of this number, so a difference that float32 rounds to 0 (or to a subnormal number, which
+    # some devices flush to 0) becomes the smallest normal number of its sign; an exact tie stays 0.
+    size = np.clip(np.abs(values), _TINY, _HUGE)
+    return np.where(values == 0, 0.0, np.copysign(size, values)).astype(np.float32)
+
+
+def decode_prompts(prompt_bytes: torch.Tensor, prompt_length: torch.Tensor) -> list[str]:
+    """
+    Return the prompts of a batch.
+
+    Args:
+        prompt_bytes (`torch.Tensor`):
+            (B, L) uint8, UTF-8 padded with zeros, on any device.
+        prompt_length (`torch.Tensor`):
+            (B,) integers, in bytes.
+    """
+    rows = prompt_bytes.cpu().numpy()
+    return [row[:length].tobytes().decode("utf-8") for row, length in zip(rows, prompt_length.tolist(), strict=True)]

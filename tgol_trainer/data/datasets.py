@@ -1,0 +1,458 @@
+"""Checked datasets that the trainer reads rows from: one with a length, one that streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.distributed import split_dataset_by_node
+from datasets.utils import tqdm
+from PIL import Image
+
+from tgol_trainer.data.checks import check_class, check_columns, check_score_type
+from tgol_trainer.data.images import DataError, cropped_share, describe
+from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, read_row, read_score
+
+logger = logging.getLogger(__name__)
+
+OnBadSample = Literal["raise", "skip"]
+
+# Part of the cache key of the check: `datasets` hashes a library function by its name, not its code, so raise this
+# with every change of what `_check_batch` finds.
+_CHECK_VERSION = 1
+_CHECK_FEATURES = datasets.Features(
+    {
+        "score": datasets.Value("float64"),
+        "width": datasets.Value("int32"),
+        "height": datasets.Value("int32"),
+        "causes": datasets.List(datasets.Value("string")),
+        "details": datasets.List(datasets.Value("string")),
+    }
+)
+_CROPPED_SHARE_LIMIT = 0.1
+_SHOWN_ROWS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """
+    What the check of a dataset found.
+
+    Args:
+        name (`str`):
+            The argument that the dataset was given as.
+        num_rows (`int`):
+            Rows of the user's dataset.
+        num_kept (`int`):
+            Rows that can be trained on.
+        dropped (`dict[str, int]`):
+            Cause to number of rows; a row with two causes counts under both.
+        num_smaller (`int`):
+            Kept images with a side below the resolution, which are enlarged.
+        mean_cropped_share (`float`):
+            Mean over the kept images of the share of the area, 0 to 1, that the centre crop cuts away.
+        num_unique_prompts (`int`):
+            Different prompts among the kept rows.
+        resolution (`tuple[int, int]`):
+            (height, width) that the last numbers refer to, in pixels.
+    """
+
+    name: str
+    num_rows: int
+    num_kept: int
+    dropped: dict[str, int]
+    num_smaller: int
+    mean_cropped_share: float
+    num_unique_prompts: int
+    resolution: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary."""
+        return dataclasses.asdict(self) | {"resolution": list(self.resolution)}
+
+
+def _cell(column: pa.ChunkedArray, index: int) -> Any:
+    """Return an Arrow value as a Python one; nested lists of numbers as an array, 20 times faster than as lists."""
+    scalar = column[index]
+    values = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
+    if not isinstance(values, (pa.ListScalar, pa.LargeListScalar)) or not values.is_valid:
+        return scalar.as_py()
+    nested, shape = values.values, [len(values.values)]
+    while len(nested) and isinstance(nested, (pa.ListArray, pa.LargeListArray)):
+        lengths = np.unique(nested.value_lengths().to_numpy(zero_copy_only=False))
+        if nested.null_count or len(lengths) != 1:
+            return scalar.as_py()  # ragged: opening it as an image says so
+        shape.append(int(lengths[0]))
+        nested = nested.flatten()
+    return nested.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def _check_batch(table: pa.Table, prompt: str, image: str, score: str, version: int) -> pa.Table:
+    found = []
+    for index in range(table.num_rows):  # one opened image at a time
+        row = read_row(*(_cell(table.column(column), index) for column in (prompt, image, score)))
+        width, height = row.image.size if row.image else (0, 0)
+        causes, details = [cause for cause, _ in row.problems], [detail for _, detail in row.problems]
+        found.append({"score": row.score, "width": width, "height": height, "causes": causes, "details": details})
+    return pa.Table.from_pylist(found, schema=_CHECK_FEATURES.arrow_schema)
+
+
+def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | None) -> pa.Table:
+    arguments = dataclasses.asdict(columns) | {"version": _CHECK_VERSION}
+    folders = {os.path.dirname(file["filename"]) for file in rows.cache_files}
+    checked = rows.map(
+        _check_batch,
+        batched=True,
+        batch_size=16,
+        fn_kwargs=arguments,
+        remove_columns=rows.column_names,
+        features=_CHECK_FEATURES,
+        num_proc=num_proc,
+        # `map` writes its cache beside the data, which may lie on a read-only disk.
+        keep_in_memory=not all(os.access(folder or ".", os.W_OK) for folder in folders),
+        desc="Checking images",
+    )
+    table = checked.with_format("arrow")[:]
+    # The cache key knows the paths of the images and not their content: a file mended since the last run would be
+    # reported again. Only bad rows are worth a second look, a good file that breaks fails when it is loaded.
+    bad = np.flatnonzero(table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False))
+    if not bad.size:
+        return table
+    again = pa.concat_tables(_check_batch(rows[int(index)], **arguments) for index in bad)
+    order = np.arange(table.num_rows)
+    order[bad] = table.num_rows + np.arange(bad.size)
+    return pa.concat_tables([table.cast(again.schema), again]).take(order)
+
+
+def prepare_dataset(
+    dataset: datasets.Dataset,
+    columns: Columns,
+    resolution: tuple[int, int],
+    *,
+    on_bad_sample: OnBadSample = "raise",
+    num_proc: int | None = None,
+    name: str = "train_dataset",
+) -> tuple[ScoredDataset, DataReport]:
+    """
+    Find every bad row of a dataset in one pass, before training; the result of the pass is cached beside the data.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            With one prompt, image and score a row.
+        columns ([`Columns`]):
+            Their names.
+        resolution (`tuple[int, int]`):
+            (height, width) in pixels, for the warnings about small and cut images.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` lists all bad rows in one error; `"skip"` leaves them out and warns.
+        num_proc (`int`, *optional*):
+            Processes that check; `None` checks in this one.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            The argument it was given as, for messages.
+
+    Returns:
+        `tuple[ScoredDataset, DataReport]`: the usable rows, and what was found.
+
+    Raises:
+        DataError: for a wrong class, column or type, an empty dataset, bad rows under `"raise"`, or no usable row.
+    """
+    check_class(dataset, name)
+    _check_policy(on_bad_sample)
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"{name}: it is a stream, which is checked while it is read; use ScoredStream for it.")
+    if not len(dataset):
+        raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
+    check_columns(dataset, columns, name)
+    rows = dataset.select_columns([columns.prompt, columns.image, columns.score]).with_format("arrow")
+    table = _checked_table(rows, columns, num_proc)
+    bad = BadRows(name, columns)
+    for index, causes in enumerate(table.column("causes").to_pylist()):
+        if causes:
+            bad.add(index, list(zip(causes, table.column("details")[index].as_py(), strict=True)))
+    if bad.num_rows and (on_bad_sample == "raise" or bad.num_rows == len(dataset)):
+        raise bad.error(f"{len(dataset)} rows", can_skip=on_bad_sample == "raise" and bad.num_rows < len(dataset))
+    if bad.num_rows:
+        logger.warning("%s: %d of %d rows are left out.\n%s", name, bad.num_rows, len(dataset), bad.listing())
+    kept = np.flatnonzero(table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False) == 0)
+    scored = ScoredDataset(rows, columns, table.column("score").to_numpy()[kept], kept)
+    sizes = np.stack([table.column(side).to_numpy()[kept] for side in ("width", "height")], axis=1)
+    num_smaller, mean_cropped_share = _size_facts(sizes, kept, resolution, name)
+    report = DataReport(
+        name=name,
+        num_rows=len(dataset),
+        num_kept=len(scored),
+        dropped=dict(bad.counts),
+        num_smaller=num_smaller,
+        mean_cropped_share=mean_cropped_share,
+        num_unique_prompts=len(set(scored.prompts)),
+        resolution=(int(resolution[0]), int(resolution[1])),
+    )
+    return scored, report
+
+
+def _size_facts(sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, int], name: str) -> tuple[int, float]:
+    height, width = resolution
+    small = np.flatnonzero((sizes[:, 0] < width) | (sizes[:, 1] < height))
+    if small.size:
+        first = ", ".join(f"row {row_ids[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in small[:_SHOWN_ROWS])
+        logger.warning(
+            "%s: %d of %d images are smaller than the resolution of %dx%d (width x height, in pixels) and are "
+            "enlarged, which blurs them (%s%s). Leave them out, or lower `resolution`.",
+            name,
+            small.size,
+            len(sizes),
+            width,
+            height,
+            first,
+            ", ..." if small.size > _SHOWN_ROWS else "",
+        )
+    shapes, counts = np.unique(sizes, axis=0, return_counts=True)
+    shares = np.array([cropped_share(int(w), int(h), resolution) for w, h in shapes])
+    mean = float((shares * counts).sum() / counts.sum())
+    if mean > _CROPPED_SHARE_LIMIT:
+        logger.warning(
+            "%s: the centre crop to %dx%d (width x height) cuts away %.0f %% of the image area on average, so "
+            "training sees a part of what was scored. Set `resolution` to the shape of most images, or crop and score "
+            "them yourself.",
+            name,
+            width,
+            height,
+            100 * mean,
+        )
+    return int(small.size), mean
+
+
+def _check_policy(on_bad_sample: str) -> None:
+    if on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_sample` must be 'raise' or 'skip', got {on_bad_sample!r}.")
+
+
+class ScoredDataset(torch.utils.data.Dataset):
+    """
+    The usable rows of a checked dataset; made by [`prepare_dataset`]. Images stay encoded, and on disk if they were.
+
+    `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": float, "row_id": int}`; `row_id` is the row's
+    number in the user's dataset, whatever was left out.
+
+    Args:
+        rows ([`datasets.Dataset`]):
+            The user's dataset.
+        columns ([`Columns`]):
+            Its column names.
+        scores (`numpy.ndarray`):
+            (N,) float64, of the usable rows.
+        row_ids (`numpy.ndarray`):
+            (N,) int64, their numbers in `rows`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, columns: Columns, scores: np.ndarray, row_ids: np.ndarray) -> None:
+        self._rows = rows.with_format("arrow")
+        self._columns = columns
+        self.scores = np.asarray(scores, dtype=np.float64)
+        self.row_ids = np.asarray(row_ids, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row_id = int(self.row_ids[index])
+        row = self._rows[row_id]
+        return {
+            "prompt": row.column(self._columns.prompt)[0].as_py(),
+            "image": _cell(row.column(self._columns.image), 0),
+            "score": float(self.scores[index]),
+            "row_id": row_id,
+        }
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the usable rows, in order; read from the dataset at each call."""
+        column = self._rows.select_columns([self._columns.prompt])[:].column(0)
+        return column.take(pa.array(self.row_ids)).to_pylist()
+
+
+class ScoredStream(torch.utils.data.IterableDataset):
+    """
+    The usable rows of a stream, checked while it is read.
+
+    Rows are those of [`ScoredDataset`], with the image already opened as an RGB picture. `row_id` is a 63-bit hash of
+    the row's prompt, score and pixels, the same whatever reads the row and in which order; equal rows share it.
+    `dropped` counts the rows left out so far by cause, of this process (a DataLoader's workers count their own).
+
+    Args:
+        dataset ([`datasets.IterableDataset`]):
+            With one prompt, image and score a row.
+        columns ([`Columns`], *optional*):
+            Their names.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` stops at the first bad row; `"skip"` leaves it out, counts it and warns.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            The argument it was given as, for messages.
+
+    Raises:
+        DataError: for a wrong class, column or type; while reading, for a bad row under `"raise"`.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        columns: Columns = DEFAULT_COLUMNS,
+        *,
+        on_bad_sample: OnBadSample = "raise",
+        name: str = "train_dataset",
+    ) -> None:
+        check_class(dataset, name)
+        _check_policy(on_bad_sample)
+        if not isinstance(dataset, datasets.IterableDataset):
+            raise DataError(f"{name}: it is no stream; use prepare_dataset for a datasets.Dataset.")
+        check_columns(dataset, columns, name)
+        self._dataset = _undecoded(dataset, [columns.prompt, columns.image, columns.score])
+        self._columns = columns
+        self._on_bad_sample = on_bad_sample
+        self._name = name
+        self.dropped: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        columns = self._columns
+        bad, index = BadRows(self._name, columns), -1
+        for index, values in enumerate(self._dataset):
+            row = read_row(*(values.get(column) for column in (columns.prompt, columns.image, columns.score)))
+            if row.image is not None and not row.problems:
+                row_id = _content_id(row.prompt, row.score, row.image)
+                yield {"prompt": row.prompt, "image": row.image, "score": row.score, "row_id": row_id}
+                continue
+            bad.add(index, row.problems)
+            if self._on_bad_sample == "raise":
+                raise bad.error(f"the {index + 1} rows that this process has read")
+            self.dropped.update(cause for cause, _ in row.problems)
+            if bad.num_rows == 1:
+                logger.warning("%s: a row is left out.\n%s", self._name, bad.listing())
+        if bad.num_rows > 1:
+            logger.warning(
+                "%s: %d of %d rows that this process read are left out.\n%s",
+                self._name,
+                bad.num_rows,
+                index + 1,
+                bad.listing(),
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Pass the epoch on to the stream, which shuffles by it.
+
+        Args:
+            epoch (`int`):
+                Counted from 0.
+        """
+        self._dataset.set_epoch(epoch)
+
+    @property
+    def num_shards(self) -> int:
+        """Parts that the stream can be read in; more workers than this stay idle."""
+        return self._dataset.num_shards
+
+    def split(self, rank: int, world_size: int) -> ScoredStream:
+        """
+        Return the part of the stream that one process reads; the parts are disjoint and complete.
+
+        Args:
+            rank (`int`):
+                Number of the process, from 0.
+            world_size (`int`):
+                Number of processes.
+        """
+        part = ScoredStream.__new__(ScoredStream)
+        part.__dict__.update(self.__dict__)
+        part._dataset = split_dataset_by_node(self._dataset, rank=rank, world_size=world_size)
+        part.dropped = Counter()
+        return part
+
+
+def _undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datasets.IterableDataset:
+    dataset = dataset.with_format(None)
+    if dataset.features is None:
+        return dataset  # nothing is known to decode
+    dataset = dataset.select_columns(list(names))
+    for column in names:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def _content_id(prompt: str, score: float, image: Image.Image) -> int:
+    text = prompt.encode("utf-8")
+    digest = hashlib.blake2b(struct.pack("<qdqq", len(text), score, *image.size), digest_size=8)
+    digest.update(text)
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def stream_scores(
+    dataset: datasets.IterableDataset,
+    columns: Columns,
+    *,
+    on_bad_sample: OnBadSample = "raise",
+    limit: int | None = None,
+    name: str = "train_dataset",
+    progress: bool = True,
+) -> np.ndarray:
+    """
+    Read the scores of a stream without opening an image, for a threshold before the first step.
+
+    Args:
+        dataset ([`datasets.IterableDataset`]):
+            The stream.
+        columns ([`Columns`]):
+            Its column names.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` stops once five bad scores are found, or at the end; `"skip"` leaves them out and warns.
+        limit (`int`, *optional*):
+            Stop after this many usable scores; `None` reads to the end.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            The argument it was given as, for messages.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        `numpy.ndarray`: (N,) float64.
+
+    Raises:
+        DataError: for no score column, bad scores under `"raise"`, or no usable score.
+    """
+    check_class(dataset, name)
+    _check_policy(on_bad_sample)
+    if dataset.features is not None:
+        if columns.score not in dataset.features:
+            check_columns(dataset, columns, name)
+        check_score_type(dataset, columns.score, name)
+    scores: list[float] = []
+    bad, index = BadRows(name, columns), -1
+    rows = enumerate(_undecoded(dataset, [columns.score]))
+    for index, row in tqdm(rows, desc="Reading scores", unit=" rows", disable=not progress):
+        value = row.get(columns.score)
+        score, cause = read_score(value)
+        if cause is None:
+            scores.append(score)
+        else:
+            bad.add(index, [(cause, describe(value))])
+            if on_bad_sample == "raise" and bad.num_rows == _SHOWN_ROWS:
+                break
+        if limit is not None and len(scores) >= limit:
+            break
+    if index < 0:
+        raise DataError(f"{name}: the stream has no rows. Check its split and its filters.")
+    if bad.num_rows and (on_bad_sample == "raise" or not scores):
+        raise bad.error(f"{index + 1} rows read", can_skip=bool(scores) and on_bad_sample == "raise")
+    if bad.num_rows:
+        logger.warning("%s: %d of %d scores are left out.\n%s", name, bad.num_rows, index + 1, bad.listing())
+    return np.array(scores, dtype=np.float64)

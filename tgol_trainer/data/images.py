@@ -1,0 +1,255 @@
+"""Image values of any kind to RGB pictures, and RGB pictures to training pixels. Pillow, NumPy and torch only."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What Pillow raises for broken files, over its many formats: UnidentifiedImageError is an OSError, a bad PNG chunk a
+# SyntaxError, a bad TIFF tag anything from a KeyError to a struct.error.
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_ORIENTATION = 0x0112
+
+
+class DataError(ValueError):
+    """The data cannot be trained on as given; the message names column or argument, rows, cause and remedy."""
+
+
+class ImageError(DataError):
+    """
+    One image that cannot be opened.
+
+    Args:
+        message (`str`):
+            What went wrong, in Pillow's words where it has any.
+        cause (`str`, *optional*, defaults to `"undecodable image"`):
+            `"missing image"`, `"image file not found"`, `"truncated image"` or `"undecodable image"`.
+    """
+
+    # The second argument has a default because a DataLoader rebuilds a worker's exception from its message alone.
+    def __init__(self, message: str, cause: str = "undecodable image") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def open_image(value: Any) -> Image.Image:
+    """
+    Open an image given in any of the forms that datasets hold, as an upright RGB picture.
+
+    EXIF orientation is applied. Transparency is composited over white. Greyscale deeper than 8 bits is scaled, not
+    clipped: `"I;16"` from 0..65535; `"I"` from 0..255 or 0..65535, whichever holds it, `"F"` also from 0..1; values
+    beyond these from their own minimum..maximum. Of an animation, the first frame is taken.
+
+    Args:
+        value (`PIL.Image.Image`, `dict`, `str`, `pathlib.Path`, `bytes`, `numpy.ndarray` or nested `list`):
+            A picture; a dictionary with `"bytes"` or `"path"` (an undecoded [`datasets.Image`]); a path or a URL that
+            `datasets` can read; an encoded file; or pixels (H, W) or (H, W, 1 to 4 channels), integers in 0..255 or
+            floating point in 0..1.
+
+    Returns:
+        `PIL.Image.Image`: mode `"RGB"`, fully loaded, without EXIF orientation.
+
+    Raises:
+        ImageError: for a missing, truncated or undecodable image, and for a value of another kind.
+    """
+    try:
+        image = _open(value)
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ImageError("no such file", cause="image file not found") from error
+    except _PILLOW_ERRORS as error:
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            message = "cannot identify image file"  # without Pillow's own ending, the address of a buffer
+        truncated = isinstance(error, EOFError) or "truncated" in message.lower()
+        raise ImageError(message, cause="truncated image" if truncated else "undecodable image") from error
+    if not image.width or not image.height:
+        raise ImageError(f"a side of the image is zero: {image.width}x{image.height}")
+    return image
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, dict):
+        encoded = value.get("bytes")
+        value = encoded if encoded is not None else value.get("path")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ImageError("there is neither a path nor data", cause="missing image")
+    if isinstance(value, Image.Image):
+        value.load()
+        return _to_rgb(_upright(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(value))
+    if isinstance(value, str) and "://" in value:
+        return _decode_remote(value)
+    if isinstance(value, (str, Path)):
+        return _decode(value)
+    if isinstance(value, (np.ndarray, list, tuple)):
+        return _to_rgb(_from_array(np.asarray(value)))
+    raise ImageError(
+        f"a value of type {type(value).__name__} is not an image; give a PIL image, a path, encoded bytes or a NumPy "
+        "array"
+    )
+
+
+def _decode(source: str | Path | io.BytesIO) -> Image.Image:
+    # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays as it is, False by default: a half grey picture would be trained on.
+    with Image.open(source) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def _decode_remote(url: str) -> Image.Image:
+    from datasets import Image as ImageFeature
+
+    # Reads hf://, https:// and zip://a.png::hf://..., with the user's token.
+    return _to_rgb(_upright(ImageFeature().decode_example({"path": url, "bytes": None})))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return image  # broken metadata around good pixels: every viewer shows such a file, unrotated
+    # `exif_transpose` copies even where there is nothing to turn.
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image).astype(np.float64), 65535.0)
+    if image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        low, high = values.min(), values.max()
+        if not np.isfinite(low + high):
+            raise ImageError("the pixels hold NaN or infinite values")
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        whole = next((top for top in ranges if low >= 0 and high <= top), None)
+        return _grey(values, whole) if whole else _grey(values - low, (high - low) or 1.0)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(values: np.ndarray, whole: float) -> Image.Image:
+    return Image.fromarray(np.rint(values * (255.0 / whole)).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 2, 3, 4) and pixels.shape[0] in (1, 3, 4):
+        raise ImageError(
+            f"the array has shape {pixels.shape}, channels first; put them last: `image.transpose(1, 2, 0)`"
+        )
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 2, 3, 4)) or not pixels.size:
+        raise ImageError(f"the array has shape {pixels.shape}; expected (height, width) or (height, width, channels)")
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype.kind == "f":
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # written so that NaN fails too
+            raise ImageError(
+                f"floating-point pixels must lie in 0..1, these run from {pixels.min():g} to {pixels.max():g}"
+            )
+        pixels = np.rint(pixels * 255)
+    elif pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 255:
+        raise ImageError(f"pixels must be integers in 0..255 or floats in 0..1, not {pixels.dtype} beyond that")
+    pixels = pixels.astype(np.uint8, copy=False)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
+
+
+def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
+    """
+    Resize an image until it covers the resolution, cut out the centre and scale to -1..1.
+
+    Args:
+        image (`PIL.Image.Image`):
+            A picture of any size; other modes than RGB go through [`open_image`].
+        resolution (`tuple[int, int]`):
+            (height, width) in pixels.
+
+    Returns:
+        `torch.Tensor`: (3, height, width), float32, -1 for black and 1 for white, contiguous.
+    """
+    if image.mode != "RGB":
+        image = open_image(image)
+    height, width = resolution
+    if image.size != (width, height):
+        # Resizing the part that remains equals resizing everything and then cutting, without the large intermediate;
+        # Pillow's LANCZOS widens its filter when it shrinks, that is, it is antialiased.
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=_kept_box(*image.size, resolution))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def _kept_box(width: int, height: int, resolution: tuple[int, int]) -> tuple[float, float, float, float]:
+    kept_width = min(float(width), height * resolution[1] / resolution[0])
+    kept_height = min(float(height), width * resolution[0] / resolution[1])
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return left, top, min(left + kept_width, float(width)), min(top + kept_height, float(height))
+
+
+def cropped_share(width: int, height: int, resolution: tuple[int, int]) -> float:
+    """
+    Return the share of an image's area that the centre crop of [`to_pixels`] cuts away.
+
+    Args:
+        width (`int`):
+            Of the image, in pixels.
+        height (`int`):
+            Of the image, in pixels.
+        resolution (`tuple[int, int]`):
+            (height, width) of the training pixels.
+
+    Returns:
+        `float`: 0 for the same aspect ratio, below 1 always.
+    """
+    ratio = (width * resolution[0]) / (height * resolution[1])
+    return 1.0 - min(ratio, 1.0 / ratio)
+
+
+def describe(value: Any, limit: int = 60) -> str:
+    """
+    Return a short text for a value in an error message: a path, a number of bytes, or a shortened `repr`.
+
+    Args:
+        value (`Any`):
+            A cell of a dataset.
+        limit (`int`, *optional*, defaults to 60):
+            Largest number of characters.
+    """
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
+        value = value.get("path") or value.get("bytes")
+    if isinstance(value, (bytes, bytearray)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, np.ndarray):
+        return f"<array {value.shape} {value.dtype}>"
+    if isinstance(value, Image.Image):
+        return f"<{value.mode} image {value.width}x{value.height}>"
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and len(value) > limit:
+        # Of a path, the end tells more than the beginning.
+        value = "..." + value[-limit + 3 :] if "/" in value and " " not in value else value[: limit - 3] + "..."
+    text = repr(value) if not isinstance(value, (list, tuple)) or len(value) < 10 else f"<list of {len(value)}>"
+    return text if len(text) <= limit + 2 else text[: limit - 3] + "..."

@@ -1,0 +1,239 @@
+"""A name or a path to a dataset: the Hub, a saved dataset, a folder of images, a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from tgol_trainer.data.images import DataError
+from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
+
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+
+
+def load_scored_dataset(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    columns: Columns = DEFAULT_COLUMNS,
+) -> AnyDataset:
+    """
+    Load a dataset of prompts, images and scores. Rows are not checked here, see [`prepare_dataset`].
+
+    Args:
+        source (`str`):
+            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images with
+            `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the images; a folder of Parquet, JSON
+            Lines or CSV files; or one such file. Image paths in a table count from the folder of the table.
+        name (`str`, *optional*):
+            Configuration of a dataset that has several.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
+            its name.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return a stream instead of downloading first.
+        columns ([`Columns`], *optional*):
+            Its image column is the one whose paths are resolved.
+
+    Returns:
+        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
+
+    Raises:
+        DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _load_file(path, split, streaming, columns)
+    if path.is_dir():
+        return _load_folder(path, name, split, streaming, columns)
+    if not _HUB_ID.fullmatch(source) or path.suffix.lower() in _BUILDERS:
+        raise DataError(
+            f"`source`: {source!r} is no file and no folder here (looked from {os.getcwd()}), and no Hub id, which "
+            "has the form 'owner/name'. Check the path."
+        )
+    hint = (
+        f"No file or folder of that name exists here (looked from {os.getcwd()}), so it was taken for a Hub id. Check "
+        "its spelling, the `name` of the configuration and the `split`; for a private or gated dataset, log in with "
+        "`hf auth login`."
+    )
+    return _attempt(source, hint, datasets.load_dataset, source, name, split=split, streaming=streaming)
+
+
+def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return load(*args, **kwargs)
+    except _LOAD_ERRORS as error:
+        inner = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise DataError(
+            f"`source`: {str(source)!r} could not be loaded: {type(inner).__name__}: {inner}\n{hint}"
+        ) from error
+
+
+def _load_file(path: Path, split: str, streaming: bool, columns: Columns) -> AnyDataset:
+    builder = _BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise DataError(
+            f"`source`: {str(path)!r} is a file of a kind that is not read; give one of {', '.join(_BUILDERS)}, or a "
+            "folder."
+        )
+    hint = "Check that the file is not empty, that every line has the same columns, and that it is UTF-8."
+    dataset = _attempt(
+        path,
+        hint,
+        datasets.load_dataset,
+        builder,
+        data_files={_base_split(split): str(path)},
+        split=split,
+        streaming=streaming,
+        **(_csv_options(path) if builder == "csv" else {}),
+    )
+    return _resolve_images(dataset, path.parent, columns)
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Return the options of the CSV reader for files as spreadsheets write them."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline()
+    # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
+    separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
+    return {
+        "sep": separator,
+        "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
+        # In one piece: else a word in a later piece of a column that began with numbers stops the reader, where the
+        # check of the rows can say which row it is.
+        "chunksize": 2**31 - 1,
+    }
+
+
+def _load_folder(path: Path, name: str | None, split: str, streaming: bool, columns: Columns) -> AnyDataset:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _load_saved(path, split, streaming)
+    for folder in (path / split, path):
+        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
+        if metadata is not None:
+            return _load_file(metadata, split, streaming, columns)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
+    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    if not any(file.name in _METADATA for file in files):
+        if images and not tables:
+            raise _no_metadata(path, images, columns)
+        if not tables:
+            raise DataError(
+                f"`source`: the folder {str(path)!r} holds no data: no images and no {', '.join(_BUILDERS)} file."
+            )
+    hint = f"Check that the folder has a split {split!r} and that its files have the same columns."
+    builder, options = str(path), {"name": name}
+    if images and tables and not any(file.name in _METADATA for file in files):
+        # `datasets` takes a folder for what most of its files are, here images, and would leave the tables unread.
+        builder, options = _tables_of(path, tables, split)
+    elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
+        options |= _csv_options(tables[0])
+    dataset = _attempt(path, hint, datasets.load_dataset, builder, split=split, streaming=streaming, **options)
+    return _resolve_images(dataset, path, columns)
+
+
+def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
+    """Return the builder and the arguments that load the tables of one split, by the split in their names."""
+    builders = {_BUILDERS[file.suffix.lower()] for file in tables}
+    names = sorted(file.relative_to(path).as_posix() for file in tables)
+    if len(builders) > 1:
+        raise DataError(f"`source`: {str(path)!r} holds tables of several kinds: {names}. Name one file.")
+    base = _base_split(split)
+    words = {file: set(re.split(r"[\W\d_]+", file.relative_to(path).as_posix().lower())) for file in tables}
+    if any(words[file] & known for file in tables for known in _SPLIT_WORDS.values()):
+        tables = [file for file in tables if words[file] & _SPLIT_WORDS.get(base, {base.lower()})]
+    if not tables:
+        raise DataError(f"`split`: of the tables {names} in {str(path)!r}, none belongs to the split {base!r}.")
+    options = {"data_files": {base: [str(file) for file in sorted(tables)]}}
+    builder = builders.pop()
+    return builder, options | (_csv_options(tables[0]) if builder == "csv" else {})
+
+
+def _base_split(split: str) -> str:
+    return re.sub(r"\W.*", "", split)  # "train[:100]" -> "train"
+
+
+def _load_saved(path: Path, split: str, streaming: bool) -> AnyDataset:
+    dataset = _attempt(path, "Save it again with `dataset.save_to_disk`.", datasets.load_from_disk, str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DataError(
+                f"`split`: {str(path)!r} has the splits {list(dataset)}, not {split!r}. Give one of them; a saved "
+                "dataset takes no slice such as 'train[:100]'."
+            )
+        dataset = dataset[split]
+    if streaming:
+        return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
+    return dataset
+
+
+def _no_metadata(path: Path, images: list[Path], columns: Columns) -> DataError:
+    names = sorted(file.relative_to(path).as_posix() for file in images)
+    lines = "\n".join(
+        json.dumps({"file_name": file, columns.prompt: prompt, columns.score: score}, ensure_ascii=False)
+        for file, prompt, score in ((names[0], "a red kite over the sea", 4), (names[-1], "a dog in a hat", 2.5))
+    )
+    return DataError(
+        f"`source`: the folder {str(path)!r} holds {len(images)} images and no metadata, so there are no prompts and "
+        f"no scores. Add a file metadata.jsonl to it, with one line an image:\n{lines}"
+    )
+
+
+def _resolve_images(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
+    """Make a column of paths absolute and an image column; anything else is left to the check of the columns."""
+    if dataset.features is None:
+        # A streamed CSV or JSON file: types are known once rows are read.
+        return dataset.map(_absolute_row, fn_kwargs={"folder": str(folder.resolve()), "image": columns.image})
+    if columns.image not in dataset.features and "file_name" in dataset.features:
+        dataset = dataset.rename_column("file_name", columns.image)
+    feature = dataset.features.get(columns.image)
+    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+    if dtype in ("string", "large_string", "null"):
+        features = dataset.features.copy()
+        features[columns.image] = datasets.Value("string")
+        dataset = dataset.map(
+            _absolute_paths,
+            batched=True,
+            fn_kwargs={"folder": str(folder.resolve()), "image": columns.image},
+            features=features,
+            **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": "Resolving image paths"}),
+        )
+    if dtype in ("string", "large_string", "null", "binary", "large_binary") or isinstance(feature, dict):
+        dataset = dataset.cast_column(columns.image, datasets.Image())
+    return dataset
+
+
+def _absolute(path: Any, folder: str) -> Any:
+    if not isinstance(path, str) or not path.strip() or "://" in path:
+        return path
+    return os.path.join(folder, path.strip())  # an absolute path stays what it is
+
+
+def _absolute_paths(batch: dict[str, list[Any]], folder: str, image: str) -> dict[str, list[Any]]:
+    return {image: [_absolute(path, folder) for path in batch[image]]}
+
+
+def _absolute_row(row: dict[str, Any], folder: str, image: str) -> dict[str, Any]:
+    return {image: _absolute(row.get(image, row.get("file_name")), folder)}

@@ -1,0 +1,234 @@
+"""What makes one row unusable, and the message that lists all such rows at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+from collections import Counter
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tgol_trainer.data.images import DataError, ImageError, describe, open_image
+
+_SHOWN_ROWS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """
+    Which column of a dataset holds what; other columns are ignored.
+
+    Args:
+        prompt (`str`, *optional*, defaults to `"prompt"`):
+            Column of texts.
+        image (`str`, *optional*, defaults to `"image"`):
+            Column of images, in any form that [`open_image`] reads.
+        score (`str`, *optional*, defaults to `"score"`):
+            Column of numbers; higher is better.
+
+    Raises:
+        DataError: if two of them are the same.
+    """
+
+    prompt: str = "prompt"
+    image: str = "image"
+    score: str = "score"
+
+    def __post_init__(self) -> None:
+        if len({self.prompt, self.image, self.score}) < 3:
+            raise DataError(
+                f"The columns must be three different ones, got prompt={self.prompt!r}, image={self.image!r}, "
+                f"score={self.score!r}. Name the column that holds each, for example Columns(score='rating')."
+            )
+
+
+DEFAULT_COLUMNS = Columns()
+
+CAST_SCORE_WITH_BLANKS = """def to_number(score):
+    try:
+        return {{"{score}": float(score)}}
+    except (TypeError, ValueError):
+        return {{"{score}": None}}
+
+features = dataset.features.copy()
+features["{score}"] = datasets.Value("float64")
+dataset = dataset.map(to_number, input_columns="{score}", features=features)
+dataset = dataset.filter(lambda score: score is not None, input_columns="{score}")"""
+CAST_SCORE = 'dataset = dataset.cast_column("{score}", datasets.Value("float64"))'
+_FINITE_SCORE = (
+    "dataset = dataset.filter(lambda score: score is not None and math.isfinite(score), "
+    'input_columns="{score}")  # import math'
+)
+_FILLED_PROMPT = 'dataset = dataset.filter(lambda prompt: bool(prompt and prompt.strip()), input_columns="{prompt}")'
+_TEXT_PROMPT = 'dataset = dataset.cast_column("{prompt}", datasets.Value("string"))'
+_BROKEN_IMAGE = "# save the image again from its source, or remove the row"
+_MISSING_FILE = """# Put the files where the paths say, or correct the paths. Relative ones are looked up in the
+# working directory, {folder}; to make them absolute (import os, datasets):
+dataset = dataset.cast_column("{image}", datasets.Image(decode=False))
+dataset = dataset.map(
+    lambda image: {{"{image}": {{**image, "path": os.path.join("/folder/of/the/images", image["path"])}}}},
+    input_columns="{image}",
+)
+dataset = dataset.cast_column("{image}", datasets.Image())"""
+
+# Cause -> the column it concerns and its remedy. The causes are the keys of `DataReport.dropped`.
+CAUSES: dict[str, tuple[str, str]] = {
+    "missing prompt": ("prompt", _FILLED_PROMPT),
+    "empty prompt": ("prompt", _FILLED_PROMPT),
+    "prompt is not text": ("prompt", _TEXT_PROMPT),
+    "missing image": ("image", "# give every row an image, or remove the row"),
+    "image file not found": ("image", _MISSING_FILE),
+    "truncated image": ("image", _BROKEN_IMAGE),
+    "undecodable image": ("image", _BROKEN_IMAGE),
+    "missing score": ("score", _FINITE_SCORE),
+    "NaN score": ("score", _FINITE_SCORE),
+    "infinite score": ("score", _FINITE_SCORE),
+    "score is text": ("score", CAST_SCORE_WITH_BLANKS),
+    "score is not a number": ("score", "# store one number per row, for example the mean of several ratings"),
+}
+
+
+def prompt_problem(value: Any) -> str | None:
+    """Return the cause for which a prompt cannot be used, one of `CAUSES`, or `None` for a good one."""
+    if value is None:
+        return "missing prompt"
+    if not isinstance(value, str):
+        return "prompt is not text"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
+        return "prompt is not text"
+    return None if value.strip() else "empty prompt"
+
+
+def read_score(value: Any) -> tuple[float, str | None]:
+    """Return the score as a number, NaN for a bad one, and the cause for which it cannot be used or `None`."""
+    if value is None:
+        return math.nan, "missing score"
+    if isinstance(value, str):
+        return math.nan, "score is text" if value.strip() else "missing score"
+    if not isinstance(value, (numbers.Real, Decimal, np.bool_)):
+        return math.nan, "score is not a number"
+    try:
+        score = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.nan, "infinite score"
+    if math.isnan(score):
+        return math.nan, "NaN score"
+    return (score, None) if math.isfinite(score) else (math.nan, "infinite score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row after its checks; `problems` pairs each cause with a short text of the value, and is empty if good."""
+
+    prompt: Any
+    image: Image.Image | None
+    score: float
+    problems: tuple[tuple[str, str], ...]
+
+
+def read_row(prompt: Any, image: Any, score: Any) -> Row:
+    """
+    Check the three values of a row; all of its problems are found, not the first alone.
+
+    Args:
+        prompt (`Any`):
+            A good one is a `str` that is not blank.
+        image (`Any`):
+            A good one opens with [`open_image`].
+        score (`Any`):
+            A good one is a finite number or a `bool`.
+
+    Returns:
+        [`Row`]: with the image opened.
+    """
+    problems = []
+    cause = prompt_problem(prompt)
+    if cause is not None:
+        problems.append((cause, describe(prompt)))
+    opened = None
+    try:
+        opened = open_image(image)
+    except ImageError as error:
+        known = error.cause in ("missing image", "image file not found")  # the cause says it all
+        problems.append((error.cause, describe(image) if known else f"{describe(image)}: {error}"))
+    number, cause = read_score(score)
+    if cause is not None:
+        problems.append((cause, describe(score)))
+    return Row(prompt, opened, number, tuple(problems))
+
+
+class BadRows:
+    """
+    Collects bad rows and words them.
+
+    Args:
+        name (`str`):
+            The argument that the dataset was given as, such as `"train_dataset"`.
+        columns ([`Columns`]):
+            For the names in the message.
+    """
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self.name = name
+        self.columns = columns
+        self.counts: Counter[str] = Counter()
+        self.num_rows = 0
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, row: int, problems: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> None:
+        """
+        Take in one bad row.
+
+        Args:
+            row (`int`):
+                Its number, counted from 0.
+            problems (`Sequence[tuple[str, str]]`):
+                (cause, text of the value); a row is counted once under each of its causes.
+        """
+        self.num_rows += 1
+        for cause, detail in problems:
+            self.counts[cause] += 1
+            shown = self._examples.setdefault(cause, [])
+            if len(shown) < _SHOWN_ROWS:
+                shown.append(f"row {row}: {detail}")
+
+    def listing(self) -> str:
+        """Return one line a cause: column, cause, count and the first rows."""
+        lines = []
+        for cause, (role, _) in CAUSES.items():
+            if cause in self.counts:
+                shown = self._examples[cause]
+                more = ", ..." if self.counts[cause] > len(shown) else ""
+                lines.append(
+                    f"  column {getattr(self.columns, role)!r}, {cause}: {self.counts[cause]} "
+                    f"({', '.join(shown)}{more})"
+                )
+        return "\n".join(lines)
+
+    def error(self, seen: str, *, can_skip: bool = True) -> DataError:
+        """
+        Return the error that lists everything and how to mend it.
+
+        Args:
+            seen (`str`):
+                What was looked at, such as `"100 rows"`.
+            can_skip (`bool`, *optional*, defaults to `True`):
+                Whether to offer `on_bad_sample="skip"`.
+        """
+        remedies: dict[str, str] = {}  # a dictionary for its order: several causes share a remedy
+        for cause, (role, remedy) in CAUSES.items():
+            if cause in self.counts:
+                text = remedy.format(**dataclasses.asdict(self.columns), folder=os.getcwd())
+                remedies.setdefault(text, getattr(self.columns, role))
+        fixes = "\n".join(f"# column {column!r}:\n{text}" for text, column in remedies.items())
+        return DataError(
+            f"{self.name}: {self.num_rows} of {seen} cannot be used (rows are counted from 0).\n{self.listing()}\n"
+            f"To mend them:\n{fixes}" + ("\nOr leave them out: on_bad_sample='skip'." if can_skip else "")
+        )
