@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def check_peft_config(config: PeftConfig) -> None:
         )
     if config.bias != "none":
         raise ValueError(
-            f'`peft_config.bias` is {config.bias!r}: trained biases stay on when adapters are switched off, so the '
+            f"`peft_config.bias` is {config.bias!r}: trained biases stay on when adapters are switched off, so the "
             'reference would move with the policy. Set `bias="none"`.'
         )
     if config.modules_to_save:
@@ -70,8 +71,8 @@ def check_peft_config(config: PeftConfig) -> None:
         )
     if config.init_lora_weights not in _NEUTRAL_INITIALISATIONS:
         raise ValueError(
-            f"`peft_config.init_lora_weights` is {config.init_lora_weights!r}, under which the policy does not start as "
-            "the reference. Use True or 'gaussian'."
+            f"`peft_config.init_lora_weights` is {config.init_lora_weights!r}, under which the policy does not start "
+            "as the reference. Use True or 'gaussian'."
         )
     if config.lora_dropout:
         logger.warning(
@@ -165,7 +166,9 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
         pipeline.load_lora_weights(source, adapter_name=name)
     model = getattr(pipeline, denoiser)
     if POLICY not in (getattr(model, "peft_config", None) or {}):
-        raise ValueError(f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded.")
+        raise ValueError(
+            f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
+        )
     others = [
         name
         for name, component in pipeline.components.items()
@@ -173,8 +176,8 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     ]
     if others:
         raise ValueError(
-            f"`adapter_name_or_path={source!r}` also holds weights for {', '.join(others)}, which are not trained here and "
-            f"would be missing from what is saved. Use an adapter of the {denoiser} alone."
+            f"`adapter_name_or_path={source!r}` also holds weights for {', '.join(others)}, which are not trained "
+            f"here and would be missing from what is saved. Use an adapter of the {denoiser} alone."
         )
     for name in names:
         check_peft_config(_neutral(model.peft_config[name]))
@@ -220,8 +223,8 @@ def reference_policy(model: ModelMixin) -> Iterator[None]:
     Make the denoiser the reference inside the block: no gradient, adapters off or the reference adapter on.
 
     Switching adapters off also clears `requires_grad` on their weights. A backward pass before they are on again would
-    give zero gradients without any error, so leaving the block always restores them; run the reference's pass first and
-    the policy's after, and nothing is switched between a forward pass and its backward pass.
+    give zero gradients without any error, so leaving the block always restores them; run the reference's pass first
+    and the policy's after, and nothing is switched between a forward pass and its backward pass.
 
     Args:
         model (`diffusers.ModelMixin`):
@@ -247,15 +250,18 @@ def sync_reference(model: ModelMixin) -> None:
     """
     Make the policy of this moment the reference (paper, Algorithm 1, line 15).
 
-    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to the
-    true base model.
+    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to
+    the true base model.
 
     Args:
         model (`diffusers.ModelMixin`):
             The denoiser with its policy adapter.
     """
     if REFERENCE not in model.peft_config:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config` attribute"
+            )  # a second one is meant
             model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
     policy = _parameters_of(model, POLICY)
     with torch.no_grad():
@@ -279,7 +285,11 @@ def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
     Returns:
         `dict`: JSON-serialisable.
     """
-    metadata: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+    metadata: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": config.target_modules,
+    }
     for field in dataclasses.fields(config):
         if field.name.startswith("_") or field.name in _NOT_METADATA or not field.init:
             continue
@@ -360,7 +370,7 @@ def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str =
     wrong |= {name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape}
     if wrong:
         raise ValueError(
-            f"{file} does not fit the adapter of this run: {len(wrong)} tensors are missing, unknown or of another shape "
-            f"(such as {sorted(wrong)[0]}). Resume with the `peft_config` that the checkpoint was trained with."
+            f"{file} does not fit the adapter of this run: {len(wrong)} tensors are missing, unknown or of another "
+            f"shape (such as {sorted(wrong)[0]}). Resume with the `peft_config` that the checkpoint was trained with."
         )
     set_peft_model_state_dict(model, weights, adapter_name=adapter)

@@ -12,26 +12,29 @@ FULL_LEARNING_RATE = 1e-5
 
 
 @dataclass
-class TGOLConfig(TrainingArguments):
+class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help below
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
-    # Defaults of TrainingArguments that differ here; `CHANGED_DEFAULTS` says why, `tests/test_config.py` holds the list.
+    # Defaults of TrainingArguments that differ here; `CHANGED_DEFAULTS` says why, and a test holds the list.
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Peak learning rate of AdamW. None means 1e-5 for full fine-tuning, the paper's value for batches of "
-            "128, and 1e-4 for LoRA: ten times that, since a low-rank update of the same size needs larger steps."
+            "help": "Peak learning rate of AdamW. None means 1e-5 for full fine-tuning, the paper's value for "
+            "batches of 128, and 1e-4 for LoRA: ten times that, since a low-rank update needs larger steps."
         },
     )
     num_train_epochs: float = field(
         default=1.0, metadata={"help": "Passes over the data; the paper makes one (78 updates for 10,000 prompts)."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Updates between two log lines; below 1, a share of all."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Updates between two log lines; below 1, a share of all."}
+    )
     logging_first_step: bool = field(
         default=True, metadata={"help": "Log the first update: its loss must equal mean(w)·ln 2."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses from the log. Off: a NaN stops training with its likely cause."}
+        default=False,
+        metadata={"help": "Hide NaN losses from the log. Off: a NaN stops training with its likely cause."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: prompt, image and score are no arguments of a denoiser."}
@@ -40,13 +43,16 @@ class TGOLConfig(TrainingArguments):
         default=True, metadata={"help": "Drop the last incomplete training batch. Evaluation always keeps it."}
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight takes part in each step."}
+        default=False,
+        metadata={"help": "Passed to DistributedDataParallel; every adapter weight takes part in each step."},
     )
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Passed to `DiffusionPipeline.from_pretrained` where `model` is an id or a folder: dtype, revision, ..."},
+        metadata={
+            "help": "Passed to `DiffusionPipeline.from_pretrained` where `model` is an id or folder: dtype, revision"
+        },
     )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a LoRA adapter to start from, instead of a new one."}
@@ -54,8 +60,8 @@ class TGOLConfig(TrainingArguments):
     reference: Literal["base", "initial"] = field(
         default="base",
         metadata={
-            "help": "With `adapter_name_or_path`: measure the policy against the base model, or against the adapter it "
-            "started from, kept frozen under a second name."
+            "help": "With `adapter_name_or_path`: measure the policy against the base model, or against the adapter "
+            "it started from, kept frozen under a second name."
         },
     )
     full_finetuning: bool = field(
@@ -66,7 +72,9 @@ class TGOLConfig(TrainingArguments):
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    score_column: str = field(default="score", metadata={"help": "Column with one real score an image; higher is better."})
+    score_column: str = field(
+        default="score", metadata={"help": "Column with one real score an image; higher is better."}
+    )
     resolution: int | None = field(
         default=None,
         metadata={"help": "Side in pixels to which images are resized and centre-cropped. None: the model's own."},
@@ -74,7 +82,9 @@ class TGOLConfig(TrainingArguments):
     random_flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
     caption_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability of training an image with the empty prompt, the same for policy and reference."},
+        metadata={
+            "help": "Probability of training an image with the empty prompt, the same for policy and reference."
+        },
     )
     latent_sampling: Literal["sample", "mode"] = field(
         default="sample",
@@ -82,7 +92,9 @@ class TGOLConfig(TrainingArguments):
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
-        metadata={"help": "What to do with rows that cannot be trained on: stop before training, or drop and count them."},
+        metadata={
+            "help": "What to do with rows that cannot be trained on: stop before training, or drop and count them."
+        },
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that check the images before training."}
@@ -93,8 +105,8 @@ class TGOLConfig(TrainingArguments):
     temperature: float = field(
         default=0.001,
         metadata={
-            "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T holds "
-            "the policy less close to the reference. No effect on masked-token models."
+            "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T "
+            "holds the policy less close to the reference. No effect on masked-token models."
         },
     )
     confidence_scale: float = field(
@@ -102,7 +114,8 @@ class TGOLConfig(TrainingArguments):
         metadata={"help": "c in the weight 1 + c·|s - τ| (paper: 5). Its effect depends on the unit of the scores."},
     )
     threshold_percentile: float = field(
-        default=50.0, metadata={"help": "Percentile of the scores that becomes the threshold τ (paper: 50, the median)."}
+        default=50.0,
+        metadata={"help": "Percentile of the scores that becomes the threshold τ (paper: 50, the median)."},
     )
     threshold: float | None = field(
         default=None, metadata={"help": "A fixed τ, in normalised score units, instead of a percentile."}
@@ -110,25 +123,26 @@ class TGOLConfig(TrainingArguments):
     threshold_update: Literal["once", "epoch"] = field(
         default="once",
         metadata={
-            "help": "Estimate τ once, or again at each epoch. The latter only means something for streamed data or for a "
-            "proxy set that is made anew after the reference moves."
+            "help": "Estimate τ once, or again at each epoch. The latter only means something for streamed data or "
+            "for a proxy set that is made anew after the reference moves."
         },
     )
     max_threshold_samples: int | None = field(
-        default=None, metadata={"help": "Streams only: rows read in the first pass over the scores. None reads them all."}
+        default=None,
+        metadata={"help": "Streams only: rows read in the first pass over the scores. None reads them all."},
     )
     score_normalization: Literal["none", "zscore", "robust"] = field(
         default="none",
         metadata={
-            "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and interquartile "
-            "range. 'none' is the paper's."
+            "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and "
+            "interquartile range. 'none' is the paper's."
         },
     )
     sync_ref_model: Literal["no", "epoch"] = field(
         default="no",
         metadata={
-            "help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15). Unlike TRL's "
-            "flag of this name, which mixes weights every 512 steps."
+            "help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15). Unlike "
+            "TRL's flag of this name, which mixes weights every 512 steps."
         },
     )
 
@@ -145,6 +159,13 @@ class TGOLConfig(TrainingArguments):
         self._check_ranges()
         self._check_combinations()
 
+    @property
+    def pipeline_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs` as a dictionary, empty if there are none."""
+        if isinstance(self.model_init_kwargs, str):
+            raise ValueError(f"`model_init_kwargs` is no JSON object: {self.model_init_kwargs!r}.")
+        return dict(self.model_init_kwargs or {})
+
     def _check_ranges(self) -> None:
         for name, low, high in (
             ("beta", 0, None),
@@ -158,16 +179,29 @@ class TGOLConfig(TrainingArguments):
                 wanted = "larger than 0" if low is not None else "at least 0"
                 wanted += f" and at most {high}" if high is not None else ""
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-        for name in ("reference", "latent_sampling", "on_bad_sample", "threshold_update", "score_normalization", "sync_ref_model"):
+        for name in (
+            "reference",
+            "latent_sampling",
+            "on_bad_sample",
+            "threshold_update",
+            "score_normalization",
+            "sync_ref_model",
+        ):
             allowed = _choices(name)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
     def _check_combinations(self) -> None:
+        again = self.threshold_update == "epoch" and self.score_normalization != "none"
+        if again and self.dataloader_persistent_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers=True` keeps the first epoch's score normalisation in the workers, "
+                "while `threshold_update='epoch'` fits it again. Set one of the two back."
+            )
         if self.remove_unused_columns:
             raise ValueError(
-                "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the denoiser. "
-                "Leave it False; columns that are not needed are ignored."
+                "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the "
+                "denoiser. Leave it False; columns that are not needed are ignored."
             )
         if self.full_finetuning and self.adapter_name_or_path:
             raise ValueError("`full_finetuning=True` trains no adapter: leave out `adapter_name_or_path`.")
@@ -209,7 +243,10 @@ def _docstring() -> str:
     for item in fields(TGOLConfig):
         if item.name in inherited and item.name not in CHANGED_DEFAULTS:
             continue
-        lines += [f"    {item.name} (`{item.type}`, *optional*, defaults to `{item.default!r}`):", f"        {item.metadata['help']}"]
+        lines += [
+            f"    {item.name} (`{item.type}`, *optional*, defaults to `{item.default!r}`):",
+            f"        {item.metadata['help']}",
+        ]
     return "\n".join(lines)
 
 

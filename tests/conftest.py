@@ -1,0 +1,65 @@
+"""What every test needs: no network, one thread, quiet libraries."""
+
+import os
+
+# Read when huggingface_hub and datasets are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from tgol_trainer import TGOLConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def scored_dataset(num_rows: int = 32, num_prompts: int = 5, seed: int = 0, side: int = 16) -> Dataset:
+    """Random pictures with prompts and normal scores."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 256, (num_rows, side, side, 3), dtype=np.uint8)
+    return Dataset.from_dict(
+        {
+            "prompt": [f"prompt number {index % num_prompts}" for index in range(num_rows)],
+            "image": [Image.fromarray(picture) for picture in pictures],
+            "score": rng.normal(size=num_rows),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    """32 random rows."""
+    return scored_dataset()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Make a configuration for seconds on a CPU; keywords override."""
+
+    def make(**overrides) -> TGOLConfig:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 8,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return TGOLConfig(**{**settings, **overrides})
+
+    return make

@@ -1,0 +1,221 @@
+"""Adapters: attached neutrally, switched safely, saved so that diffusers loads exactly what was trained."""
+
+import json
+import logging
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import IA3Config, LoraConfig
+from safetensors import safe_open
+
+from tests.tiny import stable_diffusion
+from tgol_trainer import TGOLTrainer, adapters
+from tgol_trainer.backbones import load_backbone
+
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+def attached(**options):
+    backbone = load_backbone(stable_diffusion())
+    config = LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
+    adapters.attach(backbone.denoiser, config, seed=0, probe=backbone.probe)
+    return backbone
+
+
+def randomize(model):
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name and f".{adapters.POLICY}" in name:
+            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def output(pipe, steps=2):
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor(pipe("a cat", num_inference_steps=steps, generator=generator, output_type="np").images)
+
+
+VARIANTS = {
+    "alpha above rank": {"lora_alpha": 16},
+    "alpha below rank": {"lora_alpha": 1},
+    "rank-stabilised": {"lora_alpha": 8, "use_rslora": True},
+    "DoRA": {"lora_alpha": 8, "use_dora": True},
+    "convolutions": {"lora_alpha": 8, "target_modules": [*TARGETS, "conv1", "conv2"]},
+    "rank pattern": {"lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 3}},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_load_lora_weights_gives_the_trained_model_exactly(options, tmp_path):
+    trained = attached(**options)
+    randomize(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+    fresh = stable_diffusion()
+    base = load_backbone(stable_diffusion()).probe()
+    fresh.load_lora_weights(tmp_path)
+    loaded = load_backbone(fresh)
+    difference = (loaded.probe() - trained.probe()).abs().max().item()
+    assert difference == 0.0
+    assert not torch.equal(loaded.probe(), base)
+
+
+def test_a_generated_picture_is_the_trained_pipelines_own(tmp_path):
+    trained = attached(lora_alpha=8)
+    randomize(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+    fresh = stable_diffusion()
+    fresh.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(fresh), output(trained.pipeline), rtol=0, atol=1e-5)
+
+
+def test_without_the_metadata_alpha_would_be_lost(tmp_path, monkeypatch):
+    """What the metadata is for: break the save and the loaded output is wrong."""
+    trained = attached(lora_alpha=16)
+    randomize(trained.denoiser)
+    monkeypatch.setattr(adapters, "adapter_metadata", lambda config: None)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+    fresh = stable_diffusion()
+    fresh.load_lora_weights(tmp_path)
+    assert not torch.allclose(load_backbone(fresh).probe(), trained.probe(), atol=1e-4)
+
+
+def test_the_metadata_names_rank_alpha_targets_and_what_differs_from_the_defaults_only(tmp_path):
+    trained = attached(lora_alpha=8, use_rslora=True)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata == {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.target_modules": sorted(TARGETS),
+        "unet.use_rslora": True,
+    }
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
+    base = load_backbone(stable_diffusion()).probe()
+    backbone = attached(lora_alpha=8)
+    assert torch.equal(backbone.probe(), base)
+    assert all(
+        parameter.requires_grad == ("lora_" in name) for name, parameter in backbone.denoiser.named_parameters()
+    )
+
+
+def test_the_seed_decides_the_adapters_random_half_and_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    first, second = attached(init_lora_weights="gaussian"), attached(init_lora_weights="gaussian")
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(first.denoiser.parameters(), second.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["adapters off", "second adapter"])
+def test_gradients_are_restored_even_if_the_reference_pass_fails(second):
+    backbone = attached(lora_alpha=8)
+    if second:
+        adapters.sync_reference(backbone.denoiser)
+    trainable = [name for name, p in backbone.denoiser.named_parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="boom"), adapters.reference_policy(backbone.denoiser):
+        raise RuntimeError("boom")
+    assert [name for name, p in backbone.denoiser.named_parameters() if p.requires_grad] == trainable
+    assert all(adapters.REFERENCE not in name for name in trainable)
+
+
+def test_a_synced_reference_is_the_policy_of_that_moment_and_stays_when_the_policy_moves():
+    backbone = attached(lora_alpha=8)
+    randomize(backbone.denoiser)
+    at_sync = backbone.probe()
+    adapters.sync_reference(backbone.denoiser)
+    randomize(backbone.denoiser)
+    with adapters.reference_policy(backbone.denoiser):
+        assert torch.equal(backbone.probe(), at_sync)
+    assert not torch.equal(backbone.probe(), at_sync)
+    adapters.sync_reference(backbone.denoiser)
+    moved = backbone.probe()
+    with adapters.reference_policy(backbone.denoiser):
+        assert torch.equal(backbone.probe(), moved)
+
+
+REFUSED = {
+    "another PEFT type": (IA3Config(target_modules=["to_k"]), TypeError, "IA3Config.*LoraConfig"),
+    "trained biases": (LoraConfig(bias="all"), ValueError, r'bias="none"'),
+    "full modules": (LoraConfig(modules_to_save=["conv_in"]), ValueError, "modules_to_save"),
+    "PiSSA": (LoraConfig(init_lora_weights="pissa"), ValueError, "does not start as the reference"),
+    "a random start": (LoraConfig(init_lora_weights=False), ValueError, "does not start as the reference"),
+}
+
+
+@pytest.mark.parametrize(("config", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_adapters_under_which_off_is_not_the_base_are_refused(config, error, message):
+    with pytest.raises(error, match=message):
+        adapters.check_peft_config(config)
+
+
+def test_dropout_is_allowed_with_a_warning(caplog):
+    caplog.set_level(logging.WARNING)
+    adapters.check_peft_config(LoraConfig(lora_dropout=0.1))
+    assert "log-ratio carries that noise" in caplog.text
+
+
+def test_a_base_that_changes_under_the_adapter_is_found_by_comparing_outputs():
+    backbone = attached(lora_alpha=8)
+    expected = backbone.probe()
+    next(p for name, p in backbone.denoiser.named_parameters() if "base_layer" in name).data += 0.1
+    with pytest.raises(ValueError, match="no longer gives the base model's output"):
+        adapters.check_reference(backbone.denoiser, expected, backbone.probe)
+
+
+def test_a_model_that_already_has_adapters_is_refused_with_the_way_out(config, dataset):
+    pipe = stable_diffusion()
+    pipe.unet.add_adapter(LoraConfig(target_modules=TARGETS), "style")
+    with pytest.raises(ValueError, match=r"style.*unload_lora_weights.*adapter_name_or_path"):
+        TGOLTrainer(pipe, config(), dataset)
+
+
+# ---- Starting from a saved adapter ----
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trained = attached(lora_alpha=8)
+    randomize(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path / "saved")
+    return tmp_path / "saved", trained.probe()
+
+
+@pytest.mark.parametrize("reference", ["base", "initial"])
+def test_training_continues_from_a_saved_adapter_against_the_reference_asked_for(config, dataset, saved, reference):
+    folder, start = saved
+    args = config(adapter_name_or_path=str(folder), reference=reference)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset)
+    assert torch.equal(trainer.backbone.probe(), start)
+    with trainer.reference_policy():
+        expected = start if reference == "initial" else load_backbone(stable_diffusion()).probe()
+        assert torch.equal(trainer.backbone.probe(), expected)
+    trainer.train()
+    assert not torch.equal(trainer.backbone.probe(), start)
+    with trainer.reference_policy():
+        assert torch.equal(trainer.backbone.probe(), expected)
+
+
+def test_what_is_published_of_a_continued_adapter_is_relative_to_the_true_base(config, dataset, saved, tmp_path):
+    folder, _ = saved
+    args = config(adapter_name_or_path=str(folder), reference="initial", save_strategy="steps", save_steps=2)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    fresh = stable_diffusion()
+    fresh.load_lora_weights(tmp_path / "out")
+    assert torch.equal(load_backbone(fresh).probe(), trainer.backbone.probe())
+    assert not (tmp_path / "out" / adapters.REFERENCE_WEIGHTS_NAME).exists()
+    resumed = TGOLTrainer(stable_diffusion(), args, dataset)
+    resumed.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+    assert torch.equal(resumed.backbone.probe(), trainer.backbone.probe())
+
+
+def test_a_file_without_weights_for_the_denoiser_is_refused(config, dataset, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"transformer.x.lora_A.weight": torch.zeros(4, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="holds no LoRA weights for the unet"):
+        TGOLTrainer(stable_diffusion(), config(adapter_name_or_path=str(tmp_path)), dataset)

@@ -1,0 +1,552 @@
+"""TGOLTrainer on a tiny random pipeline: the loss, the reference, resuming, splitting, options."""
+
+import contextlib
+import json
+import logging
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.conftest import scored_dataset
+from tests.tiny import stable_diffusion
+from tgol_trainer import TGOLTrainer, adapters
+from tgol_trainer.data import decode_prompts
+from tgol_trainer.families import RowGenerators
+from tgol_trainer.metrics import LOGGED_METRICS, RECORD
+from tgol_trainer.thresholds import ThresholdError
+from tgol_trainer.trainer import TrainingDivergedError
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+def losses(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def first_line(trainer):
+    return next(line for line in trainer.state.log_history if "loss" in line)
+
+
+def batch_of(trainer, rows=range(8)):
+    return trainer.collator([trainer.train_dataset[row] for row in rows])
+
+
+def randomize(trainer, scale=0.05):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+# ---- The loss ----
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("normalization", ["none", "zscore", "robust"])
+def test_the_first_logged_loss_is_the_mean_weight_times_ln_2(config, dataset, prediction_type, normalization):
+    """32 rows in one batch: weights 1 + 5·|s - median| from the raw column, by numpy alone."""
+    args = config(max_steps=1, per_device_train_batch_size=32, score_normalization=normalization)
+    trainer = TGOLTrainer(stable_diffusion(prediction_type), args, dataset)
+    trainer.train()
+    scores = np.asarray(dataset["score"])
+    if normalization == "zscore":
+        scores = (scores - scores.mean()) / scores.std()
+    elif normalization == "robust":
+        low, middle, high = np.quantile(scores, [0.25, 0.5, 0.75])
+        scores = (scores - middle) / ((high - low) / 1.3489795003921634)
+    weights = 1 + 5 * np.abs(scores - np.median(scores))
+    line = first_line(trainer)
+    assert line["loss"] == pytest.approx(weights.mean() * math.log(2), rel=1e-6)
+    assert line["weights/mean"] == pytest.approx(weights.mean(), rel=1e-6)
+    assert line["weights/max"] == pytest.approx(weights.max(), rel=1e-6)
+    assert line["labels/positive_share"] == np.mean(scores >= np.median(scores))
+    assert line["rewards/accuracies"] == 0.5
+
+
+def test_loss_and_gradients_of_a_batch_match_an_independent_float64_formula(config, dataset):
+    """The whole path again in float64: encoders, noise, both passes of the UNet, sigma written out, autograd."""
+    settings = {"beta": 2.0, "confidence_scale": 3.0, "temperature": 0.01, "latent_sampling": "mode"}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), dataset, peft_config=LORA)
+    randomize(trainer)
+    batch = batch_of(trainer)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    pipe = trainer.backbone.pipeline
+    unet = pipe.unet.double()
+    prompts = [dataset["prompt"][row] for row in range(8)]
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    noise_keys = RowGenerators(42, 0, range(8))
+    with torch.no_grad():
+        z = pipe.vae.double().encode(batch["pixel_values"].double()).latent_dist.mode() * 0.18215
+        text = pipe.text_encoder.double()(tokens.input_ids)[0]
+    noise = noise_keys.normal("noise", z.float()).double()
+    t = noise_keys.integers("timestep", 1000)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha = torch.cumprod(1 - betas, 0)[t].view(-1, 1, 1, 1)
+    noised = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+    unet.zero_grad()
+    policy = ((unet(noised, t, text).sample - noise) ** 2).mean((1, 2, 3))
+    with torch.no_grad():
+        base = stable_diffusion().unet.double()
+        reference = ((base(noised, t, text).sample - noise) ** 2).mean((1, 2, 3))
+    scores = torch.tensor(dataset["score"][:8], dtype=torch.float64)
+    tau = np.median(dataset["score"])
+    sigma = 1 / (1 + torch.exp(-2.0 * -(policy - reference) / 0.01))
+    label = (scores >= tau).double()
+    direct = -((1 + 3 * (scores - tau).abs()) * (label * sigma.log() + (1 - label) * (1 - sigma).log())).mean()
+    direct.backward()
+    assert loss.item() == pytest.approx(direct.item(), rel=1e-4)
+    for name, parameter in unet.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=2e-3, atol=1e-4)
+
+
+def test_every_logged_key_is_documented_and_every_documented_key_is_logged(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset, eval_dataset=dataset)
+    trainer.train()
+    own = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert set(first_line(trainer)) - own == set(LOGGED_METRICS)
+    evaluated = {key.removeprefix("eval_") for key in trainer.evaluate()}
+    timing = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "loss"}
+    assert evaluated - timing == set(LOGGED_METRICS)
+
+
+def test_steps_on_one_fixed_draw_lower_the_loss_pull_positives_nearer_and_push_negatives_away(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
+    optimizer = torch.optim.Adam([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
+    trainer.model.train()
+    batch, records, history = batch_of(trainer), [], []
+    for _ in range(9):
+        loss, record = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+        records.append(dict(zip(RECORD, record.T, strict=True)))
+    assert history[0] == pytest.approx(records[0]["weight"].mean().item() * math.log(2), rel=1e-6)
+    assert history[-1] < 0.8 * history[0]
+    change = records[-1]["error"] - records[-1]["reference_error"]
+    positive = records[-1]["label"] > 0.5
+    assert change[positive].mean() < 0 < change[~positive].mean()
+
+
+# ---- The reference ----
+
+
+def test_a_reference_left_disabled_would_be_noticed(config, dataset, monkeypatch):
+    """Break it as the trap does: adapters stay off after the reference's pass, so nothing would be trained."""
+
+    @contextlib.contextmanager
+    def leaves_adapters_off(model):
+        model.disable_adapters()
+        with torch.no_grad():
+            yield
+
+    def moved(trainer):
+        before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        with contextlib.suppress(RuntimeError):
+            trainer.train()
+        after = dict(trainer.model.named_parameters())
+        return any(not torch.equal(b, after[name]) for b, name in zip(before, names, strict=True))
+
+    assert moved(TGOLTrainer(stable_diffusion(), config(), dataset))
+    monkeypatch.setattr(adapters, "reference_policy", leaves_adapters_off)
+    assert not moved(TGOLTrainer(stable_diffusion(), config(), dataset))
+
+
+def test_policy_and_reference_see_the_same_inputs(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda module, args: seen.append((args[0].clone(), args[1].clone())))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch_of(trainer))
+    (reference_inputs, reference_times), (policy_inputs, policy_times) = seen
+    assert torch.equal(reference_inputs, policy_inputs)
+    assert torch.equal(reference_times, policy_times)
+
+
+def test_the_reference_stays_the_base_model_while_the_policy_moves(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
+    trainer.train()
+    backbone = trainer.backbone
+    with trainer.reference_policy():
+        reference = backbone.probe()
+    base = TGOLTrainer(stable_diffusion(), config(), dataset).backbone
+    with adapters.reference_policy(base.denoiser):
+        assert torch.equal(reference, base.probe())
+    assert not torch.equal(backbone.probe(), reference)
+
+
+def test_syncing_each_epoch_makes_the_policy_the_reference_and_the_first_loss_ln_2_again(config, dataset):
+    args = config(max_steps=-1, num_train_epochs=2, sync_ref_model="epoch", learning_rate=1e-3)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 8
+    fifth = lines[4]
+    assert fifth["loss"] == pytest.approx(fifth["weights/mean"] * math.log(2), rel=1e-6)
+    assert lines[3]["rewards/positive"] != 0
+
+
+def test_full_finetuning_trains_every_weight_against_a_frozen_copy(config, dataset, tmp_path):
+    trainer = TGOLTrainer(stable_diffusion(), config(full_finetuning=True, learning_rate=1e-4), dataset)
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    trainer.train()
+    line = first_line(trainer)
+    # Weights with gradient may take another kernel than the copy's, and 1/T = 1000 multiplies the rounding.
+    assert line["loss"] == pytest.approx(line["weights/mean"] * math.log(2), rel=1e-4)
+    base, reference = stable_diffusion().unet.state_dict(), trainer.reference_model.state_dict()
+    assert all(torch.equal(base[name], reference[name]) for name in base)
+    moved = trainer.model.state_dict()
+    assert not all(torch.equal(base[name], moved[name]) for name in base)
+    trainer.save_model(str(tmp_path / "full"))
+    loaded = type(trainer.model).from_pretrained(tmp_path / "full" / "unet").state_dict()
+    assert all(torch.equal(loaded[name], moved[name]) for name in moved)
+
+
+# ---- Resuming and splitting ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"full_finetuning": True, "learning_rate": 1e-4},
+        {"sync_ref_model": "epoch", "max_steps": -1, "num_train_epochs": 2},
+        {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "random_flip": True},
+    ],
+    ids=["lora", "full", "synced", "accumulated"],
+)
+@pytest.mark.parametrize("at", [3, 4])
+def test_stopping_and_resuming_equals_never_having_stopped(config, dataset, options, at):
+    """32 rows at batch 8 are 4 steps an epoch: step 3 lies inside the first, step 4 at its very end."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": at, **options}
+    whole = TGOLTrainer(stable_diffusion(), config(**settings), dataset)
+    whole.train()
+    torch.manual_seed(12345)  # whatever happened to the global generator in between
+    resumed = TGOLTrainer(stable_diffusion(), config(**settings), dataset)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{at}")
+    assert losses(resumed) == losses(whole)
+    policy, again = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(policy[name], again[name]) for name in policy if "reference" not in name)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_splitting_a_batch_into_accumulated_parts_changes_only_rounding(config, dataset, batch, accumulation):
+    settings = {"max_steps": 8, "caption_dropout": 0.3, "random_flip": True}
+    whole = TGOLTrainer(stable_diffusion(), config(**settings), dataset)
+    whole.train()
+    split = TGOLTrainer(
+        stable_diffusion(),
+        config(**settings, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation),
+        dataset,
+    )
+    split.train()
+    np.testing.assert_allclose(losses(split), losses(whole), rtol=1e-3)
+
+
+def test_workers_do_not_change_what_is_trained(config, dataset):
+    alone = TGOLTrainer(stable_diffusion(), config(), dataset)
+    alone.train()
+    workers = TGOLTrainer(stable_diffusion(), config(dataloader_num_workers=2), dataset)
+    workers.train()
+    assert losses(workers) == losses(alone)
+
+
+def test_the_threshold_of_the_checkpoint_wins_over_changed_data(config, dataset, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first = TGOLTrainer(stable_diffusion(), config(**settings), dataset)
+    first.train()
+    other = TGOLTrainer(stable_diffusion(), config(**settings), scored_dataset(seed=1))
+    caplog.set_level(logging.WARNING)
+    other.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
+    assert "The checkpoint's threshold is" in caplog.text
+    assert other.threshold.value == first.threshold.value == float(other.collator.threshold)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_by_name(config, dataset, tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
+    with pytest.raises(FileNotFoundError, match=r"holds no pytorch_lora_weights\.safetensors"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_resuming_with_another_rank_names_the_tensors_that_do_not_fit(config, dataset):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first = TGOLTrainer(stable_diffusion(), config(**settings), dataset, peft_config=LoraConfig(r=4))
+    first.train()
+    other = TGOLTrainer(stable_diffusion(), config(**settings), dataset, peft_config=LoraConfig(r=8))
+    with pytest.raises(ValueError, match="does not fit the adapter of this run"):
+        other.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(config, dataset):
+    args = config(
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the best is not the last
+    )
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, eval_dataset=dataset)
+    trainer.train()
+    history = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert history[-1] != max(history)
+    assert trainer.evaluate()["eval_loss"] == max(history)
+
+
+# ---- Evaluation ----
+
+
+def test_evaluation_gives_the_same_numbers_each_time_and_counts_the_last_incomplete_batch(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(per_device_eval_batch_size=7), dataset, eval_dataset=dataset)
+    randomize(trainer)
+    once, twice = trainer.evaluate(), trainer.evaluate()
+    assert once["eval_loss"] == twice["eval_loss"]
+    assert once["eval_labels/positive_share"] == 0.5
+    trainer.args.per_device_eval_batch_size = 32
+    whole = trainer.evaluate()
+    for key in ("eval_loss", "eval_rewards/margins", "eval_weights/mean"):
+        assert once[key] == pytest.approx(whole[key], rel=1e-3)
+
+
+def test_evaluation_labels_with_the_training_threshold(config, dataset):
+    shifted = dataset.map(lambda row: {"score": row["score"] + 100})
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset, eval_dataset={"same": dataset, "high": shifted})
+    metrics = trainer.evaluate()
+    assert metrics["eval_same_labels/positive_share"] == 0.5
+    assert metrics["eval_high_labels/positive_share"] == 1.0
+
+
+def test_evaluating_between_steps_does_not_change_training(config, dataset):
+    plain = TGOLTrainer(stable_diffusion(), config(), dataset)
+    plain.train()
+    evaluated = TGOLTrainer(
+        stable_diffusion(), config(eval_strategy="steps", eval_steps=1), dataset, eval_dataset=dataset
+    )
+    evaluated.train()
+    assert losses(evaluated) == losses(plain)
+
+
+# ---- Options ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_adapter_is_float32_on_a_base_of_lower_precision(config, dataset, dtype):
+    trainer = TGOLTrainer(stable_diffusion().to(dtype), config(max_steps=1), dataset)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {dtype}
+    trainer.train()
+    line = first_line(trainer)
+    assert line["loss"] == pytest.approx(line["weights/mean"] * math.log(2), rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_losses(config, dataset):
+    plain = TGOLTrainer(stable_diffusion(), config(), dataset)
+    plain.train()
+    checkpointed = TGOLTrainer(stable_diffusion(), config(gradient_checkpointing=True), dataset)
+    assert checkpointed.model.is_gradient_checkpointing
+    checkpointed.train()
+    assert losses(checkpointed) == losses(plain)
+
+
+def test_bf16_autocast_trains(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(bf16=True), dataset)
+    trainer.train()
+    line = first_line(trainer)
+    assert line["loss"] == pytest.approx(line["weights/mean"] * math.log(2), rel=1e-6)
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_the_8_bit_optimizer_trains(config, dataset):
+    pytest.importorskip("bitsandbytes")
+    trainer = TGOLTrainer(stable_diffusion(), config(optim="adamw_bnb_8bit"), dataset)
+    trainer.train()
+    assert trainer.optimizer.optimizer.args.optim_bits == 8
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_a_users_optimizer_is_used(config, dataset):
+    pipe = stable_diffusion()
+    trainer = TGOLTrainer(pipe, config(), dataset)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    trainer.optimizer = optimizer
+    before = [p.detach().clone() for p in parameters]
+    trainer.train()
+    assert all(torch.equal(b, p) for b, p in zip(before, parameters, strict=True))
+
+
+def test_caption_dropout_of_one_encodes_only_the_empty_prompt(config, dataset, monkeypatch):
+    trainer = TGOLTrainer(stable_diffusion(), config(caption_dropout=1.0), dataset)
+    seen = []
+    encode = trainer.backbone.encode_unique_prompts
+    monkeypatch.setattr(
+        trainer.backbone, "encode_unique_prompts", lambda prompts: seen.append(prompts) or encode(prompts)
+    )
+    trainer.model.train()
+    batch = batch_of(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    assert seen == [[""]]
+    assert decode_prompts(batch["prompt_bytes"], batch["prompt_length"])[0] == dataset["prompt"][0]
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_its_causes(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
+    next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(TrainingDivergedError, match=r"loss is nan at step 1.*learning rate.*No checkpoint"):
+        trainer.train()
+
+
+# ---- Thresholds ----
+
+
+def test_a_proxy_set_gives_the_threshold(config, dataset):
+    proxy = datasets.Dataset.from_dict({"score": [0.0, 0.2, 0.4, 0.9]})
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset, proxy_dataset=proxy)
+    assert trainer.threshold.value == pytest.approx(0.3)
+    assert trainer.threshold.source == "proxy"
+    assert trainer.threshold.num_positive == int((np.asarray(dataset["score"]) >= trainer.threshold.value).sum())
+
+
+def test_normalisation_takes_its_statistics_from_the_data_that_gave_the_threshold(config, dataset):
+    proxy = datasets.Dataset.from_dict({"score": [-1.0, 0.0, 1.0]})
+    trainer = TGOLTrainer(stable_diffusion(), config(score_normalization="zscore"), dataset, proxy_dataset=proxy)
+    assert (trainer.normalization.center, trainer.normalization.scale) == pytest.approx((0.0, math.sqrt(2 / 3)))
+
+
+def test_a_proxy_function_is_called_again_after_each_sync(config, dataset):
+    calls = []
+
+    def proxy(pipe):
+        calls.append(pipe)
+        return datasets.Dataset.from_dict({"score": [-0.1, 0.1 * len(calls)]})
+
+    args = config(max_steps=-1, num_train_epochs=2, sync_ref_model="epoch", threshold_update="epoch")
+    pipe = stable_diffusion()
+    trainer = TGOLTrainer(pipe, args, dataset, proxy_dataset=proxy)
+    first = trainer.threshold.value
+    trainer.train()
+    assert calls == [pipe, pipe]
+    assert trainer.threshold.value > first
+    assert float(trainer.collator.threshold) == trainer.threshold.value
+
+
+def test_ratings_full_of_ties_train_and_say_that_the_threshold_moved(config, caplog):
+    ratings = [1] * 20 + [2, 3, 3, 4, 5, 5, 1, 1, 1, 1, 2, 5]
+    data = scored_dataset(32).remove_columns("score").add_column("score", ratings)
+    caplog.set_level(logging.WARNING)
+    trainer = TGOLTrainer(stable_diffusion(), config(), data)
+    assert "would make every sample positive. τ was moved to 1.5" in caplog.text
+    assert (trainer.threshold.num_positive, trainer.threshold.num_negative) == (8, 24)
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "proxy", "message"),
+    [
+        ({"threshold": 50.0}, None, "leaves the positive side empty"),
+        ({"threshold": 0.0}, datasets.Dataset.from_dict({"score": [1.0, 2.0]}), "both set τ"),
+        ({"threshold_update": "epoch"}, None, "would give the same τ each time"),
+        ({"resolution": 17}, None, "no multiple of 2"),
+        ({"per_device_train_batch_size": 64}, None, "do not fill one batch of 64"),
+    ],
+)
+def test_arguments_that_would_train_something_else_are_refused(config, dataset, options, proxy, message):
+    with pytest.raises((ValueError, ThresholdError), match=message):
+        TGOLTrainer(stable_diffusion(), config(**options), dataset, proxy_dataset=proxy).train()
+
+
+def test_an_unsupported_pipeline_is_told_what_is_supported(config, dataset):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    with pytest.raises(
+        ValueError, match=r"DDPMPipeline is not supported yet\. Supported pipelines: .*StableDiffusion"
+    ):
+        TGOLTrainer(DDPMPipeline(unet, DDPMScheduler()), config(), dataset)
+
+
+def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config, dataset, monkeypatch):
+    args = config()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--use_cpu true"):
+        TGOLTrainer(stable_diffusion(), args, dataset)
+
+
+def test_long_prompts_are_counted(config, dataset, caplog):
+    long = dataset.map(
+        lambda row, index: {"prompt": "word " * 100 if index == 3 else row["prompt"]}, with_indices=True
+    )
+    caplog.set_level(logging.WARNING)
+    TGOLTrainer(stable_diffusion(), config(), long)
+    assert "1 of 6 different prompts are longer than the text encoder's 77 tokens" in caplog.text
+
+
+# ---- Streams ----
+
+
+def test_a_stream_trains_with_the_threshold_of_a_first_pass_over_its_scores(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset.to_iterable_dataset(num_shards=2))
+    assert trainer.threshold.value == np.median(dataset["score"])
+    trainer.train()
+    line = first_line(trainer)
+    assert line["loss"] == pytest.approx(line["weights/mean"] * math.log(2), rel=1e-6)
+
+
+def test_a_stream_can_estimate_its_threshold_anew_at_each_pass(config, dataset, monkeypatch):
+    trainer = TGOLTrainer(
+        stable_diffusion(), config(max_steps=8, threshold_update="epoch"), dataset.to_iterable_dataset()
+    )
+    fits = []
+    fit = trainer._fit_threshold
+    monkeypatch.setattr(trainer, "_fit_threshold", lambda rows: fits.append(rows) or fit(rows))
+    trainer.train()
+    assert len(fits) == 1  # 32 rows are 4 steps: one new pass in 8 steps
+
+
+def test_a_stream_with_a_fixed_threshold_is_not_read_beforehand(config):
+    def rows():
+        raise RuntimeError("read before training")
+        yield
+
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "image": datasets.Image(), "score": datasets.Value("float64")}
+    )
+    stream = datasets.IterableDataset.from_generator(rows, features=features)
+    trainer = TGOLTrainer(stable_diffusion(), config(threshold=0.0), stream)
+    assert trainer.threshold.source == "fixed"
+
+
+def test_a_stream_of_two_passes_resumes_where_it_stopped(config, dataset):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = TGOLTrainer(stable_diffusion(), config(**settings), dataset.to_iterable_dataset())
+    whole.train()
+    resumed = TGOLTrainer(stable_diffusion(), config(**settings), dataset.to_iterable_dataset())
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert losses(resumed) == losses(whole)
+
+
+def test_the_state_file_holds_threshold_and_normalisation_as_json(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(score_normalization="zscore"), dataset)
+    trainer.save_model()
+    state = json.loads((Path(trainer.args.output_dir) / "tgol_state.json").read_text())
+    assert state["threshold"]["value"] == trainer.threshold.value
+    assert state["normalization"] == {
+        "method": "zscore",
+        "center": trainer.normalization.center,
+        "scale": trainer.normalization.scale,
+    }

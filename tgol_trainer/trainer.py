@@ -1,0 +1,705 @@
+"""`TGOLTrainer`: threshold-guided optimization on `transformers.Trainer`. Orchestration only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import upload_folder
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
+from transformers.utils.hub import PushInProgress
+
+from . import adapters, shapes, thresholds
+from .backbones import Backbone, ModelOrigin, load_backbone, wrap_pipeline
+from .callbacks import EpochStart, dataset_facts, harvest_facts
+from .card import DatasetFacts, write_card
+from .config import TGOLConfig
+from .data import (
+    Collator,
+    Columns,
+    DataReport,
+    ScoredDataset,
+    ScoredStream,
+    check_columns,
+    decode_prompts,
+    prepare_dataset,
+    stream_scores,
+)
+from .families import RowGenerators, log_likelihood
+from .losses import threshold_guided_loss
+from .metrics import RECORD, MetricSums, stack_record
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "tgol_state.json"
+ARGUMENTS_NAME = "training_args.json"
+EVALUATION_STEP = -1
+"""Step that keys the random draws of evaluation, so that every evaluation uses the same ones."""
+
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
+
+
+class TrainingDivergedError(FloatingPointError):
+    """The loss became NaN or infinite; the message names the usual causes and the last good checkpoint."""
+
+
+class TGOLTrainer(Trainer):
+    """
+    Align a diffusers pipeline from unpaired prompt / image / score rows (paper: arXiv 2605.04653).
+
+    Args:
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`):
+            Hub id, local folder or loaded pipeline of a supported class; `"shapes"` is the model embedded in this
+            package. A loaded pipeline is used in place.
+        args ([`TGOLConfig`], *optional*):
+            By default the paper's settings, with output to `tgol_output`.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            Prompt (str), image and score (real number, higher is better), in the columns that `args` names. Needed for
+            `train()`.
+        eval_dataset (the same, or `dict[str, Dataset]`, *optional*):
+            Labelled with the training threshold.
+        proxy_dataset (`datasets.Dataset`, or a callable `(pipeline) -> Dataset`, *optional*):
+            Scores from which the threshold is estimated instead of the training scores (paper, Sec. 3.3). A callable
+            gets the pipeline while the policy is the reference, and is called again after each sync where
+            `threshold_update="epoch"`.
+        peft_config (`peft.LoraConfig`, *optional*):
+            By default r = alpha = 16 on the model family's usual targets.
+        callbacks (`list[transformers.TrainerCallback]`, *optional*):
+            Added to Trainer's own.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler, as in Trainer.
+
+    Raises:
+        ValueError: for arguments that would train something else than asked.
+        DataError: for data that cannot be trained on, naming column and rows.
+        ThresholdError: for scores that cannot be divided in two.
+    """
+
+    # Each micro-batch's loss is its own mean; Trainer divides by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionPipeline,
+        args: TGOLConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        proxy_dataset: ProxyDataset | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+    ) -> None:
+        args = args if args is not None else TGOLConfig(output_dir="tgol_output")
+        _check_processes(args)
+        self.args = args
+        self.push_in_progress: PushInProgress | None = None
+        self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=args.score_column)
+        self._check_datasets(train_dataset, proxy_dataset)
+
+        self.backbone = self._load_backbone(model)
+        self.reference_model: ModelMixin | None = None
+        self._prepare_policy(peft_config)
+
+        self.proxy_dataset = proxy_dataset
+        self.data_reports: dict[str, DataReport] = {}
+        self.dataset_facts: list[DatasetFacts] = []
+        self.example_prompt: str | None = None
+        self.normalization = thresholds.ScoreNormalization()
+        self.threshold: thresholds.Threshold | None = None
+        self.weight_summary: thresholds.WeightSummary | None = None
+        self.collator = Collator(self._resolution())
+        self._raw_stream = train_dataset if isinstance(train_dataset, datasets.IterableDataset) else None
+        train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
+        if train_rows is not None:
+            self._record_facts(train_dataset, train_rows)
+            self._fit_threshold(train_rows)
+        eval_rows = self._prepare_eval_dataset(eval_dataset)
+        self._train_metrics = MetricSums()
+        self._reference_epoch = 0
+        self.card_extras: dict[str, Any] = {}
+
+        super().__init__(
+            model=self.backbone.denoiser,
+            args=args,
+            data_collator=self.collator,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            compute_metrics=_summarize_records,
+            callbacks=[EpochStart(self._on_epoch_begin), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
+        self.label_names = ["row_id"]
+
+    # ---- Set-up ----
+
+    def _check_datasets(self, train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset | None) -> None:
+        args = self.args
+        streamed = isinstance(train_dataset, datasets.IterableDataset)
+        if proxy_dataset is not None and args.threshold is not None:
+            raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
+        if args.sync_ref_model == "epoch" and streamed:
+            raise ValueError(
+                "`sync_ref_model='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
+                "training resumes. Use a `datasets.Dataset`, or leave it at 'no'."
+            )
+        regenerated = callable(proxy_dataset) and args.sync_ref_model == "epoch"
+        if args.threshold_update == "epoch" and not streamed and not regenerated:
+            raise ValueError(
+                "`threshold_update='epoch'` would give the same τ each time: the scores do not change between "
+                "epochs. It means something for a streamed train_dataset, or for a `proxy_dataset` given as a "
+                "function together with `sync_ref_model='epoch'`."
+            )
+
+    def _load_backbone(self, model: str | Path | DiffusionPipeline) -> Backbone:
+        options = self.args.pipeline_kwargs
+        if str(model) == "shapes" and not Path("shapes").exists():
+            origin = ModelOrigin(note=shapes.NOTE, loading_code=shapes.LOADING_CODE)
+            backbone = wrap_pipeline(shapes.load_pipeline(), origin)
+        else:
+            backbone = load_backbone(model, options)
+        if self.args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible to one process, which uses the first; `accelerate launch` uses all.",
+                self.args.n_gpu,
+            )
+            self.args._n_gpu = 1
+        return backbone.to(self.args.device)
+
+    def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
+        args, backbone = self.args, self.backbone
+        if args.full_finetuning:
+            if peft_config is not None:
+                raise ValueError("`full_finetuning=True` trains no adapter: leave out `peft_config`.")
+            if backbone.denoiser.dtype != torch.float32:
+                logger.warning(
+                    "Full fine-tuning of %s weights loses updates smaller than their precision. Load the model in "
+                    "float32 and set `bf16=True` for speed.",
+                    str(backbone.denoiser.dtype).removeprefix("torch."),
+                )
+            self.reference_model = copy.deepcopy(backbone.denoiser)
+            backbone.denoiser.requires_grad_(True)
+        elif args.adapter_name_or_path:
+            if peft_config is not None:
+                raise ValueError(
+                    "`adapter_name_or_path` brings its own configuration: leave out `peft_config` or train anew."
+                )
+            before = backbone.probe()
+            adapters.load_initial(
+                backbone.pipeline,
+                backbone.denoiser_name,
+                args.adapter_name_or_path,
+                keep_as_reference=args.reference == "initial",
+            )
+            adapters.check_reference(backbone.denoiser, before, backbone.probe)
+        else:
+            adapters.attach(backbone.denoiser, self._lora_config(peft_config), seed=args.seed, probe=backbone.probe)
+        if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+            backbone.denoiser.enable_gradient_checkpointing()
+            # diffusers' own switch; Trainer would look for transformers' method of another name.
+            args.gradient_checkpointing = args.activation_checkpointing = False
+
+    def _lora_config(self, peft_config: PeftConfig | None) -> PeftConfig:
+        from peft import LoraConfig
+
+        config = copy.deepcopy(peft_config) or LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian")
+        adapters.check_peft_config(config)
+        if config.target_modules is None:
+            config.target_modules = set(self.backbone.default_target_modules)
+        return config
+
+    def _resolution(self) -> tuple[int, int]:
+        side = self.args.resolution or self.backbone.native_resolution
+        multiple = self.backbone.resolution_multiple
+        if side % multiple:
+            raise ValueError(
+                f"`resolution` {side} is no multiple of {multiple}, the factor of the model's autoencoder: use "
+                f"{side // multiple * multiple or multiple}."
+            )
+        return side, side
+
+    # ---- Data and threshold ----
+
+    def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
+        check_columns(dataset, self.columns, name)
+        if isinstance(dataset, datasets.IterableDataset):
+            return ScoredStream(dataset, self.columns, on_bad_sample=self.args.on_bad_sample, name=name)
+        with self.args.main_process_first(desc=f"checking {name}"):
+            rows, report = prepare_dataset(
+                dataset,
+                self.columns,
+                self.collator.resolution,
+                on_bad_sample=self.args.on_bad_sample,
+                num_proc=self.args.dataset_num_proc,
+                name=name,
+            )
+        self.data_reports[name] = report
+        long, limit = self.backbone.count_long_prompts(list(dict.fromkeys(rows.prompts)))
+        if long:
+            logger.warning(
+                "%s: %d of %d different prompts are longer than the text encoder's %d tokens; the rest of them is "
+                "cut off, in training as in generation.",
+                *(name, long, report.num_unique_prompts, limit),
+            )
+        return rows
+
+    def _prepare_eval_dataset(self, dataset: AnyDataset | dict[str, AnyDataset] | None) -> Any:
+        if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+            return {name: self._prepare_dataset(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+        return self._prepare_dataset(dataset, "eval_dataset") if dataset is not None else None
+
+    def _record_facts(self, dataset: AnyDataset, rows: ScoredDataset | ScoredStream) -> None:
+        facts = dataset_facts(dataset, list(vars(self.columns).values()))
+        if isinstance(rows, ScoredDataset):
+            report = self.data_reports["train_dataset"]
+            facts.num_rows, facts.num_dropped = report.num_kept, report.num_rows - report.num_kept
+            self.example_prompt = rows.prompts[0]
+        self.dataset_facts = [facts]
+
+    def _source_scores(self, rows: ScoredDataset | ScoredStream) -> np.ndarray | None:
+        """Raw scores from which normalisation and τ are estimated; None where a fixed τ needs none."""
+        if self.proxy_dataset is not None:
+            proxy = self.proxy_dataset
+            if callable(proxy):
+                proxy = proxy(self.backbone.pipeline)
+            if isinstance(proxy, datasets.Dataset):
+                proxy = proxy.to_iterable_dataset()
+            return stream_scores(proxy, self.columns, on_bad_sample=self.args.on_bad_sample, name="proxy_dataset")
+        if isinstance(rows, ScoredDataset):
+            return rows.scores
+        if self.args.threshold is not None and self.args.score_normalization == "none":
+            return None
+        return stream_scores(
+            self._raw_stream,
+            self.columns,
+            on_bad_sample=self.args.on_bad_sample,
+            limit=self.args.max_threshold_samples,
+            name="train_dataset",
+        )
+
+    def _fit_threshold(self, rows: ScoredDataset | ScoredStream) -> None:
+        source = self._source_scores(rows)
+        if source is not None:
+            self.normalization = thresholds.fit_normalization(source, self.args.score_normalization)
+            source = self.normalization(source)
+        # Of a stream, only what the first pass read is known.
+        scores = self.normalization(rows.scores) if isinstance(rows, ScoredDataset) else source
+        self.threshold = self._estimate_threshold(source, scores)
+        self.collator.normalization = self.normalization
+        self.collator.threshold = self.threshold.value
+        if scores is not None:
+            self._summarize_labels(self.threshold, scores)
+
+    def _estimate_threshold(self, source: np.ndarray | None, scores: np.ndarray | None) -> thresholds.Threshold:
+        """τ from normalised source scores, and the labels it gives the training scores where those are known."""
+        value, origin, percentile = self.args.threshold, "fixed", None
+        if value is None:
+            percentile = self.args.threshold_percentile
+            estimate = thresholds.estimate_threshold([] if source is None else source, percentile=percentile)
+            if estimate.moved_from is not None:
+                logger.warning(
+                    "The %g-th percentile of the scores is their minimum, %g, so that `s >= τ` would make every "
+                    "sample positive. τ was moved to %g, halfway to the next score: %d positive, %d negative.",
+                    *(percentile, estimate.moved_from, estimate.value, estimate.num_positive, estimate.num_negative),
+                )
+            if self.proxy_dataset is None:
+                return estimate
+            value, origin = estimate.value, "proxy"
+        if scores is None:
+            return thresholds.Threshold(value, origin, num_scores=0, num_positive=0, num_ties=0, percentile=percentile)
+        return thresholds.apply_threshold(scores, value, source=origin, percentile=percentile)
+
+    def _summarize_labels(self, threshold: thresholds.Threshold, scores: np.ndarray) -> None:
+        weights = thresholds.summarize_weights(scores, threshold.value, confidence_scale=self.args.confidence_scale)
+        self.weight_summary = weights
+        logger.info(
+            "Threshold %.6g (%s): %d positive, %d negative, %d tied. Weights: mean %.3g, max %.3g, the largest 1 %% "
+            "carry %.1f %%.",
+            *(threshold.value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
+            *(weights.mean, weights.max, 100 * weights.top_1_percent_share),
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training loader; streams are split by process here, maps by accelerate."""
+        if isinstance(self.train_dataset, ScoredDataset) and self.args.dataloader_drop_last:
+            batch = self._train_batch_size * self.args.world_size
+            if len(self.train_dataset) < batch:
+                raise ValueError(
+                    f"{len(self.train_dataset)} rows do not fill one batch of {batch} (per_device_train_batch_size × "
+                    "processes) and `dataloader_drop_last=True` drops it: nothing would be trained. Use a smaller "
+                    "`per_device_train_batch_size`."
+                )
+        if not isinstance(self.train_dataset, ScoredStream):
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset.split(args.process_index, args.world_size),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # Already this process's share: accelerate must only move batches to the device.
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
+        with _changed(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def _on_epoch_begin(self, epoch: float) -> None:
+        # At the beginning of an epoch rather than at the end of the one before, so that a checkpoint written on the
+        # last step resumes into the same state. A resume in mid-epoch finds `_reference_epoch` already there.
+        current = math.floor(epoch + 1e-6)
+        if self._raw_stream is not None:
+            if self.args.threshold_update == "epoch" and self.state.global_step > self._initial_global_step:
+                self._fit_threshold(self.train_dataset)
+            return
+        if self.args.sync_ref_model == "epoch" and current > self._reference_epoch:
+            self.sync_reference()
+            self._reference_epoch = current
+            if self.args.threshold_update == "epoch":
+                self._fit_threshold(self.train_dataset)
+
+    # ---- Loss ----
+
+    def sync_reference(self) -> None:
+        """Make the policy of this moment the reference (paper, Algorithm 1, line 15)."""
+        if self.reference_model is not None:
+            self.reference_model.load_state_dict(self.backbone.denoiser.state_dict())
+        else:
+            adapters.sync_reference(self.backbone.denoiser)
+
+    @contextlib.contextmanager
+    def reference_policy(self, model: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
+        """
+        Yield the network to call for a pass of the reference; without gradient.
+
+        Args:
+            model (`torch.nn.Module`, *optional*):
+                The denoiser or its distributed or compiled wrapper; by default the denoiser.
+        """
+        if self.reference_model is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self.reference_model
+        else:
+            with adapters.reference_policy(self.backbone.denoiser):
+                yield model if model is not None else self.backbone.denoiser
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        One draw, scored by reference and policy; then the threshold-guided loss (paper, Eq. 10).
+
+        Args:
+            model (`torch.nn.Module`):
+                The denoiser as Trainer wrapped it.
+            inputs (`dict[str, torch.Tensor]`):
+                A batch of [`data.Collator`].
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Also return the (B, len(metrics.RECORD)) record.
+            num_items_in_batch (`int`, *optional*):
+                Unused: the loss is a mean over the micro-batch.
+
+        Returns:
+            `torch.Tensor`: scalar float32, and the record if asked for.
+        """
+        args, family, training = self.args, self.backbone.family, model.training
+        step = self.state.global_step if training else EVALUATION_STEP
+        rows = RowGenerators(args.seed, step, inputs["row_id"].tolist())
+
+        pixels = inputs["pixel_values"]
+        if training and args.random_flip:
+            mirrored = (rows.uniform("flip") < 0.5).to(pixels.device).view(-1, 1, 1, 1)
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
+        if training and args.caption_dropout:
+            dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
+            prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+        conditioning = self.backbone.encode_prompts(prompts)
+        latents = self.backbone.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
+        draw = family.draw(latents, rows)
+
+        # The reference goes first: nothing is switched between the policy's forward pass and its backward pass.
+        with self.reference_policy(model) as reference:
+            reference_error = family.error(self.backbone.predict(reference, draw, conditioning), draw)
+        error = family.error(self.backbone.predict(model, draw, conditioning), draw)
+        log_ratio = log_likelihood(family, error, args.temperature) - log_likelihood(
+            family, reference_error, args.temperature
+        )
+        # The collator subtracted τ in float64, so labels are those of the float64 comparison.
+        result = threshold_guided_loss(
+            log_ratio, inputs["margin"], 0.0, beta=args.beta, confidence_scale=args.confidence_scale
+        )
+        record = stack_record(**result._asdict(), score=inputs["score"], error=error, reference_error=reference_error)
+        if training:
+            self._train_metrics.add(record)
+        loss = result.loss.mean()
+        return (loss, record) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return loss, record matrix and row ids; the draws are the same at every evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, record = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, record, inputs["row_id"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the averages since the last log line, over all processes; stop on a loss that is not finite."""
+        if "loss" in logs:
+            logs.update(self._train_metrics.pop(self.accelerator.gather))
+            if not math.isfinite(logs["loss"]):
+                raise TrainingDivergedError(self._divergence_message(logs["loss"]))
+        super().log(logs, start_time)
+
+    def _divergence_message(self, loss: float) -> str:
+        folder = Path(self.args.output_dir)
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        causes = "a learning rate or temperature that is too large, or a batch with broken images"
+        if self.backbone.denoiser.dtype == torch.float16 or self.args.fp16:
+            causes = "float16 overflow (use bfloat16 or float32), or " + causes
+        kept = f"The last checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
+        return f"The loss is {loss} at step {self.state.global_step}. Usual causes: {causes}. {kept}"
+
+    # ---- Saving and loading ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        backbone = self.backbone
+        checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self.reference_model is not None:
+            backbone.denoiser.save_pretrained(folder / backbone.denoiser_name)
+            if checkpoint and self._reference_epoch:
+                self.reference_model.save_pretrained(folder / f"reference_{backbone.denoiser_name}")
+        else:
+            save = (type(backbone.pipeline), backbone.denoiser_name, backbone.denoiser, folder)
+            adapters.save_adapter(*save, state_dict=state_dict)
+            if checkpoint and self._has_reference_adapter:
+                adapters.save_adapter(
+                    *save,
+                    adapter=adapters.REFERENCE,
+                    weight_name=adapters.REFERENCE_WEIGHTS_NAME,
+                    state_dict=state_dict,
+                )
+        _write_json(folder / STATE_NAME, self._state())
+        _write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
+        self._write_card(folder)
+
+    @property
+    def _has_reference_adapter(self) -> bool:
+        return adapters.REFERENCE in (getattr(self.backbone.denoiser, "peft_config", None) or {})
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "threshold": self.threshold.to_dict() if self.threshold else None,
+            "normalization": vars(self.normalization),
+            "weights": vars(self.weight_summary) if self.weight_summary else None,
+            "resolution": list(self.collator.resolution),
+            "reference_epoch": self._reference_epoch,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_policy(folder)
+        state = json.loads((folder / STATE_NAME).read_text())
+        self._reference_epoch = state["reference_epoch"]
+        name = self.backbone.denoiser_name
+        if self.reference_model is not None:
+            if self._reference_epoch:
+                self.reference_model.load_state_dict(_saved_state(self.reference_model, folder, f"reference_{name}"))
+        elif (folder / adapters.REFERENCE_WEIGHTS_NAME).exists():
+            adapters.sync_reference(self.backbone.denoiser)
+            adapters.load_adapter(
+                self.backbone.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
+            )
+        if state["threshold"] is None:
+            return
+        saved = thresholds.Threshold(**state["threshold"])
+        if self.threshold is not None and saved.value != self.threshold.value:
+            logger.warning(
+                "The checkpoint's threshold is %.6g, that of the data given now %.6g. Training resumes with the "
+                "checkpoint's; start anew if the data were meant to change.",
+                *(saved.value, self.threshold.value),
+            )
+        self.threshold = saved
+        self.normalization = thresholds.ScoreNormalization(**state["normalization"])
+        self.collator.normalization, self.collator.threshold = self.normalization, saved.value
+
+    def _load_policy(self, folder: Path) -> None:
+        if self.reference_model is not None:
+            denoiser = self.backbone.denoiser
+            denoiser.load_state_dict(_saved_state(denoiser, folder, self.backbone.denoiser_name))
+            return
+        file = folder / adapters.WEIGHTS_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no {adapters.WEIGHTS_NAME}: it is no checkpoint of TGOLTrainer.")
+        adapters.load_adapter(self.backbone.denoiser, self.backbone.denoiser_name, file)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
+        self._load_policy(Path(self.state.best_model_checkpoint))
+
+    # ---- Card and Hub ----
+
+    def _write_card(self, folder: Path) -> None:
+        write_card(harvest_facts(self), folder)
+
+    def create_model_card(self, model_name: str | None = None, **extras: Any) -> None:
+        """
+        Write `README.md` in `args.output_dir`, keeping what a person edited.
+
+        Args:
+            model_name (`str`, *optional*):
+                Title; by default the name of the Hub repository or output folder.
+            extras:
+                Further fields of [`card.CardFacts`] (`evaluations`, `pictures`, `license`, ...), kept for later saves.
+        """
+        if not self.args.should_save:
+            return
+        if model_name is not None:
+            extras["model_name"] = model_name
+        self.card_extras.update({name: value for name, value in extras.items() if value is not None})
+        self._write_card(Path(self.args.output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer's own looks for transformers' file names, and pickles the arguments with the token in them.
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        source, target = Path(checkpoint_folder), Path(args.output_dir)
+        for name in (adapters.WEIGHTS_NAME, STATE_NAME, ARGUMENTS_NAME):
+            if (source / name).exists():
+                shutil.copy(source / name, target / name)
+        if self.reference_model is not None:
+            shutil.copytree(
+                source / self.backbone.denoiser_name, target / self.backbone.denoiser_name, dirs_exist_ok=True
+            )
+        self._write_card(target)
+        unit = "step" if args.save_strategy == SaveStrategy.STEPS else "epoch"
+        position = self.state.global_step if unit == "step" else int(self.state.epoch)
+        message = f"Training in progress, {unit} {position}"
+        common = {
+            "repo_id": self.hub_model_id,
+            "token": args.hub_token,
+            "run_as_future": True,
+            "revision": args.hub_revision,
+        }
+        jobs = [
+            upload_folder(
+                folder_path=target,
+                commit_message=message,
+                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+                **common,
+            )
+        ]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else source.name
+            jobs.append(
+                upload_folder(folder_path=source, path_in_repo=name, commit_message=f"{message}, checkpoint", **common)
+            )
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if job.done() and job.exception() is not None:
+                logger.error("A push to the Hub in the background failed: %s", job.exception())
+
+
+def _check_processes(args: TGOLConfig) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and args.world_size == 1:
+        raise ValueError(
+            f"The launcher started {world_size} processes (WORLD_SIZE), but this one runs alone and all would write "
+            f"to {args.output_dir}. On machines without a GPU add `--use_cpu true` (TGOLConfig(use_cpu=True))."
+        )
+
+
+def _summarize_records(prediction: EvalPrediction) -> dict[str, float]:
+    """Averages over an evaluation set, each row counted once however many processes there were."""
+    record = torch.as_tensor(np.asarray(prediction.predictions))
+    sums = MetricSums()
+    sums.add(record)
+    return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}
+
+
+def public_arguments(args: TGOLConfig) -> dict[str, Any]:
+    """Every argument of a run but tokens and paths of this machine; JSON-serialisable."""
+    private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name"}
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in private and not name.endswith("_token") and not name.startswith("_")
+    }
+
+
+def _saved_state(model: ModelMixin, folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return type(model).from_pretrained(folder / name, dtype=model.dtype).state_dict()
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _changed(args: TGOLConfig, **values: Any) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
