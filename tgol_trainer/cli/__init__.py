@@ -1,0 +1,59 @@
+"""The `tgol` command: each subcommand is a module, imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS: dict[str, str] = {
+    "quickstart": "align a small embedded model on this machine, from sampling to the model card, in minutes",
+    "train": "train an adapter from a dataset with prompt, image and score columns",
+}
+"""Subcommand, which is also the name of its module here, to what it does."""
+
+
+def usage() -> str:
+    """Return the text of `tgol --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: tgol <command> [options]",
+        "",
+        "Align visual generative models from unpaired scores.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        "",
+        "`tgol <command> --help` lists a command's options, `tgol --version` prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a subcommand.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments after the program's name; by default those of the process.
+
+    Returns:
+        `int`: exit code; 2 for a command line that is not understood.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        from tgol_trainer import __version__
+
+        print(f"tgol_trainer {__version__}")
+        return 0
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        print(f"tgol: unknown command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return import_module(f".{command}", __name__).main(rest)

@@ -1,0 +1,139 @@
+"""`tgol train`, which is also `scripts/train_tgol.py`: parse, build, train, save, push."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from tgol_trainer.config import TGOLConfig
+
+from .console import plain_errors, set_up_logging
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """TRL's script arguments and the proxy set; `dataset_name` is a Hub id, a folder, or a file of rows."""
+
+    proxy_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, folder or file whose scores give the threshold instead of the training scores."},
+    )
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model arguments with LoRA defaults for denoisers; `use_peft` has no effect, `full_finetuning` decides."""
+
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "LoRA dropout; above 0 the policy's pass is noisy and the reference's is not."}
+    )
+
+
+# Fields of ModelConfig that mean nothing here; a value other than the default must not be dropped in silence.
+_UNUSED: tuple[str, ...] = (
+    "attn_implementation",
+    "trust_remote_code",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+)
+_UNUSED += ("load_in_8bit", "load_in_4bit", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+
+def _check_model_arguments(model: ModelArguments, training: TGOLConfig) -> None:
+    defaults = {item.name: item.default for item in dataclasses.fields(ModelArguments)}
+    changed = {name for name, value in defaults.items() if getattr(model, name) != value}
+    unused = [name for name in _UNUSED if name in changed]
+    if unused:
+        raise SystemExit(f"error: {', '.join(f'--{name}' for name in unused)}: not supported for diffusion pipelines.")
+    lora = [name for name in changed if name.startswith(("lora_", "use_rslora", "use_dora"))]
+    if lora and (training.full_finetuning or training.adapter_name_or_path):
+        reason = "full_finetuning" if training.full_finetuning else "adapter_name_or_path"
+        raise SystemExit(f"error: {', '.join(f'--{name}' for name in lora)}: has no effect with --{reason}.")
+    if model.model_name_or_path is None:
+        raise SystemExit(
+            "error: --model_name_or_path is needed: a Hub id, a folder, or `shapes` for the embedded model."
+        )
+
+
+def _model_init_kwargs(model: ModelArguments, training: TGOLConfig) -> dict[str, Any] | None:
+    options = training.pipeline_kwargs
+    if model.model_name_or_path == "shapes":
+        return options
+    if model.model_revision != "main":
+        options.setdefault("revision", model.model_revision)
+    if model.dtype not in (None, "float32"):
+        options.setdefault("dtype", model.dtype)
+    return options or None
+
+
+def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
+    if training.full_finetuning or training.adapter_name_or_path:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        init_lora_weights="gaussian",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Train from a command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Flags, `--config file.yaml` among them; by default those of the process.
+
+    Returns:
+        `int`: 0.
+    """
+    set_up_logging()
+    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments), prog="tgol train")
+    script, training, model = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    _check_model_arguments(model, training)
+    if script.dataset_name is None:
+        raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
+    training.model_init_kwargs = _model_init_kwargs(model, training)
+
+    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.trainer import TGOLTrainer
+
+    columns = Columns(training.prompt_column, training.image_column, training.score_column)
+
+    def load(source: str, split: str) -> Any:
+        return load_scored_dataset(
+            source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
+        )
+
+    with plain_errors():
+        trainer = TGOLTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=load(script.dataset_name, script.dataset_train_split),
+            eval_dataset=(
+                load(script.dataset_name, script.dataset_test_split) if training.eval_strategy != "no" else None
+            ),
+            proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
+            peft_config=_lora_config(model, training),
+        )
+        resume = training.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
+        trainer.save_model()
+        trainer.save_state()
+        if training.push_to_hub:
+            trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Saved to {training.output_dir}. README.md there shows how to load it.")
+    return 0
