@@ -1,4 +1,4 @@
-"""Metadata and build of tgol_trainer. `model_card_template.md` at the root is the only copy; the build puts it into the wheel."""
+"""Metadata and build. The wheel gets its copy of `model_card_template.md` here; the root keeps the only other one."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ DEVELOPMENT += ["tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
 setup(
     name="tgol_trainer",
     version=VERSION,
-    description="Align visual generative models from unpaired scores: threshold-guided optimization on transformers.Trainer.",
+    description="Align visual generative models from unpaired scores with threshold-guided optimization (TGO).",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

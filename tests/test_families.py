@@ -95,7 +95,7 @@ def test_the_log_likelihood_divides_by_the_temperature_only_where_it_applies():
 def test_an_unknown_prediction_type_is_named():
     scheduler = DDPMScheduler()
     scheduler.register_to_config(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match="flow_prediction.*epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match=r"flow_prediction.*epsilon, v_prediction, sample"):
         DiffusionFamily(scheduler)
 
 

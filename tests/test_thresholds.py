@@ -66,7 +66,9 @@ def test_neighbouring_floats_are_still_divided():
     assert 0 < threshold.num_positive < 3
 
 
-@pytest.mark.parametrize("call", [estimate_threshold, lambda s: apply_threshold(s, 0.0), lambda s: fit_normalization(s, "zscore")])
+@pytest.mark.parametrize(
+    "call", [estimate_threshold, lambda s: apply_threshold(s, 0.0), lambda s: fit_normalization(s, "zscore")]
+)
 def test_scores_that_cannot_be_divided_are_named(call):
     with pytest.raises(ThresholdError, match="All 3 scores equal 2"):
         call([2.0, 2.0, 2.0])

@@ -28,7 +28,7 @@ LOGGED_METRICS: dict[str, str] = {
     "weights/max": "largest confidence weight w",
     "scores/mean": "mean score, after score normalisation",
 }
-"""Every key that training logs beside Trainer's own, with its meaning; evaluation logs them with the prefix `eval_`."""
+"""Every key that training logs beside Trainer's own, with its meaning; evaluation adds the prefix `eval_`."""
 
 
 def stack_record(**columns: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,12 @@ class MetricSums:
         for mask in (positive, ~positive):
             mask = mask.double()
             error, reference_error = column["error"], column["reference_error"]
-            values += [mask.sum(), (mask * reward).sum(), (mask * error).sum(), (mask * (error - reference_error)).sum()]
+            values += [
+                mask.sum(),
+                (mask * reward).sum(),
+                (mask * error).sum(),
+                (mask * (error - reference_error)).sum(),
+            ]
         values += [column["weight"].sum(), column["score"].sum(), column["weight"].max()]
         return torch.stack(values)
 

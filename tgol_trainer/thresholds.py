@@ -99,8 +99,8 @@ def _checked(scores: Sequence[float] | np.ndarray) -> np.ndarray:
         )
     if values.min() == values.max():
         raise ThresholdError(
-            f"All {values.size} scores equal {values[0]}: nothing separates good from bad samples. Check that the right "
-            "column was named, score with another reward, or add samples of other quality."
+            f"All {values.size} scores equal {values[0]}: nothing separates good from bad samples. Check that the "
+            "right column was named, score with another reward, or add samples of other quality."
         )
     return values
 
@@ -121,7 +121,7 @@ def estimate_threshold(scores: Sequence[float] | np.ndarray, *, percentile: floa
     """
     Estimate τ as a percentile of the scores (paper, Eq. 10 and Sec. 3.3), in float64 with NumPy's "linear" rule.
 
-    Ratings are full of ties: where the percentile equals the smallest score, `s >= τ` would make every sample positive.
+    Ratings are full of ties: where the percentile is the smallest score, `s >= τ` would make every sample positive.
     Then τ moves to the midpoint between the smallest score and the next distinct one, and `moved_from` keeps the
     percentile's own value; the caller decides how loudly to say so.
 
@@ -176,11 +176,11 @@ def apply_threshold(
     values = _checked(scores)
     threshold = _labelled(values, value, source, percentile=percentile)
     if threshold.num_positive in (0, threshold.num_scores):
-        side, other = ("negative", "above") if threshold.num_positive else ("positive", "below")
+        low, high = values.min(), values.max()
+        side, remedy = ("negative", f"above {low:g}") if threshold.num_positive else ("positive", f"at most {high:g}")
         raise ThresholdError(
             f"The {source} threshold {value:g} leaves the {side} side empty: the {values.size} scores run from "
-            f"{values.min():g} to {values.max():g}. Choose a threshold {other} {values.min() if threshold.num_positive else values.max():g}"
-            " or leave it out to use a percentile of the training scores."
+            f"{low:g} to {high:g}. Choose a threshold {remedy}, or leave it out to use a percentile of them."
         )
     return threshold
 

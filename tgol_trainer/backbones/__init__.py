@@ -41,9 +41,9 @@ def wrap_pipeline(pipeline: DiffusionPipeline, origin: ModelOrigin | None = None
     name = type(pipeline).__name__
     if name not in BACKBONES:
         raise ValueError(
-            f"{name} is not supported yet. Supported pipelines: {', '.join(sorted(BACKBONES))}. Supporting another takes a "
-            "backbone: how it encodes prompts and images, what its denoiser is called with, and its likelihood family "
-            "(CONTRIBUTING.md, 'A new model family')."
+            f"{name} is not supported yet. Supported pipelines: {', '.join(sorted(BACKBONES))}. Supporting another "
+            "takes a backbone: how it encodes prompts and images, what its denoiser is called with, and its "
+            "likelihood family (CONTRIBUTING.md, 'A new model family')."
         )
     return BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline))
 
@@ -72,8 +72,8 @@ def load_backbone(model: str | Path | DiffusionPipeline, model_init_kwargs: dict
     if isinstance(model, DiffusionPipeline):
         if options:
             raise ValueError(
-                f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: pass a Hub "
-                "id or folder, or load the pipeline with these arguments yourself."
+                f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: "
+                "pass a Hub id or folder, or load the pipeline with these arguments yourself."
             )
         return wrap_pipeline(model)
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":

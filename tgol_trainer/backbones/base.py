@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..families import Draw, Family, RowGenerators
+from tgol_trainer.families import Draw, Family, RowGenerators
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -178,7 +178,9 @@ class Backbone(abc.ABC):
         Returns:
             `str`: source code.
         """
-        return "\n".join([*self._loading_lines(), f"pipe.load_lora_weights({location!r})", *self._picture_lines(prompt)])
+        return "\n".join(
+            [*self._loading_lines(), f"pipe.load_lora_weights({location!r})", *self._picture_lines(prompt)]
+        )
 
     def full_usage(self, location: str, prompt: str) -> str:
         """The same for a fully fine-tuned denoiser saved under `location`."""

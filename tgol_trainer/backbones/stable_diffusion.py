@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..families import DiffusionFamily, Draw, RowGenerators
+from tgol_trainer.families import DiffusionFamily, Draw, RowGenerators
+
 from .base import Backbone, ModelOrigin
 
 if TYPE_CHECKING:

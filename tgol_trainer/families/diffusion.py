@@ -30,7 +30,7 @@ class DiffusionFamily:
         self.prediction_type: str = scheduler.config["prediction_type"]
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"The scheduler's prediction_type is {self.prediction_type!r}; supported: {', '.join(PREDICTION_TYPES)}."
+                f"The scheduler predicts {self.prediction_type!r}. Supported: {', '.join(PREDICTION_TYPES)}"
             )
         self.alphas_cumprod = scheduler.alphas_cumprod.float()
 

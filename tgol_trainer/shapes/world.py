@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 QUALITIES: tuple[str, ...] = ("good", "bad")
 PROMPTS: tuple[str, ...] = tuple(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
-"""The 24 prompts of the demo, `"a red circle"` to `"an orange cross"` in the fixed form `"a {colour} {shape}"`."""
+"""The 24 prompts of the demo, all of the form `"a {colour} {shape}"`."""
 
 _OVERSAMPLING = 4
 
