@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._noise import silence
+
 if TYPE_CHECKING:
     from .config import TGOLConfig
     from .trainer import TGOLTrainer
 
 __version__ = "0.1.0"
 __all__ = ["TGOLConfig", "TGOLTrainer", "__version__"]
+
+silence()
 
 # Resolved on first use: importing the package must not import torch or transformers.
 _LOCATIONS = {"TGOLConfig": "config", "TGOLTrainer": "trainer"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -149,13 +150,14 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = FULL_LEARNING_RATE if self.full_finetuning else LORA_LEARNING_RATE
-        if self.data_seed is None:
+        if getattr(self, "data_seed", None) is None:
             # Without it accelerate seeds the order of rows from the global generator's state.
             self.data_seed = self.seed
         super().__post_init__()
         # accelerate's dispatcher sends batches from rank 0, which streams of several processes do not need.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
+        self.pipeline_kwargs  # noqa: B018 - refuses a text that is no JSON object
         self._check_ranges()
         self._check_combinations()
 
@@ -175,10 +177,17 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
             ("caption_dropout", None, 1),
         ):
             value = getattr(self, name)
-            if not (value > low if low is not None else value >= 0) or (high is not None and value > high):
+            low_enough = value <= high if high is not None else math.isfinite(value)
+            if not (low_enough and (value > low if low is not None else value >= 0)):
                 wanted = "larger than 0" if low is not None else "at least 0"
-                wanted += f" and at most {high}" if high is not None else ""
+                wanted += f" and at most {high}" if high is not None else " and finite"
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"`threshold` must be finite, got {self.threshold}.")
+        for name in ("resolution", "dataset_num_proc", "max_threshold_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         for name in (
             "reference",
             "latent_sampling",

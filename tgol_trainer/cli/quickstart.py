@@ -337,11 +337,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import torch
     from datasets.utils.logging import disable_progress_bar
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     # Their bars are for downloads and for maps that take a moment here; ours show what takes time.
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     quickstart = Quickstart(**vars(args))
     with plain_errors():

@@ -35,20 +35,25 @@ class ModelArguments(ModelConfig):
     )
 
 
-# Fields of ModelConfig that mean nothing here; a value other than the default must not be dropped in silence.
+# TRL's fields that mean nothing here; a value other than the default must not be dropped in silence.
 _UNUSED: tuple[str, ...] = (
     "attn_implementation",
     "trust_remote_code",
     "lora_target_parameters",
     "lora_modules_to_save",
+    "lora_task_type",
+    "ignore_bias_buffers",
 )
-_UNUSED += ("load_in_8bit", "load_in_4bit", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+_UNUSED += ("load_in_8bit", "load_in_4bit", "use_bnb_nested_quant", "bnb_4bit_quant_storage", "bnb_4bit_quant_type")
 
 
-def _check_model_arguments(model: ModelArguments, training: TGOLConfig) -> None:
-    defaults = {item.name: item.default for item in dataclasses.fields(ModelArguments)}
-    changed = {name for name, value in defaults.items() if getattr(model, name) != value}
-    unused = [name for name in _UNUSED if name in changed]
+def _changed(arguments: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(arguments) if getattr(arguments, item.name) != item.default]
+
+
+def _check_arguments(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> None:
+    changed = _changed(model)
+    unused = [name for name in [*changed, *_changed(script)] if name in _UNUSED]
     if unused:
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in unused)}: not supported for diffusion pipelines.")
     lora = [name for name in changed if name.startswith(("lora_", "use_rslora", "use_dora"))]
@@ -59,12 +64,16 @@ def _check_model_arguments(model: ModelArguments, training: TGOLConfig) -> None:
         raise SystemExit(
             "error: --model_name_or_path is needed: a Hub id, a folder, or `shapes` for the embedded model."
         )
+    if script.dataset_name is None:
+        raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
+    fixed = [name for name in changed if name in ("model_revision", "dtype")]
+    fixed += ["model_init_kwargs"] if training.pipeline_kwargs else []
+    if fixed and model.model_name_or_path == "shapes":
+        raise SystemExit(f"error: {', '.join(f'--{name}' for name in fixed)}: has no effect on the embedded model.")
 
 
 def _model_init_kwargs(model: ModelArguments, training: TGOLConfig) -> dict[str, Any] | None:
     options = training.pipeline_kwargs
-    if model.model_name_or_path == "shapes":
-        return options
     if model.model_revision != "main":
         options.setdefault("revision", model.model_revision)
     if model.dtype not in (None, "float32"):
@@ -101,18 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     set_up_logging()
     parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments), prog="tgol train")
-    script, training, model = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    _check_model_arguments(model, training)
-    if script.dataset_name is None:
-        raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
+    try:
+        script, training, model = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
+        raise SystemExit(f"error: {error}") from error
+    _check_arguments(script, training, model)
     training.model_init_kwargs = _model_init_kwargs(model, training)
 
     from tgol_trainer.data import Columns, load_scored_dataset
     from tgol_trainer.trainer import TGOLTrainer
 
-    columns = Columns(training.prompt_column, training.image_column, training.score_column)
-
     def load(source: str, split: str) -> Any:
+        columns = Columns(training.prompt_column, training.image_column, training.score_column)
         return load_scored_dataset(
             source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
         )
