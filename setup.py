@@ -23,7 +23,7 @@ class BuildWithTemplate(build_py):
 
 REWARDS = ["ftfy>=6.2"]
 QUANTIZATION = ["bitsandbytes>=0.48"]
-NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
+NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"]
 DEVELOPMENT = ["build>=1.2", "mypy>=1.18", "pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "ruff>=0.14"]
 DEVELOPMENT += ["tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
 
@@ -49,7 +49,7 @@ setup(
         "peft>=0.19",
         "pillow>=11.0",
         "pyyaml>=6.0",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "torch>=2.9",
         "tqdm>=4.66",
         "transformers>=5.15",

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from tests.conftest import scored_dataset
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
+from tgol_trainer.backbones import load_backbone
 from tgol_trainer.data import decode_prompts
 from tgol_trainer.families import RowGenerators
 from tgol_trainer.metrics import LOGGED_METRICS, RECORD
@@ -375,6 +376,48 @@ def test_the_8_bit_optimizer_trains(config, dataset):
     trainer.train()
     assert trainer.optimizer.optimizer.args.optim_bits == 8
     assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+@pytest.mark.slow
+def test_compiling_changes_only_rounding(config, dataset, tmp_path):
+    plain = TGOLTrainer(stable_diffusion(), config(), dataset)
+    plain.train()
+    compiled = TGOLTrainer(stable_diffusion(), config(torch_compile=True), dataset)
+    compiled.train()
+    assert "OptimizedModule" in type(compiled.model_wrapped).__name__
+    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=5e-3)
+    compiled.save_model(str(tmp_path / "compiled"))
+    fresh = stable_diffusion()
+    fresh.load_lora_weights(tmp_path / "compiled")
+    assert torch.equal(load_backbone(fresh).probe(), compiled.backbone.probe())
+
+
+def test_tensorboard_gets_every_logged_metric(config, dataset, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    TGOLTrainer(
+        stable_diffusion(), config(report_to="tensorboard", hub_token="hf_secretsecretsecret1"), dataset
+    ).train()
+    files = list(tmp_path.rglob("events.out*"))
+    events = EventAccumulator(str(files[0].parent))
+    events.Reload()
+    assert {f"train/{key}" for key in LOGGED_METRICS} <= set(events.Tags()["scalars"])
+    assert not any(b"hf_secretsecretsecret1" in path.read_bytes() for path in files)
+
+
+def test_a_users_callback_sees_every_step(config, dataset):
+    from transformers import TrainerCallback
+
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+
+    count = Count()
+    TGOLTrainer(stable_diffusion(), config(), dataset, callbacks=[count]).train()
+    assert count.steps == 4
 
 
 def test_a_users_optimizer_is_used(config, dataset):

@@ -177,8 +177,8 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
             ("caption_dropout", None, 1),
         ):
             value = getattr(self, name)
-            low_enough = value <= high if high is not None else math.isfinite(value)
-            if not (low_enough and (value > low if low is not None else value >= 0)):
+            within = value <= high if high is not None else math.isfinite(value)
+            if not (within and (value > low if low is not None else value >= 0)):
                 wanted = "larger than 0" if low is not None else "at least 0"
                 wanted += f" and at most {high}" if high is not None else " and finite"
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")

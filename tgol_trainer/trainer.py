@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import datasets
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -55,6 +56,16 @@ EVALUATION_STEP = -1
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
+
+
+class _ReportedConfig(FrozenDict):
+    """A denoiser's config with the methods by which Trainer's reporting integrations (TensorBoard, MLflow) read it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -172,7 +183,9 @@ class TGOLTrainer(Trainer):
     def _load_backbone(self, model: str | Path | DiffusionPipeline) -> Backbone:
         options = self.args.pipeline_kwargs
         if str(model) == "shapes" and not Path("shapes").exists():
-            origin = ModelOrigin(note=shapes.NOTE, loading_code=shapes.LOADING_CODE)
+            origin = ModelOrigin(
+                note=shapes.NOTE, loading_code=shapes.LOADING_CODE, call_arguments=shapes.CALL_ARGUMENTS
+            )
             backbone = wrap_pipeline(shapes.load_pipeline(), origin)
         else:
             backbone = load_backbone(model, options)
@@ -186,6 +199,7 @@ class TGOLTrainer(Trainer):
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, backbone = self.args, self.backbone
+        backbone.denoiser._internal_dict = _ReportedConfig(backbone.denoiser.config)
         if args.full_finetuning:
             if peft_config is not None:
                 raise ValueError("`full_finetuning=True` trains no adapter: leave out `peft_config`.")
@@ -271,7 +285,7 @@ class TGOLTrainer(Trainer):
         if isinstance(rows, ScoredDataset):
             report = self.data_reports["train_dataset"]
             facts.num_rows, facts.num_dropped = report.num_kept, report.num_rows - report.num_kept
-            self.example_prompt = rows.prompts[0]
+            self.example_prompt = rows[0]["prompt"]
         self.dataset_facts = [facts]
 
     def _source_scores(self, rows: ScoredDataset | ScoredStream) -> np.ndarray | None:

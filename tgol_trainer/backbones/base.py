@@ -33,12 +33,15 @@ class ModelOrigin:
             A plain phrase where there is no Hub id.
         loading_code (`str`, *optional*):
             Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
+        call_arguments (`str`, *optional*):
+            Python text of keyword arguments that suit the model, for the snippet of its card.
     """
 
     hub_id: str | None = None
     revision: str | None = None
     note: str | None = None
     loading_code: str | None = None
+    call_arguments: str | None = None
 
     @classmethod
     def of_source(cls, source: str, revision: str | None = None) -> ModelOrigin:
@@ -201,7 +204,8 @@ class Backbone(abc.ABC):
         ]
 
     def _picture_lines(self, prompt: str) -> list[str]:
-        return [f"image = pipe({prompt!r}).images[0]", 'image.save("sample.png")']
+        arguments = ", ".join([repr(prompt), *filter(None, [self.origin.call_arguments])])
+        return [f"image = pipe({arguments}).images[0]", 'image.save("sample.png")']
 
     def describe(self) -> dict[str, Any]:
         """Facts for logs and cards: pipeline and denoiser class, parameter count, dtype."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,11 @@ PIPELINE_DIR = Path(__file__).parent / "pipeline"
 """A diffusers folder: weights in float16, `build.json` with the command, time and quality of its training."""
 
 NOTE = "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)"
+CALL_ARGUMENTS = "num_inference_steps=15, guidance_scale=1.5"
 LOADING_CODE = "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()"
 
 __all__ = [
+    "CALL_ARGUMENTS",
     "COLOURS",
     "LOADING_CODE",
     "NOTE",
@@ -48,9 +52,26 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        PIPELINE_DIR, **{"dtype": torch.float32, "local_files_only": True, **kwargs}
-    )
+    with _no_loading_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            PIPELINE_DIR, **{"dtype": torch.float32, "local_files_only": True, **kwargs}
+        )
     # The folder is inside site-packages: no path of this machine should look like the model's name.
     pipeline.register_to_config(_name_or_path="")
     return pipeline
+
+
+@contextlib.contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    # Three megabytes load before a bar can be read.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()

@@ -1,0 +1,60 @@
+"""The documentation agrees with the code: keys, links, commands, names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tgol_trainer.backbones import BACKBONES
+from tgol_trainer.cli import COMMANDS
+from tgol_trainer.config import TGOLConfig
+from tgol_trainer.metrics import LOGGED_METRICS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_page_of_metrics_lists_exactly_the_logged_keys_with_their_meaning():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", text, re.MULTILINE))
+    assert rows == LOGGED_METRICS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_parse_and_import_names_that_exist(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(block, page.name, "exec")
+        for line in re.findall(r"^from tgol_trainer.* import .*$", block, re.MULTILINE):
+            exec(line, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_settings_named_in_prose_exist(page):
+    text = page.read_text()
+    for command in re.findall(r"\btgol (\w+)", text):
+        assert command in COMMANDS, command
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z][\w-]+)`", text):
+        assert target in targets, target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_files_hold_only_known_fields(path):
+    from dataclasses import fields
+
+    from tgol_trainer.cli.train import ModelArguments, TrainArguments
+
+    known = {item.name for kind in (TGOLConfig, ModelArguments, TrainArguments) for item in fields(kind)}
+    assert set(yaml.safe_load(path.read_text())) <= known
+
+
+def test_the_table_of_families_names_what_the_code_supports():
+    assert list(BACKBONES) == ["StableDiffusionPipeline"]
+    assert "| | Stable Diffusion 1.x, 2.x |" in (ROOT / "README.md").read_text()
