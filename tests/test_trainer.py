@@ -466,7 +466,9 @@ def test_a_proxy_set_gives_the_threshold(config, dataset):
 def test_normalisation_takes_its_statistics_from_the_data_that_gave_the_threshold(config, dataset):
     proxy = datasets.Dataset.from_dict({"score": [-1.0, 0.0, 1.0]})
     trainer = TGOLTrainer(stable_diffusion(), config(score_normalization="zscore"), dataset, proxy_dataset=proxy)
-    assert (trainer.normalization.center, trainer.normalization.scale) == pytest.approx((0.0, math.sqrt(2 / 3)))
+    assert (trainer.labelling.normalization.center, trainer.labelling.normalization.scale) == pytest.approx(
+        (0.0, math.sqrt(2 / 3))
+    )
 
 
 def test_a_proxy_function_is_called_again_after_each_sync(config, dataset):
@@ -590,6 +592,6 @@ def test_the_state_file_holds_threshold_and_normalisation_as_json(config, datase
     assert state["threshold"]["value"] == trainer.threshold.value
     assert state["normalization"] == {
         "method": "zscore",
-        "center": trainer.normalization.center,
-        "scale": trainer.normalization.scale,
+        "center": trainer.labelling.normalization.center,
+        "scale": trainer.labelling.normalization.scale,
     }

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .adapters import POLICY, adapter_metadata
 from .card import CardFacts, DatasetFacts, Hyperparameter
 from .config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
+from .data import Labelling
 
 if TYPE_CHECKING:
     import datasets
@@ -55,17 +56,26 @@ class EpochStart(TrainerCallback):
 
     Args:
         action (`Callable`):
-            Takes the epoch as Trainer counts it, fractional where training resumes inside one.
+            Takes the epoch as Trainer counts it, fractional where training resumes inside one, and whether it is the
+            first since `train()` was called.
     """
 
-    def __init__(self, action: Callable[[float], None]) -> None:
+    def __init__(self, action: Callable[[float, bool], None]) -> None:
         self.action = action
+        self.first = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the next epoch is the first."""
+        self.first = True
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Run the action."""
-        self.action(state.epoch or 0.0)
+        self.action(state.epoch or 0.0, self.first)
+        self.first = False
 
 
 def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns: list[str]) -> DatasetFacts:
@@ -127,6 +137,18 @@ def _training(state: TrainerState) -> dict[str, Any]:
     return facts
 
 
+def _labelling_facts(labelling: Labelling | None, confidence_scale: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    if labelling is None:
+        return {}, {}
+    threshold = {
+        **labelling.threshold.to_dict(),
+        "num_negative": labelling.threshold.num_negative,
+        "normalization": dataclasses.asdict(labelling.normalization),
+    }
+    weights = labelling.weights
+    return threshold, {**dataclasses.asdict(weights), "confidence_scale": confidence_scale} if weights else {}
+
+
 def harvest_facts(trainer: Trainer | Any) -> CardFacts:
     """
     Gather what a card states about a run, at any moment of it.
@@ -143,13 +165,7 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
     hub_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id
     usage = backbone.full_usage if args.full_finetuning else backbone.usage
     prompt = trainer.example_prompt or "a photo"
-    threshold = trainer.threshold.to_dict() if trainer.threshold else {}
-    if threshold:
-        threshold["num_negative"] = trainer.threshold.num_negative
-        threshold["normalization"] = dataclasses.asdict(trainer.normalization)
-    weights = dataclasses.asdict(trainer.weight_summary) if trainer.weight_summary else {}
-    if weights:
-        weights["confidence_scale"] = args.confidence_scale
+    threshold, weights = _labelling_facts(trainer.labelling, args.confidence_scale)
     limits = [
         "It inherits the limits, the biases and the terms of use of its base model.",
     ]

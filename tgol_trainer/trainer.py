@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -32,10 +33,12 @@ from .data import (
     Collator,
     Columns,
     DataReport,
+    Labelling,
     ScoredDataset,
     ScoredStream,
     check_columns,
     decode_prompts,
+    fit_labelling,
     prepare_dataset,
     stream_scores,
 )
@@ -133,9 +136,7 @@ class TGOLTrainer(Trainer):
         self.data_reports: dict[str, DataReport] = {}
         self.dataset_facts: list[DatasetFacts] = []
         self.example_prompt: str | None = None
-        self.normalization = thresholds.ScoreNormalization()
-        self.threshold: thresholds.Threshold | None = None
-        self.weight_summary: thresholds.WeightSummary | None = None
+        self.labelling: Labelling | None = None
         self.collator = Collator(self._resolution())
         self._raw_stream = train_dataset if isinstance(train_dataset, datasets.IterableDataset) else None
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
@@ -306,50 +307,32 @@ class TGOLTrainer(Trainer):
             self.columns,
             on_bad_sample=self.args.on_bad_sample,
             limit=self.args.max_threshold_samples,
-            name="train_dataset",
         )
 
     def _fit_threshold(self, rows: ScoredDataset | ScoredStream) -> None:
-        source = self._source_scores(rows)
-        if source is not None:
-            self.normalization = thresholds.fit_normalization(source, self.args.score_normalization)
-            source = self.normalization(source)
+        args, proxy, source = self.args, self.proxy_dataset is not None, self._source_scores(rows)
         # Of a stream, only what the first pass read is known.
-        scores = self.normalization(rows.scores) if isinstance(rows, ScoredDataset) else source
-        self.threshold = self._estimate_threshold(source, scores)
-        self.collator.normalization = self.normalization
-        self.collator.threshold = self.threshold.value
-        if scores is not None:
-            self._summarize_labels(self.threshold, scores)
-
-    def _estimate_threshold(self, source: np.ndarray | None, scores: np.ndarray | None) -> thresholds.Threshold:
-        """τ from normalised source scores, and the labels it gives the training scores where those are known."""
-        value, origin, percentile = self.args.threshold, "fixed", None
-        if value is None:
-            percentile = self.args.threshold_percentile
-            estimate = thresholds.estimate_threshold([] if source is None else source, percentile=percentile)
-            if estimate.moved_from is not None:
-                logger.warning(
-                    "The %g-th percentile of the scores is their minimum, %g, so that `s >= τ` would make every "
-                    "sample positive. τ was moved to %g, halfway to the next score: %d positive, %d negative.",
-                    *(percentile, estimate.moved_from, estimate.value, estimate.num_positive, estimate.num_negative),
-                )
-            if self.proxy_dataset is None:
-                return estimate
-            value, origin = estimate.value, "proxy"
-        if scores is None:
-            return thresholds.Threshold(value, origin, num_scores=0, num_positive=0, num_ties=0, percentile=percentile)
-        return thresholds.apply_threshold(scores, value, source=origin, percentile=percentile)
-
-    def _summarize_labels(self, threshold: thresholds.Threshold, scores: np.ndarray) -> None:
-        weights = thresholds.summarize_weights(scores, threshold.value, confidence_scale=self.args.confidence_scale)
-        self.weight_summary = weights
-        logger.info(
-            "Threshold %.6g (%s): %d positive, %d negative, %d tied. Weights: mean %.3g, max %.3g, the largest 1 %% "
-            "carry %.1f %%.",
-            *(threshold.value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
-            *(weights.mean, weights.max, 100 * weights.top_1_percent_share),
+        scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy else source
+        labelling = fit_labelling(
+            source,
+            scores,
+            percentile=args.threshold_percentile,
+            fixed=args.threshold,
+            normalization=args.score_normalization,
+            confidence_scale=args.confidence_scale,
+            proxy=proxy,
         )
+        self._set_labelling(labelling)
+
+    def _set_labelling(self, labelling: Labelling) -> None:
+        self.labelling = labelling
+        self.collator.normalization = labelling.normalization
+        self.collator.threshold = labelling.threshold.value
+
+    @property
+    def threshold(self) -> thresholds.Threshold | None:
+        """τ and its counts; None for a trainer without training data."""
+        return self.labelling.threshold if self.labelling else None
 
     def get_train_dataloader(self) -> DataLoader:
         """The training loader; streams are split by process here, maps by accelerate."""
@@ -391,12 +374,12 @@ class TGOLTrainer(Trainer):
         with _changed(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
 
-    def _on_epoch_begin(self, epoch: float) -> None:
+    def _on_epoch_begin(self, epoch: float, first: bool) -> None:
         # At the beginning of an epoch rather than at the end of the one before, so that a checkpoint written on the
         # last step resumes into the same state. A resume in mid-epoch finds `_reference_epoch` already there.
         current = math.floor(epoch + 1e-6)
         if self._raw_stream is not None:
-            if self.args.threshold_update == "epoch" and self.state.global_step > self._initial_global_step:
+            if self.args.threshold_update == "epoch" and not first:
                 self._fit_threshold(self.train_dataset)
             return
         if self.args.sync_ref_model == "epoch" and current > self._reference_epoch:
@@ -549,9 +532,7 @@ class TGOLTrainer(Trainer):
 
     def _state(self) -> dict[str, Any]:
         return {
-            "threshold": self.threshold.to_dict() if self.threshold else None,
-            "normalization": vars(self.normalization),
-            "weights": vars(self.weight_summary) if self.weight_summary else None,
+            **(dataclasses.asdict(self.labelling) if self.labelling else {"threshold": None}),
             "resolution": list(self.collator.resolution),
             "reference_epoch": self._reference_epoch,
         }
@@ -572,16 +553,18 @@ class TGOLTrainer(Trainer):
             )
         if state["threshold"] is None:
             return
-        saved = thresholds.Threshold(**state["threshold"])
-        if self.threshold is not None and saved.value != self.threshold.value:
+        saved = Labelling(
+            thresholds.Threshold(**state["threshold"]),
+            thresholds.ScoreNormalization(**state["normalization"]),
+            thresholds.WeightSummary(**state["weights"]) if state["weights"] else None,
+        )
+        if self.threshold is not None and saved.threshold.value != self.threshold.value:
             logger.warning(
                 "The checkpoint's threshold is %.6g, that of the data given now %.6g. Training resumes with the "
                 "checkpoint's; start anew if the data were meant to change.",
-                *(saved.value, self.threshold.value),
+                *(saved.threshold.value, self.threshold.value),
             )
-        self.threshold = saved
-        self.normalization = thresholds.ScoreNormalization(**state["normalization"])
-        self.collator.normalization, self.collator.threshold = self.normalization, saved.value
+        self._set_labelling(saved)
 
     def _load_policy(self, folder: Path) -> None:
         if self.reference_model is not None:
@@ -614,8 +597,7 @@ class TGOLTrainer(Trainer):
         """
         if not self.args.should_save:
             return
-        if model_name is not None:
-            extras["model_name"] = model_name
+        extras["model_name"] = model_name
         self.card_extras.update({name: value for name, value in extras.items() if value is not None})
         self._write_card(Path(self.args.output_dir))
 
@@ -636,9 +618,10 @@ class TGOLTrainer(Trainer):
                 source / self.backbone.denoiser_name, target / self.backbone.denoiser_name, dirs_exist_ok=True
             )
         self._write_card(target)
-        unit = "step" if args.save_strategy == SaveStrategy.STEPS else "epoch"
-        position = self.state.global_step if unit == "step" else int(self.state.epoch)
-        message = f"Training in progress, {unit} {position}"
+        steps = args.save_strategy == SaveStrategy.STEPS
+        message = (
+            f"Training in progress, {f'step {self.state.global_step}' if steps else f'epoch {int(self.state.epoch)}'}"
+        )
         common = {
             "repo_id": self.hub_model_id,
             "token": args.hub_token,

@@ -4,6 +4,7 @@ from tgol_trainer.data.checks import check_columns
 from tgol_trainer.data.collator import Collator, decode_prompts
 from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, prepare_dataset, stream_scores
 from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_image, to_pixels
+from tgol_trainer.data.labels import Labelling, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
 from tgol_trainer.data.rows import Columns
 
@@ -13,11 +14,13 @@ __all__ = [
     "DataError",
     "DataReport",
     "ImageError",
+    "Labelling",
     "ScoredDataset",
     "ScoredStream",
     "check_columns",
     "cropped_share",
     "decode_prompts",
+    "fit_labelling",
     "load_scored_dataset",
     "open_image",
     "prepare_dataset",
