@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -618,29 +619,21 @@ class TGOLTrainer(Trainer):
                 source / self.backbone.denoiser_name, target / self.backbone.denoiser_name, dirs_exist_ok=True
             )
         self._write_card(target)
-        steps = args.save_strategy == SaveStrategy.STEPS
-        message = (
-            f"Training in progress, {f'step {self.state.global_step}' if steps else f'epoch {int(self.state.epoch)}'}"
+        unit = "epoch" if args.save_strategy == SaveStrategy.EPOCH else "step"
+        position = int(self.state.epoch) if unit == "epoch" else self.state.global_step
+        message = f"Training in progress, {unit} {position}"
+        upload = functools.partial(
+            upload_folder,
+            repo_id=self.hub_model_id,
+            token=args.hub_token,
+            run_as_future=True,
+            revision=args.hub_revision,
         )
-        common = {
-            "repo_id": self.hub_model_id,
-            "token": args.hub_token,
-            "run_as_future": True,
-            "revision": args.hub_revision,
-        }
-        jobs = [
-            upload_folder(
-                folder_path=target,
-                commit_message=message,
-                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
-                **common,
-            )
-        ]
+        ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+        jobs = [upload(folder_path=target, commit_message=message, ignore_patterns=ignored)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else source.name
-            jobs.append(
-                upload_folder(folder_path=source, path_in_repo=name, commit_message=f"{message}, checkpoint", **common)
-            )
+            jobs.append(upload(folder_path=source, path_in_repo=name, commit_message=f"{message}, checkpoint"))
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress(jobs)
         else:
