@@ -26,10 +26,17 @@ def test_a_batch_is_tensors_of_the_promised_shapes_and_types():
         "score": ((2,), torch.float32),
         "margin": ((2,), torch.float32),
         "row_id": ((2,), torch.int64),
+        "geometry": ((2, 4), torch.int64),
     }
     assert batch["prompt_bytes"].tolist() == [[97, 0], [97, 98]]
     assert batch["row_id"].tolist() == [7, 2**62]
     assert batch["score"].tolist() == batch["margin"].tolist() == [1.5, -2.0]
+
+
+def test_the_geometry_is_the_images_own_size_and_where_its_crop_begins():
+    """30 wide, 20 high, to 10x10: resized to 15x10, of which the columns 2.5 to 12.5 remain."""
+    batch = Collator((10, 10))([row(image=Image.new("RGB", (30, 20))), row(image=Image.new("RGB", (10, 40)))])
+    assert batch["geometry"].tolist() == [[20, 30, 0, 2], [40, 10, 15, 0]]
 
 
 def test_prompts_of_any_script_come_back_whole():

@@ -109,7 +109,9 @@ def test_the_likelihood_of_a_pipeline_matches_a_direct_computation(prediction_ty
     latents = backbone.encode_images(pixels, keys, sample=False)
     drawn = backbone.family.draw(latents, keys)
     with torch.no_grad():
-        error = backbone.family.error(backbone.predict(pipe.unet, drawn, backbone.encode_prompts(["a", "b"])), drawn)
+        error = backbone.family.error(
+            backbone.predict(pipe.unet, drawn, backbone.condition(["a", "b"], torch.zeros(2, 4), (16, 16))), drawn
+        )
         ours = log_likelihood(backbone.family, error, 0.001)
 
         z = pipe.vae.encode(pixels).latent_dist.mode() * 0.18215

@@ -91,6 +91,17 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         default="sample",
         metadata={"help": "Draw an image's latents from the autoencoder's posterior at each step, or take its mode."},
     )
+    timestep_sampling: Literal["family", "uniform", "logit_normal"] = field(
+        default="family",
+        metadata={
+            "help": "Density of times of flow-matching models: the family's own (SD3 logit-normal, FLUX and Wan uniform), "
+            "or one of these. No effect on other models."
+        },
+    )
+    train_guidance: float = field(
+        default=3.5,
+        metadata={"help": "Guidance value fed to guidance-distilled models (FLUX.1-dev), the same for both passes."},
+    )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
         metadata={
@@ -191,6 +202,7 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         for name in (
             "reference",
             "latent_sampling",
+            "timestep_sampling",
             "on_bad_sample",
             "threshold_update",
             "score_normalization",

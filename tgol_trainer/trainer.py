@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils.hub import PushInProgress
 
 from . import adapters, shapes, thresholds
-from .backbones import Backbone, ModelOrigin, load_backbone, wrap_pipeline
+from .backbones import Backbone, BackboneSettings, ModelOrigin, load_backbone, wrap_pipeline
 from .callbacks import EpochStart, dataset_facts, harvest_facts
 from .card import DatasetFacts, write_card
 from .config import TGOLConfig
@@ -183,14 +183,16 @@ class TGOLTrainer(Trainer):
             )
 
     def _load_backbone(self, model: str | Path | DiffusionPipeline) -> Backbone:
-        options = self.args.pipeline_kwargs
+        args, options = self.args, self.args.pipeline_kwargs
+        timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
+        settings = BackboneSettings(timestep_sampling=timesteps, guidance=args.train_guidance)
         if str(model) == "shapes" and not Path("shapes").exists():
             origin = ModelOrigin(
                 note=shapes.NOTE, loading_code=shapes.LOADING_CODE, call_arguments=shapes.CALL_ARGUMENTS
             )
-            backbone = wrap_pipeline(shapes.load_pipeline(), origin)
+            backbone = wrap_pipeline(shapes.load_pipeline(), origin, settings)
         else:
-            backbone = load_backbone(model, options)
+            backbone = load_backbone(model, options, settings)
         if self.args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process, which uses the first; `accelerate launch` uses all.",
@@ -229,7 +231,7 @@ class TGOLTrainer(Trainer):
         else:
             adapters.attach(backbone.denoiser, self._lora_config(peft_config), seed=args.seed, probe=backbone.probe)
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-            backbone.denoiser.enable_gradient_checkpointing()
+            backbone.enable_gradient_checkpointing()
             # diffusers' own switch; Trainer would look for transformers' method of another name.
             args.gradient_checkpointing = args.activation_checkpointing = False
 
@@ -449,7 +451,7 @@ class TGOLTrainer(Trainer):
         if training and args.caption_dropout:
             dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        conditioning = self.backbone.encode_prompts(prompts)
+        conditioning = self.backbone.condition(prompts, inputs["geometry"], self.collator.resolution)
         latents = self.backbone.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
         draw = family.draw(latents, rows)
 

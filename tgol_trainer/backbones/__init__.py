@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Backbone, ModelOrigin
+from .base import Backbone, BackboneSettings, ModelOrigin
 from .stable_diffusion import StableDiffusionBackbone
 
 if TYPE_CHECKING:
@@ -19,10 +19,20 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 """Pipeline class name to backbone. A new family is one file and one entry here."""
 
-__all__ = ["BACKBONES", "Backbone", "ModelOrigin", "StableDiffusionBackbone", "load_backbone", "wrap_pipeline"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneSettings",
+    "ModelOrigin",
+    "StableDiffusionBackbone",
+    "load_backbone",
+    "wrap_pipeline",
+]
 
 
-def wrap_pipeline(pipeline: DiffusionPipeline, origin: ModelOrigin | None = None) -> Backbone:
+def wrap_pipeline(
+    pipeline: DiffusionPipeline, origin: ModelOrigin | None = None, settings: BackboneSettings | None = None
+) -> Backbone:
     """
     Choose the backbone of a loaded pipeline.
 
@@ -31,6 +41,8 @@ def wrap_pipeline(pipeline: DiffusionPipeline, origin: ModelOrigin | None = None
             Any pipeline; used as it is, not copied.
         origin ([`ModelOrigin`], *optional*):
             Where it came from; by default what its own config says.
+        settings ([`BackboneSettings`], *optional*):
+            Choices of the run.
 
     Returns:
         [`Backbone`]
@@ -45,10 +57,14 @@ def wrap_pipeline(pipeline: DiffusionPipeline, origin: ModelOrigin | None = None
             "takes a backbone: how it encodes prompts and images, what its denoiser is called with, and its "
             "likelihood family (CONTRIBUTING.md, 'A new model family')."
         )
-    return BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline))
+    return BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
 
 
-def load_backbone(model: str | Path | DiffusionPipeline, model_init_kwargs: dict[str, Any] | None = None) -> Backbone:
+def load_backbone(
+    model: str | Path | DiffusionPipeline,
+    model_init_kwargs: dict[str, Any] | None = None,
+    settings: BackboneSettings | None = None,
+) -> Backbone:
     """
     Load a pipeline and wrap it.
 
@@ -58,6 +74,8 @@ def load_backbone(model: str | Path | DiffusionPipeline, model_init_kwargs: dict
         model_init_kwargs (`dict`, *optional*):
             Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`), `revision`,
             `variant`, ...
+        settings ([`BackboneSettings`], *optional*):
+            Choices of the run.
 
     Returns:
         [`Backbone`]
@@ -75,11 +93,11 @@ def load_backbone(model: str | Path | DiffusionPipeline, model_init_kwargs: dict
                 f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: "
                 "pass a Hub id or folder, or load the pipeline with these arguments yourself."
             )
-        return wrap_pipeline(model)
+        return wrap_pipeline(model, settings=settings)
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
         dtype = getattr(torch, options["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"`model_init_kwargs['dtype']` is {options['dtype']!r}, which is no torch dtype.")
         options["dtype"] = dtype
     pipeline = DiffusionPipeline.from_pretrained(str(model), **options)
-    return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")))
+    return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)

@@ -20,6 +20,22 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclasses.dataclass(frozen=True)
+class BackboneSettings:
+    """
+    Choices of a run that only some backbones have.
+
+    Args:
+        timestep_sampling (`str`, *optional*):
+            `"uniform"` or `"logit_normal"`, the density of times of flow-matching models; by default the family's own.
+        guidance (`float`, *optional*, defaults to 3.5):
+            Guidance value given to guidance-distilled models, the same for policy and reference.
+    """
+
+    timestep_sampling: str | None = None
+    guidance: float = 3.5
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelOrigin:
     """
     Where a base model came from, for the card.
@@ -70,6 +86,8 @@ class Backbone(abc.ABC):
             Used in place. Every component is frozen and set to eval mode; the trainer decides what trains.
         origin ([`ModelOrigin`]):
             Where it came from.
+        settings ([`BackboneSettings`], *optional*):
+            Choices of the run.
     """
 
     denoiser_name: str
@@ -80,9 +98,15 @@ class Backbone(abc.ABC):
 
     family: Family
 
-    def __init__(self, pipeline: DiffusionPipeline, origin: ModelOrigin) -> None:
+    pipeline_tag = "text-to-image"
+    """The task on the Hub."""
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: BackboneSettings | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.origin = origin
+        self.settings = settings or BackboneSettings()
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
@@ -137,31 +161,63 @@ class Backbone(abc.ABC):
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Call the denoiser, or a wrapper of it, on a draw; returns (B, ...) in its dtype."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
         """
-        Encode prompts, each distinct one once, without gradient.
+        Conditioning on the images' own sizes and crops, for models that take it.
+
+        Args:
+            geometry (`torch.Tensor`):
+                (B, 4) integers: height and width of the image, top and left of the crop in the resized image.
+            resolution (`tuple[int, int]`):
+                (height, width) of the training pixels.
+
+        Returns:
+            `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows; by default none.
+        """
+        return {}
+
+    def condition(
+        self, prompts: Sequence[str], geometry: torch.Tensor, resolution: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Everything the denoiser is conditioned on, without gradient; each distinct prompt is encoded once.
 
         Args:
             prompts (`Sequence[str]`):
                 B prompts; an empty string is the unconditional prompt.
+            geometry (`torch.Tensor`):
+                As in [`~Backbone.condition_on_size`].
+            resolution (`tuple[int, int]`):
+                As there.
 
         Returns:
-            `dict[str, torch.Tensor]`: conditioning with B rows.
+            `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows.
         """
         unique = list(dict.fromkeys(prompts))
         index = torch.tensor([unique.index(prompt) for prompt in prompts])
         with torch.no_grad():
             encoded = self.encode_unique_prompts(unique)
-            return {name: value[index.to(value.device)] for name, value in encoded.items()}
+            rows = {name: value[index.to(value.device)] for name, value in encoded.items()}
+            return {**rows, **self.condition_on_size(geometry, resolution)}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""
+        self.denoiser.enable_gradient_checkpointing()
+
+    def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
+        """Pixels of one small random picture in [-1, 1], for `probe`."""
+        side = self.native_resolution
+        return rows.normal("probe", torch.empty(1, 3, side, side)).clamp(-1, 1)
 
     def probe(self) -> torch.Tensor:
         """Output of the denoiser on one small fixed input, for comparing a model with itself."""
         rows = RowGenerators(0, 0, [0])
-        side = self.native_resolution
         with torch.no_grad():
-            pixels = rows.normal("probe", torch.empty(1, 3, side, side)).clamp(-1, 1).to(self.device)
+            pixels = self.probe_pixels(rows).to(self.device)
+            height, width = pixels.shape[-2:]
+            conditioning = self.condition(["a probe"], torch.tensor([[height, width, 0, 0]]), (height, width))
             draw = self.family.draw(self.encode_images(pixels, rows, sample=False), rows)
-            return self.predict(self.denoiser, draw, self.encode_prompts(["a probe"]))
+            return self.predict(self.denoiser, draw, conditioning)
 
     def to(self, device: torch.device | str) -> Backbone:
         """Move every component."""

@@ -9,7 +9,7 @@ import torch
 
 from tgol_trainer.families import DiffusionFamily, Draw, RowGenerators
 
-from .base import Backbone, ModelOrigin
+from .base import Backbone, BackboneSettings, ModelOrigin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,10 +26,12 @@ class StableDiffusionBackbone(Backbone):
     denoiser_name = "unet"
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def __init__(self, pipeline: DiffusionPipeline, origin: ModelOrigin) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: BackboneSettings | None = None
+    ) -> None:
         from diffusers import DDPMScheduler
 
-        super().__init__(pipeline, origin)
+        super().__init__(pipeline, origin, settings)
         self.family = DiffusionFamily(DDPMScheduler.from_config(pipeline.scheduler.config))
 
     @property

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from tgol_trainer.data.images import DataError, ImageError, describe, open_image, to_pixels
+from tgol_trainer.data.images import DataError, ImageError, crop_offset, describe, open_image, to_pixels
 from tgol_trainer.thresholds import ScoreNormalization
 
 _TINY = np.finfo(np.float32).tiny
@@ -68,7 +69,8 @@ class Collator:
             `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1; `prompt_bytes` (B, L)
             uint8, UTF-8 padded with zeros, and `prompt_length` (B,) int64 in bytes, see [`decode_prompts`]; `score`
             (B,) float32, normalised; `margin` (B,) float32, normalised score - τ, whose sign is that of the float64
-            difference; `row_id` (B,) int64.
+            difference; `row_id` (B,) int64; `geometry` (B, 4) int64, the image's own height and width and the top and
+            left of the crop in the resized image, in pixels.
 
         Raises:
             DataError: for an image that can no longer be opened.
@@ -77,8 +79,12 @@ class Collator:
         lengths = [len(text) for text in texts]
         padded = b"".join(text.ljust(max(lengths), b"\0") for text in texts)
         scores = self.normalization(np.array([row["score"] for row in rows], dtype=np.float64))
+        images = [self._image(row) for row in rows]
         return {
-            "pixel_values": torch.stack([self._pixels(row) for row in rows]),
+            "pixel_values": torch.stack([to_pixels(image, self.resolution) for image in images]),
+            "geometry": torch.tensor(
+                [(image.height, image.width, *crop_offset(*image.size, self.resolution)) for image in images]
+            ),
             "prompt_bytes": torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1),
             "prompt_length": torch.tensor(lengths, dtype=torch.int64),
             "score": torch.from_numpy(np.clip(scores, -_HUGE, _HUGE).astype(np.float32)),
@@ -86,9 +92,9 @@ class Collator:
             "row_id": torch.tensor([row["row_id"] for row in rows], dtype=torch.int64),
         }
 
-    def _pixels(self, row: Mapping[str, Any]) -> torch.Tensor:
+    def _image(self, row: Mapping[str, Any]) -> Image.Image:
         try:
-            return to_pixels(open_image(row["image"]), self.resolution)
+            return open_image(row["image"])
         except ImageError as error:
             raise DataError(
                 f"The image of row {row['row_id']} ({describe(row['image'])}), which the check before training "

@@ -209,6 +209,22 @@ def _kept_box(width: int, height: int, resolution: tuple[int, int]) -> tuple[flo
     return left, top, min(left + kept_width, float(width)), min(top + kept_height, float(height))
 
 
+def crop_offset(width: int, height: int, resolution: tuple[int, int]) -> tuple[int, int]:
+    """
+    Return where the crop of [`to_pixels`] begins, in pixels of the resized image: (top, left).
+
+    Args:
+        width (`int`):
+            Of the image, in pixels.
+        height (`int`):
+            Of the image, in pixels.
+        resolution (`tuple[int, int]`):
+            (height, width) of the training pixels.
+    """
+    left, top, right, bottom = _kept_box(width, height, resolution)
+    return round(top * resolution[0] / (bottom - top)), round(left * resolution[1] / (right - left))
+
+
 def cropped_share(width: int, height: int, resolution: tuple[int, int]) -> float:
     """
     Return the share of an image's area that the centre crop of [`to_pixels`] cuts away.

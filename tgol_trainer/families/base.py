@@ -21,12 +21,15 @@ class Draw:
         timesteps (`torch.Tensor`):
             (B,) times as the network takes them.
         target (`torch.Tensor`):
-            (B, ...) what the network should predict, float32.
+            (B, ...) what the network should predict: float32, or token ids.
+        mask (`torch.Tensor`, *optional*):
+            (B, ...) bool, the positions that count; `None` for all.
     """
 
     inputs: torch.Tensor
     timesteps: torch.Tensor
     target: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 class RowGenerators:
