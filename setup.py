@@ -23,6 +23,7 @@ class BuildWithTemplate(build_py):
 
 REWARDS = ["ftfy>=6.2"]
 QUANTIZATION = ["bitsandbytes>=0.50"]
+VIDEO = ["av>=14.1"]
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"]
 DEVELOPMENT = ["build>=1.2", "mypy>=1.18", "pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "ruff>=0.14"]
 DEVELOPMENT += ["tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
@@ -43,11 +44,13 @@ setup(
         "accelerate>=1.13",
         "datasets>=5.0",
         "diffusers>=0.40",
+        "huggingface_hub>=1.33",
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2.0",
         "peft>=0.19",
         "pillow>=11.0",
+        "pyarrow>=21.0",
         "pyyaml>=6.0",
         "safetensors>=0.8",
         "torch>=2.9",
@@ -58,8 +61,9 @@ setup(
     extras_require={
         "quantization": QUANTIZATION,
         "rewards": REWARDS,
+        "video": VIDEO,
         "notebooks": NOTEBOOKS,
-        "dev": [*QUANTIZATION, *REWARDS, *NOTEBOOKS, *DEVELOPMENT],
+        "dev": [*QUANTIZATION, *REWARDS, *VIDEO, *NOTEBOOKS, *DEVELOPMENT],
     },
     entry_points={"console_scripts": ["tgol = tgol_trainer.cli:main"]},
     classifiers=[

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def set_up_logging() -> None:
@@ -15,7 +18,8 @@ def set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("tgol_trainer")
     root.handlers = [handler]
-    root.setLevel(logging.INFO)
+    # What every process would say alike is said once; a warning may concern the rows of one process alone.
+    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     root.propagate = False
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
 
@@ -30,5 +34,19 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (DataError, ThresholdError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise _plain(error) from error
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        # Our own refusals say what to change; the same types from other libraries need their traceback.
+        if not _raised_here(error):
+            raise
+        raise _plain(error) from error
+
+
+def _plain(error: Exception) -> SystemExit:
+    print(f"error: {error}", file=sys.stderr)
+    return SystemExit(1)
+
+
+def _raised_here(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser
@@ -43,8 +44,8 @@ _UNUSED: tuple[str, ...] = (
     "lora_modules_to_save",
     "lora_task_type",
     "ignore_bias_buffers",
+    "bnb_4bit_quant_storage",
 )
-_UNUSED += ("load_in_8bit", "load_in_4bit", "use_bnb_nested_quant", "bnb_4bit_quant_storage", "bnb_4bit_quant_type")
 
 
 def _changed(arguments: Any) -> list[str]:
@@ -64,6 +65,11 @@ def _check_arguments(script: TrainArguments, training: TGOLConfig, model: ModelA
         raise SystemExit(
             "error: --model_name_or_path is needed: a Hub id, a folder, or `shapes` for the embedded model."
         )
+    if training.eval_strategy != "no" and Path(script.dataset_name or "").is_file():
+        raise SystemExit(
+            f"error: --eval_strategy: {script.dataset_name} is one file, all of it for training. Use a folder "
+            "with a train and a test file, or a dataset with both splits."
+        )
     if script.dataset_name is None:
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
     fixed = [name for name in changed if name in ("model_revision", "dtype")]
@@ -79,6 +85,26 @@ def _model_init_kwargs(model: ModelArguments, training: TGOLConfig) -> dict[str,
     if model.dtype not in (None, "float32"):
         options.setdefault("dtype", model.dtype)
     return options or None
+
+
+def _quantization_config(model: ModelArguments) -> Any:
+    useless = {"use_bnb_nested_quant", "bnb_4bit_quant_type"}.intersection(_changed(model))
+    if useless and not model.load_in_4bit:
+        raise SystemExit(f"error: {', '.join(f'--{name}' for name in sorted(useless))}: only with --load_in_4bit.")
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return None
+    import torch
+    from diffusers import BitsAndBytesConfig
+
+    if model.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(torch, model.dtype or "float32") if model.dtype != "auto" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
@@ -136,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
             peft_config=_lora_config(model, training),
+            quantization_config=_quantization_config(model),
         )
         resume = training.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)

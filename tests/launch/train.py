@@ -1,0 +1,95 @@
+"""
+Run scripts/train_tgol.py once for each group of flags, and write down what every process saw.
+
+    torchrun --nproc_per_node 2 tests/launch/train.py RECORDS WORLD_SIZE --flags of one run -- --flags of the next
+
+RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tgol.py"
+
+
+def record_run(file_of, world_size):
+    """Wrap the places where a process could do something else than its neighbour; returns what undoes it."""
+    import torch.distributed
+
+    from tgol_trainer import adapters, trainer
+
+    seen = {"adapters": [], "cards": [], "states": [], "row_ids": [], "labels": [], "eval_row_ids": []}
+    write_json, train, compute_loss = trainer._write_json, trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss
+    save_adapter, write_card = adapters.save_adapter, trainer.write_card
+
+    def recorded_train(self, *args, **kwargs):
+        started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if started != world_size or self.args.world_size != world_size:
+            raise RuntimeError(f"{started} processes talk to each other, {world_size} were wanted: this tests nothing")
+        seen.update(world_size=started, process=self.args.process_index, threshold=self.threshold.value)
+        result = train(self, *args, **kwargs)
+        seen["log_history"] = self.state.log_history
+        file_of(self.args.process_index).write_text(json.dumps(seen))
+        return result
+
+    def recorded_loss(self, model, inputs, *args, **kwargs):
+        rows = inputs["row_id"].tolist()
+        if model.training:
+            seen["row_ids"].append(rows)
+            seen["labels"].append((inputs["margin"] >= 0).tolist())
+        else:
+            seen["eval_row_ids"].append(rows)
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    def recorded(name, function, folder_of):
+        def call(*args, **kwargs):
+            seen[name].append(Path(folder_of(args)).name)
+            if "process" in seen:  # the last save comes after training
+                file_of(seen["process"]).write_text(json.dumps(seen))
+            return function(*args, **kwargs)
+
+        return call
+
+    trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = recorded_train, recorded_loss
+    trainer._write_json = recorded("states", write_json, lambda args: args[0].parent)
+    trainer.write_card = recorded("cards", write_card, lambda args: args[1])
+    adapters.save_adapter = recorded("adapters", save_adapter, lambda args: args[3])
+
+    def undo():
+        trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = train, compute_loss
+        trainer._write_json, trainer.write_card, adapters.save_adapter = write_json, write_card, save_adapter
+
+    return undo
+
+
+def run(records, world_size, flags, number=0):
+    """Train as the script does, in this process."""
+    arguments = sys.argv
+    undo = record_run(lambda rank: Path(records) / f"run-{number}-process-{rank}.json", world_size)
+    try:
+        sys.argv = [str(SCRIPT), *flags]
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        undo()
+        sys.argv = arguments
+
+
+def main():
+    records, world_size, *flags = sys.argv[1:]
+    groups = [[]]
+    for flag in flags:
+        if flag == "--":
+            groups.append([])
+        else:
+            groups[-1].append(flag)
+    for number, group in enumerate(groups):
+        run(records, int(world_size), group, number)
+
+
+if __name__ == "__main__":
+    main()

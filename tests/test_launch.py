@@ -1,0 +1,339 @@
+"""Two real processes on a CPU train what one process trains, and nothing is done twice."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.launch import train as program
+from tgol_trainer.metrics import LOGGED_METRICS
+from tgol_trainer.shapes import PROMPTS
+
+# One worker runs them all: the launches are shared between tests, and two at a time would only slow each other down.
+pytestmark = pytest.mark.xdist_group("launch")
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "scripts" / "train_tgol.py")
+PROGRAM = str(ROOT / "tests" / "launch" / "train.py")
+SECONDS = 240
+"""After this a launch hangs; it takes 15 when nothing else runs."""
+
+
+# ---- Starting processes ----
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(command, cwd, **environment):
+    """Run a launcher; returns its exit code and output. What it started ends with it, also if it hangs."""
+    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cwd / "datasets_cache")}
+    # Into files: a pipe stays open, and waiting for its end takes for ever, while any process that inherited it lives.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, cwd=cwd, env={**mine, **environment}, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True
+        )
+        try:
+            process.wait(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            # torchrun's workers have sessions of their own, so ending its process group would leave them.
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        done = SimpleNamespace(returncode=process.returncode, out=out.read(), err=err.read())
+    if done.returncode == -signal.SIGKILL:
+        pytest.fail(f"no end after {SECONDS} s\n{tail(done)}")
+    return done
+
+
+def tail(done):
+    return f"--- stdout\n{done.out[-3000:]}\n--- stderr\n{done.err[-6000:]}"
+
+
+def succeed(command, cwd, **environment):
+    done = launch(command, cwd, **environment)
+    if done.returncode:
+        pytest.fail(f"exit code {done.returncode}\n{tail(done)}")
+    return done
+
+
+def torchrun(*arguments):
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    return [*start, *map(str, arguments)]
+
+
+def records_of(folder, run=0, processes=2):
+    files = [folder / f"run-{run}-process-{rank}.json" for rank in range(processes)]
+    records = [json.loads(file.read_text()) for file in files]
+    # First of all: were there two, or did one train alone?
+    assert [(record["process"], record["world_size"]) for record in records] == [
+        (rank, processes) for rank in range(processes)
+    ]
+    return records
+
+
+def alone(folder, flags):
+    """The same program in this process."""
+    logger = logging.getLogger("tgol_trainer")
+    before = (logger.handlers, logger.level, logger.propagate)
+    folder.mkdir()
+    try:
+        program.run(folder, 1, flags)
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+    return records_of(folder, processes=1)[0]
+
+
+# ---- Data and runs ----
+
+
+def write_parquet(file, scores, seed=0):
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 256, (len(scores), 32, 32, 3), dtype=np.uint8)
+    rows = {
+        "prompt": [PROMPTS[index % len(PROMPTS)] for index in range(len(scores))],
+        "image": [Image.fromarray(picture) for picture in pictures],
+        "score": [float(score) for score in scores],
+    }
+    features = Features({"prompt": Value("string"), "image": ImageFeature(), "score": Value("float64")})
+    file.parent.mkdir(exist_ok=True)
+    Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def flags_for(data, output, batch, **settings):
+    settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, **settings}
+    settings |= {"model_name_or_path": "shapes", "dataset_name": data, "output_dir": output, "use_cpu": "true"}
+    settings |= {"per_device_train_batch_size": batch, "report_to": "none", "disable_tqdm": "true"}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+NUM_ROWS, NUM_EVAL_ROWS = 27, 11
+"""27 rows are 3 updates of 8 and 3 rows too many, so that 4 updates reach into a second epoch."""
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+EVALUATED |= {"per_device_eval_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    scores = np.random.default_rng(1).normal(size=NUM_ROWS)
+    write_parquet(folder / "data" / "train.parquet", scores)
+    # Four of eleven are positive whatever the median of the training scores, 12 rows could not give that share.
+    write_parquet(folder / "data" / "test.parquet", [9.0] * 4 + [-9.0] * 7, seed=2)
+    # Rank 0 reads the rows 0-3, 8-11, ..., rank 1 the others.
+    write_parquet(folder / "one_sided" / "train.parquet", [2.0, 2.1, 2.2, 2.3, 1.0, 1.1, 1.2, 1.3] * 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Two processes, batches of 4."""
+    records = place / "two_records"
+    records.mkdir()
+    done = succeed(torchrun(PROGRAM, records, 2, *flags_for(place / "data", place / "two", 4, **EVALUATED)), place)
+    return SimpleNamespace(output=place / "two", records=records_of(records), said=done.out + done.err)
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    """One process, batches of 8."""
+    record = alone(place / "one_records", flags_for(place / "data", place / "one", 8, **EVALUATED))
+    return SimpleNamespace(output=place / "one", records=[record])
+
+
+@pytest.fixture(scope="module")
+def others(place):
+    """Two processes on data with one class a process, then on a stream; one launch for both."""
+    records = place / "others_records"
+    records.mkdir()
+    one_sided = flags_for(place / "one_sided", place / "sided", 4, max_steps=3, train_sampling_strategy="sequential")
+    stream = flags_for(place / "data", place / "stream", 4, max_steps=4, dataset_streaming="true")
+    succeed(torchrun(PROGRAM, records, 2, *one_sided, "--", *stream), place)
+    return SimpleNamespace(one_sided=records_of(records, run=0), stream=records_of(records, run=1))
+
+
+def lines(record, key="loss"):
+    return [line for line in record["log_history"] if key in line]
+
+
+TIMING = ("_runtime", "_per_second", "model_preparation_time")
+
+
+def assert_same_log(one, two):
+    """
+    Every key of every line, but for durations.
+
+    An implicit reward is the difference of two errors of about 0.1, divided by T = 0.001: where it is nearly 0, what
+    float32 rounds off the errors, 1e-7 of them, is a hundredth of a thousandth of reward.
+    """
+    assert len(one) == len(two) > 0
+    for line, other in zip(one, two, strict=True):
+        values = {key: value for key, value in line.items() if not key.endswith(TIMING)}
+        assert values.keys() == {key for key in other if not key.endswith(TIMING)}
+        for key, value in values.items():
+            rounding = 1e-4 if "rewards/" in key else 1e-6
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=rounding), (line["step"], key)
+
+
+# ---- Two processes against one ----
+
+
+def test_both_processes_see_the_rows_of_one_process_each_row_once(one, two):
+    """Step for step: the two halves of a batch are the batch, also in the second epoch."""
+    whole = [sorted(rows) for rows in one.records[0]["row_ids"]]
+    halves = [sorted(left + right) for left, right in zip(*(r["row_ids"] for r in two.records), strict=True)]
+    assert halves == whole
+    assert [len(rows) for rows in whole] == [8] * 4
+    first_epoch = [row for rows in whole[:3] for row in rows]
+    assert len(set(first_epoch)) == 24
+    assert set(whole[3]) & set(first_epoch)
+
+
+def test_the_threshold_is_exactly_the_same_on_every_process_and_in_every_file(one, two):
+    values = {record["threshold"] for record in [*one.records, *two.records]}
+    for folder in (one.output, two.output, two.output / "checkpoint-2"):
+        values.add(json.loads((folder / "tgol_state.json").read_text())["threshold"]["value"])
+    assert len(values) == 1
+
+
+def test_two_processes_log_the_losses_and_metrics_of_one(one, two):
+    training = lines(one.records[0])
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    assert set(LOGGED_METRICS) <= set(training[0])
+    assert training[-1]["rewards/positive"] != 0
+    assert_same_log(training, lines(two.records[0]))
+
+
+def test_two_processes_arrive_at_the_adapter_of_one(one, two):
+    """The second halves start at 0, so their size is how far training went; Adam divides noise by noise near 0."""
+    ours, theirs = (load_file(run.output / "pytorch_lora_weights.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys()
+    moved = [name for name in ours if name.endswith("lora_B.weight")]
+    size = math.sqrt(sum(ours[name].square().sum().item() for name in moved))
+    apart = math.sqrt(sum((ours[name] - theirs[name]).square().sum().item() for name in moved))
+    assert size > 0
+    assert apart <= 1e-2 * size
+    for name in set(ours) - set(moved):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-4)
+
+
+def test_only_the_first_process_writes_and_writes_each_folder_once(two):
+    first, second = two.records
+    assert first["adapters"] == first["cards"] == ["checkpoint-2", "checkpoint-4", "two"]
+    assert sorted(first["states"]) == sorted([*first["cards"]] * 2)  # threshold and arguments
+    assert second["adapters"] == second["cards"] == second["states"] == []
+    assert (two.output / "README.md").read_text().startswith("---\n")
+    assert "2 × CPU" in (two.output / "README.md").read_text()
+
+
+def test_what_both_processes_know_is_said_once(two):
+    assert two.said.count("Threshold ") == 1
+    assert two.said.count("Saved to ") == 1
+    assert two.said.count("'train_runtime'") == 1
+
+
+def test_evaluation_on_two_processes_counts_each_of_eleven_rows_once(one, two):
+    evaluations = lines(one.records[0], "eval_loss")
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert all(line["eval_labels/positive_share"] == 4 / 11 for line in evaluations)
+    assert_same_log(evaluations, lines(two.records[0], "eval_loss"))
+    for line in lines(two.records[0], "eval_loss"):
+        assert line["eval_labels/positive_share"] == 4 / 11
+        assert line["eval_scores/mean"] == pytest.approx((4 * 9 - 7 * 9) / 11)
+    # The samplers did fill up to twelve: this is the case in which a row could count twice.
+    assert sum(len(rows) for record in two.records for rows in record["eval_row_ids"]) > 2 * NUM_EVAL_ROWS
+
+
+# ---- Resuming, with the other launcher ----
+
+
+def test_accelerate_launch_resumes_a_checkpoint_of_two_processes_to_the_same_losses(place, two):
+    """The script itself: that there were two is shown by their random states, one a process, in the checkpoint."""
+    output = place / "resumed"
+    output.mkdir()
+    shutil.copytree(two.output / "checkpoint-2", output / "checkpoint-2")
+    flags = flags_for(place / "data", output, 4, **EVALUATED, resume_from_checkpoint="true")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    succeed([*start, "--main_process_port", free_port(), SCRIPT, *flags], place, ACCELERATE_USE_CPU="true")
+    saved = {file.name for file in (output / "checkpoint-4").glob("rng_state*")}
+    assert saved == {"rng_state_0.pth", "rng_state_1.pth"}
+    again = json.loads((output / "trainer_state.json").read_text())
+    wanted = [line["loss"] for line in lines(two.records[0])]
+    assert [line["loss"] for line in lines(again)] == pytest.approx(wanted, rel=1e-6)
+    assert [line["eval_loss"] for line in lines(again, "eval_loss")] == pytest.approx(
+        [line["eval_loss"] for line in lines(two.records[0], "eval_loss")], rel=1e-6
+    )
+    ours, theirs = (load_file(run / "pytorch_lora_weights.safetensors") for run in (two.output, output))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-8)
+
+
+# ---- Data on which processes could wait for each other ----
+
+
+def test_a_process_that_sees_one_class_only_does_not_stop_the_others(place, others):
+    left, right = others.one_sided
+    assert left["labels"] == [[True] * 4] * 3
+    assert right["labels"] == [[False] * 4] * 3
+    logged = lines(left)
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    for line in logged:
+        assert set(LOGGED_METRICS) <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["labels/positive_share"] == 0.5
+
+
+def test_one_sided_processes_log_what_one_process_with_both_classes_logs(place, others):
+    flags = flags_for(place / "one_sided", place / "both", 8, max_steps=3, train_sampling_strategy="sequential")
+    assert_same_log(lines(alone(place / "both_records", flags)), lines(others.one_sided[0]))
+
+
+def test_a_stream_is_divided_between_the_processes(others):
+    left, right = others.stream
+    assert [line["step"] for line in lines(left)] == [1, 2, 3, 4]
+    for line in lines(left):
+        assert all(math.isfinite(value) for value in line.values())
+    rows = [{row for step in record["row_ids"] for row in step} for record in (left, right)]
+    assert not rows[0] & rows[1]
+    assert all(len(mine) > 4 for mine in rows)
+    assert left["threshold"] == right["threshold"]
+
+
+# ---- What is easily forgotten ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, processes without --use_cpu are as they should be")
+def test_without_use_cpu_the_error_names_the_flag_and_nothing_is_written(place):
+    flags = flags_for(place / "data", place / "forgotten", 4)
+    position = flags.index("--use_cpu")
+    done = launch(torchrun(SCRIPT, *flags[:position], *flags[position + 2 :]), place)
+    assert done.returncode != 0
+    assert "The launcher started 2 processes" in done.err
+    assert "add `--use_cpu true`" in done.err
+    assert not (place / "forgotten").exists()
