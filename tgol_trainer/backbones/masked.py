@@ -1,0 +1,128 @@
+"""What aMUSEd and Meissonic share: VQ codes as latents, CLIP conditioning, adapters that the denoiser loads itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgol_trainer.families import MaskedTokenFamily, RowGenerators
+
+from .base import Backbone, BackboneSettings, ModelOrigin
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+AESTHETIC_SCORE = 6.0
+"""The fifth micro-condition: what both pipelines pass unless told otherwise."""
+
+
+class MaskedTokenBackbone(Backbone):
+    """
+    A pipeline of a VQ autoencoder, a CLIP text encoder with projection, and a transformer over masked image tokens.
+
+    Raises:
+        ValueError: if the mask's id, the vocabulary and the autoencoder's codebook do not fit together.
+    """
+
+    denoiser_name = "transformer"
+    # The targets of both families' own training scripts.
+    default_target_modules = ("to_q", "to_k", "to_v")
+    required_components = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
+    pooled_argument: str
+    """The transformer's name for the pooled text embedding."""
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: BackboneSettings | None = None
+    ) -> None:
+        super().__init__(pipeline, origin, settings)
+        mask_token_id = pipeline.scheduler.config["mask_token_id"]
+        _check_vocabulary(pipeline, mask_token_id)
+        self.family = MaskedTokenFamily(mask_token_id)
+        if pipeline.vqvae.dtype == torch.float16 and pipeline.vqvae.config.get("force_upcast"):
+            pipeline.vqvae.float()  # as the pipelines do before they decode
+
+    @property
+    def resolution_multiple(self) -> int:
+        """The autoencoder's factor, twice that where the transformer halves the grid of tokens."""
+        return self.pipeline.vae_scale_factor * (2 if self.denoiser.config["downsample"] else 1)
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of text tokens that prompts are padded and cut to."""
+        return self.pipeline.tokenizer.model_max_length
+
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts have more tokens than the text encoder takes, and that number."""
+        lengths = [
+            len(ids) for ids in self.pipeline.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        ]
+        return sum(length > self.max_tokens for length in lengths), self.max_tokens
+
+    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` (N, tokens, D), the encoder's last layer but one, and the pooled output (N, P)."""
+        tokens = self.pipeline.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        encoder = self.pipeline.text_encoder
+        output = encoder(tokens.input_ids.to(encoder.device), return_dict=True, output_hidden_states=True)
+        dtype = self.denoiser.dtype
+        return {
+            "encoder_hidden_states": output.hidden_states[-2].to(dtype),
+            self.pooled_argument: output.text_embeds.to(dtype),
+        }
+
+    def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """
+        `micro_conds` (B, 5) float32: width and height of the image, top and left of the crop, aesthetic score 6.
+
+        The order is that of both pipelines and of aMUSEd's training script: the size is flipped, the crop is not.
+        """
+        height, width, top, left = geometry.to(self.device, torch.float32).unbind(1)
+        return {"micro_conds": torch.stack([width, height, top, left, torch.full_like(width, AESTHETIC_SCORE)], dim=1)}
+
+    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """
+        Codes of the VQ autoencoder, which sees pixels in [0, 1].
+
+        Args:
+            pixels (`torch.Tensor`):
+                (B, 3, H, W) float32 in [-1, 1].
+            rows ([`RowGenerators`]):
+                Not used.
+            sample (`bool`):
+                No effect: a picture has one code, there is no posterior to sample.
+
+        Returns:
+            `torch.Tensor`: (B, h, w) int64.
+        """
+        vqvae = self.pipeline.vqvae
+        with torch.no_grad():
+            latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents
+            ids = vqvae.quantize(latents)[2][2]
+        return ids.reshape(len(latents), *latents.shape[-2:])
+
+    def usage(self, location: str, prompt: str) -> str:
+        """The snippet of the base class; the transformer itself loads the adapter, as the pipeline has no method."""
+        load = (
+            f'pipe.transformer.load_lora_adapter(\n    {location!r}, prefix="transformer", '
+            'weight_name="pytorch_lora_weights.safetensors"\n)'
+        )
+        return "\n".join([*self._loading_lines(), load, *self._picture_lines(prompt)])
+
+
+def _check_vocabulary(pipeline: DiffusionPipeline, mask_token_id: int) -> None:
+    config, codes = pipeline.transformer.config, pipeline.vqvae.config["num_vq_embeddings"]
+    vocab_size, codebook_size = config["vocab_size"], config["codebook_size"]
+    if mask_token_id != vocab_size - 1:
+        raise ValueError(
+            f"The scheduler's mask_token_id is {mask_token_id}, the transformer's vocab_size {vocab_size}: in the "
+            f"training of this family the mask is the last id, {vocab_size - 1}. Give the pipeline a scheduler made "
+            f"with mask_token_id={vocab_size - 1}."
+        )
+    if not codes <= codebook_size < vocab_size:
+        raise ValueError(
+            f"The autoencoder has {codes} codes, the transformer predicts codebook_size={codebook_size} and embeds "
+            f"vocab_size={vocab_size}: the codes must fit into the codebook, and the mask's id lie outside it."
+        )
