@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -152,7 +153,8 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
         denoiser (`str`):
             Name of the component that carries the adapter.
         source (`str`):
-            Folder or Hub id, in any format `pipeline.load_lora_weights` reads.
+            Folder or Hub id, in any format `pipeline.load_lora_weights` reads; for a pipeline without that method,
+            what [`save_adapter`] writes.
         keep_as_reference (`bool`):
             Load it a second time, frozen, as the reference; else the reference is the base model.
 
@@ -162,9 +164,14 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     from diffusers.training_utils import cast_training_params
 
     names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
-    for name in names:
-        pipeline.load_lora_weights(source, adapter_name=name)
     model = getattr(pipeline, denoiser)
+    for name in names:
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(source, adapter_name=name)
+        else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
+            model.load_lora_adapter(
+                source, prefix=denoiser, adapter_name=name, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
+            )
     if POLICY not in (getattr(model, "peft_config", None) or {}):
         raise ValueError(
             f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
@@ -313,6 +320,10 @@ def save_adapter(
     """
     Write one adapter in diffusers' format, metadata included.
 
+    Of a pipeline without `save_lora_weights` (aMUSEd, Meissonic) the same file is written here, and read by
+    `pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=...)`. diffusers'
+    `AmusedLoraLoaderMixin.save_lora_weights` takes no metadata, so lora_alpha would be lost.
+
     Args:
         pipeline_class (`type`):
             The pipeline's class, which knows its key prefix.
@@ -333,15 +344,29 @@ def save_adapter(
 
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    metadata = adapter_metadata(model.peft_config[adapter])
     directory.mkdir(parents=True, exist_ok=True)
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        _write_lora_file(directory / weight_name, denoiser, weights, metadata)
+        return
     pipeline_class.save_lora_weights(
         directory,
         weight_name=weight_name,
-        **{
-            f"{denoiser}_lora_layers": weights,
-            f"{denoiser}_lora_adapter_metadata": adapter_metadata(model.peft_config[adapter]),
-        },
+        **{f"{denoiser}_lora_layers": weights, f"{denoiser}_lora_adapter_metadata": metadata},
     )
+
+
+def _write_lora_file(
+    file: Path, prefix: str, weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None
+) -> None:
+    # The form of LoraBaseMixin._save_lora_weights (diffusers/loaders/lora_base.py), a method that is private there.
+    from safetensors.torch import save_file
+
+    header = {"format": "pt"}
+    if metadata:
+        named = {f"{prefix}.{name}": value for name, value in metadata.items()}
+        header["lora_adapter_metadata"] = json.dumps(named, indent=2, sort_keys=True)
+    save_file({f"{prefix}.{name}": tensor for name, tensor in weights.items()}, file, metadata=header)
 
 
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:

@@ -180,6 +180,7 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
         base_model_revision=origin.revision,
         base_model_note=origin.note,
         pipeline_class=type(backbone.pipeline).__name__,
+        pipeline_tag=backbone.pipeline_tag,
         datasets=trainer.dataset_facts,
         threshold=threshold,
         weights=weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -73,12 +74,25 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    video_column: str = field(
+        default="video", metadata={"help": "Column with the videos, read instead of images by models of videos."}
+    )
     score_column: str = field(
         default="score", metadata={"help": "Column with one real score an image; higher is better."}
     )
-    resolution: int | None = field(
+    resolution: int | str | None = field(
         default=None,
-        metadata={"help": "Side in pixels to which images are resized and centre-cropped. None: the model's own."},
+        metadata={
+            "help": "Pixels to which images and frames are resized and centre-cropped: a side, or height and width as "
+            "in '480x832'. None: the model's own."
+        },
+    )
+    num_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "Models of videos only: frames taken of each clip, spread evenly over it. Wan takes 4·k + 1. "
+            "None: as many as the pipeline generates by default (Wan 2.1: 81)."
+        },
     )
     random_flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
     caption_dropout: float = field(
@@ -94,8 +108,8 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
     timestep_sampling: Literal["family", "uniform", "logit_normal"] = field(
         default="family",
         metadata={
-            "help": "Density of times of flow-matching models: the family's own (SD3 logit-normal, FLUX and Wan uniform), "
-            "or one of these. No effect on other models."
+            "help": "Density of times of flow-matching models: the family's own (SD3 logit-normal, FLUX and Wan "
+            "uniform), or one of these. No effect on other models."
         },
     )
     train_guidance: float = field(
@@ -159,6 +173,7 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
     )
 
     def __post_init__(self) -> None:
+        self.output_dir = getattr(self, "output_dir", None) or "tgol_output"
         if self.learning_rate is None:
             self.learning_rate = FULL_LEARNING_RATE if self.full_finetuning else LORA_LEARNING_RATE
         if getattr(self, "data_seed", None) is None:
@@ -169,6 +184,7 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
         self.pipeline_kwargs  # noqa: B018 - refuses a text that is no JSON object
+        self.resolution = _read_resolution(self.resolution)
         self._check_ranges()
         self._check_combinations()
 
@@ -178,6 +194,31 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         if isinstance(self.model_init_kwargs, str):
             raise ValueError(f"`model_init_kwargs` is no JSON object: {self.model_init_kwargs!r}.")
         return dict(self.model_init_kwargs or {})
+
+    def training_size(self, native: tuple[int, int], multiple: int) -> tuple[int, int]:
+        """
+        Return the (height, width) in pixels that a model is trained at.
+
+        Args:
+            native (`tuple[int, int]`):
+                The model's own, taken where `resolution` is not given.
+            multiple (`int`):
+                Both must be multiples of it.
+
+        Raises:
+            ValueError: if one is not; with the nearest sizes that are.
+        """
+        if self.resolution is None:
+            return native
+        sides = [int(side) for side in str(self.resolution).split("x")]
+        height, width = sides[0], sides[-1]
+        fitting = [max(round(side / multiple), 1) * multiple for side in sides]
+        if fitting != sides:
+            raise ValueError(
+                f"`resolution` {self.resolution} is no multiple of {multiple}, the factor of the model's autoencoder"
+                f"{', on both sides' if len(sides) > 1 else ''}: use {'x'.join(map(str, fitting))}."
+            )
+        return height, width
 
     def _check_ranges(self) -> None:
         for name, low, high in (
@@ -195,7 +236,7 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"`threshold` must be finite, got {self.threshold}.")
-        for name in ("resolution", "dataset_num_proc", "max_threshold_samples"):
+        for name in ("num_frames", "dataset_num_proc", "max_threshold_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -232,6 +273,18 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
             raise ValueError("`reference='initial'` and `sync_ref_model='epoch'` both set the reference: choose one.")
         if self.threshold is not None and self.threshold_update == "epoch":
             raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
+
+
+def _read_resolution(value: int | str | None) -> int | str | None:
+    """Return a side as a number and height and width as `"480x832"`; from a command line both come as text."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:\s*[x×X*]\s*(\d+))?", str(value).strip())
+    if match is None or not all(int(side) for side in match.groups() if side is not None):
+        raise ValueError(
+            f"`resolution` must be at least 1: a number of pixels, or height and width as in '480x832', got {value!r}."
+        )
+    return int(match[1]) if match[2] is None else f"{int(match[1])}x{int(match[2])}"
 
 
 def _choices(name: str) -> tuple[str, ...]:

@@ -87,8 +87,8 @@ class TGOLTrainer(Trainer):
         args ([`TGOLConfig`], *optional*):
             By default the paper's settings, with output to `tgol_output`.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            Prompt (str), image and score (real number, higher is better), in the columns that `args` names. Needed for
-            `train()`.
+            Prompt (str), image (or video) and score (real number, higher is better), in the columns that `args` names.
+            Needed for `train()`.
         eval_dataset (the same, or `dict[str, Dataset]`, *optional*):
             Labelled with the training threshold.
         proxy_dataset (`datasets.Dataset`, or a callable `(pipeline) -> Dataset`, *optional*):
@@ -97,6 +97,8 @@ class TGOLTrainer(Trainer):
             `threshold_update="epoch"`.
         peft_config (`peft.LoraConfig`, *optional*):
             By default r = alpha = 16 on the model family's usual targets.
+        quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
+            Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
             Added to Trainer's own.
         optimizers (`tuple`, *optional*):
@@ -119,6 +121,7 @@ class TGOLTrainer(Trainer):
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         proxy_dataset: ProxyDataset | None = None,
         peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ) -> None:
@@ -129,7 +132,10 @@ class TGOLTrainer(Trainer):
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=args.score_column)
         self._check_datasets(train_dataset, proxy_dataset)
 
-        self.backbone = self._load_backbone(model)
+        self.backbone = self._load_backbone(model, quantization_config)
+        if self.backbone.num_frames is not None:
+            frames = self.backbone.num_frames
+            self.columns = dataclasses.replace(self.columns, video=args.video_column, num_frames=frames)
         self.reference_model: ModelMixin | None = None
         self._prepare_policy(peft_config)
 
@@ -138,7 +144,8 @@ class TGOLTrainer(Trainer):
         self.dataset_facts: list[DatasetFacts] = []
         self.example_prompt: str | None = None
         self.labelling: Labelling | None = None
-        self.collator = Collator(self._resolution())
+        size = args.training_size(self.backbone.native_size, self.backbone.resolution_multiple)
+        self.collator = Collator(size, num_frames=self.backbone.num_frames)
         self._raw_stream = train_dataset if isinstance(train_dataset, datasets.IterableDataset) else None
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
@@ -182,24 +189,27 @@ class TGOLTrainer(Trainer):
                 "function together with `sync_ref_model='epoch'`."
             )
 
-    def _load_backbone(self, model: str | Path | DiffusionPipeline) -> Backbone:
+    def _load_backbone(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> Backbone:
         args, options = self.args, self.args.pipeline_kwargs
+        if quantization_config is not None:
+            if args.full_finetuning:
+                raise ValueError("`quantization_config` freezes the weights that `full_finetuning=True` would train.")
+            options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
-        settings = BackboneSettings(timestep_sampling=timesteps, guidance=args.train_guidance)
+        settings = BackboneSettings(timesteps, args.train_guidance, args.num_frames)
         if str(model) == "shapes" and not Path("shapes").exists():
             origin = ModelOrigin(
                 note=shapes.NOTE, loading_code=shapes.LOADING_CODE, call_arguments=shapes.CALL_ARGUMENTS
             )
+            if options:
+                raise ValueError(f"{', '.join(options)}: the embedded shapes model is loaded one way only.")
             backbone = wrap_pipeline(shapes.load_pipeline(), origin, settings)
         else:
             backbone = load_backbone(model, options, settings)
-        if self.args.n_gpu > 1:
-            logger.warning(
-                "%d GPUs are visible to one process, which uses the first; `accelerate launch` uses all.",
-                self.args.n_gpu,
-            )
-            self.args._n_gpu = 1
-        return backbone.to(self.args.device)
+        if args.n_gpu > 1:
+            logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
+            args._n_gpu = 1
+        return backbone.to(args.device)
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, backbone = self.args, self.backbone
@@ -244,16 +254,6 @@ class TGOLTrainer(Trainer):
             config.target_modules = set(self.backbone.default_target_modules)
         return config
 
-    def _resolution(self) -> tuple[int, int]:
-        side = self.args.resolution or self.backbone.native_resolution
-        multiple = self.backbone.resolution_multiple
-        if side % multiple:
-            raise ValueError(
-                f"`resolution` {side} is no multiple of {multiple}, the factor of the model's autoencoder: use "
-                f"{side // multiple * multiple or multiple}."
-            )
-        return side, side
-
     # ---- Data and threshold ----
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
@@ -285,7 +285,7 @@ class TGOLTrainer(Trainer):
         return self._prepare_dataset(dataset, "eval_dataset") if dataset is not None else None
 
     def _record_facts(self, dataset: AnyDataset, rows: ScoredDataset | ScoredStream) -> None:
-        facts = dataset_facts(dataset, list(vars(self.columns).values()))
+        facts = dataset_facts(dataset, self.columns.names)
         if isinstance(rows, ScoredDataset):
             report = self.data_reports["train_dataset"]
             facts.num_rows, facts.num_dropped = report.num_kept, report.num_rows - report.num_kept
@@ -316,15 +316,18 @@ class TGOLTrainer(Trainer):
         args, proxy, source = self.args, self.proxy_dataset is not None, self._source_scores(rows)
         # Of a stream, only what the first pass read is known.
         scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy else source
-        labelling = fit_labelling(
-            source,
-            scores,
-            percentile=args.threshold_percentile,
-            fixed=args.threshold,
-            normalization=args.score_normalization,
-            confidence_scale=args.confidence_scale,
-            proxy=proxy,
-        )
+        try:
+            labelling = fit_labelling(
+                source,
+                scores,
+                percentile=args.threshold_percentile,
+                fixed=args.threshold,
+                normalization=args.score_normalization,
+                confidence_scale=args.confidence_scale,
+                proxy=proxy,
+            )
+        except thresholds.ThresholdError as error:
+            raise thresholds.ThresholdError(f"Column {args.score_column!r}: {error}") from None
         self._set_labelling(labelling)
 
     def _set_labelling(self, labelling: Labelling) -> None:
@@ -445,7 +448,7 @@ class TGOLTrainer(Trainer):
 
         pixels = inputs["pixel_values"]
         if training and args.random_flip:
-            mirrored = (rows.uniform("flip") < 0.5).to(pixels.device).view(-1, 1, 1, 1)
+            mirrored = (rows.uniform("flip") < 0.5).to(pixels.device).view(-1, *[1] * (pixels.dim() - 1))
             pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
         if training and args.caption_dropout:
@@ -518,7 +521,7 @@ class TGOLTrainer(Trainer):
         else:
             save = (type(backbone.pipeline), backbone.denoiser_name, backbone.denoiser, folder)
             adapters.save_adapter(*save, state_dict=state_dict)
-            if checkpoint and self._has_reference_adapter:
+            if checkpoint and adapters.REFERENCE in backbone.denoiser.peft_config:
                 adapters.save_adapter(
                     *save,
                     adapter=adapters.REFERENCE,
@@ -528,10 +531,6 @@ class TGOLTrainer(Trainer):
         _write_json(folder / STATE_NAME, self._state())
         _write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
         self._write_card(folder)
-
-    @property
-    def _has_reference_adapter(self) -> bool:
-        return adapters.REFERENCE in (getattr(self.backbone.denoiser, "peft_config", None) or {})
 
     def _state(self) -> dict[str, Any]:
         return {

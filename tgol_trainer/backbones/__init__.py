@@ -6,8 +6,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .amused import AmusedBackbone
 from .base import Backbone, BackboneSettings, ModelOrigin
+from .flux import FluxBackbone
+from .meissonic import MeissonicBackbone, load_meissonic
+from .quantization import denoiser_quantization
 from .stable_diffusion import StableDiffusionBackbone
+from .stable_diffusion_3 import StableDiffusion3Backbone
+from .stable_diffusion_xl import StableDiffusionXLBackbone
+from .wan import WanBackbone
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -15,17 +22,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKBONES: dict[str, type[Backbone]] = {
+    "AmusedPipeline": AmusedBackbone,
     "StableDiffusionPipeline": StableDiffusionBackbone,
+    "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
+    "StableDiffusion3Pipeline": StableDiffusion3Backbone,
+    "FluxPipeline": FluxBackbone,
+    "WanPipeline": WanBackbone,
+    "Pipeline": MeissonicBackbone,
 }
 """Pipeline class name to backbone. A new family is one file and one entry here."""
 
 __all__ = [
     "BACKBONES",
+    "AmusedBackbone",
     "Backbone",
     "BackboneSettings",
+    "FluxBackbone",
+    "MeissonicBackbone",
     "ModelOrigin",
+    "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
+    "StableDiffusionXLBackbone",
+    "WanBackbone",
     "load_backbone",
+    "load_meissonic",
     "wrap_pipeline",
 ]
 
@@ -57,7 +77,21 @@ def wrap_pipeline(
             "takes a backbone: how it encodes prompts and images, what its denoiser is called with, and its "
             "likelihood family (CONTRIBUTING.md, 'A new model family')."
         )
-    return BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
+    backbone = BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
+    if backbone.num_frames is None and backbone.settings.num_frames is not None:
+        raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
+    return backbone
+
+
+def _read_dtype(value: Any) -> Any:
+    import torch
+
+    if not isinstance(value, str) or value == "auto":
+        return value
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`model_init_kwargs['dtype']` is {value!r}, which is no torch dtype.")
+    return dtype
 
 
 def load_backbone(
@@ -72,8 +106,10 @@ def load_backbone(
         model (`str`, `Path` or `diffusers.DiffusionPipeline`):
             Hub id, local folder, or a loaded pipeline.
         model_init_kwargs (`dict`, *optional*):
-            Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`), `revision`,
-            `variant`, ...
+            Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`, and by
+            component, `{"default": "bfloat16", "vae": "float32"}`), `revision`,
+            `variant`, ... With `meissonic_repository`, a clone of Meissonic's repository, and
+            `trust_remote_code=True`, passed to [`load_meissonic`] instead.
         settings ([`BackboneSettings`], *optional*):
             Choices of the run.
 
@@ -83,7 +119,6 @@ def load_backbone(
     Raises:
         ValueError: for an unsupported pipeline, or `model_init_kwargs` beside a pipeline that is already loaded.
     """
-    import torch
     from diffusers import DiffusionPipeline
 
     options = dict(model_init_kwargs or {})
@@ -94,10 +129,25 @@ def load_backbone(
                 "pass a Hub id or folder, or load the pipeline with these arguments yourself."
             )
         return wrap_pipeline(model, settings=settings)
-    if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
-        dtype = getattr(torch, options["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"`model_init_kwargs['dtype']` is {options['dtype']!r}, which is no torch dtype.")
-        options["dtype"] = dtype
-    pipeline = DiffusionPipeline.from_pretrained(str(model), **options)
+    if "dtype" in options:
+        parts = options["dtype"] if isinstance(options["dtype"], dict) else {"default": options["dtype"]}
+        read = {part: _read_dtype(value) for part, value in parts.items()}
+        options["dtype"] = read if isinstance(options["dtype"], dict) else read["default"]
+    if "meissonic_repository" in options:
+        origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
+        return wrap_pipeline(load_meissonic(model, **options), origin, settings)
+    if "quantization_config" in options:
+        options["quantization_config"] = denoiser_quantization(
+            str(model), config=options.pop("quantization_config"), **options
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(model), **options)
+    except AttributeError as error:
+        if "no attribute Pipeline" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(model)!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
+            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
+            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
+        ) from error
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)

@@ -29,10 +29,13 @@ class BackboneSettings:
             `"uniform"` or `"logit_normal"`, the density of times of flow-matching models; by default the family's own.
         guidance (`float`, *optional*, defaults to 3.5):
             Guidance value given to guidance-distilled models, the same for policy and reference.
+        num_frames (`int`, *optional*):
+            Frames of a training clip; by default as many as the pipeline generates. Models of videos only.
     """
 
     timestep_sampling: str | None = None
     guidance: float = 3.5
+    num_frames: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +63,14 @@ class ModelOrigin:
     call_arguments: str | None = None
 
     @classmethod
-    def of_source(cls, source: str, revision: str | None = None) -> ModelOrigin:
-        """Describe what `from_pretrained(source, revision=revision)` loads."""
+    def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
+        """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""
         if Path(source).expanduser().exists() or not _HUB_ID.match(source):
             return cls(note="a local folder whose name is not recorded")
         from huggingface_hub import try_to_load_from_cache
 
-        file = try_to_load_from_cache(source, "model_index.json", revision=revision)
-        commit = Path(file).parent.name if isinstance(file, str) else None
+        copy = try_to_load_from_cache(source, file, revision=revision)
+        commit = Path(copy).parents[file.count("/")].name if isinstance(copy, str) else None
         return cls(hub_id=source, revision=commit or revision)
 
     @classmethod
@@ -75,6 +78,60 @@ class ModelOrigin:
         """Describe a loaded pipeline by the name its config remembers, if any."""
         name = getattr(pipeline, "name_or_path", None) or pipeline.config.get("_name_or_path")
         return cls.of_source(name) if name else cls(note="a pipeline object of unknown origin")
+
+
+def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
+    """
+    Count prompts that lose their end before the denoiser sees them.
+
+    Args:
+        prompts (`Sequence[str]`):
+            Any number.
+        limits (`Sequence[tuple[tokenizer, int]]`):
+            The tokenizers and the number of tokens each of them may give, special ones included.
+
+    Returns:
+        `tuple[int, int]`: prompts that at least one of them cuts, and the smallest of the limits.
+    """
+    cut: set[int] = set()
+    for tokenizer, limit in limits:
+        encoded = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
+    return len(cut), min(limit for _, limit in limits)
+
+
+def flow_schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The noise levels that a flow-matching pipeline was made for.
+
+    Made from the config of the pipeline's scheduler, not from its state, which generation overwrites. Where the shift
+    depends on the resolution (`use_dynamic_shifting`, FLUX) the levels are the unshifted ones, as diffusers' training
+    examples use them.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            With any flow-matching scheduler.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: sigmas (N,) in (0, 1], falling, and the times N·σ; float32.
+
+    Raises:
+        ValueError: for a scheduler that knows nothing of flows.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = pipeline.scheduler.config
+    # Solvers such as UniPC call it `flow_shift`. A scheduler made from another one's config holds both names: the one
+    # the model came with, and its own at the default 1, which is no shift.
+    shifts = [config[name] for name in ("shift", "flow_shift") if name in config]
+    if not shifts:
+        raise ValueError(
+            f"{type(pipeline.scheduler).__name__} is no scheduler for flow matching, so the noise levels of "
+            f"{type(pipeline).__name__} are not known. Set `pipe.scheduler` back to the one the model came with."
+        )
+    shift = next((value for value in shifts if value != 1), 1.0)
+    schedule = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    return schedule.sigmas, schedule.timesteps
 
 
 class Backbone(abc.ABC):
@@ -88,6 +145,9 @@ class Backbone(abc.ABC):
             Where it came from.
         settings ([`BackboneSettings`], *optional*):
             Choices of the run.
+
+    Raises:
+        ValueError: for a pipeline that lacks a required component.
     """
 
     denoiser_name: str
@@ -96,10 +156,16 @@ class Backbone(abc.ABC):
     default_target_modules: tuple[str, ...]
     """LoRA targets where the user gives none."""
 
+    required_components: tuple[str, ...] = ()
+    """Components of the pipeline that may not be `None`."""
+
     family: Family
 
     pipeline_tag = "text-to-image"
     """The task on the Hub."""
+
+    num_frames: int | None = None
+    """Frames of a training clip; `None` for models of images."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: BackboneSettings | None = None
@@ -107,6 +173,12 @@ class Backbone(abc.ABC):
         self.pipeline = pipeline
         self.origin = origin
         self.settings = settings or BackboneSettings()
+        missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The {type(pipeline).__name__} has no {', '.join(missing)}, which training needs. Load it without "
+                f"`{missing[0]}=None`."
+            )
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
@@ -128,6 +200,11 @@ class Backbone(abc.ABC):
         """Side in pixels that the model was made for."""
 
     @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was made for."""
+        return self.native_resolution, self.native_resolution
+
+    @property
     @abc.abstractmethod
     def resolution_multiple(self) -> int:
         """Sides in pixels must be multiples of this."""
@@ -140,10 +217,9 @@ class Backbone(abc.ABC):
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return the conditioning, one row a prompt, as keyword arguments of the denoiser."""
 
-    @abc.abstractmethod
     def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """
-        Encode pictures into scaled latents.
+        Encode pictures into scaled latents; by default with a KL autoencoder.
 
         Args:
             pixels (`torch.Tensor`):
@@ -156,6 +232,18 @@ class Backbone(abc.ABC):
         Returns:
             `torch.Tensor`: (B, C, h, w) in the denoiser's dtype.
         """
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            latents = posterior.mean
+            if sample:
+                latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
+            return self.scale_latents(latents).to(self.denoiser.dtype)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring latents (B, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says."""
+        config = self.pipeline.vae.config
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     @abc.abstractmethod
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:

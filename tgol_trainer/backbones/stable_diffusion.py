@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tgol_trainer.families import DiffusionFamily, Draw, RowGenerators
+from tgol_trainer.families import DiffusionFamily, Draw
 
-from .base import Backbone, BackboneSettings, ModelOrigin
+from .base import Backbone, BackboneSettings, ModelOrigin, count_cut_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -21,10 +21,14 @@ class StableDiffusionBackbone(Backbone):
 
     The training scheduler is made from the pipeline's config: generation overwrites the live one's timesteps, and a
     DDPMScheduler made so has the same noise levels whichever sampler the pipeline carries.
+
+    Raises:
+        ValueError: also for a scheduler without the noise levels of DDPM (EDM, flow matching).
     """
 
     denoiser_name = "unet"
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    required_components: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer")
 
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: BackboneSettings | None = None
@@ -32,6 +36,11 @@ class StableDiffusionBackbone(Backbone):
         from diffusers import DDPMScheduler
 
         super().__init__(pipeline, origin, settings)
+        if "beta_schedule" not in pipeline.scheduler.config:
+            raise ValueError(
+                f"{type(pipeline.scheduler).__name__} has no `beta_schedule`, so the noise levels that this "
+                f"{type(pipeline).__name__} was trained on are not known; only models of the DDPM type are supported."
+            )
         self.family = DiffusionFamily(DDPMScheduler.from_config(pipeline.scheduler.config))
 
     @property
@@ -47,9 +56,7 @@ class StableDiffusionBackbone(Backbone):
     def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
         """Return how many prompts are longer than the tokenizer's limit, and that limit in tokens."""
         tokenizer = self.pipeline.tokenizer
-        limit = tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
-        return sum(length > limit for length in lengths), limit
+        return count_cut_prompts(prompts, [(tokenizer, tokenizer.model_max_length)])
 
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (N, tokens, D), padded and cut as the pipeline does for generation."""
@@ -57,16 +64,6 @@ class StableDiffusionBackbone(Backbone):
             prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeddings.to(self.denoiser.dtype)}
-
-    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
-        """Latents (B, 4, h, w) times the autoencoder's scaling factor."""
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-            latents = posterior.mean
-            if sample:
-                latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
-            return (latents * vae.config.scaling_factor).to(self.denoiser.dtype)
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Output of the UNet (B, 4, h, w)."""

@@ -1,4 +1,4 @@
-"""The data contract: prompt, image and score rows, checked before training and collated to tensors."""
+"""The data contract: prompt, image or video, and score rows, checked before training and collated to tensors."""
 
 from tgol_trainer.data.checks import check_columns
 from tgol_trainer.data.collator import Collator, decode_prompts
@@ -7,6 +7,7 @@ from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_
 from tgol_trainer.data.labels import Labelling, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
 from tgol_trainer.data.rows import Columns
+from tgol_trainer.data.videos import Video, VideoError, open_video, read_video, sample_frames, video_pixels
 
 __all__ = [
     "Collator",
@@ -17,13 +18,19 @@ __all__ = [
     "Labelling",
     "ScoredDataset",
     "ScoredStream",
+    "Video",
+    "VideoError",
     "check_columns",
     "cropped_share",
     "decode_prompts",
     "fit_labelling",
     "load_scored_dataset",
     "open_image",
+    "open_video",
     "prepare_dataset",
+    "read_video",
+    "sample_frames",
     "stream_scores",
     "to_pixels",
+    "video_pixels",
 ]

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 _SYNONYMS = {
     "prompt": ("prompt", "caption", "text", "prompts", "captions", "instruction"),
     "image": ("image", "img", "picture", "jpg", "png", "file_name", "image_path", "path", "images"),
+    "video": ("video", "clip", "mp4", "webm", "file_name", "video_path", "path", "videos", "frames"),
     "score": ("score", "rating", "reward", "stars", "aesthetic_score", "scores", "preference", "label"),
 }
 _PAIRS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
@@ -87,16 +88,18 @@ def check_columns(
             "or remove it: `dataset = dataset.with_format(None)`."
         )
     present = _column_names(dataset, name)
-    roles = {"prompt": columns.prompt, "image": columns.image} | ({"score": columns.score} if scored else {})
+    roles = {"prompt": columns.prompt, columns.medium: columns.visual} | ({"score": columns.score} if scored else {})
     missing = [role for role, column in roles.items() if column not in present]
+    features = dataset.features
+    _refuse_other_medium(present, features, columns, name)
     if set(missing) & {"image", "score"}:
         _refuse_pairs(present, columns, name, missing)
     if missing:
         raise _missing_columns(present, roles, missing, name)
-    features = dataset.features
     if features is not None:  # a stream after `map` does not know them; its rows are checked as they come
         check_prompt_type(features[columns.prompt], columns.prompt, name)
-        check_image_type(features[columns.image], columns.image, name)
+        check_visual = check_image_type if columns.video is None else check_video_type
+        check_visual(features[columns.visual], columns.visual, name)
         if scored:
             check_score_type(dataset, columns.score, name)
 
@@ -154,6 +157,26 @@ def _column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: st
     return list(first)
 
 
+def _refuse_other_medium(present: list[str], features: Any, columns: Columns, name: str) -> None:
+    """Refuse images for a model of videos and the reverse, before a missing column or a wrong type is spoken of."""
+    types = features or {}
+    if columns.video is None:
+        kind, model, other = datasets.Video, "images", "videos"
+        named = [column for column in _SYNONYMS["video"][:4] if column in present and columns.image not in present]
+        remedy = "train a model of videos (such as Wan 2.1) on it, or give a dataset of images"
+    else:
+        kind, model, other = datasets.Image, "videos", "images"
+        named = [columns.image] if columns.image in present and columns.video not in present else []
+        remedy = "train a model of images on it, give a dataset of videos, or name its column: `video_column='...'`"
+    typed = [column for column in (columns.visual, *named) if isinstance(types.get(column), kind)]
+    found = next(iter([*typed, *named]), None)
+    if found is not None:
+        raise DataError(
+            f"{name}: the model makes {model}, and the column {found!r} holds {other}; the column {columns.visual!r} "
+            f"of {model} is looked for. To mend it, {remedy}."
+        )
+
+
 def _missing_columns(present: list[str], roles: dict[str, str], missing: list[str], name: str) -> DataError:
     free = [column for column in present if column not in roles.values()]
     lines = []
@@ -162,10 +185,11 @@ def _missing_columns(present: list[str], roles: dict[str, str], missing: list[st
         source = guess or f"your_{role}_column"
         lines.append(f'dataset = dataset.rename_column("{source}", "{roles[role]}")')
     named = " and ".join(f"{roles[role]!r} ({role})" for role in missing)
+    needed = f"{'a video' if 'video' in roles else 'an image'}{' and a score' if 'score' in roles else ''}"
     return DataError(
-        f"{name}: no column {named}; the columns are {present}. Every row needs a prompt, an image"
-        f"{' and a score' if 'score' in roles else ''}. Rename yours, or give its name in Columns"
-        f"({', '.join(f'{role}=...' for role in missing)}):\n" + "\n".join(lines)
+        f"{name}: no column {named}; the columns are {present}. Every row needs a prompt, {needed}. "
+        f"Rename yours, or give its name in Columns({', '.join(f'{role}=...' for role in missing)}):\n"
+        + "\n".join(lines)
     )
 
 
@@ -235,17 +259,9 @@ def check_image_type(feature: Any, column: str, name: str) -> None:
     Raises:
         DataError: if it cannot hold images.
     """
-    if isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D)):
+    if isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D)) or _is_file(feature):
         return
-    if isinstance(feature, dict) and {"bytes", "path"} & set(feature):
-        return
-    if isinstance(feature, datasets.Value) and feature.dtype in (
-        *("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"),
-    ):
-        return
-    inner, depth = feature, 0
-    while isinstance(inner, (datasets.List, datasets.LargeList)):
-        inner, depth = inner.feature, depth + 1
+    inner, depth = _innermost(feature)
     if depth >= 2 and isinstance(inner, datasets.Value) and inner.dtype.startswith(("int", "uint", "float", "bool")):
         return
     if depth == 1:
@@ -254,6 +270,52 @@ def check_image_type(feature: Any, column: str, name: str) -> None:
         why = "store an image, a path or an encoded file a row, for example by casting a column of paths:"
     cast = "" if depth == 1 else f'\ndataset = dataset.cast_column("{column}", datasets.Image())'
     raise DataError(f"{name}: column {column!r} must hold images, its type is {feature}: {why}{cast}")
+
+
+def check_video_type(feature: Any, column: str, name: str) -> None:
+    """
+    Check the type of the video column: videos, paths, encoded bytes, lists of frames or nested lists of numbers.
+
+    Args:
+        feature (`datasets.features.FeatureType`):
+            Its type.
+        column (`str`):
+            Its name.
+        name (`str`):
+            The dataset's argument, for messages.
+
+    Raises:
+        DataError: if it cannot hold videos.
+    """
+    if isinstance(feature, (datasets.Video, datasets.Array4D)) or _is_file(feature):
+        return
+    inner, depth = _innermost(feature)
+    if depth == 1 and (isinstance(inner, datasets.Image) or _is_file(inner)):
+        return
+    number = isinstance(inner, datasets.Value) and inner.dtype.startswith(("int", "uint", "float", "bool"))
+    if isinstance(inner, (datasets.Array2D, datasets.Array3D)) or (depth == 4 and number):
+        return
+    raise DataError(
+        f"{name}: column {column!r} must hold videos, its type is {feature}: store a path, an encoded file, a list of "
+        "frames or an array (frames, height, width, channels) a row, for example by casting a column of paths:\n"
+        f'dataset = dataset.cast_column("{column}", datasets.Video(decode=False))'
+    )
+
+
+def _is_file(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & set(feature))
+    return isinstance(feature, datasets.Value) and feature.dtype in (
+        *("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"),
+    )
+
+
+def _innermost(feature: Any) -> tuple[Any, int]:
+    """Return what the lists of a type hold, and how deep they are nested."""
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    return feature, depth
 
 
 def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, column: str, name: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tgol_trainer.data.images import DataError, ImageError, crop_offset, describe, open_image, to_pixels
+from tgol_trainer.data.videos import VideoError, video_pixels
 from tgol_trainer.thresholds import ScoreNormalization
 
 _TINY = np.finfo(np.float32).tiny
@@ -31,6 +31,8 @@ class Collator:
             Applied to the scores; by default none.
         threshold (`float`, *optional*, defaults to 0.0):
             τ, in the normalised unit of the scores.
+        num_frames (`int`, *optional*):
+            Frames taken of each video; `None` for images.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Collator:
         resolution: tuple[int, int],
         normalization: ScoreNormalization = _RAW_SCORES,
         threshold: float = 0.0,
+        num_frames: int | None = None,
     ) -> None:
         self.resolution = (int(resolution[0]), int(resolution[1]))
+        self.num_frames = num_frames
         self.normalization = normalization
         self._threshold = torch.tensor(float(threshold), dtype=torch.float64).share_memory_()
 
@@ -66,25 +70,24 @@ class Collator:
                 B of them, from [`ScoredDataset`] or [`ScoredStream`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1; `prompt_bytes` (B, L)
-            uint8, UTF-8 padded with zeros, and `prompt_length` (B,) int64 in bytes, see [`decode_prompts`]; `score`
-            (B,) float32, normalised; `margin` (B,) float32, normalised score - τ, whose sign is that of the float64
-            difference; `row_id` (B,) int64; `geometry` (B, 4) int64, the image's own height and width and the top and
-            left of the crop in the resized image, in pixels.
+            `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1, or (B, 3, num_frames,
+            height, width) for videos; `prompt_bytes` (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,)
+            int64 in bytes, see [`decode_prompts`]; `score` (B,) float32, normalised; `margin` (B,) float32, normalised
+            score - τ, whose sign is that of the float64 difference; `row_id` (B,) int64; `geometry` (B, 4) int64, the
+            image's own height and width and the top and left of the crop in the resized image (or first frame), in
+            pixels.
 
         Raises:
-            DataError: for an image that can no longer be opened.
+            DataError: for an image or video that can no longer be opened.
         """
         texts = [row["prompt"].encode("utf-8") for row in rows]
         lengths = [len(text) for text in texts]
         padded = b"".join(text.ljust(max(lengths), b"\0") for text in texts)
         scores = self.normalization(np.array([row["score"] for row in rows], dtype=np.float64))
-        images = [self._image(row) for row in rows]
+        visuals = [self._visual(row) for row in rows]
         return {
-            "pixel_values": torch.stack([to_pixels(image, self.resolution) for image in images]),
-            "geometry": torch.tensor(
-                [(image.height, image.width, *crop_offset(*image.size, self.resolution)) for image in images]
-            ),
+            "pixel_values": torch.stack([pixels for pixels, _ in visuals]),
+            "geometry": torch.tensor([geometry for _, geometry in visuals]),
             "prompt_bytes": torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1),
             "prompt_length": torch.tensor(lengths, dtype=torch.int64),
             "score": torch.from_numpy(np.clip(scores, -_HUGE, _HUGE).astype(np.float32)),
@@ -92,14 +95,19 @@ class Collator:
             "row_id": torch.tensor([row["row_id"] for row in rows], dtype=torch.int64),
         }
 
-    def _image(self, row: Mapping[str, Any]) -> Image.Image:
+    def _visual(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+        medium = "image" if self.num_frames is None else "video"
         try:
-            return open_image(row["image"])
-        except ImageError as error:
+            if self.num_frames is not None:
+                return video_pixels(row[medium], self.num_frames, self.resolution)
+            image = open_image(row[medium])
+            geometry = image.height, image.width, *crop_offset(*image.size, self.resolution)
+            return to_pixels(image, self.resolution), geometry
+        except (ImageError, VideoError) as error:
             raise DataError(
-                f"The image of row {row['row_id']} ({describe(row['image'])}), which the check before training "
-                f"opened, cannot be opened now: {error.cause}, {error}. Put the file back; images must stay in place "
-                "and unchanged while a run reads them."
+                f"The {medium} of row {row['row_id']} ({describe(row[medium])}), which the check before training "
+                f"opened, cannot be opened now: {error.cause}, {error}. Put the file back; {medium}s must stay in "
+                "place and unchanged while a run reads them."
             ) from error
 
 

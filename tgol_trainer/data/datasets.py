@@ -22,6 +22,7 @@ from PIL import Image
 from tgol_trainer.data.checks import check_class, check_columns, check_score_type
 from tgol_trainer.data.images import DataError, cropped_share, describe
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, read_row, read_score
+from tgol_trainer.data.videos import Video
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ OnBadSample = Literal["raise", "skip"]
 
 # Part of the cache key of the check: `datasets` hashes a library function by its name, not its code, so raise this
 # with every change of what `_check_batch` finds.
-_CHECK_VERSION = 1
+_CHECK_VERSION = 2
 _CHECK_FEATURES = datasets.Features(
     {
         "score": datasets.Value("float64"),
@@ -58,9 +59,9 @@ class DataReport:
         dropped (`dict[str, int]`):
             Cause to number of rows; a row with two causes counts under both.
         num_smaller (`int`):
-            Kept images with a side below the resolution, which are enlarged.
+            Kept images or videos with a side below the resolution, which are enlarged.
         mean_cropped_share (`float`):
-            Mean over the kept images of the share of the area, 0 to 1, that the centre crop cuts away.
+            Mean over the kept images or videos of the share of the area, 0 to 1, that the centre crop cuts away.
         num_unique_prompts (`int`):
             Different prompts among the kept rows.
         resolution (`tuple[int, int]`):
@@ -81,6 +82,15 @@ class DataReport:
         return dataclasses.asdict(self) | {"resolution": list(self.resolution)}
 
 
+_NO_NUMBERS = (
+    pa.types.is_struct,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+
+
 def _cell(column: pa.ChunkedArray, index: int) -> Any:
     """Return an Arrow value as a Python one; nested lists of numbers as an array, 20 times faster than as lists."""
     scalar = column[index]
@@ -94,21 +104,24 @@ def _cell(column: pa.ChunkedArray, index: int) -> Any:
             return scalar.as_py()  # ragged: opening it as an image says so
         shape.append(int(lengths[0]))
         nested = nested.flatten()
+    if any(test(nested.type) for test in _NO_NUMBERS):  # the frames of a video: files, paths
+        return scalar.as_py()
     return nested.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-def _check_batch(table: pa.Table, prompt: str, image: str, score: str, version: int) -> pa.Table:
+def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, version: int) -> pa.Table:
     found = []
-    for index in range(table.num_rows):  # one opened image at a time
-        row = read_row(*(_cell(table.column(column), index) for column in (prompt, image, score)))
-        width, height = row.image.size if row.image else (0, 0)
+    for index in range(table.num_rows):  # one opened image or video at a time
+        prompt, visual, score = (_cell(table.column(column), index) for column in names)
+        row = read_row(prompt, visual, score, num_frames)
+        width, height = row.visual.size if row.visual else (0, 0)
         causes, details = [cause for cause, _ in row.problems], [detail for _, detail in row.problems]
         found.append({"score": row.score, "width": width, "height": height, "causes": causes, "details": details})
     return pa.Table.from_pylist(found, schema=_CHECK_FEATURES.arrow_schema)
 
 
 def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | None) -> pa.Table:
-    arguments = dataclasses.asdict(columns) | {"version": _CHECK_VERSION}
+    arguments: dict[str, Any] = {"names": columns.names, "num_frames": columns.num_frames, "version": _CHECK_VERSION}
     folders = {os.path.dirname(file["filename"]) for file in rows.cache_files}
     checked = rows.map(
         _check_batch,
@@ -120,7 +133,7 @@ def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | Non
         num_proc=num_proc,
         # `map` writes its cache beside the data, which may lie on a read-only disk.
         keep_in_memory=not all(os.access(folder or ".", os.W_OK) for folder in folders),
-        desc="Checking images",
+        desc=f"Checking {columns.medium}s",
     )
     table = checked.with_format("arrow")[:]
     # The cache key knows the paths of the images and not their content: a file mended since the last run would be
@@ -148,7 +161,7 @@ def prepare_dataset(
 
     Args:
         dataset ([`datasets.Dataset`]):
-            With one prompt, image and score a row.
+            With one prompt, image or video, and score a row.
         columns ([`Columns`]):
             Their names.
         resolution (`tuple[int, int]`):
@@ -173,7 +186,7 @@ def prepare_dataset(
     if not len(dataset):
         raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
     check_columns(dataset, columns, name)
-    rows = dataset.select_columns([columns.prompt, columns.image, columns.score]).with_format("arrow")
+    rows = dataset.select_columns(columns.names).with_format("arrow")
     table = _checked_table(rows, columns, num_proc)
     bad = BadRows(name, columns)
     for index, causes in enumerate(table.column("causes").to_pylist()):
@@ -186,7 +199,7 @@ def prepare_dataset(
     kept = np.flatnonzero(table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False) == 0)
     scored = ScoredDataset(rows, columns, table.column("score").to_numpy()[kept], kept)
     sizes = np.stack([table.column(side).to_numpy()[kept] for side in ("width", "height")], axis=1)
-    num_smaller, mean_cropped_share = _size_facts(sizes, kept, resolution, name)
+    num_smaller, mean_cropped_share = _size_facts(sizes, kept, resolution, name, columns.medium)
     report = DataReport(
         name=name,
         num_rows=len(dataset),
@@ -200,17 +213,20 @@ def prepare_dataset(
     return scored, report
 
 
-def _size_facts(sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, int], name: str) -> tuple[int, float]:
+def _size_facts(
+    sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, int], name: str, medium: str
+) -> tuple[int, float]:
     height, width = resolution
     small = np.flatnonzero((sizes[:, 0] < width) | (sizes[:, 1] < height))
     if small.size:
         first = ", ".join(f"row {row_ids[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in small[:_SHOWN_ROWS])
         logger.warning(
-            "%s: %d of %d images are smaller than the resolution of %dx%d (width x height, in pixels) and are "
+            "%s: %d of %d %ss are smaller than the resolution of %dx%d (width x height, in pixels) and are "
             "enlarged, which blurs them (%s%s). Leave them out, or lower `resolution`.",
             name,
             small.size,
             len(sizes),
+            medium,
             width,
             height,
             first,
@@ -221,13 +237,15 @@ def _size_facts(sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, i
     mean = float((shares * counts).sum() / counts.sum())
     if mean > _CROPPED_SHARE_LIMIT:
         logger.warning(
-            "%s: the centre crop to %dx%d (width x height) cuts away %.0f %% of the image area on average, so "
-            "training sees a part of what was scored. Set `resolution` to the shape of most images, or crop and score "
+            "%s: the centre crop to %dx%d (width x height) cuts away %.0f %% of the %s area on average, so "
+            "training sees a part of what was scored. Set `resolution` to the shape of most %ss, or crop and score "
             "them yourself.",
             name,
             width,
             height,
             100 * mean,
+            medium,
+            medium,
         )
     return int(small.size), mean
 
@@ -241,8 +259,8 @@ class ScoredDataset(torch.utils.data.Dataset):
     """
     The usable rows of a checked dataset; made by [`prepare_dataset`]. Images stay encoded, and on disk if they were.
 
-    `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": float, "row_id": int}`; `row_id` is the row's
-    number in the user's dataset, whatever was left out.
+    `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": float, "row_id": int}`, with `"video"` instead
+    of `"image"` for videos; `row_id` is the row's number in the user's dataset, whatever was left out.
 
     Args:
         rows ([`datasets.Dataset`]):
@@ -269,7 +287,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         row = self._rows[row_id]
         return {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
-            "image": _cell(row.column(self._columns.image), 0),
+            self._columns.medium: _cell(row.column(self._columns.visual), 0),
             "score": float(self.scores[index]),
             "row_id": row_id,
         }
@@ -285,13 +303,14 @@ class ScoredStream(torch.utils.data.IterableDataset):
     """
     The usable rows of a stream, checked while it is read.
 
-    Rows are those of [`ScoredDataset`], with the image already opened as an RGB picture. `row_id` is a 63-bit hash of
+    Rows are those of [`ScoredDataset`], with the image already opened as an RGB picture, or a video decoded once and
+    found good (training decodes it again, since clips in memory are large). `row_id` is a 63-bit hash of
     the row's prompt, score and pixels, the same whatever reads the row and in which order; equal rows share it.
     `dropped` counts the rows left out so far by cause, of this process (a DataLoader's workers count their own).
 
     Args:
         dataset ([`datasets.IterableDataset`]):
-            With one prompt, image and score a row.
+            With one prompt, image or video, and score a row.
         columns ([`Columns`], *optional*):
             Their names.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
@@ -316,7 +335,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         if not isinstance(dataset, datasets.IterableDataset):
             raise DataError(f"{name}: it is no stream; use prepare_dataset for a datasets.Dataset.")
         check_columns(dataset, columns, name)
-        self._dataset = _undecoded(dataset, [columns.prompt, columns.image, columns.score])
+        self._dataset = _undecoded(dataset, columns.names)
         self._columns = columns
         self._on_bad_sample = on_bad_sample
         self._name = name
@@ -326,10 +345,11 @@ class ScoredStream(torch.utils.data.IterableDataset):
         columns = self._columns
         bad, index = BadRows(self._name, columns), -1
         for index, values in enumerate(self._dataset):
-            row = read_row(*(values.get(column) for column in (columns.prompt, columns.image, columns.score)))
-            if row.image is not None and not row.problems:
-                row_id = _content_id(row.prompt, row.score, row.image)
-                yield {"prompt": row.prompt, "image": row.image, "score": row.score, "row_id": row_id}
+            prompt, visual, score = (values.get(column) for column in columns.names)
+            row = read_row(prompt, visual, score, columns.num_frames)
+            if row.visual is not None and not row.problems:
+                row_id = _content_id(row.prompt, row.score, row.visual)
+                yield {"prompt": row.prompt, columns.medium: row.visual, "score": row.score, "row_id": row_id}
                 continue
             bad.add(index, row.problems)
             if self._on_bad_sample == "raise":
@@ -384,16 +404,19 @@ def _undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datas
         return dataset  # nothing is known to decode
     dataset = dataset.select_columns(list(names))
     for column in names:
-        if isinstance(dataset.features[column], datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        feature = dataset.features[column]
+        if isinstance(feature, (datasets.Image, datasets.Video)):
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):  # frames of a video
+            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return dataset
 
 
-def _content_id(prompt: str, score: float, image: Image.Image) -> int:
+def _content_id(prompt: str, score: float, visual: Image.Image | Video) -> int:
     text = prompt.encode("utf-8")
-    digest = hashlib.blake2b(struct.pack("<qdqq", len(text), score, *image.size), digest_size=8)
+    digest = hashlib.blake2b(struct.pack("<qdqq", len(text), score, *visual.size), digest_size=8)
     digest.update(text)
-    digest.update(image.tobytes())
+    digest.update(visual.tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

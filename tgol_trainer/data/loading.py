@@ -1,4 +1,4 @@
-"""A name or a path to a dataset: the Hub, a saved dataset, a folder of images, a spreadsheet."""
+"""A name or a path to a dataset: the Hub, a saved dataset, a folder of images or videos, a spreadsheet."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg")
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -39,13 +40,13 @@ def load_scored_dataset(
     columns: Columns = DEFAULT_COLUMNS,
 ) -> AnyDataset:
     """
-    Load a dataset of prompts, images and scores. Rows are not checked here, see [`prepare_dataset`].
+    Load a dataset of prompts, images or videos, and scores. Rows are not checked here, see [`prepare_dataset`].
 
     Args:
         source (`str`):
-            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images with
-            `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the images; a folder of Parquet, JSON
-            Lines or CSV files; or one such file. Image paths in a table count from the folder of the table.
+            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
+            videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
+            Parquet, JSON Lines or CSV files; or one such file. Paths in a table count from the folder of the table.
         name (`str`, *optional*):
             Configuration of a dataset that has several.
         split (`str`, *optional*, defaults to `"train"`):
@@ -54,7 +55,7 @@ def load_scored_dataset(
         streaming (`bool`, *optional*, defaults to `False`):
             Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
-            Its image column is the one whose paths are resolved.
+            Its image column, and its video column or else `"video"`, are those whose paths are resolved.
 
     Returns:
         [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
@@ -108,7 +109,7 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns) -> Any
         streaming=streaming,
         **(_csv_options(path) if builder == "csv" else {}),
     )
-    return _resolve_images(dataset, path.parent, columns)
+    return _resolve_files(dataset, path.parent, columns)
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -135,23 +136,24 @@ def _load_folder(path: Path, name: str | None, split: str, streaming: bool, colu
             return _load_file(metadata, split, streaming, columns)
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
-    images = [file for file in files if file.suffix.lower() in _IMAGES]
+    images = [file for file in files if file.suffix.lower() in _IMAGES + _VIDEOS]
     if not any(file.name in _METADATA for file in files):
         if images and not tables:
             raise _no_metadata(path, images, columns)
         if not tables:
             raise DataError(
-                f"`source`: the folder {str(path)!r} holds no data: no images and no {', '.join(_BUILDERS)} file."
+                f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no "
+                f"{', '.join(_BUILDERS)} file."
             )
     hint = f"Check that the folder has a split {split!r} and that its files have the same columns."
     builder, options = str(path), {"name": name}
     if images and tables and not any(file.name in _METADATA for file in files):
-        # `datasets` takes a folder for what most of its files are, here images, and would leave the tables unread.
+        # `datasets` takes a folder for what most of its files are, here pictures, and would leave the tables unread.
         builder, options = _tables_of(path, tables, split)
     elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
         options |= _csv_options(tables[0])
     dataset = _attempt(path, hint, datasets.load_dataset, builder, split=split, streaming=streaming, **options)
-    return _resolve_images(dataset, path, columns)
+    return _resolve_files(dataset, path, columns)
 
 
 def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
@@ -195,34 +197,52 @@ def _no_metadata(path: Path, images: list[Path], columns: Columns) -> DataError:
         json.dumps({"file_name": file, columns.prompt: prompt, columns.score: score}, ensure_ascii=False)
         for file, prompt, score in ((names[0], "a red kite over the sea", 4), (names[-1], "a dog in a hat", 2.5))
     )
+    medium = "video" if images[0].suffix.lower() in _VIDEOS else "image"
     return DataError(
-        f"`source`: the folder {str(path)!r} holds {len(images)} images and no metadata, so there are no prompts and "
-        f"no scores. Add a file metadata.jsonl to it, with one line an image:\n{lines}"
+        f"`source`: the folder {str(path)!r} holds {len(images)} {medium}s and no metadata, so there are no prompts "
+        f"and no scores. Add a file metadata.jsonl to it, with one line {'a' if medium == 'video' else 'an'} {medium}:"
+        f"\n{lines}"
     )
 
 
-def _resolve_images(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
-    """Make a column of paths absolute and an image column; anything else is left to the check of the columns."""
+def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
+    """Make columns of paths absolute and of images or videos; anything else is left to the check of the columns."""
+    arguments = {"folder": str(folder.resolve()), "image": columns.image, "video": columns.video or "video"}
     if dataset.features is None:
         # A streamed CSV or JSON file: types are known once rows are read.
-        return dataset.map(_absolute_row, fn_kwargs={"folder": str(folder.resolve()), "image": columns.image})
-    if columns.image not in dataset.features and "file_name" in dataset.features:
-        dataset = dataset.rename_column("file_name", columns.image)
-    feature = dataset.features.get(columns.image)
+        return dataset.map(_absolute_row, fn_kwargs=arguments)
+    if "file_name" in dataset.features and not {arguments["image"], arguments["video"]} & set(dataset.features):
+        first: dict[str, Any] = next(iter(dataset.select_columns(["file_name"])), {})
+        medium = "video" if _is_video(first.get("file_name")) else "image"
+        dataset = dataset.rename_column("file_name", arguments[medium])
+    for medium in ("image", "video"):
+        if arguments[medium] in dataset.features:
+            dataset = _resolve_column(dataset, arguments["folder"], arguments[medium], medium)
+    return dataset
+
+
+def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) -> AnyDataset:
+    feature = dataset.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
     if dtype in ("string", "large_string", "null"):
         features = dataset.features.copy()
-        features[columns.image] = datasets.Value("string")
+        features[column] = datasets.Value("string")
         dataset = dataset.map(
             _absolute_paths,
             batched=True,
-            fn_kwargs={"folder": str(folder.resolve()), "image": columns.image},
+            fn_kwargs={"folder": folder, "column": column},
             features=features,
-            **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": "Resolving image paths"}),
+            **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": f"Resolving {medium} paths"}),
         )
     if dtype in ("string", "large_string", "null", "binary", "large_binary") or isinstance(feature, dict):
-        dataset = dataset.cast_column(columns.image, datasets.Image())
+        # Videos are decoded here; the decoder of `datasets` is another package.
+        kind = datasets.Image() if medium == "image" else datasets.Video(decode=False)
+        dataset = dataset.cast_column(column, kind)
     return dataset
+
+
+def _is_video(path: Any) -> bool:
+    return isinstance(path, str) and path.lower().endswith(_VIDEOS)
 
 
 def _absolute(path: Any, folder: str) -> Any:
@@ -231,9 +251,13 @@ def _absolute(path: Any, folder: str) -> Any:
     return os.path.join(folder, path.strip())  # an absolute path stays what it is
 
 
-def _absolute_paths(batch: dict[str, list[Any]], folder: str, image: str) -> dict[str, list[Any]]:
-    return {image: [_absolute(path, folder) for path in batch[image]]}
+def _absolute_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
+    return {column: [_absolute(path, folder) for path in batch[column]]}
 
 
-def _absolute_row(row: dict[str, Any], folder: str, image: str) -> dict[str, Any]:
-    return {image: _absolute(row.get(image, row.get("file_name")), folder)}
+def _absolute_row(row: dict[str, Any], folder: str, image: str, video: str) -> dict[str, Any]:
+    found = {name: _absolute(row[name], folder) for name in (image, video) if name in row}
+    if found or "file_name" not in row:
+        return found or {image: None}
+    name = video if _is_video(row["file_name"]) else image
+    return {name: _absolute(row["file_name"], folder)}

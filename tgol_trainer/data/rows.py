@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from tgol_trainer.data.images import DataError, ImageError, describe, open_image
+from tgol_trainer.data.videos import Video, VideoError, open_video
 
 _SHOWN_ROWS = 5
 
@@ -30,6 +31,10 @@ class Columns:
             Column of images, in any form that [`open_image`] reads.
         score (`str`, *optional*, defaults to `"score"`):
             Column of numbers; higher is better.
+        video (`str`, *optional*):
+            Column of videos, in any form that [`read_video`] takes; given, it is read instead of the images.
+        num_frames (`int`, *optional*):
+            Frames that are taken of each video. Needed to read videos.
 
     Raises:
         DataError: if two of them are the same.
@@ -38,13 +43,33 @@ class Columns:
     prompt: str = "prompt"
     image: str = "image"
     score: str = "score"
+    video: str | None = None
+    num_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if len({self.prompt, self.image, self.score}) < 3:
+        if len(set(self.names)) < 3:
             raise DataError(
-                f"The columns must be three different ones, got prompt={self.prompt!r}, image={self.image!r}, "
-                f"score={self.score!r}. Name the column that holds each, for example Columns(score='rating')."
+                f"The columns must be three different ones, got prompt={self.prompt!r}, "
+                f"{self.medium}={self.visual!r}, score={self.score!r}. Name the column that holds each, for example "
+                "Columns(score='rating')."
             )
+        if self.video is not None and (self.num_frames is None or self.num_frames < 1):
+            raise DataError(f"`num_frames` is {self.num_frames}; with a column of videos it must be at least 1.")
+
+    @property
+    def medium(self) -> str:
+        """What a row shows: `"image"` or `"video"`."""
+        return "image" if self.video is None else "video"
+
+    @property
+    def visual(self) -> str:
+        """The column of images, or of videos where one is given."""
+        return self.video or self.image
+
+    @property
+    def names(self) -> list[str]:
+        """The three columns that are read."""
+        return [self.prompt, self.visual, self.score]
 
 
 DEFAULT_COLUMNS = Columns()
@@ -76,6 +101,11 @@ dataset = dataset.map(
 )
 dataset = dataset.cast_column("{image}", datasets.Image())"""
 
+_BROKEN_VIDEO = "# save the video again from its source, or remove the row"
+_TOO_FEW_FRAMES = "# lower `num_frames` (now {num_frames}), give longer clips, or remove the rows"
+_MISSING_VIDEO_FILE = _MISSING_FILE.replace("image", "video").replace("Image()", "Image(decode=False)")
+_MISSING_VIDEO_FILE = _MISSING_VIDEO_FILE.replace("Image", "Video")
+
 # Cause -> the column it concerns and its remedy. The causes are the keys of `DataReport.dropped`.
 CAUSES: dict[str, tuple[str, str]] = {
     "missing prompt": ("prompt", _FILLED_PROMPT),
@@ -85,6 +115,11 @@ CAUSES: dict[str, tuple[str, str]] = {
     "image file not found": ("image", _MISSING_FILE),
     "truncated image": ("image", _BROKEN_IMAGE),
     "undecodable image": ("image", _BROKEN_IMAGE),
+    "missing video": ("video", "# give every row a video, or remove the row"),
+    "video file not found": ("video", _MISSING_VIDEO_FILE),
+    "truncated video": ("video", _BROKEN_VIDEO),
+    "undecodable video": ("video", _BROKEN_VIDEO),
+    "too few frames": ("video", _TOO_FEW_FRAMES),
     "missing score": ("score", _FINITE_SCORE),
     "NaN score": ("score", _FINITE_SCORE),
     "infinite score": ("score", _FINITE_SCORE),
@@ -128,36 +163,38 @@ class Row:
     """One row after its checks; `problems` pairs each cause with a short text of the value, and is empty if good."""
 
     prompt: Any
-    image: Image.Image | None
+    visual: Image.Image | Video | None
     score: float
     problems: tuple[tuple[str, str], ...]
 
 
-def read_row(prompt: Any, image: Any, score: Any) -> Row:
+def read_row(prompt: Any, visual: Any, score: Any, num_frames: int | None = None) -> Row:
     """
     Check the three values of a row; all of its problems are found, not the first alone.
 
     Args:
         prompt (`Any`):
             A good one is a `str` that is not blank.
-        image (`Any`):
-            A good one opens with [`open_image`].
+        visual (`Any`):
+            A good one opens with [`open_image`], or with [`open_video`] where `num_frames` is given.
         score (`Any`):
             A good one is a finite number or a `bool`.
+        num_frames (`int`, *optional*):
+            Frames needed of a video; `None` for images.
 
     Returns:
-        [`Row`]: with the image opened.
+        [`Row`]: with the image or video opened.
     """
     problems = []
     cause = prompt_problem(prompt)
     if cause is not None:
         problems.append((cause, describe(prompt)))
-    opened = None
+    opened: Image.Image | Video | None = None
     try:
-        opened = open_image(image)
-    except ImageError as error:
-        known = error.cause in ("missing image", "image file not found")  # the cause says it all
-        problems.append((error.cause, describe(image) if known else f"{describe(image)}: {error}"))
+        opened = open_image(visual) if num_frames is None else open_video(visual, num_frames)
+    except (ImageError, VideoError) as error:
+        known = error.cause.endswith("file not found") or error.cause.startswith("missing")  # the cause says it all
+        problems.append((error.cause, describe(visual) if known else f"{describe(visual)}: {error}"))
     number, cause = read_score(score)
     if cause is not None:
         problems.append((cause, describe(score)))

@@ -1,8 +1,9 @@
-"""Pictures with fixed seeds from any diffusers pipeline, leaving the pipeline and the random state as they were."""
+"""Pictures and videos with fixed seeds from any diffusers pipeline, which stays, as the random state, as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def generate_images(
         seeds (`Sequence[int]`):
             One seed a picture, for a generator on the CPU, so that pictures do not depend on the kind of device.
         batch_size (`int`, *optional*, defaults to 8):
-            Pictures a call of the pipeline. A pipeline that takes no list of generators (aMUSEd) needs 1.
+            Pictures a call of the pipeline; always one for a pipeline that takes no list of generators (aMUSEd).
         num_inference_steps (`int`, *optional*):
             Denoising steps. `None` leaves the pipeline's default, as for the next three.
         guidance_scale (`float`, *optional*):
@@ -63,34 +64,121 @@ def generate_images(
             or if the pipeline returned NaN.
         TypeError: if the pipeline returns no images, as a video pipeline does.
     """
+    sizes = {"height": height, "width": width}
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **sizes}
+    bar = tqdm(total=len(prompts), desc=description, unit="image", disable=not progress)
+    arrays = _generate(pipeline, prompts, seeds, batch_size, options, "images", bar)
+    return [image for chunk in arrays for image in pipeline.numpy_to_pil(chunk)]
+
+
+def generate_videos(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_frames: int | None = None,
+    batch_size: int = 1,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    progress: bool = True,
+    description: str = "Generating",
+) -> list[list[Image.Image]]:
+    """
+    Draw one video a prompt, each from its own seed, with the guarantees of [`generate_images`].
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Any text-to-video pipeline.
+        prompts (`Sequence[str]`):
+            One prompt a video.
+        seeds (`Sequence[int]`):
+            One seed a video, for a generator on the CPU, so that videos do not depend on the kind of device.
+        num_frames (`int`, *optional*):
+            Frames of each video. `None` leaves the pipeline's default, as for the other numbers below. One that the
+            pipeline rounds, as Wan does what is not 4·k + 1, is an error.
+        batch_size (`int`, *optional*, defaults to 1):
+            Videos a call of the pipeline.
+        num_inference_steps (`int`, *optional*):
+            Denoising steps.
+        guidance_scale (`float`, *optional*):
+            Strength of classifier-free guidance.
+        height (`int`, *optional*):
+            Height of the frames, in pixels.
+        width (`int`, *optional*):
+            Width of the frames, in pixels.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show one bar over all videos.
+        description (`str`, *optional*, defaults to `"Generating"`):
+            Text in front of that bar.
+
+    Returns:
+        `list[list[PIL.Image.Image]]`: the frames of video `i` belong to prompt `i` and seed `i`.
+
+    Raises:
+        ValueError: as [`generate_images`], or if the pipeline returned another number of frames.
+        TypeError: if the pipeline returns no videos, as an image pipeline does.
+    """
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **sizes}
+    bar = tqdm(total=len(prompts), desc=description, unit="video", disable=not progress)
+    arrays = _generate(pipeline, prompts, seeds, batch_size, options, "frames", bar)
+    videos = [_frames(video) for chunk in arrays for video in chunk]
+    if num_frames is not None and len(videos[0]) != num_frames:
+        raise ValueError(
+            f"{type(pipeline).__name__} was asked for {num_frames} frames and drew {len(videos[0])}: ask for "
+            f"`num_frames={len(videos[0])}`, or for a number of the form that the model takes."
+        )
+    return videos
+
+
+def _frames(video: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(frame) for frame in (video * 255).round().astype(np.uint8)]
+
+
+def _generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    options: dict[str, Any],
+    kind: str,
+    bar: tqdm,
+) -> list[np.ndarray]:
+    """Return one array of values in 0..1 a chunk, from the output's `images` or `frames`."""
+    thing = "picture" if kind == "images" else "video"
     if isinstance(prompts, str):
-        raise TypeError("`prompts` is one string; pass a list with one prompt a picture.")
+        raise TypeError(f"`prompts` is one string; pass a list with one prompt a {thing}.")
     if len(prompts) == 0:
         raise ValueError("There are no prompts: pass at least one.")
     if len(prompts) != len(seeds):
         raise ValueError(f"There are {len(prompts)} prompts and {len(seeds)} seeds: pass one seed a prompt.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    options = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-    }
     options = {name: value for name, value in options.items() if value is not None}
-    images: list[Image.Image] = []
-    bar = tqdm(total=len(prompts), desc=description, unit="image", disable=not progress)
+    if not _takes_generators(pipeline):
+        batch_size = 1
+    arrays: list[np.ndarray] = []
     with bar, _pipeline_for_sampling(pipeline), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
-            images.extend(_generate_chunk(pipeline, list(prompts[chunk]), list(seeds[chunk]), start, options))
-            bar.update(len(images) - bar.n)
-    return images
+            arrays.append(_generate_chunk(pipeline, list(prompts[chunk]), list(seeds[chunk]), start, options, kind))
+            bar.update(len(arrays[-1]))
+    return arrays
+
+
+def _takes_generators(pipeline: Any) -> bool:
+    """Return whether a pipeline takes one generator a picture; aMUSEd and Meissonic take a single one."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("generator")
+    if parameter is None or parameter.annotation is inspect.Parameter.empty:
+        return True
+    return "list" in str(parameter.annotation).lower()
 
 
 def _generate_chunk(
-    pipeline: Any, prompts: list[str], seeds: list[int], start: int, options: dict[str, Any]
-) -> list[Image.Image]:
+    pipeline: Any, prompts: list[str], seeds: list[int], start: int, options: dict[str, Any], kind: str
+) -> np.ndarray:
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     with _private_random_state(int(seeds[0])):
         output = pipeline(
@@ -101,18 +189,20 @@ def _generate_chunk(
             output_type="np",
             **options,
         )
-    if not hasattr(output, "images"):
-        raise TypeError(f"{type(pipeline).__name__} returned {type(output).__name__}, which holds no images.")
-    arrays = np.asarray(output.images)
+    if not hasattr(output, kind):
+        other = {"images": "no images", "frames": "no videos"}[kind]
+        raise TypeError(f"{type(pipeline).__name__} returned {type(output).__name__}, which holds {other}.")
+    arrays = np.asarray(getattr(output, kind))
     broken = np.flatnonzero(np.isnan(arrays).reshape(len(arrays), -1).any(axis=1))
     if broken.size:
         first = int(broken[0])
+        thing = "picture" if kind == "images" else "video"
         raise ValueError(
-            f"{type(pipeline).__name__} returned NaN, which would be saved as a black picture, for {broken.size} of "
+            f"{type(pipeline).__name__} returned NaN, which would be saved as a black {thing}, for {broken.size} of "
             f"{len(prompts)} prompts; the first is prompt {start + first}, {prompts[first]!r:.80}. Half precision is "
             "the usual reason (load the VAE in float32, or use bfloat16), else weights that diverged in training."
         )
-    return pipeline.numpy_to_pil(arrays)
+    return arrays
 
 
 @contextlib.contextmanager

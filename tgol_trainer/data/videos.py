@@ -1,0 +1,300 @@
+"""Video values of any kind to the frames that are trained on. PyAV is needed for encoded files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tgol_trainer.data.images import DataError, ImageError, crop_offset, open_image, to_pixels
+
+Result = TypeVar("Result")
+
+# What a damaged file may raise beside FFmpeg's own errors: a header that was cut leaves a container without streams.
+_BROKEN_FILE = (OSError, EOFError, IndexError, ValueError, RuntimeError)
+_UNTOLD_SECONDS = 0.5
+"""By so much a file may be shorter than its header says and still be whole: containers round, and sound ends later."""
+
+
+class VideoError(DataError):
+    """
+    One video that cannot be trained on.
+
+    Args:
+        message (`str`):
+            What went wrong, in FFmpeg's words where it has any.
+        cause (`str`, *optional*, defaults to `"undecodable video"`):
+            `"missing video"`, `"video file not found"`, `"truncated video"`, `"undecodable video"` or
+            `"too few frames"`.
+    """
+
+    # The second argument has a default because a DataLoader rebuilds a worker's exception from its message alone.
+    def __init__(self, message: str, cause: str = "undecodable video") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """
+    A video that was decoded once and found good. Its frames are not kept: in memory a clip is many times larger.
+
+    Args:
+        value (`Any`):
+            The value of the dataset.
+        size (`tuple[int, int]`):
+            (width, height) in pixels, in the order of Pillow.
+        digest (`bytes`):
+            Hash of the chosen frames' pixels.
+    """
+
+    value: Any
+    size: tuple[int, int]
+    digest: bytes
+
+    def tobytes(self) -> bytes:
+        """Return what tells this clip from others."""
+        return self.digest
+
+
+def sample_frames(total: int, num_frames: int) -> list[int]:
+    """
+    Choose frames spread evenly over a clip: always the same ones, the first and the last among them.
+
+    Args:
+        total (`int`):
+            Frames of the clip, at least `num_frames`.
+        num_frames (`int`):
+            Frames to choose; a single one is taken from the middle.
+
+    Returns:
+        `list[int]`: `num_frames` rising numbers in 0 .. total - 1, `i·(total-1)/(num_frames-1)` rounded half up.
+
+    Raises:
+        VideoError: for a clip with too few frames.
+    """
+    if total < num_frames:
+        raise VideoError(f"it has {total} frames, {num_frames} are needed", cause="too few frames")
+    if num_frames == 1:
+        return [(total - 1) // 2]
+    gaps = num_frames - 1
+    return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(num_frames)]
+
+
+def read_video(value: Any, num_frames: int, use: Callable[[Image.Image], Result]) -> list[Result]:
+    """
+    Decode a video given in any of the forms that datasets hold, and use each chosen frame as soon as it is there.
+
+    Args:
+        value (`dict`, `str`, `pathlib.Path`, `bytes`, `Sequence` of frames, `numpy.ndarray` or [`Video`]):
+            A dictionary with `"bytes"` or `"path"` (an undecoded `datasets.Video`); a path or a URL that `datasets`
+            can read; an encoded file; frames in any form that [`open_image`] reads; or pixels (F, H, W, 1 to 4
+            channels), integers in 0..255 or floating point in 0..1.
+        num_frames (`int`):
+            Frames to choose, as [`sample_frames`] does. Of a file, frames as they are decoded are counted: its frame
+            rate plays no part.
+        use (`Callable[[PIL.Image.Image], Any]`):
+            Called with each chosen frame, upright and RGB, in order; all are of one size.
+
+    Returns:
+        `list`: what `use` returned.
+
+    Raises:
+        VideoError: for a video that is missing, undecodable, truncated or too short, or a value of another kind.
+        ImportError: where PyAV is needed and missing.
+    """
+    if isinstance(value, Video):
+        value = value.value
+    if isinstance(value, dict):
+        encoded = value.get("bytes")
+        value = encoded if encoded is not None else value.get("path")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise VideoError("there is neither a path nor data", cause="missing video")
+    use = _of_one_size(use)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [use(frame) for frame in _listed_frames(value, num_frames)]
+    if not isinstance(value, (bytes, bytearray, memoryview, str, Path)):
+        raise VideoError(
+            f"a value of type {type(value).__name__} is not a video; give a path, encoded bytes, a list of frames or "
+            "a NumPy array"
+        )
+    return _read_file(value, num_frames, use)
+
+
+def open_video(value: Any, num_frames: int) -> Video:
+    """
+    Decode a video once, to know that it is good, how large it is, and what tells it from others.
+
+    Args:
+        value (`Any`):
+            As in [`read_video`].
+        num_frames (`int`):
+            Frames that will be trained on.
+
+    Returns:
+        [`Video`]
+
+    Raises:
+        VideoError, ImportError: as [`read_video`].
+    """
+    digest = hashlib.blake2b(digest_size=16)
+
+    def size(frame: Image.Image) -> tuple[int, int]:
+        digest.update(frame.tobytes())
+        return frame.size
+
+    found = read_video(value, num_frames, size)[0]
+    return Video(value, found, digest.digest())
+
+
+def video_pixels(
+    value: Any, num_frames: int, resolution: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """
+    Return a clip's training pixels, each frame resized and cut as [`to_pixels`] does with an image.
+
+    Args:
+        value (`Any`):
+            As in [`read_video`].
+        num_frames (`int`):
+            Frames to take.
+        resolution (`tuple[int, int]`):
+            (height, width) in pixels.
+
+    Returns:
+        `tuple[torch.Tensor, tuple]`: (3, num_frames, height, width) float32 in -1..1; and height, width, top and left
+        of the crop as in [`Collator`]'s `geometry`.
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def pixels(frame: Image.Image) -> torch.Tensor:
+        sizes.append(frame.size)
+        return to_pixels(frame, resolution)
+
+    frames = read_video(value, num_frames, pixels)
+    width, height = sizes[0]
+    return torch.stack(frames, dim=1), (height, width, *crop_offset(width, height, resolution))
+
+
+def _of_one_size(use: Callable[[Image.Image], Result]) -> Callable[[Image.Image], Result]:
+    first: list[tuple[int, int]] = []
+
+    def checked(frame: Image.Image) -> Result:
+        first.append(frame.size)
+        if frame.size != first[0]:
+            raise VideoError(f"its frames differ in size: {first[0]} and {frame.size} (width, height)")
+        return use(frame)
+
+    return checked
+
+
+def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int) -> Iterator[Image.Image]:
+    if len(value) and isinstance(value[0], list):  # nested lists of numbers, as datasets return stored arrays
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise VideoError(f"the nested lists are no regular array: {error}") from error
+    if isinstance(value, np.ndarray) and value.dtype != object and (value.ndim != 4 or value.shape[-1] > 4):
+        hint = "; put the channels last: `video.transpose(0, 2, 3, 1)`" if value.ndim == 4 else ""
+        raise VideoError(f"the array has shape {value.shape}; expected (frames, height, width, channels){hint}")
+    for index in sample_frames(len(value), num_frames):
+        try:
+            yield open_image(value[index])
+        except ImageError as error:
+            cause = {"missing image": "missing video", "image file not found": "video file not found"}.get(error.cause)
+            raise VideoError(f"frame {index}: {error.cause}, {error}", cause or "undecodable video") from error
+
+
+def _read_file(
+    value: bytes | bytearray | memoryview | str | Path, num_frames: int, use: Callable[[Image.Image], Result]
+) -> list[Result]:
+    av = _import_av()
+    try:
+        source = _opened(value)
+        with source, av.open(source) as container:
+            if not container.streams.video:
+                raise VideoError("the file holds no video track")
+            total = _count_packets(container)
+        while True:
+            results, seen = _pass(av, value, sample_frames(total, num_frames), use)
+            if seen == total:
+                return results
+            # Some packets hold no frame of their own, or hold several: choose again among what was decoded.
+            sample_frames(seen, num_frames)
+            total = seen
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise VideoError("no such file", cause="video file not found") from error
+    except (VideoError, ImportError):
+        raise
+    except (av.FFmpegError, *_BROKEN_FILE) as error:
+        text = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{type(error).__name__}: {text}") from error
+
+
+def _opened(value: bytes | bytearray | memoryview | str | Path) -> Any:
+    # Always a file object: FFmpeg would take a path such as `concat:a|b` or `http://...` for more than a file.
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return io.BytesIO(value)
+    if isinstance(value, str) and "://" in value:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(value, "rb") as file:  # reads hf://, https:// and zip://a.mp4::hf://..., with the user's token
+            return io.BytesIO(file.read())
+    return Path(value).expanduser().open("rb")
+
+
+def _count_packets(container: Any) -> int:
+    """Return how many pictures the video track stores, after comparing it and the length with the header."""
+    stream, count, end = container.streams.video[0], 0, 0.0
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is stream and packet.size and not packet.is_discard:
+            count += 1
+        if packet.is_corrupt:
+            raise VideoError(f"the file breaks off after picture {count}", cause="truncated video")
+    if stream.frames and count < stream.frames:
+        raise VideoError(f"the header tells of {stream.frames} frames, {count} are there", cause="truncated video")
+    length = (container.duration or 0) / 1_000_000  # FFmpeg's unit is the microsecond
+    if not stream.frames and end < length - _UNTOLD_SECONDS:
+        raise VideoError(f"the header tells of {length:.2f} s, {end:.2f} s are there", cause="truncated video")
+    return count
+
+
+def _pass(
+    av: Any,
+    value: bytes | bytearray | memoryview | str | Path,
+    chosen: list[int],
+    use: Callable[[Image.Image], Result],
+) -> tuple[list[Result], int]:
+    """Decode the whole track; return what `use` made of the chosen frames, and how many frames there were."""
+    wanted, results, seen = set(chosen), [], 0
+    source = _opened(value)
+    with source, av.open(source) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # the workers of a DataLoader are the parallelism
+        for frame in container.decode(stream):
+            if seen in wanted:
+                picture = frame.to_image()
+                turned = frame.rotation % 360
+                results.append(use(picture.rotate(turned, expand=True) if turned else picture))
+            seen += 1
+    return results, seen
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "Video files are decoded by PyAV, which is not installed: `pip install 'tgol_trainer[video]'`. Lists of "
+            "frames and arrays need no decoder."
+        ) from error
+    return av
