@@ -294,3 +294,16 @@ def test_10000_rows_at_a_batch_of_128_are_78_updates(make, batch, accumulation):
 
 def test_without_drop_last_they_are_79(make):
     assert updates(make(per_device_train_batch_size=128, dataloader_drop_last=False), 10_000).total == 79
+
+
+def test_writing_the_arguments_takes_dtypes_of_any_form_and_leaves_them_as_they_were(tmp_path):
+    import torch
+
+    given = {"dtype": {"default": torch.bfloat16, "vae": "float32"}, "variant": "fp16"}
+    args = TGOLConfig(output_dir=str(tmp_path), model_init_kwargs=given)
+    written = json.loads(args.to_json_string())["model_init_kwargs"]
+    assert written == {"dtype": {"default": "bfloat16", "vae": "float32"}, "variant": "fp16"}
+    assert given["dtype"]["default"] is torch.bfloat16
+    plain = TGOLConfig(output_dir=str(tmp_path), model_init_kwargs={"dtype": torch.float16})
+    assert plain.to_dict()["model_init_kwargs"] == {"dtype": "float16"}
+    assert plain.pipeline_kwargs == {"dtype": torch.float16}

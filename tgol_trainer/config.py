@@ -188,6 +188,15 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         self._check_ranges()
         self._check_combinations()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, which cannot write one dtype a component and changes the arguments."""
+        given, self.model_init_kwargs = self.model_init_kwargs, None
+        try:
+            values = super().to_dict()
+        finally:
+            self.model_init_kwargs = given
+        return {**values, "model_init_kwargs": _as_text(given)}
+
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as a dictionary, empty if there are none."""
@@ -285,6 +294,12 @@ def _read_resolution(value: int | str | None) -> int | str | None:
             f"`resolution` must be at least 1: a number of pixels, or height and width as in '480x832', got {value!r}."
         )
     return int(match[1]) if match[2] is None else f"{int(match[1])}x{int(match[2])}"
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_text(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value).removeprefix("torch.")
 
 
 def _choices(name: str) -> tuple[str, ...]:

@@ -130,7 +130,10 @@ def flow_schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tens
             f"{type(pipeline).__name__} are not known. Set `pipe.scheduler` back to the one the model came with."
         )
     shift = next((value for value in shifts if value != 1), 1.0)
-    schedule = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    # Not `from_config`, which complains of every setting of another class.
+    schedule = FlowMatchEulerDiscreteScheduler(
+        config["num_train_timesteps"], shift, use_dynamic_shifting=config.get("use_dynamic_shifting", False)
+    )
     return schedule.sigmas, schedule.timesteps
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tgol_trainer.families import Draw, FlowFamily, RowGenerators
 
-from .base import Backbone, BackboneSettings, ModelOrigin, count_cut_prompts
+from .base import Backbone, BackboneSettings, ModelOrigin, count_cut_prompts, flow_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,21 +23,6 @@ _SIZE = (480, 832)
 _NUM_FRAMES = 81
 _FRAMES_PER_SECOND = 16
 """What `WanPipeline.__call__` generates by default, at the frame rate of the model's own videos."""
-
-
-def _schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = pipeline.scheduler.config
-    # UniPC calls its shift so; `from_config` would not know that name and fall back to no shift.
-    shift = config.get("flow_shift", config.get("shift"))
-    if shift is None:
-        raise ValueError(
-            f"{type(pipeline.scheduler).__name__} has no shift, so the noise levels of the model are not known. Set "
-            "`pipe.scheduler` back to the one that the model came with."
-        )
-    schedule = FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift)
-    return schedule.sigmas, schedule.timesteps
 
 
 class WanBackbone(Backbone):
@@ -69,7 +54,7 @@ class WanBackbone(Backbone):
                 "noise, or a time for each token. Use Wan 2.1, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
             )
         super().__init__(pipeline, origin, settings)
-        self.family = FlowFamily(*_schedule(pipeline), self.settings.timestep_sampling or "uniform")
+        self.family = FlowFamily(*flow_schedule(pipeline), self.settings.timestep_sampling or "uniform")
         self.num_frames: int = self._checked_frames(self.settings.num_frames or _NUM_FRAMES)
         self._keep_precision()
 
