@@ -63,20 +63,7 @@ def stable_diffusion(prediction_type: str = "epsilon", seed: int = 0) -> StableD
     tokenizer = clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=77,
-                # With the default ids, outside this vocabulary, the pooled output is the same for every prompt.
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = CLIPTextModel(clip_config(tokenizer))
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -89,15 +76,7 @@ def stable_diffusion(prediction_type: str = "epsilon", seed: int = 0) -> StableD
             attention_head_dim=4,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-            scaling_factor=0.18215,
-        )
+        vae = kl_autoencoder(scaling_factor=0.18215)
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -120,19 +99,7 @@ def stable_diffusion(prediction_type: str = "epsilon", seed: int = 0) -> StableD
 
 def clip_with_projection(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """A random text encoder of two layers, 32 wide, whose pooled output has 32 numbers as well."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        projection_dim=32,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config)
+    return CLIPTextModelWithProjection(clip_config(tokenizer))
 
 
 def vq_model() -> VQModel:
