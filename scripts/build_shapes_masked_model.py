@@ -1,7 +1,7 @@
 """
 Train a masked-token twin of the shapes model, an `AmusedPipeline` of 32×32 pictures, from nothing, on a CPU.
 
-    python scripts/build_shapes_masked_model.py --output_dir shapes_masked
+    python scripts/build_shapes_masked_model.py --vq_steps 2000 --transformer_steps 2000 --num_images 8192
 
 Three stages: the VQ autoencoder (64 codes, 8×8 tokens a picture), the transformer together with the text encoder, and
 a measurement: the share of samples whose centre is nearest to the colour named. What was run, how long it took and how
@@ -173,7 +173,7 @@ def measure(pipe: AmusedPipeline, per_prompt: int) -> dict[str, float]:
 def main() -> None:
     """Parse arguments, train, measure, save."""
     parser = argparse.ArgumentParser(description="Train the masked-token twin of the shapes model.")
-    parser.add_argument("--output_dir", type=Path, default=Path("shapes_masked"))
+    parser.add_argument("--output_dir", type=Path, default=Path("tgol_trainer/shapes/masked_pipeline"))
     parser.add_argument("--vq_steps", type=int, default=2500)
     parser.add_argument("--transformer_steps", type=int, default=3000)
     parser.add_argument("--num_images", type=int, default=16384)

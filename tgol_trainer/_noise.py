@@ -11,6 +11,8 @@ _LINES = (
     # adapters here are of the denoiser alone, so there is nothing for the text encoder
     ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
     ("diffusers.loaders.peft", "No LoRA keys associated to CLIPTextModel"),
+    # aMUSEd is supported here as long as diffusers ships it
+    ("diffusers.pipelines.pipeline_utils", "The AmusedPipeline has been deprecated"),
     # the fallback to PIL is what we want: torchvision is not needed anywhere
     ("transformers.image_processing_utils_fast", "ImageProcessor` requires torchvision"),
     ("transformers.utils.import_utils", "ImageProcessor` requires torchvision"),

@@ -82,8 +82,8 @@ class TGOLTrainer(Trainer):
 
     Args:
         model (`str`, `Path` or `diffusers.DiffusionPipeline`):
-            Hub id, local folder or loaded pipeline of a supported class; `"shapes"` is the model embedded in this
-            package. A loaded pipeline is used in place.
+            Hub id, local folder or loaded pipeline of a supported class; `"shapes"` and `"shapes-masked"` are the
+            models embedded in this package. A loaded pipeline is used in place.
         args ([`TGOLConfig`], *optional*):
             By default the paper's settings, with output to `tgol_output`.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
@@ -197,13 +197,11 @@ class TGOLTrainer(Trainer):
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
         settings = BackboneSettings(timesteps, args.train_guidance, args.num_frames)
-        if str(model) == "shapes" and not Path("shapes").exists():
-            origin = ModelOrigin(
-                note=shapes.NOTE, loading_code=shapes.LOADING_CODE, call_arguments=shapes.CALL_ARGUMENTS
-            )
+        if str(model) in shapes.EMBEDDED and not Path(str(model)).exists():
+            load, *facts = shapes.EMBEDDED[str(model)]
             if options:
-                raise ValueError(f"{', '.join(options)}: the embedded shapes model is loaded one way only.")
-            backbone = wrap_pipeline(shapes.load_pipeline(), origin, settings)
+                raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
+            backbone = wrap_pipeline(load(), ModelOrigin(None, None, *facts), settings)
         else:
             backbone = load_backbone(model, options, settings)
         if args.n_gpu > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,18 @@ from .scores import background_darkness, colour_faithfulness
 from .world import COLOURS, PROMPTS, RESOLUTION, SHAPES, colour_of
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AmusedPipeline, StableDiffusionPipeline
 
 PIPELINE_DIR = Path(__file__).parent / "pipeline"
 """A diffusers folder: weights in float16, `build.json` with the command, time and quality of its training."""
 
-NOTE = "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)"
-CALL_ARGUMENTS = "num_inference_steps=15, guidance_scale=1.5"
-LOADING_CODE = "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()"
+MASKED_PIPELINE_DIR = Path(__file__).parent / "masked_pipeline"
+"""The same for the masked-token twin."""
 
 __all__ = [
-    "CALL_ARGUMENTS",
     "COLOURS",
-    "LOADING_CODE",
-    "NOTE",
+    "EMBEDDED",
+    "MASKED_PIPELINE_DIR",
     "PIPELINE_DIR",
     "PROMPTS",
     "RESOLUTION",
@@ -32,6 +30,7 @@ __all__ = [
     "background_darkness",
     "colour_faithfulness",
     "colour_of",
+    "load_masked_pipeline",
     "load_pipeline",
 ]
 
@@ -49,12 +48,35 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     Returns:
         `diffusers.StableDiffusionPipeline`: 32 x 32 pictures, prompts up to 48 bytes and spaces.
     """
-    import torch
     from diffusers import StableDiffusionPipeline
 
+    return _load(StableDiffusionPipeline, PIPELINE_DIR, kwargs)
+
+
+def load_masked_pipeline(**kwargs: Any) -> AmusedPipeline:
+    """
+    Load the masked-token twin: a complete `AmusedPipeline` trained on the same drawn shapes, no download.
+
+    12 steps and guidance 2 suit it. Its colours are right for nine pictures of ten; its shapes are blurred.
+
+    Args:
+        kwargs:
+            Passed to `AmusedPipeline.from_pretrained`; `dtype` defaults to `torch.float32`.
+
+    Returns:
+        `diffusers.AmusedPipeline`: 32 x 32 pictures.
+    """
+    from diffusers import AmusedPipeline
+
+    return _load(AmusedPipeline, MASKED_PIPELINE_DIR, kwargs)
+
+
+def _load(pipeline_class: Any, folder: Path, options: dict[str, Any]) -> Any:
+    import torch
+
     with _no_loading_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            PIPELINE_DIR, **{"dtype": torch.float32, "local_files_only": True, **kwargs}
+        pipeline = pipeline_class.from_pretrained(
+            folder, **{"dtype": torch.float32, "local_files_only": True, **options}
         )
     # The folder is inside site-packages: no path of this machine should look like the model's name.
     pipeline.register_to_config(_name_or_path="")
@@ -75,3 +97,22 @@ def _no_loading_bars() -> Iterator[None]:
     finally:
         for module in shown:
             module.enable_progress_bar()
+
+
+_LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
+
+EMBEDDED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+    "shapes": (
+        load_pipeline,
+        "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)",
+        _LOADING_CODE.format("load_pipeline"),
+        "num_inference_steps=15, guidance_scale=1.5",
+    ),
+    "shapes-masked": (
+        load_masked_pipeline,
+        "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 pictures, 1.16 M parameters)",
+        _LOADING_CODE.format("load_masked_pipeline"),
+        "num_inference_steps=12, guidance_scale=2.0",
+    ),
+}
+"""Name for `TGOLTrainer(model=...)` to loader, a phrase for the card, code that loads it, arguments that suit it."""
