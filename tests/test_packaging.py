@@ -99,11 +99,16 @@ def test_the_wheel_holds_every_file_of_the_package_as_it_is_and_nothing_else_but
     assert not [name for name, file in expected.items() if content[name] != file.read_bytes()]
 
 
-def test_the_wheel_holds_the_shapes_model(content):
-    weights = {name: len(data) for name, data in content.items() if name.endswith(".safetensors")}
-    assert {Path(name).parent.name for name in weights} == {"unet", "vae", "text_encoder"}
-    assert all(size > 10_000 for size in weights.values())
-    assert "tgol_trainer/shapes/pipeline/model_index.json" in content
+@pytest.mark.parametrize(
+    ("folder", "parts"),
+    [("pipeline", {"unet", "vae", "text_encoder"}), ("masked_pipeline", {"transformer", "vqvae", "text_encoder"})],
+)
+def test_the_wheel_holds_the_embedded_models(content, folder, parts):
+    inside = f"tgol_trainer/shapes/{folder}/"
+    names = [name for name in content if name.startswith(inside) and name.endswith(".safetensors")]
+    assert {Path(name).parent.name for name in names} == parts
+    assert all(len(content[name]) > 10_000 for name in names)
+    assert inside + "model_index.json" in content
 
 
 def test_the_card_template_of_the_wheel_is_the_one_at_the_root(content):
