@@ -52,8 +52,7 @@ def test_settings_files_hold_only_known_fields(path):
     from tgol_trainer.cli.train import ModelArguments, TrainArguments
 
     known = {item.name for kind in (TGOLConfig, ModelArguments, TrainArguments) for item in fields(kind)}
-    renamed = {"activation_checkpointing"}  # the name in newer transformers
-    assert set(yaml.safe_load(path.read_text())) - renamed <= known
+    assert set(yaml.safe_load(path.read_text())) <= known
 
 
 def test_the_page_of_families_states_what_the_code_does():

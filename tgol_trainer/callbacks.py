@@ -47,7 +47,7 @@ _TRAINING_FIELDS = (
 )
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
-_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path"}
+_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "activation_checkpointing"}
 
 
 class EpochStart(TrainerCallback):

@@ -49,6 +49,12 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         metadata={"help": "Passed to DistributedDataParallel; every adapter weight takes part in each step."},
     )
 
+    # Of newer transformers; declared here so that settings files name it with every supported version.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute the denoiser's activations in the backward pass: less memory, slower steps."},
+    )
+
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
