@@ -17,8 +17,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -271,6 +273,10 @@ def test_evaluation_on_two_processes_counts_each_of_eleven_rows_once(one, two):
 # ---- Resuming, with the other launcher ----
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers 5.15 cannot restore an optimizer on several CPU processes ('cpu:0'); 5.23 can",
+)
 def test_accelerate_launch_resumes_a_checkpoint_of_two_processes_to_the_same_losses(place, two):
     """The script itself: that there were two is shown by their random states, one a process, in the checkpoint."""
     output = place / "resumed"
