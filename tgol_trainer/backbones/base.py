@@ -353,12 +353,3 @@ class Backbone(abc.ABC):
     def _picture_lines(self, prompt: str) -> list[str]:
         arguments = ", ".join([repr(prompt), *filter(None, [self.origin.call_arguments])])
         return [f"image = pipe({arguments}).images[0]", 'image.save("sample.png")']
-
-    def describe(self) -> dict[str, Any]:
-        """Facts for logs and cards: pipeline and denoiser class, parameter count, dtype."""
-        return {
-            "pipeline": type(self.pipeline).__name__,
-            "denoiser": type(self.denoiser).__name__,
-            "parameters": sum(parameter.numel() for parameter in self.denoiser.parameters()),
-            "dtype": str(self.denoiser.dtype).removeprefix("torch."),
-        }
