@@ -3,13 +3,25 @@
 import functools
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tgol_trainer.rewards import jpeg_compressibility, reward_name, score_images
+from tgol_trainer.rewards import (
+    REWARDS,
+    RewardFacts,
+    WeightedReward,
+    jpeg_compressibility,
+    jpeg_incompressibility,
+    load_reward,
+    reward_facts,
+    reward_name,
+    score_images,
+)
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -133,3 +145,101 @@ def test_a_plain_picture_scores_higher_than_noise():
 def test_pictures_of_every_mode_are_scored_as_their_rgb_form(mode):
     image = Image.new(mode, (16, 16))
     assert jpeg_compressibility([image], [""]) == jpeg_compressibility([image.convert("RGB")], [""])
+
+
+def test_the_two_jpeg_rewards_are_opposites():
+    images = [Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)), Image.new("RGB", (64, 64))]
+    sizes = jpeg_incompressibility(images, ["", ""])
+    assert sizes == [-score for score in jpeg_compressibility(images, ["", ""])]
+    assert sizes[0] > sizes[1] > 0
+
+
+# ---- Facts ----
+
+
+def test_facts_come_from_the_attribute_and_name_the_reward():
+    facts = RewardFacts("mine", "owner/name", "abc", "0 to 1")
+
+    class Reward:
+        def __init__(self, facts):
+            self.facts = facts
+
+        def __call__(self, images, prompts, extra=0):
+            return [0.0] * len(images)
+
+    assert reward_facts(Reward(facts)) is facts
+    assert reward_facts(functools.partial(Reward(facts), extra=1)) is facts
+    assert reward_name(Reward(facts)) == "mine"
+    assert reward_facts(Reward({"name": "a dict of something else"})) == RewardFacts("Reward")
+    assert reward_facts(redness) == RewardFacts("redness", None, None, "")
+
+
+# ---- By name ----
+
+
+def test_a_function_of_the_user_is_found_in_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text(
+        "def width(images, prompts):\n    return [image.width for image in images]\n\n"
+        "class Scaled:\n    def __init__(self, factor=1):\n        self.factor = factor\n"
+        "    def __call__(self, images, prompts):\n        return [self.factor * image.width for image in images]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    # As a console script has it: the folder of the script first, not the current one.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    monkeypatch.delitem(sys.modules, "my_own_reward", raising=False)
+    assert load_reward("my_own_reward:width")(pictures(2), ["a", "b"]) == [8, 8]
+    assert load_reward("my_own_reward:Scaled", factor=3)(pictures(1), ["a"]) == [24]
+    with pytest.raises(TypeError, match=r"is no class, so it takes no options \(factor\)"):
+        load_reward("my_own_reward:width", factor=3)
+    monkeypatch.delitem(sys.modules, "my_own_reward")
+
+
+def test_a_class_with_from_pretrained_gets_device_and_dtype(tmp_path, monkeypatch):
+    (tmp_path / "my_own_model.py").write_text(
+        "class Model:\n    @classmethod\n    def from_pretrained(cls, source='x', *, device, dtype):\n"
+        "        made = cls()\n        made.given = (source, device, dtype)\n        return made\n"
+        "    def __call__(self, images, prompts):\n        return [0.0] * len(images)\n\n"
+        "class Mute:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("my_own_model:Model").given == ("x", "cpu", None)
+    made = load_reward("my_own_model:Model", device="meta", dtype=torch.float16, source="y")
+    assert made.given == ("y", "meta", torch.float16)
+    with pytest.raises(TypeError, match="cannot be called with images and prompts"):
+        load_reward("my_own_model:Mute")
+
+
+@pytest.mark.parametrize(("spec", "close"), [("hpsv2", "hpsv2.1"), ("pick_score", "pickscore")])
+def test_a_wrong_name_is_answered_with_the_nearest_and_all_names(spec, close):
+    with pytest.raises(ValueError, match=f"Did you mean '{close}'") as error:
+        load_reward(spec)
+    assert all(name in str(error.value) for name in REWARDS)
+
+
+def test_the_catalogue_is_imported_without_torch_and_transformers():
+    program = (
+        "import sys; from tgol_trainer.rewards import REWARDS, load_reward; load_reward('jpeg_compressibility');"
+        "print(*({'torch', 'transformers', 'diffusers', 'safetensors'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout.split() == []
+
+
+# ---- Weighted ----
+
+
+def test_a_weighted_reward_is_the_sum_and_none_where_a_part_is_none():
+    both = WeightedReward({"red": (redness, 2), "other": (returning([10.0, None, 30.0]), -0.5)})
+    assert score_images(both, pictures(3), ["p"] * 3) == [-5.0, None, 4.0 - 15.0]
+    assert reward_name(both) == "2*red + -0.5*other"
+    assert both([], []) == []
+
+
+def test_a_weighted_reward_checks_its_parts():
+    with pytest.raises(ValueError, match="is empty"):
+        WeightedReward({})
+    with pytest.raises(ValueError, match="the weight of b is not finite"):
+        WeightedReward({"a": (redness, 1), "b": (redness, math.nan)})
+    broken = WeightedReward({"a": (redness, 1), "b": (returning([1.0]), 1)})
+    with pytest.raises(ValueError, match="returned 1 scores for 2 pictures"):
+        broken(pictures(2), ["p", "q"])

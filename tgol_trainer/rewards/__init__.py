@@ -1,6 +1,19 @@
-"""Reward functions: what they look like, how a list of pictures is scored, and the ones that need no model."""
+"""Reward functions: what they look like, how pictures are scored, and the usual ones by name. Light to import."""
 
-from .base import RewardFunction, reward_name, score_images
-from .jpeg import jpeg_compressibility
+from .base import RewardFacts, RewardFunction, reward_facts, reward_name, score_images
+from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .loading import REWARDS, load_reward
+from .weighted import WeightedReward
 
-__all__ = ["RewardFunction", "jpeg_compressibility", "reward_name", "score_images"]
+__all__ = [
+    "REWARDS",
+    "RewardFacts",
+    "RewardFunction",
+    "WeightedReward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "load_reward",
+    "reward_facts",
+    "reward_name",
+    "score_images",
+]

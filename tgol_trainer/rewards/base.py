@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
@@ -26,6 +27,48 @@ class RewardFunction(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RewardFacts:
+    """
+    What the scores of a reward are, for tables and model cards.
+
+    Args:
+        name (`str`):
+            Name in tables.
+        model_id (`str`, *optional*):
+            Hub repository or path of the reward model.
+        revision (`str`, *optional*):
+            Commit of it, where it is known.
+        scale (`str`, *optional*, defaults to `""`):
+            Unit and direction, in words.
+    """
+
+    name: str
+    model_id: str | None = None
+    revision: str | None = None
+    scale: str = ""
+
+
+def reward_facts(reward: Callable[..., Any]) -> RewardFacts:
+    """
+    Return what is known about a reward.
+
+    Args:
+        reward (`Callable`):
+            A function, a `functools.partial` of one, or an instance with `__call__`.
+
+    Returns:
+        [`RewardFacts`]: its attribute `facts` where that is a [`RewardFacts`], else the name alone: `__name__`, that
+        of the wrapped function for a partial, or the class name.
+    """
+    facts = getattr(reward, "facts", None)
+    reward = getattr(reward, "func", reward)
+    facts = facts or getattr(reward, "facts", None)
+    if isinstance(facts, RewardFacts):
+        return facts
+    return RewardFacts(getattr(reward, "__name__", type(reward).__name__))
+
+
 def reward_name(reward: Callable[..., Any]) -> str:
     """
     Return the name under which a reward appears in tables and messages.
@@ -35,10 +78,9 @@ def reward_name(reward: Callable[..., Any]) -> str:
             A function, a `functools.partial` of one, or an instance with `__call__`.
 
     Returns:
-        `str`: `__name__` where there is one, that of the wrapped function for a partial, else the class name.
+        `str`: the name in [`reward_facts`].
     """
-    reward = getattr(reward, "func", reward)
-    return getattr(reward, "__name__", type(reward).__name__)
+    return reward_facts(reward).name
 
 
 def score_images(

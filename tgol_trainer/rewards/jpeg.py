@@ -26,6 +26,24 @@ def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[
     return [-_jpeg_bytes(image) / 1000 for image in images]
 
 
+def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """
+    Score a picture by how large it gets as a JPEG file: minus [`jpeg_compressibility`].
+
+    Source: the incompressibility reward of DDPO (Black et al., 2023, arXiv 2305.13301).
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Pictures of any mode, converted to RGB first; transparency is dropped.
+        prompts (`list[str]`):
+            Not used.
+
+    Returns:
+        `list[float]`: kilobytes (1000 bytes) at quality 95; higher means a larger file.
+    """
+    return [_jpeg_bytes(image) / 1000 for image in images]
+
+
 def _jpeg_bytes(image: Image.Image) -> int:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=95)

@@ -1,0 +1,191 @@
+"""Scores from the angle between a picture and its prompt in CLIP's feature space: CLIP score and PickScore."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from .base import RewardFacts
+
+_CACHED_PROMPTS = 1024
+
+
+def clip_image_processor() -> Any:
+    """Return the class of CLIP's image processor that works on PIL, whose pixels are those of the reference code."""
+    try:
+        from transformers import CLIPImageProcessorPil
+    except ImportError:  # named otherwise in older versions, where it is the only one without torchvision
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor
+    return CLIPImageProcessorPil
+
+
+def rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Return the pictures in RGB; transparency is dropped."""
+    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+
+
+def same_number(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Raise a `ValueError` unless there is one prompt a picture."""
+    if len(images) != len(prompts):
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")
+
+
+class ClipReward:
+    """
+    Cosine of the CLIP features of a picture and its prompt, times a factor. Base of the rewards that compare so.
+
+    Features are normalised and multiplied in fp32 whatever the dtype of the model: in half precision the steps between
+    scores would be as large as differences between pictures. A prompt is encoded once, however many pictures it has,
+    and the features of the last 1024 prompts are kept.
+
+    Args:
+        model (`CLIPModel`):
+            Both towers, on the device and in the dtype to compute with. It is put in evaluation mode.
+        tokenizer (`CLIPTokenizer`):
+            Its tokenizer; prompts are cut to the model's length, the end token is kept.
+        image_processor (`CLIPImageProcessor`, *optional*):
+            Its image processor. [`HPSv2`] needs none.
+        facts ([`RewardFacts`], *optional*):
+            What the scores are. By default the class's, without a revision.
+    """
+
+    default_source: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    scale: ClassVar[str] = ""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, image_processor: Any = None, *, facts: RewardFacts | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.facts = facts or RewardFacts(self.name, scale=self.scale)
+        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> ClipReward:
+        """
+        Load the model, its tokenizer and its image processor.
+
+        Args:
+            source (`str` or `Path`, *optional*):
+                Hub repository or folder in the format of transformers. The class's `default_source` otherwise.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+                Where to compute.
+            dtype (`torch.dtype`, *optional*):
+                Of the model; `torch.float32` by default.
+
+        Returns:
+            The reward.
+        """
+        from transformers import CLIPModel, CLIPTokenizer
+
+        source = str(source or cls.default_source)
+        model = CLIPModel.from_pretrained(source, revision=revision, dtype=dtype or torch.float32)
+        commit = getattr(model.config, "_commit_hash", None) or revision
+        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+        processor = clip_image_processor().from_pretrained(source, revision=revision)
+        return cls(model.to(device), tokenizer, processor, facts=RewardFacts(cls.name, source, commit, cls.scale))
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
+        """Return one score a picture, as [`RewardFunction`] says."""
+        same_number(images, prompts)
+        if not images:
+            return []
+        like = self.model.visual_projection.weight
+        pixels = self._pixels(rgb(images)).to(like.device, like.dtype)
+        pictures = _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
+        cosines = (pictures * self._texts(prompts)).sum(dim=-1)
+        return (cosines.double() * self._factor()).tolist()
+
+    def _factor(self) -> float:
+        """Return what the cosine is multiplied by."""
+        return 1.0
+
+    def _clean(self, prompt: str) -> str:
+        """Return the prompt as it goes to the tokenizer."""
+        return prompt
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return normalised pixels of RGB pictures."""
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _texts(self, prompts: list[str]) -> torch.Tensor:
+        """Return one feature of length 1 a prompt, from the cache where it is there."""
+        unique = dict.fromkeys(prompts)
+        new = [prompt for prompt in unique if prompt not in self._cache]
+        features = {prompt: self._cache[prompt] for prompt in unique if prompt in self._cache}
+        if new:
+            features.update(zip(new, self._encode([self._clean(prompt) for prompt in new]), strict=True))
+        for prompt in unique:
+            self._cache[prompt] = features[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > _CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return torch.stack([features[prompt] for prompt in prompts])
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
+        # No mask: attention is causal and the feature is read at the end token, so padding cannot reach it.
+        ids = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )["input_ids"]
+        ids = ids.to(self.model.text_projection.weight.device)
+        return _unit(self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output))
+
+
+class ClipScore(ClipReward):
+    """
+    CLIP score: 100 times the cosine between a picture and its prompt, not clamped at 0.
+
+    Source: Hessel et al., 2021, "CLIPScore" (arXiv 2104.08718), without its factor 2.5 and its prefix; backbone and
+    factor as in the evaluations of Diffusion-DPO and its successors (OpenCLIP ViT-H/14 trained on LAION-2B). Scores of
+    different backbones are not comparable.
+    """
+
+    default_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    name = "clip"
+    scale = "100 * cosine, higher is better"
+
+    def _factor(self) -> float:
+        return 100.0
+
+
+class PickScore(ClipReward):
+    """
+    PickScore: the cosine between a picture and its prompt times the model's learned factor, near 100.
+
+    Source: Kirstain et al., 2023, "Pick-a-Pic" (arXiv 2305.01569). Some codes divide it by 26 or leave the factor out;
+    here it is as in the authors' example.
+    """
+
+    default_source = "yuvalkirstain/PickScore_v1"
+    name = "pickscore"
+    scale = "exp(logit_scale) * cosine, higher is better"
+
+    def _factor(self) -> float:
+        return float(self.model.logit_scale.double().exp())
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)

@@ -1,0 +1,84 @@
+"""A reward by name: those of this library, or a function of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .base import RewardFunction
+
+if TYPE_CHECKING:
+    import torch
+
+REWARDS: dict[str, str] = {
+    "hpsv2.1": "tgol_trainer.rewards.hpsv2:HPSv2",
+    "pickscore": "tgol_trainer.rewards.clip:PickScore",
+    "imagereward": "tgol_trainer.rewards.imagereward:ImageReward",
+    "clip": "tgol_trainer.rewards.clip:ClipScore",
+    "aesthetic": "tgol_trainer.rewards.aesthetic:AestheticScore",
+    "jpeg_compressibility": "tgol_trainer.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "tgol_trainer.rewards.jpeg:jpeg_incompressibility",
+    "background_darkness": "tgol_trainer.shapes:background_darkness",
+    "colour_faithfulness": "tgol_trainer.shapes:colour_faithfulness",
+}
+"""Name to `module:attribute`, imported when asked for."""
+
+
+def load_reward(
+    spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **options: Any
+) -> RewardFunction:
+    """
+    Find a reward by name, and load its model where it has one.
+
+    Args:
+        spec (`str`):
+            A name of [`REWARDS`], or `module:attribute` of your own: a function `(images, prompts) -> scores`, an
+            object with such a `__call__`, or a class of such objects. Modules are found in the current directory too.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where a model computes.
+        dtype (`torch.dtype`, *optional*):
+            Of a model; its class's default otherwise, which is `torch.float32` for those of this library.
+        options:
+            Passed to `from_pretrained` of a class that has it, together with `device` and `dtype`, or else to the
+            class itself.
+
+    Returns:
+        [`RewardFunction`]
+
+    Raises:
+        ValueError: if the name is unknown, or the module or the attribute cannot be found.
+        TypeError: if what is found cannot be called, or options are given for a function.
+    """
+    found = _find(spec)
+    if not callable(found):
+        raise TypeError(f"`rewards`: {spec!r} is {type(found).__name__}, not a function of images and prompts.")
+    if not isinstance(found, type):
+        if options:
+            raise TypeError(f"`rewards`: {spec!r} is no class, so it takes no options ({', '.join(options)}).")
+        return found
+    make: Any = getattr(found, "from_pretrained", None)
+    made = found(**options) if make is None else make(device=device, dtype=dtype, **options)
+    if not callable(made):
+        raise TypeError(f"`rewards`: objects of {spec!r} cannot be called with images and prompts.")
+    return made
+
+
+def _find(spec: str) -> Any:
+    module, separator, attribute = REWARDS.get(spec, spec).partition(":")
+    if not separator:
+        close = difflib.get_close_matches(spec, REWARDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"`rewards`: {spec!r} is no known reward.{hint} Known are {', '.join(REWARDS)}; a function of your own is "
+            "named as module:function."
+        )
+    # A command's own search path does not hold the current directory. Last, so that it hides nothing.
+    if spec not in REWARDS and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"`rewards`: {spec!r} cannot be imported: {error}. It is read as module:function.") from error
