@@ -6,16 +6,19 @@ from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, 
 from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_image, to_pixels
 from tgol_trainer.data.labels import Labelling, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
+from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts
 from tgol_trainer.data.rows import Columns
 from tgol_trainer.data.videos import Video, VideoError, open_video, read_video, sample_frames, video_pixels
 
 __all__ = [
+    "PROMPT_SETS",
     "Collator",
     "Columns",
     "DataError",
     "DataReport",
     "ImageError",
     "Labelling",
+    "Prompts",
     "ScoredDataset",
     "ScoredStream",
     "Video",
@@ -24,6 +27,7 @@ __all__ = [
     "cropped_share",
     "decode_prompts",
     "fit_labelling",
+    "load_prompts",
     "load_scored_dataset",
     "open_image",
     "open_video",

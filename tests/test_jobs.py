@@ -1,0 +1,318 @@
+"""Generating and scoring in shards: the same rows whatever is killed, restarted or shared."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tgol_trainer import cli
+from tgol_trainer.data import DataError, load_prompts
+from tgol_trainer.jobs import Shards, generate_dataset, image_seed, score_dataset
+from tgol_trainer.rewards import RewardFacts, jpeg_compressibility, load_reward
+
+PROMPTS = ["a red circle", "a blue cross", "a green square"]
+
+
+def generate(folder, **overrides):
+    options = {"model": "tiny", "images_per_prompt": 3, "shard_size": 4, "batch_size": 2, "num_inference_steps": 2}
+    prompts = overrides.pop("prompts", PROMPTS)
+    return generate_dataset(tiny.stable_diffusion(), prompts, folder, progress=False, **{**options, **overrides})
+
+
+def rows(folder):
+    dataset = datasets.load_dataset("parquet", data_files=str(folder / "data" / "*.parquet"), split="train")
+    return dataset.cast_column("image", datasets.Image(decode=False))[:]
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    generate(folder)
+    return folder
+
+
+def test_every_prompt_gets_its_pictures_in_order_with_the_facts_in_each_row(generated):
+    table = rows(generated)
+    assert table["prompt"] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert table["image_index"] == [0, 1, 2] * 3
+    assert len(set(table["seed"])) == len({image["bytes"] for image in table["image"]}) == 9
+    assert set(table["model"]) == {"tiny"} and json.loads(table["settings"][0])["num_inference_steps"] == 2
+    assert len(list((generated / "data").iterdir())) == 3  # 9 rows, 4 a shard
+
+
+def test_two_processes_make_the_rows_of_one(generated, tmp_path):
+    for rank in (1, 0):
+        generate(tmp_path, share=(rank, 2))
+    assert rows(tmp_path) == rows(generated)
+
+
+def test_a_restart_makes_the_missing_shard_alone_and_the_same(generated, tmp_path):
+    files = generate(tmp_path)
+    kept = files[0].stat().st_mtime_ns
+    files[1].unlink()
+    (files[1].parent / f".{files[1].name}.123").write_bytes(b"half a shard of a killed process")
+    generate(tmp_path)
+    assert rows(tmp_path) == rows(generated)
+    assert files[0].stat().st_mtime_ns == kept
+
+
+def test_the_folder_loads_as_a_dataset_by_its_path(generated):
+    assert datasets.load_dataset(str(generated), split="train")["prompt"][:] == rows(generated)["prompt"]
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(generated):
+    with pytest.raises(DataError, match=r"(?s)begun with other settings.*guidance_scale: None there, 3\.0 now"):
+        generate(generated, guidance_scale=3.0)
+    with pytest.raises(DataError, match="prompts_blake2b"):
+        generate(generated, prompts=[*PROMPTS[:2], "a cow"])
+
+
+def test_a_folder_with_files_of_something_else_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(b"precious")
+    with pytest.raises(DataError, match="files of something else"):
+        generate(tmp_path)
+
+
+def test_the_seed_of_a_picture_depends_on_seed_prompt_and_index_alone():
+    assert image_seed(0, "a", 1) == image_seed(0, "a", 1)
+    assert len({image_seed(s, p, i) for s in range(3) for p in "abc" for i in range(5)}) == 45
+    assert all(0 <= image_seed(0, "x", i) < 2**63 for i in range(100))
+
+
+def test_a_prompt_that_stands_twice_gets_different_pictures(tmp_path):
+    generate(tmp_path, prompts=["a dog", "a dog"], images_per_prompt=1)
+    table = rows(tmp_path)
+    assert table["image_index"] == [0, 1] and table["image"][0]["bytes"] != table["image"][1]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there are none"),
+        ({"prompts": ["a", " "]}, r"prompts \[1\] of 2 are blank"),
+        ({"images_per_prompt": 0}, "at least 1"),
+        ({"shard_size": 0}, "`shard_size` is 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, arguments, message):
+    with pytest.raises(DataError, match=message):
+        generate(tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_shards_cover_every_row_once(tmp_path):
+    shards = Shards(tmp_path, 10, 4, "record.json", {})
+    assert [row for shard in range(shards.num_shards) for row in shards.rows(shard)] == list(range(10))
+    assert sorted(shard for rank in range(2) for shard in shards.share(rank, 2)) == [0, 1, 2]
+
+
+# ---- Scores ----
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (8 + i, 9, 3), dtype=np.uint8)) for i in range(7)]
+    return datasets.Dataset.from_dict(
+        {"prompt": [f"p{i}" for i in range(7)], "image": images, "note": list("abcdefg")}
+    )
+
+
+def kilobytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return len(buffer.getvalue()) / 1000
+
+
+def length(images, prompts):
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def score(dataset, folder, names=("jpeg",), **options):
+    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
+    return score_dataset(
+        dataset,
+        {name: known[name] for name in names},
+        folder,
+        **{"shard_size": 3, "batch_size": 2, "progress": False, **options},
+    )
+
+
+def test_scores_stand_beside_the_rows_that_were_there(pictures, tmp_path):
+    assert score(pictures, tmp_path, ["jpeg", "length"]) == {"jpeg": 0, "length": 0}
+    scored = datasets.load_dataset(str(tmp_path), split="train")
+    assert scored["note"][:] == list("abcdefg") and scored["length"][:] == [2.0] * 7
+    np.testing.assert_allclose(scored["jpeg"][:], [-kilobytes(image) for image in pictures["image"]])
+    assert all(np.array_equal(a, b) for a, b in zip(scored["image"], pictures["image"], strict=True))
+
+
+def test_model_and_revision_of_a_reward_are_written_beside_its_scores(pictures, tmp_path):
+    def reward(images, prompts):
+        return [0.0] * len(images)
+
+    reward.facts = RewardFacts("mine", "owner/model", "abc123", "0 to 1")
+    score_dataset(pictures, {"mine": lambda: reward}, tmp_path, progress=False)
+    facts = json.loads((tmp_path / ".scores" / "mine" / "facts.json").read_text())
+    assert facts == {"name": "mine", "model_id": "owner/model", "revision": "abc123", "scale": "0 to 1"}
+
+
+@pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"num_workers": 1, "batch_size": 7}])
+def test_the_way_of_working_does_not_change_the_rows(pictures, tmp_path, options):
+    score(pictures, tmp_path / "a", ["jpeg", "length"])
+    score(pictures, tmp_path / "b", ["jpeg", "length"], **options)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_two_processes_score_the_rows_of_one(pictures, tmp_path):
+    score(pictures, tmp_path / "a")
+    for rank in (0, 1):
+        score(pictures, tmp_path / "b", share=(rank, 2))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_a_reward_added_later_is_scored_alone(pictures, tmp_path):
+    score(pictures, tmp_path)
+
+    def refuse():
+        raise AssertionError("loaded again")
+
+    score_dataset(pictures, {"jpeg": refuse, "length": lambda: length}, tmp_path, shard_size=3, progress=False)
+    table = rows(tmp_path)
+    assert table["length"] == [2.0] * 7 and None not in table["jpeg"]
+
+
+def test_an_image_that_cannot_be_decoded_is_none_and_counted(pictures, tmp_path, caplog):
+    broken = pictures.cast_column("image", datasets.Image(decode=False)).to_list()
+    broken[4]["image"] = {"bytes": b"no picture", "path": None}
+    broken[5]["image"] = {"bytes": None, "path": str(tmp_path / "absent.png")}
+    dataset = datasets.Dataset.from_list(broken).cast_column("image", datasets.Image())
+    with caplog.at_level("WARNING", "tgol_trainer"):
+        assert score(dataset, tmp_path / "out") == {"jpeg": 2}
+    assert [index for index, value in enumerate(rows(tmp_path / "out")["jpeg"]) if value is None] == [4, 5]
+    assert "2 of 7 rows have no score" in caplog.text
+
+
+def test_another_dataset_in_the_same_folder_is_refused(pictures, tmp_path):
+    score(pictures, tmp_path)
+    with pytest.raises(DataError, match="begun with other settings"):
+        score(pictures.select(range(6, -1, -1)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dataset: dataset.rename_column("image", "img"), r"no column 'image'.*\['prompt', 'img', 'note'\]"),
+        (lambda dataset: dataset.rename_column("note", "jpeg"), "already has a column 'jpeg'"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused(pictures, tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        score(change(pictures), tmp_path)
+
+
+# ---- Names ----
+
+
+def test_a_reward_is_found_by_name_or_by_module():
+    assert load_reward("jpeg_compressibility") is load_reward("tgol_trainer.rewards:jpeg_compressibility")
+    assert load_reward("background_darkness")([Image.new("RGB", (4, 4))], ["a"]) == pytest.approx([1.0], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("jpeg_compresibility", ValueError, "Did you mean 'jpeg_compressibility'"),
+        ("no_such_module:f", ValueError, "No module named"),
+        ("math:f", ValueError, "no attribute 'f'"),
+        ("math:pi", TypeError, "is float"),
+    ],
+)
+def test_an_unknown_reward_is_refused(spec, error, message):
+    with pytest.raises(error, match=message):
+        load_reward(spec)
+
+
+def test_prompts_come_from_lines_columns_and_refuse_blanks(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\n\n  a cat, sitting \n", encoding="utf-8")
+    assert load_prompts(str(tmp_path / "a.txt")).texts == ["a dog", "a cat, sitting"]
+    (tmp_path / "a.jsonl").write_text('{"caption": "a"}\n{"caption": "b"}\n')
+    assert load_prompts(str(tmp_path / "a.jsonl")).texts == ["a", "b"]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    with pytest.raises(DataError, match="row 1: empty prompt"):
+        load_prompts(str(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="has no column 'x'"):
+        load_prompts(str(tmp_path / "b.jsonl"), column="x")
+    with pytest.raises(DataError, match=r"no named set.*hpsv2"):
+        load_prompts("hspv2")
+
+
+def test_a_named_set_without_a_network_says_which_repository_it_needs():
+    for name, repository in (("partiprompts", "nateraw/parti-prompts"), ("hpsv2", "zhwang/HPDv2")):
+        with pytest.raises(DataError, match=f"{repository}.*could not be loaded"):
+            load_prompts(name)
+
+
+# ---- The road ----
+
+
+def command(*arguments, **options):
+    program = "import sys; from tgol_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, text=True, **options)
+
+
+def killed_and_continued(arguments, folder):
+    """Start, kill without warning once the first shard is there, start again."""
+    process = command(*arguments)
+    deadline = time.monotonic() + 120
+    while not list(folder.rglob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = len(list((folder / "data").glob("train-*.parquet")))
+    assert cli.main(arguments) == 0
+    return made
+
+
+def slow_darkness(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """Darkness, slowly enough to be killed in the middle."""
+    time.sleep(0.1)
+    return load_reward("background_darkness")(images, prompts)
+
+
+def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\n")
+    result = {}
+    for way in ("whole", "killed"):
+        pictures, scored = tmp_path / way / "pictures", tmp_path / way / "scored"
+        generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
+        generate += ["--output_dir", str(pictures), "--images_per_prompt", "24", "--num_inference_steps", "6"]
+        generate += ["--batch_size", "4", "--shard_size", "4", "--use_cpu"]
+        score = ["score", str(pictures), "--rewards", "tests.test_jobs:slow_darkness", "--output_dir", str(scored)]
+        score += ["--shard_size", "4", "--batch_size", "4"]
+        if way == "killed":
+            assert 0 < killed_and_continued(generate, pictures) < 12
+            killed_and_continued(score, scored)
+        else:
+            assert cli.main(generate) == cli.main(score) == 0
+        result[way] = rows(scored)
+    assert result["killed"] == result["whole"]
+    assert len(result["whole"]["prompt"]) == 48
+    train = ["train", "--model_name_or_path", "shapes", "--dataset_name", str(tmp_path / "killed" / "scored")]
+    train += ["--score_column", "slow_darkness", "--output_dir", str(tmp_path / "adapter"), "--max_steps", "2"]
+    train += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--report_to", "none"]
+    assert cli.main(train) == 0
+    assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()

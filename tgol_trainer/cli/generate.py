@@ -1,0 +1,133 @@
+"""`tgol generate`: prompts to a dataset of pictures, in shards, over any number of processes and restarts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .console import plain_errors, set_up_logging
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tgol generate",
+        description="Make pictures of prompts with fixed seeds and write them as Parquet shards. The same command "
+        "continues after a kill and gives the same pictures with any number of processes.",
+    )
+    parser.add_argument("--prompts", required=True, help="text file, table, dataset, or a named set (hpsv2, ...)")
+    parser.add_argument("--prompt_column", help="column of a table (default: prompt, caption or text)")
+    parser.add_argument("--split", default="train", help="split of a dataset (default: %(default)s)")
+    parser.add_argument("--model_name_or_path", required=True, help="Hub id, folder, or `shapes`")
+    parser.add_argument("--model_revision", help="revision of the model on the Hub")
+    parser.add_argument("--dtype", help="torch dtype of the pipeline, such as bfloat16 (default: float32)")
+    parser.add_argument("--adapter_name_or_path", help="LoRA folder or Hub id to load (default: none)")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
+    parser.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--height", type=int, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the pipeline's)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures a call (default: %(default)s)")
+    parser.add_argument("--shard_size", type=int, default=256, help="pictures a file (default: %(default)s)")
+    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
+    return parser.parse_args(argv)
+
+
+def load_generator(
+    model: str, *, revision: str | None, dtype: str | None, adapter: str | None, use_cpu: bool
+) -> tuple[Any, str | None]:
+    """
+    Load a pipeline with its adapter onto this process's device.
+
+    Args:
+        model (`str`):
+            Hub id, folder, or the name of an embedded model.
+        revision (`str`, *optional*):
+            Revision on the Hub.
+        dtype (`str`, *optional*):
+            Name of a torch dtype.
+        adapter (`str`, *optional*):
+            LoRA folder or Hub id.
+        use_cpu (`bool`):
+            Leave a GPU unused.
+
+    Returns:
+        `tuple`: the pipeline, and the revision that was loaded where it is known.
+
+    Raises:
+        ValueError: for an unsupported pipeline, a model of videos, an adapter that holds nothing for it, or options
+            that an embedded model has not.
+    """
+    from tgol_trainer import adapters, shapes
+    from tgol_trainer.backbones import load_backbone, wrap_pipeline
+
+    options = {name: value for name, value in (("revision", revision), ("dtype", dtype)) if value is not None}
+    if model in shapes.EMBEDDED and not Path(model).exists():
+        if options:
+            raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
+        backbone = wrap_pipeline(shapes.EMBEDDED[model][0]())
+    else:
+        backbone = load_backbone(model, options)
+    if backbone.num_frames is not None:
+        raise ValueError(f"`model`: {model!r} makes videos; images alone can be written so far.")
+    if adapter is not None:
+        adapters.load_initial(backbone.pipeline, backbone.denoiser_name, adapter, keep_as_reference=False)
+    return backbone.to(_device(use_cpu)).pipeline, backbone.origin.revision
+
+
+def _device(use_cpu: bool) -> str:
+    import torch
+
+    if use_cpu or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Make the pictures of this process's share.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Options; by default those of the process.
+
+    Returns:
+        `int`: 0.
+    """
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    from tgol_trainer.data import load_prompts
+    from tgol_trainer.jobs import generate_dataset
+
+    with plain_errors():
+        prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.split)
+        pipeline, revision = load_generator(
+            args.model_name_or_path,
+            revision=args.model_revision,
+            dtype=args.dtype,
+            adapter=args.adapter_name_or_path,
+            use_cpu=args.use_cpu,
+        )
+        files = generate_dataset(
+            pipeline,
+            prompts.texts,
+            args.output_dir,
+            model=args.model_name_or_path,
+            revision=revision,
+            adapter=args.adapter_name_or_path,
+            images_per_prompt=args.images_per_prompt,
+            seed=args.seed,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            height=args.height,
+            width=args.width,
+        )
+    print(f"{len(files)} shards of this process are complete in {args.output_dir / 'data'}.")
+    return 0

@@ -1,0 +1,73 @@
+"""`tgol score`: a column a reward for a dataset of pictures, in shards, over any number of processes and restarts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from .console import plain_errors, set_up_logging
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tgol score",
+        description="Add one column a reward to a dataset of prompts and images and write it as Parquet shards. The "
+        "same command continues after a kill.",
+    )
+    parser.add_argument("source", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
+    parser.add_argument("--rewards", required=True, nargs="+", help="names (docs/rewards.md) or your module:function")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
+    parser.add_argument("--image_column", default="image", help="default: %(default)s")
+    parser.add_argument("--one_at_a_time", action="store_true", help="keep one reward in memory at a time")
+    parser.add_argument("--batch_size", type=int, default=32, help="images a call (default: %(default)s)")
+    parser.add_argument("--shard_size", type=int, default=1024, help="rows a file (default: %(default)s)")
+    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
+    parser.add_argument("--num_workers", type=int, default=2, help="decoding threads (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Score this process's share.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Options; by default those of the process.
+
+    Returns:
+        `int`: 0.
+    """
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    # The program lies in the environment's folder, so the user's own module beside the data would not be found.
+    sys.path.insert(0, os.getcwd())
+    import torch
+
+    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.jobs import score_dataset
+    from tgol_trainer.rewards import load_reward
+
+    gpu = torch.cuda.is_available() and not args.use_cpu
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
+    columns = Columns(prompt=args.prompt_column, image=args.image_column)
+    with plain_errors():
+        rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
+        missing = score_dataset(
+            load_scored_dataset(args.source, split=args.split, columns=columns),
+            rewards,
+            args.output_dir,
+            columns=columns,
+            one_at_a_time=args.one_at_a_time,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in missing.items())
+    print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")
+    return 0

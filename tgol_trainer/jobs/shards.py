@@ -1,0 +1,119 @@
+"""A folder of Parquet shards that is filled in any order, by any number of processes, over any number of starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from tgol_trainer.data import DataError
+
+
+def process_share() -> tuple[int, int]:
+    """
+    Return this process's number and how many there are, as `accelerate launch` and `torchrun` say it.
+
+    Returns:
+        `tuple[int, int]`: `RANK` and `WORLD_SIZE` of the environment, 0 and 1 without them.
+    """
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Shards:
+    """
+    Fixed ranges of rows, each a file that is either complete or absent.
+
+    A shard is written under another name and then renamed, so a kill loses at most the shard in work. Which rows a
+    shard holds depends on `num_rows` and `shard_size` alone, never on the number of processes.
+
+    Args:
+        folder (`Path`):
+            Made if missing; the shards go to `folder/data`, where `datasets.load_dataset(folder)` finds them.
+        num_rows (`int`):
+            Rows in all, at least 1.
+        shard_size (`int`):
+            Rows a shard, at least 1; the last may be smaller.
+        record (`str`):
+            Name of the JSON file in `folder` that keeps the settings.
+        settings (`Mapping[str, Any]`):
+            What decides the content. A second start with others is refused.
+
+    Raises:
+        DataError: if `folder` holds shards made with other settings, or other files where the shards should go.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, shard_size: int, record: str, settings: Mapping[str, Any]) -> None:
+        if num_rows < 1:
+            raise DataError("There are no rows to work on.")
+        if shard_size < 1:
+            raise DataError(f"`shard_size` is {shard_size}; it must be at least 1.")
+        self.folder, self.num_rows, self.shard_size = folder, num_rows, shard_size
+        self.num_shards = -(-num_rows // shard_size)
+        self.data = folder / "data"
+        self._claim(folder / record, {**settings, "num_rows": num_rows, "shard_size": shard_size})
+
+    def _claim(self, record: Path, settings: dict[str, Any]) -> None:
+        settings = json.loads(json.dumps(settings))  # as it will be read back
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            changed = sorted(name for name in before.keys() | settings if before.get(name) != settings.get(name))
+            if changed:
+                lines = "\n".join(
+                    f"  {name}: {str(before.get(name))[:80]} there, {str(settings.get(name))[:80]} now"
+                    for name in changed
+                )
+                raise DataError(
+                    f"`output_dir`: {self.folder} was begun with other settings:\n{lines}\n"
+                    "Give these again to continue it, or another `output_dir`."
+                )
+        elif self.data.is_dir() and any(self.data.iterdir()):
+            raise DataError(f"`output_dir`: {self.data} holds files of something else. Give another `output_dir`.")
+        self.data.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def rows(self, shard: int) -> range:
+        """Return the rows of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
+
+    def path(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """Return the shards that are still to be made, by anyone."""
+        return [shard for shard in range(self.num_shards) if not self.path(shard).exists()]
+
+    def share(self, rank: int, world_size: int) -> Iterator[int]:
+        """Yield every `world_size`-th shard, from `rank` on: those of one process, made or not."""
+        yield from range(rank, self.num_shards, world_size)
+
+    def write(self, shard: int, rows: datasets.Dataset) -> None:
+        """Write a shard; it appears at once and whole."""
+        write_parquet(self.path(shard), rows)
+
+
+def write_parquet(path: Path, rows: datasets.Dataset) -> None:
+    """
+    Write a dataset as one Parquet file that appears at once and whole.
+
+    Args:
+        path (`Path`):
+            The file; its folder is made if missing.
+        rows (`datasets.Dataset`):
+            Images must hold their bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    rows.to_parquet(draft)
+    os.replace(draft, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that appears at once and whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
