@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
+    from datasets.utils.logging import disable_progress_bar
+
     from tgol_trainer.data import load_prompts
     from tgol_trainer.jobs import generate_dataset
 
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adapter=args.adapter_name_or_path,
             use_cpu=args.use_cpu,
         )
+        disable_progress_bar()  # one bar a file, over ours
         files = generate_dataset(
             pipeline,
             prompts.texts,

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The program lies in the environment's folder, so the user's own module beside the data would not be found.
     sys.path.insert(0, os.getcwd())
     import torch
+    from datasets.utils.logging import disable_progress_bar
 
     from tgol_trainer.data import Columns, load_scored_dataset
     from tgol_trainer.jobs import score_dataset
@@ -58,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = Columns(prompt=args.prompt_column, image=args.image_column)
     with plain_errors():
         rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
+        dataset = load_scored_dataset(args.source, split=args.split, columns=columns)
+        disable_progress_bar()  # one bar a file, over ours
         missing = score_dataset(
-            load_scored_dataset(args.source, split=args.split, columns=columns),
+            dataset,
             rewards,
             args.output_dir,
             columns=columns,

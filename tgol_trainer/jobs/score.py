@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError, ImageError, open_image
@@ -95,8 +96,7 @@ def score_dataset(
         gc.collect()  # the next group's models need the room
     missing = dict.fromkeys(rewards, 0)
     for shard in mine:
-        found = {name: datasets.Dataset.from_parquet(str(_part(shards, name, shard)))[name] for name in rewards}
-        found = {name: list(values) for name, values in found.items()}
+        found = {name: _read_column(_part(shards, name, shard), name) for name in rewards}
         for name, values in found.items():
             missing[name] += sum(value is None for value in values)
         if not _has_columns(shards.path(shard), list(rewards)):
@@ -179,11 +179,13 @@ def _opened(value: Any) -> Any:
         return None
 
 
+def _read_column(path: Path, name: str) -> list[float | None]:
+    return pyarrow.parquet.read_table(path)[name].to_pylist()  # `datasets` would keep a copy in its cache
+
+
 def _has_columns(path: Path, names: list[str]) -> bool:
     if not path.exists():
         return False
-    import pyarrow.parquet
-
     return set(names) <= set(pyarrow.parquet.read_schema(path).names)
 
 
