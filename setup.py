@@ -22,6 +22,7 @@ class BuildWithTemplate(build_py):
 
 
 REWARDS = ["ftfy>=6.2"]
+RANKING = ["choix>=0.4"]
 QUANTIZATION = ["bitsandbytes>=0.50"]
 VIDEO = ["av>=14.1"]
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"]
@@ -60,10 +61,11 @@ setup(
     ],
     extras_require={
         "quantization": QUANTIZATION,
+        "ranking": RANKING,
         "rewards": REWARDS,
         "video": VIDEO,
         "notebooks": NOTEBOOKS,
-        "dev": [*QUANTIZATION, *REWARDS, *VIDEO, *NOTEBOOKS, *DEVELOPMENT],
+        "dev": [*QUANTIZATION, *RANKING, *REWARDS, *VIDEO, *NOTEBOOKS, *DEVELOPMENT],
     },
     entry_points={"console_scripts": ["tgol = tgol_trainer.cli:main"]},
     classifiers=[

@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "quickstart": "align a small embedded model on this machine, from sampling to the model card, in minutes",
     "generate": "make pictures of prompts, in resumable shards, for scoring",
     "score": "add a column a reward to a dataset of pictures, in resumable shards",
+    "convert": "make one row per image with a score from comparisons, ratings or thumbs",
     "train": "train an adapter from a dataset with prompt, image and score columns",
 }
 """Subcommand, which is also the name of its module here, to what it does."""

@@ -6,7 +6,9 @@ from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, 
 from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_image, to_pixels
 from tgol_trainer.data.labels import Labelling, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
+from tgol_trainer.data.pairs import pairs_to_scores
 from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts
+from tgol_trainer.data.ratings import ratings_to_scores, thumbs_to_scores
 from tgol_trainer.data.rows import Columns
 from tgol_trainer.data.videos import Video, VideoError, open_video, read_video, sample_frames, video_pixels
 
@@ -31,10 +33,13 @@ __all__ = [
     "load_scored_dataset",
     "open_image",
     "open_video",
+    "pairs_to_scores",
     "prepare_dataset",
+    "ratings_to_scores",
     "read_video",
     "sample_frames",
     "stream_scores",
+    "thumbs_to_scores",
     "to_pixels",
     "video_pixels",
 ]

@@ -214,7 +214,8 @@ def _refuse_pairs(present: list[str], columns: Columns, name: str, missing: list
     absent = " and ".join(repr(getattr(columns, role)) for role in missing)
     raise DataError(
         f"{name}: it holds pairs (columns {pair[0]!r} and {pair[1]!r}) and no column {absent}. Training needs one "
-        f"image and its score a row. This makes them; the score is the number of comparisons an image won:\n{code}"
+        f"image and its score a row. This makes them; the score is the number of comparisons an image won:\n{code}\n"
+        "Or leave it to the command `tgol convert pairs`, or to `pairs_to_scores` of tgol_trainer.data."
     )
 
 
