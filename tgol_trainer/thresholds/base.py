@@ -1,0 +1,85 @@
+"""What a threshold is, and what scores must be for there to be one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class ThresholdError(ValueError):
+    """The scores cannot be divided into two classes as asked; the message says why and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """
+    A threshold and the facts that came with it.
+
+    Args:
+        value (`float`):
+            τ, in the (normalised) unit of the scores it was estimated from; a score equal to τ is positive.
+        source (`str`):
+            `"percentile"`, `"fixed"` or `"proxy"`.
+        num_scores (`int`):
+            Number of scores labelled.
+        num_positive (`int`):
+            Scores with `score >= value`.
+        num_ties (`int`):
+            Scores equal to `value`.
+        percentile (`float`, *optional*):
+            The percentile asked for, 0 to 100; `None` for a fixed value.
+        moved_from (`float`, *optional*):
+            The percentile's own value where it left the negative side empty and was moved; else `None`.
+    """
+
+    value: float
+    source: str
+    num_scores: int
+    num_positive: int
+    num_ties: int
+    percentile: float | None = None
+    moved_from: float | None = None
+
+    @property
+    def num_negative(self) -> int:
+        """Scores below the threshold."""
+        return self.num_scores - self.num_positive
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary."""
+        return dataclasses.asdict(self)
+
+
+def checked_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return scores as (N,) float64, at least two different finite ones, or raise [`ThresholdError`]."""
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    if values.size == 0:
+        raise ThresholdError("There are no scores: a threshold needs at least two different ones.")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        rows = ", ".join(f"row {row}: {values[row]}" for row in bad[:5])
+        raise ThresholdError(
+            f"{bad.size} of {values.size} scores are NaN or infinite ({rows}). Remove those rows before estimating."
+        )
+    if values.min() == values.max():
+        raise ThresholdError(
+            f"All {values.size} scores equal {values[0]}: nothing separates good from bad samples. Check that the "
+            "right column was named, score with another reward, or add samples of other quality."
+        )
+    return values
+
+
+def labelled(values: np.ndarray, value: float, source: str, **facts: float | None) -> Threshold:
+    """Return the [`Threshold`] of a τ in the unit of `values`, with the counts of those (N,) scores."""
+    positive = int((values >= value).sum())
+    return Threshold(
+        value=float(value),
+        source=source,
+        num_scores=int(values.size),
+        num_positive=positive,
+        num_ties=int((values == value).sum()),
+        **facts,
+    )
