@@ -30,6 +30,7 @@ LAYERS = {
     "config": 3,
     "callbacks": 4,
     "jobs": 4,
+    "saving": 4,
     "trainer": 5,
     "cli": 6,
 }

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import datasets
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -46,6 +45,7 @@ from .data import (
 from .families import RowGenerators, log_likelihood
 from .losses import threshold_guided_loss
 from .metrics import RECORD, MetricSums, stack_record
+from .saving import ARGUMENTS_NAME, STATE_NAME, ReportedConfig, public_arguments, saved_state, write_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -53,23 +53,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "tgol_state.json"
-ARGUMENTS_NAME = "training_args.json"
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation, so that every evaluation uses the same ones."""
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
-
-
-class _ReportedConfig(FrozenDict):
-    """A denoiser's config with the methods by which Trainer's reporting integrations (TensorBoard, MLflow) read it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(dict(self), indent=2, default=str)
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -211,7 +199,7 @@ class TGOLTrainer(Trainer):
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, backbone = self.args, self.backbone
-        backbone.denoiser._internal_dict = _ReportedConfig(backbone.denoiser.config)
+        backbone.denoiser._internal_dict = ReportedConfig(backbone.denoiser.config)
         if args.full_finetuning:
             if peft_config is not None:
                 raise ValueError("`full_finetuning=True` trains no adapter: leave out `peft_config`.")
@@ -526,8 +514,8 @@ class TGOLTrainer(Trainer):
                     weight_name=adapters.REFERENCE_WEIGHTS_NAME,
                     state_dict=state_dict,
                 )
-        _write_json(folder / STATE_NAME, self._state())
-        _write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
+        write_json(folder / STATE_NAME, self._state())
+        write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
         self._write_card(folder)
 
     def _state(self) -> dict[str, Any]:
@@ -545,7 +533,7 @@ class TGOLTrainer(Trainer):
         name = self.backbone.denoiser_name
         if self.reference_model is not None:
             if self._reference_epoch:
-                self.reference_model.load_state_dict(_saved_state(self.reference_model, folder, f"reference_{name}"))
+                self.reference_model.load_state_dict(saved_state(self.reference_model, folder, f"reference_{name}"))
         elif (folder / adapters.REFERENCE_WEIGHTS_NAME).exists():
             adapters.sync_reference(self.backbone.denoiser)
             adapters.load_adapter(
@@ -569,7 +557,7 @@ class TGOLTrainer(Trainer):
     def _load_policy(self, folder: Path) -> None:
         if self.reference_model is not None:
             denoiser = self.backbone.denoiser
-            denoiser.load_state_dict(_saved_state(denoiser, folder, self.backbone.denoiser_name))
+            denoiser.load_state_dict(saved_state(denoiser, folder, self.backbone.denoiser_name))
             return
         file = folder / adapters.WEIGHTS_NAME
         if not file.is_file():
@@ -660,26 +648,6 @@ def _summarize_records(prediction: EvalPrediction) -> dict[str, float]:
     sums = MetricSums()
     sums.add(record)
     return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}
-
-
-def public_arguments(args: TGOLConfig) -> dict[str, Any]:
-    """Every argument of a run but tokens and paths of this machine; JSON-serialisable."""
-    private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name"}
-    return {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in private and not name.endswith("_token") and not name.startswith("_")
-    }
-
-
-def _saved_state(model: ModelMixin, folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return type(model).from_pretrained(folder / name, dtype=model.dtype).state_dict()
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    temporary.replace(file)
 
 
 @contextlib.contextmanager

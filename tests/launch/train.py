@@ -21,7 +21,7 @@ def record_run(file_of, world_size):
     from tgol_trainer import adapters, trainer
 
     seen = {"adapters": [], "cards": [], "states": [], "row_ids": [], "labels": [], "eval_row_ids": []}
-    write_json, train, compute_loss = trainer._write_json, trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss
+    write_json, train, compute_loss = trainer.write_json, trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss
     save_adapter, write_card = adapters.save_adapter, trainer.write_card
 
     def recorded_train(self, *args, **kwargs):
@@ -53,13 +53,13 @@ def record_run(file_of, world_size):
         return call
 
     trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = recorded_train, recorded_loss
-    trainer._write_json = recorded("states", write_json, lambda args: args[0].parent)
+    trainer.write_json = recorded("states", write_json, lambda args: args[0].parent)
     trainer.write_card = recorded("cards", write_card, lambda args: args[1])
     adapters.save_adapter = recorded("adapters", save_adapter, lambda args: args[3])
 
     def undo():
         trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = train, compute_loss
-        trainer._write_json, trainer.write_card, adapters.save_adapter = write_json, write_card, save_adapter
+        trainer.write_json, trainer.write_card, adapters.save_adapter = write_json, write_card, save_adapter
 
     return undo
 
