@@ -16,7 +16,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from tgol_trainer import card
 from tgol_trainer.card import (
     SECTIONS,
     CardFacts,
@@ -27,6 +26,7 @@ from tgol_trainer.card import (
     render_card,
     write_card,
 )
+from tgol_trainer.card import rendering as card
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
 USAGE = """import torch
@@ -714,14 +714,14 @@ def test_writing_replaces_the_file_in_one_step(tmp_path, monkeypatch):
 
 
 def test_the_template_is_found_beside_the_module_first_then_at_the_root_else_named(tmp_path, monkeypatch):
-    module = tmp_path / "tgol_trainer" / "card.py"
-    module.parent.mkdir()
+    module = tmp_path / "tgol_trainer" / "card" / "rendering.py"
+    module.parent.mkdir(parents=True)
     monkeypatch.setattr(card, "__file__", str(module))
     with pytest.raises(FileNotFoundError, match=r"model_card_template\.md"):
         card._template_text()
     (tmp_path / "model_card_template.md").write_text("root")
     assert card._template_text() == "root"
-    (module.parent / "model_card_template.md").write_text("installed")
+    (module.parents[1] / "model_card_template.md").write_text("installed")
     assert card._template_text() == "installed"
 
 

@@ -149,7 +149,7 @@ def test_an_installed_package_writes_a_card_without_the_checkout(installed, tmp_
         "card.write_card(card.CardFacts(model_name='from-a-wheel', limits=['One limit.']), 'card')\n"
     )
     output = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=installed)
-    assert Path(output.strip()) == installed / "tgol_trainer" / "card.py"
+    assert Path(output.strip()) == installed / "tgol_trainer" / "card" / "__init__.py"
     card = (tmp_path / "card" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "# from-a-wheel" in card
