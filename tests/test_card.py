@@ -23,7 +23,9 @@ from tgol_trainer.card import (
     EvaluationRow,
     Hyperparameter,
     Picture,
+    read_facts,
     render_card,
+    update_card,
     write_card,
 )
 from tgol_trainer.card import rendering as card
@@ -705,9 +707,69 @@ def test_writing_replaces_the_file_in_one_step(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk is gone"):
             write_card(changed_facts(), path.parent)
     assert path.read_bytes() == before
-    assert [entry.name for entry in path.parent.iterdir()] == ["README.md"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["README.md", "card_facts.json"]
     write_card(changed_facts(), path.parent)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+# Updates from what a folder holds
+
+
+def test_facts_come_back_from_the_folder_as_they_were(tmp_path):
+    write_card(full_facts(), tmp_path)
+    assert dataclasses.replace(read_facts(tmp_path), adapter={}) == dataclasses.replace(full_facts(), adapter={})
+    assert read_facts(tmp_path).adapter == {"r": 16, "lora_alpha": 32, "target_modules": ["to_q", "to_k"]}
+
+
+def test_an_update_gives_the_card_that_a_run_with_these_facts_would_have_had_and_keeps_edits(tmp_path):
+    bare = dataclasses.replace(full_facts(), evaluations=[], evaluation_note=None, pictures=[])
+    write_card(bare, tmp_path)
+    assert "No evaluation of generated pictures is recorded" in (tmp_path / "README.md").read_text()
+    full = full_facts()
+    path = update_card(
+        tmp_path, evaluations=full.evaluations, evaluation_note=full.evaluation_note, pictures=full.pictures
+    )
+    text = path.read_text()
+    assert {name: section(text, name) for name in SECTIONS} == {name: section(full_card(), name) for name in SECTIONS}
+    assert metadata(text) == metadata(full_card())
+    edit(tmp_path, "Before on the left", "On the left before")
+    text = update_card(tmp_path, evaluations=[EvaluationRow("CLIP", win_rate=0.25)]).read_text()
+    assert "| CLIP | no | 25.0% |" in text
+    assert "HPSv2.1" not in text
+    assert "On the left before" in text
+
+
+def test_what_is_kept_beside_the_card_holds_no_path_of_this_machine_and_no_secret(tmp_path):
+    private = "/home/alice/private/x"
+    facts = CardFacts(
+        model_name=private,
+        hub_model_id=private,
+        base_model=private,
+        datasets=[DatasetFacts(private, num_rows=3)],
+        hyperparameters=[Hyperparameter("model_init_kwargs", {"cache_dir": private, "token": "hush"})],
+    )
+    write_card(facts, tmp_path)
+    text = (tmp_path / "card_facts.json").read_text()
+    assert "alice" not in text
+    assert "hush" not in text
+    assert read_facts(tmp_path).model_name == "x"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "holds no card_facts"), ("[1]", "cannot be read"), ('{"colour": 1}', "colour")]
+)
+def test_a_folder_without_readable_facts_is_refused_with_the_remedy(content, problem, tmp_path):
+    if content is not None:
+        (tmp_path / "card_facts.json").write_text(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=problem) as error:
+        update_card(tmp_path, evaluations=[])
+    assert "write_card" in str(error.value)
+
+
+def test_a_change_that_is_no_fact_is_refused(tmp_path):
+    write_card(CardFacts(), tmp_path)
+    with pytest.raises(TypeError, match="evaluation_table"):
+        update_card(tmp_path, evaluation_table=[])
 
 
 # The module

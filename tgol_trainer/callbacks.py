@@ -166,11 +166,7 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
     usage = backbone.full_usage if args.full_finetuning else backbone.usage
     prompt = trainer.example_prompt or "a photo"
     threshold, weights = _labelling_facts(trainer.labelling, args.confidence_scale)
-    limits = [
-        "It inherits the limits, the biases and the terms of use of its base model.",
-    ]
-    if not extras.get("evaluations"):
-        limits.append("No evaluation of generated pictures is recorded here.")
+    limits = ["It inherits the limits, the biases and the terms of use of its base model."]
     adapter = {} if args.full_finetuning else adapter_metadata(backbone.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = CardFacts(

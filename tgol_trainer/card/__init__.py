@@ -2,15 +2,18 @@
 
 from .facts import CardFacts, DatasetFacts, EvaluationRow, Hyperparameter, Picture
 from .rendering import SECTIONS
-from .writing import render_card, write_card
+from .writing import FACTS_NAME, read_facts, render_card, update_card, write_card
 
 __all__ = [
+    "FACTS_NAME",
     "SECTIONS",
     "CardFacts",
     "DatasetFacts",
     "EvaluationRow",
     "Hyperparameter",
     "Picture",
+    "read_facts",
     "render_card",
+    "update_card",
     "write_card",
 ]

@@ -162,6 +162,41 @@ class CardFacts:
         """
         return _plain(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CardFacts:
+        """
+        Rebuild facts from what [`~CardFacts.to_dict`] gave.
+
+        Args:
+            data (`Mapping[str, Any]`):
+                Field names to plain JSON types.
+
+        Returns:
+            [`CardFacts`]
+
+        Raises:
+            ValueError: For a name that is no field, in the facts or in one of their parts.
+        """
+        values = dict(data)
+        try:
+            for name, part in _PARTS.items():
+                if name in values:
+                    values[name] = [part(**item) for item in values[name]]
+            facts = cls(**values)
+        except TypeError as error:
+            raise ValueError(f"These are no facts of a card: {error}.") from error
+        for row in facts.evaluations:
+            row.interval = (row.interval[0], row.interval[1]) if row.interval else None
+        return facts
+
+
+_PARTS: dict[str, Any] = {
+    "datasets": DatasetFacts,
+    "hyperparameters": Hyperparameter,
+    "evaluations": EvaluationRow,
+    "pictures": Picture,
+}
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):

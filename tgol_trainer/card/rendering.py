@@ -55,6 +55,27 @@ def _show(value: Any) -> str:
     return "(a local path)" if isinstance(value, str) and _LOCAL_PATH.match(value) else str(value)
 
 
+def storable(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked facts without local paths, in the form from which `CardFacts` can be rebuilt."""
+    kept = {name: value for name, value in data.items() if name not in ("title", "base_id")}
+    hidden = ("hyperparameters", "adapter", "threshold", "weights", "training", "versions")
+    kept |= {name: _without_paths(kept[name]) for name in hidden}
+    kept |= {"model_name": data["title"], "base_model": data["base_id"]}
+    kept["hub_model_id"] = _hub_id(data["hub_model_id"])
+    kept["datasets"] = [
+        {key: _without_paths(value) for key, value in item.items() if key != "hub_id"} for item in data["datasets"]
+    ]
+    return kept
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return _show(value) if isinstance(value, str) else value
+
+
 def _one_line(value: Any) -> str:
     return " ".join(_UNREADABLE.sub("\ufffd", str(value)).split())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -15,9 +17,12 @@ from typing import Any
 import yaml
 
 from .facts import CardFacts
-from .rendering import SECTIONS, card_metadata, checked, render_sections
+from .rendering import SECTIONS, card_metadata, checked, render_sections, storable
 
 logger = logging.getLogger(__name__)
+
+FACTS_NAME = "card_facts.json"
+"""The facts of a card, beside it, without secrets and local paths: what [`update_card`] starts from."""
 
 _FRONT_MATTER = re.compile(r"(?s)\s*---[ \t]*\n(?:|(.*?)\n)---[ \t]*(?:\n|\Z)")
 _STATE = re.compile(r"(?m)^<!-- tgol:(metadata|sections)((?: \S+)*) --> *(?:\n|\Z)")
@@ -129,11 +134,13 @@ def write_card(facts: CardFacts, directory: str | os.PathLike[str]) -> Path:
     """
     Write README.md, or bring an existing one up to date. What a person wrote, changed or deleted in it stays so.
 
+    The facts themselves go into `card_facts.json` beside it, for [`update_card`].
+
     Args:
         facts ([`CardFacts`]):
             What the card states.
         directory (`str` or `os.PathLike`):
-            Folder of the card; made where missing. The file is replaced in one step.
+            Folder of the card; made where missing. Each file is replaced in one step.
 
     Returns:
         `Path`: The path of README.md.
@@ -145,12 +152,67 @@ def write_card(facts: CardFacts, directory: str | os.PathLike[str]) -> Path:
     path = Path(directory) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else ""
-    temporary = path.with_name(f".README.md.{os.getpid()}.tmp")
+    stored = json.dumps(storable(checked(facts)), indent=2)
+    _replace(path, _updated(old, facts).encode("utf-8", "surrogateescape"))
+    _replace(path.with_name(FACTS_NAME), f"{stored}\n".encode())
+    return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(_updated(old, facts).encode("utf-8", "surrogateescape"))
+        temporary.write_bytes(content)
         if path.exists():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def read_facts(directory: str | os.PathLike[str]) -> CardFacts:
+    """
+    Read the facts of a card that [`write_card`] wrote.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Folder of the card.
+
+    Returns:
+        [`CardFacts`]
+
+    Raises:
+        FileNotFoundError: Without `card_facts.json` in the folder.
+        ValueError: If that file holds something else.
+    """
+    path = Path(directory) / FACTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no {FACTS_NAME}, so what its card states is not known. A folder that TGOLTrainer "
+            "saved has one; for any other, write a card with `write_card(CardFacts(...), directory)`."
+        )
+    try:
+        return CardFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error} Write the card anew with `write_card`.") from error
+
+
+def update_card(directory: str | os.PathLike[str], **changes: Any) -> Path:
+    """
+    Replace some facts of an existing card; everything else it states, and a person's edits, stay.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Folder of a card that [`write_card`] wrote.
+        changes (`Any`):
+            Fields of [`CardFacts`] with their new values, such as `evaluations`, `evaluation_note`, `pictures`. To
+            add to a list, extend that of [`read_facts`].
+
+    Returns:
+        `Path`: The path of README.md.
+
+    Raises:
+        TypeError: For a name that is no field of [`CardFacts`].
+        FileNotFoundError: As [`read_facts`].
+        ValueError: As [`read_facts`] and [`write_card`].
+    """
+    return write_card(dataclasses.replace(read_facts(directory), **changes), directory)
