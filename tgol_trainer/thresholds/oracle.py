@@ -1,0 +1,102 @@
+"""The paper's own baseline τ*(x) = β·log Z(x), estimated from scored samples of the reference policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .base import ThresholdError, checked_scores
+from .groups import variance_components
+from .percentile import estimate_threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleThresholds:
+    """
+    Monte-Carlo thresholds, in the (normalised) unit of the scores.
+
+    Args:
+        values (`numpy.ndarray`):
+            (G,) float64, τ̂* of each group from all its samples, for samples that are not among them.
+        leave_one_out (`numpy.ndarray`):
+            (N,) float64, τ̂* of each sample from the others of its group.
+        pooled (`float`):
+            The global median, taken by groups that say nothing and by groups never seen.
+        beta (`float`):
+            β_r, in the unit of the scores.
+    """
+
+    values: np.ndarray
+    leave_one_out: np.ndarray
+    pooled: float
+    beta: float
+
+
+def estimate_oracle_thresholds(
+    scores: Sequence[float] | np.ndarray, groups: np.ndarray, *, beta: float | None = None, percentile: float = 50.0
+) -> OracleThresholds:
+    """
+    Estimate `τ*(x) = β_r·log E_{y~π_ref}[exp(R(x,y)/β_r)]` (the normaliser of the KL-regularised
+    optimum, which the paper replaces by one percentile) by `β_r·log((1/K)·Σ_k exp(R_k/β_r))`.
+
+    The K samples of a group must come from the reference policy. β_r → ∞ gives their mean, β_r → 0 their maximum.
+    A sample's own score is left out of the baseline that it meets, since it would pull τ towards itself. Groups with
+    one sample or equal scores take the pooled percentile.
+
+    Args:
+        scores (`Sequence[float]`):
+            (N,) finite scores of samples of the reference.
+        groups (`numpy.ndarray`):
+            (N,) integers 0 .. G - 1, each number present: the prompt of each sample.
+        beta (`float`, *optional*):
+            β_r > 0 in the unit of the scores, the KL temperature of the objective; by default the pooled standard
+            deviation within groups.
+        percentile (`float`, *optional*, defaults to 50.0):
+            Of all scores, for the pooled value.
+
+    Returns:
+        [`OracleThresholds`]
+
+    Raises:
+        ThresholdError: for scores that cannot be divided in two, or where no group has two different scores.
+        ValueError: for a `beta` that is not positive.
+    """
+    if beta is not None and not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"`beta` must be larger than 0 and finite, got {beta}.")
+    values = checked_scores(scores)
+    groups = np.asarray(groups, dtype=np.int64).reshape(-1)
+    if groups.size != values.size:
+        raise ThresholdError(f"There are {values.size} scores and {groups.size} groups: each score needs one.")
+    within, _ = variance_components(values, groups)
+    if not within > 0:
+        raise ThresholdError(
+            "No prompt has two samples with different scores, so there is no baseline of its own to estimate. Score "
+            "several samples a prompt, or use the global threshold."
+        )
+    temperature = math.sqrt(within) if beta is None else beta
+    pooled = estimate_threshold(values, percentile=percentile).value
+    sizes = np.bincount(groups)
+    count = sizes[groups]
+    # The largest score is taken out of each sum, and the second largest where the largest is the one left out: every
+    # sum of exponentials then lies between 1 and K, whatever β_r is.
+    order = np.lexsort((values, groups))
+    ends = np.cumsum(sizes) - 1
+    top_row = order[ends]
+    largest = values[top_row]
+    second = values[order[np.maximum(ends - 1, ends - sizes + 1)]]
+    exponentials = np.exp((values - largest[groups]) / temperature)
+    sums = np.bincount(groups, weights=exponentials)
+    full = largest + temperature * np.log(sums / sizes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        others = largest[groups] + temperature * np.log((sums[groups] - exponentials) / (count - 1))
+        without_top = np.exp((np.minimum(values, second[groups]) - second[groups]) / temperature)
+        without_top[top_row] = 0.0
+        others[top_row] = second + temperature * np.log(np.bincount(groups, weights=without_top) / (sizes - 1))
+    lowest = values[order[ends - sizes + 1]]
+    silent = largest == lowest
+    return OracleThresholds(
+        np.where(silent, pooled, full), np.where(silent[groups], pooled, others), pooled, temperature
+    )
