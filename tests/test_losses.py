@@ -96,5 +96,5 @@ def test_one_threshold_an_example_is_allowed():
 
 @pytest.mark.parametrize("shapes", [((2,), (3,)), ((2, 1), (2, 1)), ((), ())])
 def test_shapes_other_than_one_vector_each_are_refused(shapes):
-    with pytest.raises(ValueError, match=r"must both be \(B,\)"):
+    with pytest.raises(ValueError, match=r"must all be \(B,\)"):
         threshold_guided_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), 0.0)

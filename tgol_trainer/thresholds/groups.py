@@ -104,9 +104,9 @@ def estimate_group_thresholds(
     A group's own statistic m_g has the sampling variance `v·σ²/n_g`, where v = 1 for the mean and
     `p(1 - p)/φ(z_p)²` for the p-th percentile of normal scores (π/2 for the median). Groups differ with variance ω².
     The posterior mean of a normal model is `τ_g = τ + λ_g·(m_g - τ)` with the reliability
-    `λ_g = ω²/(ω² + v·σ²/n_g)`: a small group, or groups that hardly differ, keep the global τ. Groups of fewer than
-    two scores or of equal scores take τ itself. Where a group's percentile is its minimum, m_g moves to the midpoint of
-    its two smallest distinct scores, as [`estimate_threshold`] does. Groups with one label alone are allowed.
+    `λ_g = ω²/(ω² + v·σ²/n_g)`: a small group, or groups that hardly differ, keep the global τ. Groups of one score or
+    of equal scores take τ itself. Where a group's percentile is its minimum, m_g moves to the midpoint of its two
+    smallest distinct scores, as [`estimate_threshold`] does. Groups with one label alone are allowed.
 
     Args:
         scores (`Sequence[float]`):

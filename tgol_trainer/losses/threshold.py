@@ -1,32 +1,12 @@
-"""Loss mathematics: tensors in, per-example tensors out. No model, no configuration, no logging."""
+"""The paper's loss: push a sample up or down by the side of the threshold that its score lies on."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-
-class LossRecord(NamedTuple):
-    """
-    What a loss function returns, one value an example.
-
-    Args:
-        loss (`torch.Tensor`):
-            (B,) float32 loss; its mean is minimised.
-        implicit_reward (`torch.Tensor`):
-            (B,) float32 ŝ = β·log(π_θ/π_ref), with gradient.
-        label (`torch.Tensor`):
-            (B,) bool pseudo-label, true where the score reaches the threshold.
-        weight (`torch.Tensor`):
-            (B,) float32 confidence weight.
-    """
-
-    loss: torch.Tensor
-    implicit_reward: torch.Tensor
-    label: torch.Tensor
-    weight: torch.Tensor
+from .base import LossRecord, check_vectors
+from .weights import confidence_weights
 
 
 def threshold_guided_loss(
@@ -36,6 +16,7 @@ def threshold_guided_loss(
     *,
     beta: float = 1.0,
     confidence_scale: float = 5.0,
+    weight: torch.Tensor | None = None,
 ) -> LossRecord:
     """
     Threshold-guided optimization (paper, Eq. 10).
@@ -55,6 +36,8 @@ def threshold_guided_loss(
             β, the scale of the implicit reward.
         confidence_scale (`float`, *optional*, defaults to 5.0):
             c >= 0, in one over the unit of the scores.
+        weight (`torch.Tensor`, *optional*):
+            (B,) weights to use instead of `1 + c·|s - τ|`.
 
     Returns:
         [`LossRecord`]: all (B,).
@@ -62,12 +45,11 @@ def threshold_guided_loss(
     Raises:
         ValueError: if `log_ratio` and `scores` are not both (B,).
     """
-    if log_ratio.dim() != 1 or log_ratio.shape != scores.shape:
-        raise ValueError(
-            f"`log_ratio` and `scores` must both be (B,), got {tuple(log_ratio.shape)} and {tuple(scores.shape)}."
-        )
+    check_vectors(log_ratio=log_ratio, scores=scores)
     label = scores >= threshold
-    weight = (1 + confidence_scale * (scores - threshold).abs()).float()
+    if weight is None:
+        weight = confidence_weights(scores - threshold, scale=confidence_scale)
+    weight = weight.float()
     implicit_reward = beta * log_ratio.float()
     loss = -weight * F.logsigmoid(torch.where(label, implicit_reward, -implicit_reward))
     return LossRecord(loss, implicit_reward, label, weight)

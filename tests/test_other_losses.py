@@ -1,0 +1,197 @@
+"""Weights, the ordinal loss, losses within groups and rival losses, each by hand and at a log-ratio of zero."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tgol_trainer.losses import (
+    confidence_weights,
+    group_mates_mean,
+    kto_loss,
+    nft_loss,
+    ordinal_loss,
+    ordinal_offsets,
+    preference_loss,
+    quantile_regression_loss,
+    regression_loss,
+    supervised_loss,
+    threshold_guided_loss,
+)
+
+LN3 = math.log(3)  # σ(ln 3) = 3/4
+
+
+def close(found, expected):
+    assert [float(value) for value in (found.detach() if torch.is_tensor(found) else found)] == pytest.approx(
+        expected, rel=1e-6, abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("linear", [1.0, 3.0, 9.0]),
+        ("none", [1.0, 1.0, 1.0]),
+        ("abs", [0.0, 1.0, 4.0]),
+        ("power", [1.0, 3.0, 5.0]),
+        ("clipped", [1.0, 3.0, 4.0]),
+    ],
+)
+def test_weights_by_hand(kind, form, expected):
+    """c = 2, power ½, limit 4, margins 0, -1, 4."""
+    close(confidence_weights(kind([0.0, -1.0, 4.0]), form=form, scale=2.0, power=0.5, limit=4.0), expected)
+
+
+def test_an_unknown_weight_form_is_refused():
+    with pytest.raises(ValueError, match="linear, none, abs, power, clipped"):
+        confidence_weights(np.zeros(1), form="square")
+
+
+def test_ordinal_offsets_are_centred_logits():
+    """25, 50, 75: logits -ln 3, 0, ln 3. 50, 75: 0 and ln 3, mean ln(3)/2."""
+    close(ordinal_offsets([25, 50, 75]), [-LN3, 0.0, LN3])
+    close(ordinal_offsets([50, 75]), [-LN3 / 2, LN3 / 2])
+    assert ordinal_offsets([30]) == [0.0]
+
+
+@pytest.mark.parametrize("percentiles", [[], [50, 25], [0, 50], [50, 100], [50, 50]])
+def test_percentiles_that_do_not_increase_inside_0_and_100_are_refused(percentiles):
+    with pytest.raises(ValueError, match="increase"):
+        ordinal_offsets(percentiles)
+
+
+def test_the_ordinal_loss_of_one_example_by_hand():
+    """
+    ŝ = 0, cut points at offsets -ln 3, 0, ln 3, score above the first two: weights 1, 2, 4.
+    Distances ln 3, 0, -ln 3; softplus(-ln 3) = ln(4/3), softplus(0) = ln 2, softplus(-ln 3) = ln(4/3).
+    """
+    record = ordinal_loss(
+        torch.zeros(1),
+        torch.tensor([[0.5, 0.0, -0.1]]),
+        ordinal_offsets([25, 50, 75]),
+        torch.tensor([[1.0, 2.0, 4.0]]),
+    )
+    close(record.loss, [(math.log(4 / 3) + 2 * math.log(2) + 4 * math.log(4 / 3)) / 3])
+    assert record.label.tolist() == [True]
+    close(record.weight, [7 / 3])
+
+
+def test_the_ordinal_loss_prefers_the_reward_that_its_rank_calls_for():
+    """A score between the cut points at 25 and 50 % is likeliest at an implicit reward between their offsets."""
+    offsets = ordinal_offsets([25, 50, 75])
+    rewards = torch.linspace(-4, 4, 801)
+    margins = torch.tensor([[0.1, -0.1, -0.2]]).expand(801, 3)
+    losses = ordinal_loss(rewards, margins, offsets, torch.ones(801, 3)).loss
+    assert offsets[0] < rewards[losses.argmin()] < offsets[1]
+
+
+def test_one_cut_point_is_the_threshold_guided_loss():
+    generator = torch.Generator().manual_seed(0)
+    log_ratio, margin = torch.randn(2, 50, generator=generator)
+    single = threshold_guided_loss(log_ratio, margin, 0.0, beta=2.0)
+    record = ordinal_loss(log_ratio, margin[:, None], [0.0], single.weight[:, None], beta=2.0)
+    for found, expected in zip(record, single, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_of_group_mates_leaves_the_row_itself_out():
+    mean, has = group_mates_mean(torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0]), torch.tensor([7, 3, 7, 3, 4]))
+    close(mean, [2.0, 9.0, 1.0, 5.0, 0.0])
+    assert has.tolist() == [True, True, True, True, False]
+
+
+def test_a_centred_pair_under_the_threshold_loss_is_dpo():
+    """Two samples of a prompt, centred log-ratios and scores: -log σ(β·Δ) for both rows, as DPO's."""
+    log_ratio, scores, groups = torch.tensor([0.7, -0.4]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5])
+    centred = [values - group_mates_mean(values, groups)[0] for values in (log_ratio, scores)]
+    record = threshold_guided_loss(*centred, 0.0, beta=1.5, weight=torch.ones(2))
+    expected = -math.log(1 / (1 + math.exp(-1.5 * 1.1)))
+    close(record.loss, [expected, expected])
+    close(preference_loss(log_ratio, scores, groups, beta=1.5).loss, [expected, expected])
+
+
+def test_the_preference_loss_by_hand():
+    """
+    Group 1: scores 3, 2, 2, rewards ln 3, 0, 0; the tie makes no pair. Group 2: one row.
+    Row 0 beats both: softplus(-ln 3) = ln(4/3); rows 1 and 2 lose once: the same; row 3 has no pair.
+    """
+    record = preference_loss(
+        torch.tensor([LN3, 0.0, 0.0, 5.0]), torch.tensor([3.0, 2.0, 2.0, 9.0]), torch.tensor([1, 1, 1, 2])
+    )
+    close(record.loss, [math.log(4 / 3)] * 3 + [0.0])
+    assert record.label.tolist() == [True, False, False, False]
+    assert record.weight.tolist() == [1, 1, 1, 0]
+
+
+def test_gradients_of_the_preference_loss_sum_to_zero_within_a_group():
+    log_ratio = torch.randn(8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    scores, groups = torch.arange(8.0), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    preference_loss(log_ratio, scores, groups).loss.sum().backward()
+    assert log_ratio.grad[:4].sum().item() == pytest.approx(0, abs=1e-6)
+    assert log_ratio.grad.abs().min() > 0.01
+
+
+def test_kto_by_hand():
+    """
+    β = 1; rewards ln 3 and -ln 3 + 2q with q = their mean: choose ln 3 and 0, Q = ln(3)/2.
+    Positive: 1 - σ(ln(3)/2) = 1/(1 + √3). Negative: 1 - σ(ln(3)/2), the same. Negative mean: Q = 0.
+    """
+    expected = 1 / (1 + math.sqrt(3))
+    close(kto_loss(torch.tensor([LN3, 0.0]), torch.tensor([0.2, -0.1])).loss, [expected, expected])
+    close(kto_loss(torch.tensor([0.0, -LN3]), torch.tensor([0.2, -0.1])).loss, [0.5, 0.25])
+    weight = torch.tensor([3.0, 1.0])
+    close(kto_loss(torch.zeros(2), torch.tensor([0.0, -1.0]), weight=weight).loss, [1.5, 0.5])
+
+
+def test_the_reference_point_of_kto_has_no_gradient():
+    log_ratio = torch.tensor([1.0, 2.0], requires_grad=True)
+    kto_loss(log_ratio, torch.tensor([1.0, 1.0])).loss.sum().backward()
+    sigma = [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))]  # σ(r - 1.5)
+    close(log_ratio.grad, [-s * (1 - s) for s in sigma])
+
+
+def test_regression_by_hand_and_its_minimum():
+    """½·(2·0.5 - 3)² = 2 and ½·(2·(-1) + 2)² = 0: at ŝ = s - τ the gradient vanishes."""
+    log_ratio = torch.tensor([0.5, -1.0], requires_grad=True)
+    record = regression_loss(log_ratio, torch.tensor([3.0, -2.0]), beta=2.0)
+    close(record.loss, [2.0, 0.0])
+    record.loss.sum().backward()
+    close(log_ratio.grad, [-4.0, 0.0])
+
+
+@pytest.mark.parametrize("beta", [0.002, 0.1, 1.0, 10.0])
+def test_quantile_regression_has_the_partition_function_of_uniform_rewards(beta):
+    """β·log ∫₀¹ exp(q/β) dq by the trapezoid rule on 2 million points, shifted by its largest exponent."""
+    q = np.linspace(0, 1, 2_000_001)
+    values = np.exp((q - 1) / beta)
+    log_z = 1 + beta * math.log(((values[1:] + values[:-1]) / 2).mean())
+    record = quantile_regression_loss(torch.zeros(3), torch.tensor([0.0, 0.9, 1.0]), beta=beta)
+    close(record.loss, [(q - log_z) ** 2 for q in (0.0, 0.9, 1.0)])
+    close(quantile_regression_loss(torch.tensor([(1 - log_z) / beta]), torch.ones(1), beta=beta).loss, [0.0])
+
+
+def test_supervised_losses_by_hand():
+    error, margin = torch.tensor([0.3, 0.4]), torch.tensor([0.0, -0.1])
+    close(supervised_loss(error, torch.zeros(2), margin).loss, [0.3, 0.0])
+    close(supervised_loss(error, torch.zeros(2), margin, positives_only=False).loss, [0.3, 0.4])
+
+
+def test_nft_by_hand():
+    """Z = 2: margins 1, -3, 0 give r = 0.75, 0 (clipped), 0.5."""
+    record = nft_loss(
+        torch.tensor([1.0, 1.0, 1.0]),
+        torch.tensor([2.0, 2.0, 4.0]),
+        torch.zeros(3),
+        torch.tensor([1.0, -3.0, 0.0]),
+        2.0,
+    )
+    close(record.loss, [0.75 * 1 + 0.25 * 2, 2.0, 2.5])
+    close(record.weight, [0.75, 0.0, 0.5])
+
+
+def test_vectors_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="`log_ratio` and `margin` must all be"):
+        kto_loss(torch.zeros(2), torch.zeros(3))

@@ -1,0 +1,24 @@
+"""Loss mathematics: tensors in, per-example tensors out. No model, no configuration, no logging."""
+
+from .base import LossRecord
+from .groups import group_mates_mean, preference_loss
+from .ordinal import ordinal_loss, ordinal_offsets
+from .rivals import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
+from .threshold import threshold_guided_loss
+from .weights import WEIGHT_FORMS, confidence_weights
+
+__all__ = [
+    "WEIGHT_FORMS",
+    "LossRecord",
+    "confidence_weights",
+    "group_mates_mean",
+    "kto_loss",
+    "nft_loss",
+    "ordinal_loss",
+    "ordinal_offsets",
+    "preference_loss",
+    "quantile_regression_loss",
+    "regression_loss",
+    "supervised_loss",
+    "threshold_guided_loss",
+]

@@ -1,0 +1,72 @@
+"""Samples of one prompt against each other, which cancels the prompt's baseline τ*(x)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .base import LossRecord, check_vectors
+
+
+def _mates(groups: torch.Tensor) -> torch.Tensor:
+    """(B, B) bool, true where two different rows are of one group."""
+    same = groups[:, None] == groups[None, :]
+    return same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+
+
+def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean over the other rows of each row's group.
+
+    `v_i - mean_{j≠i} v_j` equals `n/(n - 1)·(v_i - mean_j v_j)`: centring within the group, scaled so that a pair
+    gives its difference. At the KL optimum `ŝ = R - τ*(x)`, so centred rewards equal centred scores whatever τ*(x) is.
+
+    Args:
+        values (`torch.Tensor`):
+            (B,) with or without gradient, which passes through.
+        groups (`torch.Tensor`):
+            (B,) integers; equal ones form a group.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: (B,) means, 0 for a row that is alone, and (B,) bool, false for those.
+    """
+    check_vectors(values=values, groups=groups)
+    mates = _mates(groups)
+    count = mates.sum(1)
+    return (mates.to(values.dtype) @ values) / count.clamp(min=1), count > 0
+
+
+def preference_loss(
+    log_ratio: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, *, beta: float = 1.0
+) -> LossRecord:
+    """
+    Diffusion-DPO (arXiv 2311.12908) on the pairs that scores make within a group: -log σ(β·(log-ratio of the winner -
+    log-ratio of the loser)).
+
+    The loss of an example is the mean over its pairs with a different score; a pair of two so gives its DPO loss twice
+    and the mean over both rows is DPO's. An example without such a pair gives 0. At a log-ratio of 0 the loss is ln 2
+    where there are pairs. `β/T` here is the product `β·T·ω(λ)` of that paper, for a constant ω.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            (B,) log π_θ/π_ref.
+        scores (`torch.Tensor`):
+            (B,) scores; a difference of 0 makes no pair.
+        groups (`torch.Tensor`):
+            (B,) integers; equal ones form a group.
+        beta (`float`, *optional*, defaults to 1.0):
+            β.
+
+    Returns:
+        [`LossRecord`]: `label` is true where the score is above the mean of its opponents', `weight` 1 where the
+        example has a pair, else 0.
+    """
+    check_vectors(log_ratio=log_ratio, scores=scores, groups=groups)
+    implicit_reward = beta * log_ratio.float()
+    sign = torch.sign(scores[:, None] - scores[None, :])
+    pairs = _mates(groups) & (sign != 0)
+    count = pairs.sum(1)
+    losses = F.softplus(-sign.float() * (implicit_reward[:, None] - implicit_reward[None, :]))
+    loss = torch.where(pairs, losses, 0.0).sum(1) / count.clamp(min=1)
+    wins = torch.where(pairs, sign, 0.0).sum(1)
+    return LossRecord(loss, implicit_reward, wins > 0, (count > 0).float())
