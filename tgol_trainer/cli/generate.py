@@ -1,8 +1,9 @@
-"""`tgol generate`: prompts to a dataset of pictures, in shards, over any number of processes and restarts."""
+"""`tgol generate`: prompts to pictures or videos, in shards, over any number of processes and restarts."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from .console import plain_errors, set_up_logging
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol generate",
-        description="Make pictures of prompts with fixed seeds and write them as Parquet shards. The same command "
-        "continues after a kill and gives the same pictures with any number of processes.",
+        description="Make pictures, or videos, of prompts with fixed seeds and write them as Parquet shards. The same "
+        "command continues after a kill and gives the same pictures with any number of processes.",
     )
     parser.add_argument("--prompts", required=True, help="text file, table, dataset, or a named set (hpsv2, ...)")
     parser.add_argument("--prompt_column", help="column of a table (default: prompt, caption or text)")
@@ -24,22 +25,44 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="Hub id, folder, or `shapes`")
     parser.add_argument("--model_revision", help="revision of the model on the Hub")
     parser.add_argument("--dtype", help="torch dtype of the pipeline, such as bfloat16 (default: float32)")
+    parser.add_argument("--model_init_kwargs", type=_options, help="JSON passed to `from_pretrained` of the pipeline")
     parser.add_argument("--adapter_name_or_path", help="LoRA folder or Hub id to load (default: none)")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
-    parser.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--images_per_prompt", type=int, default=1, help="pictures or videos of each prompt (default: %(default)s)"
+    )
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--height", type=int, help="pixels (default: the pipeline's)")
     parser.add_argument("--width", type=int, help="pixels (default: the pipeline's)")
+    parser.add_argument("--num_frames", type=int, help="frames of a video (default: the pipeline's)")
+    parser.add_argument("--fps", type=int, default=16, help="frames a second of a video (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures a call (default: %(default)s)")
-    parser.add_argument("--shard_size", type=int, default=256, help="pictures a file (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, help="pictures a call (default: 8; videos 1)")
+    parser.add_argument("--shard_size", type=int, help="pictures a file (default: 256; videos 8)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     return parser.parse_args(argv)
 
 
+def _options(text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as " + """'{"variant": "fp16"}'""")
+    return read
+
+
 def load_generator(
-    model: str, *, revision: str | None, dtype: str | None, adapter: str | None, use_cpu: bool
+    model: str,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    adapter: str | None,
+    use_cpu: bool,
+    model_init_kwargs: dict[str, Any] | None = None,
+    num_frames: int | None = None,
 ) -> tuple[Any, str | None]:
     """
     Load a pipeline with its adapter onto this process's device.
@@ -55,26 +78,33 @@ def load_generator(
             LoRA folder or Hub id.
         use_cpu (`bool`):
             Leave a GPU unused.
+        model_init_kwargs (`dict`, *optional*):
+            Further options of [`load_backbone`].
+        num_frames (`int`, *optional*):
+            Frames of a video that will be asked for, so that a number the model does not take is refused now.
 
     Returns:
         `tuple`: the pipeline, and the revision that was loaded where it is known.
 
     Raises:
-        ValueError: for an unsupported pipeline, a model of videos, an adapter that holds nothing for it, or options
-            that an embedded model has not.
+        ValueError: for an unsupported pipeline, an adapter that holds nothing for it, a number of frames that does not
+            fit, options that an embedded model has not, or an option that is given twice.
     """
     from tgol_trainer import adapters, shapes
-    from tgol_trainer.backbones import load_backbone, wrap_pipeline
+    from tgol_trainer.backbones import BackboneSettings, load_backbone, wrap_pipeline
 
     options = {name: value for name, value in (("revision", revision), ("dtype", dtype)) if value is not None}
+    twice = options.keys() & (model_init_kwargs or {})
+    if twice:
+        raise ValueError(f"`model_init_kwargs`: {sorted(twice)[0]!r} is given beside it as well. Give it once.")
+    options |= model_init_kwargs or {}
+    settings = BackboneSettings(num_frames=num_frames)
     if model in shapes.EMBEDDED and not Path(model).exists():
         if options:
             raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-        backbone = wrap_pipeline(shapes.EMBEDDED[model][0]())
+        backbone = wrap_pipeline(shapes.EMBEDDED[model][0](), settings=settings)
     else:
-        backbone = load_backbone(model, options)
-    if backbone.num_frames is not None:
-        raise ValueError(f"`model`: {model!r} makes videos; images alone can be written so far.")
+        backbone = load_backbone(model, options, settings)
     if adapter is not None:
         adapters.load_initial(backbone.pipeline, backbone.denoiser_name, adapter, keep_as_reference=False)
     return backbone.to(_device(use_cpu)).pipeline, backbone.origin.revision
@@ -114,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=args.dtype,
             adapter=args.adapter_name_or_path,
             use_cpu=args.use_cpu,
+            model_init_kwargs=args.model_init_kwargs,
+            num_frames=args.num_frames,
         )
         disable_progress_bar()  # one bar a file, over ours
         files = generate_dataset(
@@ -131,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             guidance_scale=args.guidance_scale,
             height=args.height,
             width=args.width,
+            fps=args.fps,
+            **({} if args.num_frames is None else {"num_frames": args.num_frames}),
         )
     print(f"{len(files)} shards of this process are complete in {args.output_dir / 'data'}.")
     return 0

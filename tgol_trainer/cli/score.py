@@ -1,4 +1,4 @@
-"""`tgol score`: a column a reward for a dataset of pictures, in shards, over any number of processes and restarts."""
+"""`tgol score`: a column a reward for pictures or videos, in shards, over any number of processes and restarts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .console import plain_errors, set_up_logging
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol score",
-        description="Add one column a reward to a dataset of prompts and images and write it as Parquet shards. The "
-        "same command continues after a kill.",
+        description="Add one column a reward to a dataset of prompts and images, or videos, and write it as Parquet "
+        "shards. The same command continues after a kill.",
     )
     parser.add_argument("source", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
     parser.add_argument("--rewards", required=True, nargs="+", help="names (docs/rewards.md) or your module:function")
@@ -24,8 +24,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
     parser.add_argument("--image_column", default="image", help="default: %(default)s")
+    parser.add_argument("--video_column", help="column of videos (default: video, where there are no images)")
+    parser.add_argument(
+        "--mean_over_frames", type=int, help="score videos with rewards of images: the mean over so many frames"
+    )
+    parser.add_argument("--dtype", help="torch dtype of the reward models, such as bfloat16 (default: float32)")
     parser.add_argument("--one_at_a_time", action="store_true", help="keep one reward in memory at a time")
-    parser.add_argument("--batch_size", type=int, default=32, help="images a call (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, help="images a call (default: 32; videos 2)")
     parser.add_argument("--shard_size", type=int, default=1024, help="rows a file (default: %(default)s)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     parser.add_argument("--num_workers", type=int, default=2, help="decoding threads (default: %(default)s)")
@@ -57,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available() and not args.use_cpu
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
     columns = Columns(prompt=args.prompt_column, image=args.image_column)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype, None)
+    if args.dtype is not None and not isinstance(dtype, torch.dtype):
+        raise SystemExit(f"error: `dtype` is {args.dtype!r}, which is no torch dtype, such as bfloat16.")
     with plain_errors():
-        rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
+        rewards = {
+            spec.rpartition(":")[2]: partial(load_reward, spec, device=device, dtype=dtype) for spec in args.rewards
+        }
         dataset = load_scored_dataset(args.source, split=args.split, columns=columns)
         disable_progress_bar()  # one bar a file, over ours
         missing = score_dataset(
@@ -70,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_size=args.shard_size,
             batch_size=args.batch_size,
             num_workers=args.num_workers,
+            video_column=args.video_column,
+            mean_over_frames=args.mean_over_frames,
         )
     counts = ", ".join(f"{name} {count}" for name, count in missing.items())
     print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")

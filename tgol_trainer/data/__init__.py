@@ -10,7 +10,16 @@ from tgol_trainer.data.pairs import pairs_to_scores
 from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts
 from tgol_trainer.data.ratings import ratings_to_scores, thumbs_to_scores
 from tgol_trainer.data.rows import Columns
-from tgol_trainer.data.videos import Video, VideoError, open_video, read_video, sample_frames, video_pixels
+from tgol_trainer.data.videos import (
+    Video,
+    VideoError,
+    encode_video,
+    frame_rate,
+    open_video,
+    read_video,
+    sample_frames,
+    video_pixels,
+)
 
 __all__ = [
     "PROMPT_SETS",
@@ -28,7 +37,9 @@ __all__ = [
     "check_columns",
     "cropped_share",
     "decode_prompts",
+    "encode_video",
     "fit_labelling",
+    "frame_rate",
     "load_prompts",
     "load_scored_dataset",
     "open_image",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -88,7 +89,7 @@ def sample_frames(total: int, num_frames: int) -> list[int]:
     return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(num_frames)]
 
 
-def read_video(value: Any, num_frames: int, use: Callable[[Image.Image], Result]) -> list[Result]:
+def read_video(value: Any, num_frames: int | None, use: Callable[[Image.Image], Result]) -> list[Result]:
     """
     Decode a video given in any of the forms that datasets hold, and use each chosen frame as soon as it is there.
 
@@ -97,9 +98,9 @@ def read_video(value: Any, num_frames: int, use: Callable[[Image.Image], Result]
             A dictionary with `"bytes"` or `"path"` (an undecoded `datasets.Video`); a path or a URL that `datasets`
             can read; an encoded file; frames in any form that [`open_image`] reads; or pixels (F, H, W, 1 to 4
             channels), integers in 0..255 or floating point in 0..1.
-        num_frames (`int`):
-            Frames to choose, as [`sample_frames`] does. Of a file, frames as they are decoded are counted: its frame
-            rate plays no part.
+        num_frames (`int` or `None`):
+            Frames to choose, as [`sample_frames`] does; `None` takes every frame. Of a file, frames as they are
+            decoded are counted: its frame rate plays no part.
         use (`Callable[[PIL.Image.Image], Any]`):
             Called with each chosen frame, upright and RGB, in order; all are of one size.
 
@@ -110,21 +111,10 @@ def read_video(value: Any, num_frames: int, use: Callable[[Image.Image], Result]
         VideoError: for a video that is missing, undecodable, truncated or too short, or a value of another kind.
         ImportError: where PyAV is needed and missing.
     """
-    if isinstance(value, Video):
-        value = value.value
-    if isinstance(value, dict):
-        encoded = value.get("bytes")
-        value = encoded if encoded is not None else value.get("path")
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise VideoError("there is neither a path nor data", cause="missing video")
+    value = _content(value)
     use = _of_one_size(use)
     if isinstance(value, (list, tuple, np.ndarray)):
         return [use(frame) for frame in _listed_frames(value, num_frames)]
-    if not isinstance(value, (bytes, bytearray, memoryview, str, Path)):
-        raise VideoError(
-            f"a value of type {type(value).__name__} is not a video; give a path, encoded bytes, a list of frames or "
-            "a NumPy array"
-        )
     return _read_file(value, num_frames, use)
 
 
@@ -152,6 +142,65 @@ def open_video(value: Any, num_frames: int) -> Video:
 
     found = read_video(value, num_frames, size)[0]
     return Video(value, found, digest.digest())
+
+
+def frame_rate(value: Any) -> float | None:
+    """
+    Return how many frames a second an encoded video shows.
+
+    Args:
+        value (`Any`):
+            As in [`read_video`].
+
+    Returns:
+        `float`: the average that the file tells; `None` for frames and arrays, and for a file that tells none.
+
+    Raises:
+        VideoError, ImportError: as [`read_video`].
+    """
+    value = _content(value)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return None
+    av = _import_av()
+    with _plain_errors(av):
+        source = _opened(value)
+        with source, av.open(source) as container:
+            rate = container.streams.video[0].average_rate
+    return float(rate) if rate else None
+
+
+def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
+    """
+    Write frames as an MP4 file without any loss: H.264 in RGB, so that decoding gives the same pixels.
+
+    Args:
+        frames (`Sequence[PIL.Image.Image]`):
+            Frames of one size, at least one.
+        fps (`int`):
+            Frames a second, written into the file for players.
+
+    Returns:
+        `bytes`: the same for the same frames, with one version of PyAV.
+
+    Raises:
+        ImportError: where PyAV, or its encoder `libx264rgb` (the wheels on PyPI have it), is missing.
+    """
+    av = _import_av()
+    if "libx264rgb" not in av.codecs_available:
+        raise ImportError(
+            "This build of PyAV has no encoder libx264rgb, with which clips are written without loss. The wheels on "
+            "PyPI have it: `pip install --force-reinstall av`."
+        )
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264rgb", rate=fps, options={"qp": "0"})
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "rgb24"
+        stream.codec_context.thread_count = 1  # the encoder writes its settings, this among them, into the file
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame.convert("RGB"))))
+        container.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def video_pixels(
@@ -183,6 +232,37 @@ def video_pixels(
     return torch.stack(frames, dim=1), (height, width, *crop_offset(width, height, resolution))
 
 
+def _content(value: Any) -> Any:
+    """Return what a value holds: frames, an array, encoded bytes or a path."""
+    if isinstance(value, Video):
+        value = value.value
+    if isinstance(value, dict):
+        encoded = value.get("bytes")
+        value = encoded if encoded is not None else value.get("path")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise VideoError("there is neither a path nor data", cause="missing video")
+    if not isinstance(value, (list, tuple, np.ndarray, bytes, bytearray, memoryview, str, Path)):
+        raise VideoError(
+            f"a value of type {type(value).__name__} is not a video; give a path, encoded bytes, a list of frames or "
+            "a NumPy array"
+        )
+    return value
+
+
+@contextlib.contextmanager
+def _plain_errors(av: Any) -> Iterator[None]:
+    """Turn what a missing or damaged file raises into a [`VideoError`]."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise VideoError("no such file", cause="video file not found") from error
+    except (VideoError, ImportError):
+        raise
+    except (av.FFmpegError, *_BROKEN_FILE) as error:
+        text = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{type(error).__name__}: {text}") from error
+
+
 def _of_one_size(use: Callable[[Image.Image], Result]) -> Callable[[Image.Image], Result]:
     first: list[tuple[int, int]] = []
 
@@ -195,7 +275,11 @@ def _of_one_size(use: Callable[[Image.Image], Result]) -> Callable[[Image.Image]
     return checked
 
 
-def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int) -> Iterator[Image.Image]:
+def _chosen(total: int, num_frames: int | None) -> list[int]:
+    return sample_frames(total, max(1, total) if num_frames is None else num_frames)
+
+
+def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int | None) -> Iterator[Image.Image]:
     if len(value) and isinstance(value[0], list):  # nested lists of numbers, as datasets return stored arrays
         try:
             value = np.asarray(value)
@@ -204,7 +288,7 @@ def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int) -> Iterat
     if isinstance(value, np.ndarray) and value.dtype != object and (value.ndim != 4 or value.shape[-1] > 4):
         hint = "; put the channels last: `video.transpose(0, 2, 3, 1)`" if value.ndim == 4 else ""
         raise VideoError(f"the array has shape {value.shape}; expected (frames, height, width, channels){hint}")
-    for index in sample_frames(len(value), num_frames):
+    for index in _chosen(len(value), num_frames):
         try:
             yield open_image(value[index])
         except ImageError as error:
@@ -213,29 +297,22 @@ def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int) -> Iterat
 
 
 def _read_file(
-    value: bytes | bytearray | memoryview | str | Path, num_frames: int, use: Callable[[Image.Image], Result]
+    value: bytes | bytearray | memoryview | str | Path, num_frames: int | None, use: Callable[[Image.Image], Result]
 ) -> list[Result]:
     av = _import_av()
-    try:
+    with _plain_errors(av):
         source = _opened(value)
         with source, av.open(source) as container:
             if not container.streams.video:
                 raise VideoError("the file holds no video track")
             total = _count_packets(container)
         while True:
-            results, seen = _pass(av, value, sample_frames(total, num_frames), use)
+            results, seen = _pass(av, value, _chosen(total, num_frames), use)
             if seen == total:
                 return results
             # Some packets hold no frame of their own, or hold several: choose again among what was decoded.
-            sample_frames(seen, num_frames)
+            _chosen(seen, num_frames)
             total = seen
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise VideoError("no such file", cause="video file not found") from error
-    except (VideoError, ImportError):
-        raise
-    except (av.FFmpegError, *_BROKEN_FILE) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"{type(error).__name__}: {text}") from error
 
 
 def _opened(value: bytes | bytearray | memoryview | str | Path) -> Any:

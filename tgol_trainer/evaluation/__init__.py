@@ -2,7 +2,7 @@
 
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
-from .generation import generate_images, generate_videos
+from .generation import generate_images, generate_videos, makes_videos
 from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "format_table",
     "generate_images",
     "generate_videos",
+    "makes_videos",
     "save_before_after_grid",
     "save_contact_sheet",
     "save_score_distributions",

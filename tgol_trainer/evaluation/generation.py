@@ -133,6 +133,11 @@ def generate_videos(
     return videos
 
 
+def makes_videos(pipeline: Any) -> bool:
+    """Return whether a pipeline makes videos: whether it can be told a number of frames."""
+    return "num_frames" in inspect.signature(type(pipeline).__call__).parameters
+
+
 def _frames(video: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in (video * 255).round().astype(np.uint8)]
 

@@ -1,4 +1,4 @@
-"""A dataset of pictures to the same dataset with a column a reward, in shards that survive a kill."""
+"""A dataset of pictures or videos to the same dataset with a column a reward, in shards that survive a kill."""
 
 from __future__ import annotations
 
@@ -16,14 +16,25 @@ import datasets
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from tgol_trainer.data import Columns, DataError, ImageError, open_image
-from tgol_trainer.rewards import RewardFunction, reward_facts, score_images
+from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
+from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
 
 from .shards import Shards, process_share, write_atomically, write_parquet
 
 logger = logging.getLogger(__name__)
 
 RECORD = "tgol_score.json"
+_BATCH_SIZES = {"image": 32, "video": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The columns that are read, and how."""
+
+    prompt: str
+    visual: str
+    medium: str
+    mean_over_frames: int | None
 
 
 def score_dataset(
@@ -34,21 +45,24 @@ def score_dataset(
     columns: Columns | None = None,
     one_at_a_time: bool = False,
     shard_size: int = 1024,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int = 2,
     share: tuple[int, int] | None = None,
     progress: bool = True,
+    video_column: str | None = None,
+    mean_over_frames: int | None = None,
 ) -> dict[str, int]:
     """
     Add one float64 column a reward and write the dataset as Parquet shards.
 
     The scores of a shard are kept as soon as they are made (`.scores/<reward>/`), so a kill loses at most one shard of
     one reward, and a reward that is asked for later is scored alone. Rows whose image cannot be decoded get `None`
-    everywhere and are counted. Memory holds one shard of encoded images and one batch of decoded ones.
+    everywhere and are counted. Memory holds one shard of encoded images and one batch of decoded ones, of a video all
+    frames. A reward with a method `columns` adds several columns, as [`RewardFunction`] says.
 
     Args:
         dataset (`datasets.Dataset`):
-            With columns of prompts and images; other columns are kept.
+            With columns of prompts and of images or videos; other columns are kept.
         rewards (`Mapping[str, Callable]`):
             Column name to a function without arguments that loads the reward; it is called when scores are missing.
         output_dir (`str` or `Path`):
@@ -59,26 +73,32 @@ def score_dataset(
             Keep one reward in memory at a time and decode the images once for each.
         shard_size (`int`, *optional*, defaults to 1024):
             Rows a shard.
-        batch_size (`int`, *optional*, defaults to 32):
-            Images a call of a reward.
+        batch_size (`int`, *optional*):
+            Images or videos a call of a reward; 32 images or 2 videos by default.
         num_workers (`int`, *optional*, defaults to 2):
-            Threads that decode images.
+            Threads that decode images and videos.
         share (`tuple[int, int]`, *optional*):
             Number of this process and how many there are; by default those of the environment ([`process_share`]).
         progress (`bool`, *optional*, defaults to `True`):
             Show a bar a group of rewards, over this process's rows.
+        video_column (`str`, *optional*):
+            Column of videos, scored in place of images. By default `columns.video`, or `"video"` where no images are.
+        mean_over_frames (`int`, *optional*):
+            Score videos with rewards of images as well: the mean over so many frames ([`MeanOverFrames`]).
 
     Returns:
         `dict[str, int]`: column name to the number of this process's rows without a score.
 
     Raises:
-        DataError: if no reward is given, if a column is missing or the name of a reward is taken, or if `output_dir`
-            was begun with another dataset or other shards.
+        DataError: if no reward is given, if a column is missing or the name of a reward is taken, if a reward scores
+            images and the rows hold videos or the other way round, or if `output_dir` was begun with another dataset
+            or other shards.
     """
-    columns = columns or Columns()
-    _check(dataset, rewards, columns)
-    dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-    shards = _shards(dataset, rewards, Path(output_dir), columns, shard_size)
+    source = _source(dataset, columns or Columns(), video_column, mean_over_frames)
+    _check(dataset, rewards, source)
+    batch_size = _BATCH_SIZES[source.medium] if batch_size is None else batch_size
+    dataset = _undecoded(dataset, source)
+    shards = _shards(dataset, Path(output_dir), source, shard_size)
     mine = list(shards.share(*(share or process_share())))
     groups = [[name] for name in rewards] if one_at_a_time else [list(rewards)]
     for group in groups:
@@ -86,33 +106,75 @@ def score_dataset(
         if not wanted:
             continue
         group = [name for name in group if any(not _part(shards, name, shard).exists() for shard in wanted)]
-        loaded = {name: rewards[name]() for name in group}
+        loaded = {name: _fitting(name, rewards[name](), source) for name in group}
         total = sum(len(shards.rows(shard)) for shard in wanted)
-        with tqdm(total=total, desc=f"Scoring ({', '.join(group)})", unit="image", disable=not progress) as bar:
+        with tqdm(total=total, desc=f"Scoring ({', '.join(group)})", unit=source.medium, disable=not progress) as bar:
             for shard in wanted:
                 rows = dataset.select(shards.rows(shard))
-                _score_shard(rows, loaded, shards, shard, columns, batch_size, num_workers, bar)
+                _score_shard(rows, loaded, shards, shard, source, batch_size, num_workers, bar)
         del loaded
         gc.collect()  # the next group's models need the room
-    missing = dict.fromkeys(rewards, 0)
-    for shard in mine:
-        found = {name: _read_column(_part(shards, name, shard), name) for name in rewards}
-        for name, values in found.items():
-            missing[name] += sum(value is None for value in values)
-        if not _has_columns(shards.path(shard), list(rewards)):
-            shards.write(shard, _assembled(dataset.select(shards.rows(shard)), found, columns))
-    _report_missing(missing, sum(len(shards.rows(shard)) for shard in mine))
+    missing = _assemble(dataset, list(rewards), shards, mine, source)
+    _report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
     return missing
 
 
-def _check(dataset: datasets.Dataset, rewards: Mapping[str, Any], columns: Columns) -> None:
+def _source(
+    dataset: datasets.Dataset, columns: Columns, video_column: str | None, mean_over_frames: int | None
+) -> _Source:
+    video = video_column or columns.video
+    if video is None and columns.image not in dataset.column_names and "video" in dataset.column_names:
+        video = "video"
+    if video is None:
+        if mean_over_frames is not None:
+            raise DataError(
+                f"`mean_over_frames`: the column {columns.image!r} holds images. Leave it out, or name a column of "
+                "videos (`video_column`)."
+            )
+        return _Source(columns.prompt, columns.image, "image", None)
+    if mean_over_frames is not None and mean_over_frames < 1:
+        raise DataError(f"`mean_over_frames` is {mean_over_frames}; it must be at least 1.")
+    return _Source(columns.prompt, video, "video", mean_over_frames)
+
+
+def _fitting(name: str, reward: RewardFunction, source: _Source) -> RewardFunction:
+    """Return a reward that scores what the rows hold."""
+    takes = reward_takes(reward)
+    if takes == f"{source.medium}s":
+        return reward
+    if takes == "videos":
+        raise DataError(
+            f"`rewards`: {name!r} scores videos, and {source.visual!r} is a column of images. Leave it out, or name a "
+            "column of videos (`video_column`)."
+        )
+    if source.mean_over_frames is not None:
+        return MeanOverFrames(reward, source.mean_over_frames)
+    raise DataError(
+        f"`rewards`: {name!r} scores images, and {source.visual!r} is a column of videos. Ask for its mean over "
+        "frames (`mean_over_frames=8`, which takes no notice of motion), or name a reward of videos. "
+        'A function of your own that takes lists of frames says so by an attribute: my_reward.takes = "videos".'
+    )
+
+
+def _undecoded(dataset: datasets.Dataset, source: _Source) -> datasets.Dataset:
+    feature = dataset.features[source.visual]
+    if source.medium == "image":
+        return dataset.cast_column(source.visual, datasets.Image(decode=False))
+    if isinstance(feature, (datasets.Video, datasets.Value, dict)):
+        return dataset.cast_column(source.visual, datasets.Video(decode=False))
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):  # frames
+        return dataset.cast_column(source.visual, datasets.List(datasets.Image(decode=False)))
+    return dataset
+
+
+def _check(dataset: datasets.Dataset, rewards: Mapping[str, Any], source: _Source) -> None:
     if not rewards:
         raise DataError("`rewards`: none is given. Name at least one, such as `jpeg_compressibility`.")
-    absent = [name for name in (columns.prompt, columns.image) if name not in dataset.column_names]
+    absent = [name for name in (source.prompt, source.visual) if name not in dataset.column_names]
     if absent:
         raise DataError(
             f"dataset: no column {' and '.join(map(repr, absent))}; the columns are {dataset.column_names}. Name "
-            "yours: Columns(prompt=..., image=...)."
+            "yours: Columns(prompt=..., image=...), and `video_column` for videos."
         )
     taken = [name for name in rewards if name in dataset.column_names]
     if taken:
@@ -122,13 +184,13 @@ def _check(dataset: datasets.Dataset, rewards: Mapping[str, Any], columns: Colum
         raise DataError(f"`rewards`: {wrong[0]!r} cannot be a column and folder name. Leave out slashes.")
 
 
-def _shards(
-    dataset: datasets.Dataset, rewards: Mapping[str, Any], folder: Path, columns: Columns, shard_size: int
-) -> Shards:
+def _shards(dataset: datasets.Dataset, folder: Path, source: _Source, shard_size: int) -> Shards:
     digest = hashlib.blake2b(digest_size=16)
-    for batch in dataset.select_columns([columns.prompt]).with_format("arrow").iter(10_000):
-        digest.update("\0".join(str(prompt) for prompt in batch[columns.prompt].to_pylist()).encode())
-    settings = {"columns": [columns.prompt, columns.image], "prompts_blake2b": digest.hexdigest()}
+    for batch in dataset.select_columns([source.prompt]).with_format("arrow").iter(10_000):
+        digest.update("\0".join(str(prompt) for prompt in batch[source.prompt].to_pylist()).encode())
+    settings: dict[str, Any] = {"columns": [source.prompt, source.visual], "prompts_blake2b": digest.hexdigest()}
+    if source.medium == "video":
+        settings["mean_over_frames"] = source.mean_over_frames
     return Shards(folder, len(dataset), shard_size, RECORD, settings)
 
 
@@ -141,33 +203,39 @@ def _score_shard(
     rewards: dict[str, RewardFunction],
     shards: Shards,
     shard: int,
-    columns: Columns,
+    source: _Source,
     batch_size: int,
     num_workers: int,
     bar: tqdm,
 ) -> None:
     wanted = [name for name in rewards if not _part(shards, name, shard).exists()]
-    scores: dict[str, list[float | None]] = {name: [] for name in wanted}
+    scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in wanted}
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for batch in rows.iter(batch_size):
-            prompts = [prompt or "" for prompt in batch[columns.prompt]]
-            images = list(pool.map(_opened, batch[columns.image]))
+        for batch in rows.select_columns([source.prompt, source.visual]).iter(batch_size):
+            prompts = [prompt or "" for prompt in batch[source.prompt]]
+            images = list(pool.map(_opened if source.medium == "image" else _opened_video, batch[source.visual]))
             good = [index for index, image in enumerate(images) if image is not None]
             for name in wanted:
-                values: list[float | None] = [None] * len(images)
-                returned = score_images(
+                returned = score_columns(
                     rewards[name],
                     [images[index] for index in good],
                     [prompts[index] for index in good],
                     batch_size=batch_size,
                 )
-                for index, value in zip(good, returned, strict=True):
-                    values[index] = value
-                scores[name] += values
+                for ending, found in returned.items():
+                    values: list[float | None] = [None] * len(images)
+                    for index, value in zip(good, found, strict=True):
+                        values[index] = value
+                    scores[name].setdefault(name + ending, []).extend(values)
             bar.update(len(images))
-    for name, column in scores.items():
-        features = datasets.Features({name: datasets.Value("float64")})
-        write_parquet(_part(shards, name, shard), datasets.Dataset.from_dict({name: column}, features=features))
+    for name, columns in scores.items():
+        taken = [column for column in columns if column in rows.column_names or column in {*rewards} - {name}]
+        if taken:
+            raise DataError(
+                f"`rewards`: {name!r} would write the column {taken[0]!r}, which is there. Rename it first."
+            )
+        features = datasets.Features({column: datasets.Value("float64") for column in columns})
+        write_parquet(_part(shards, name, shard), datasets.Dataset.from_dict(columns, features=features))
         facts = json.dumps(dataclasses.asdict(reward_facts(rewards[name])), indent=2, ensure_ascii=False)
         write_atomically(_part(shards, name, shard).with_name("facts.json"), facts + "\n")
 
@@ -179,8 +247,15 @@ def _opened(value: Any) -> Any:
         return None
 
 
-def _read_column(path: Path, name: str) -> list[float | None]:
-    return pyarrow.parquet.read_table(path)[name].to_pylist()  # `datasets` would keep a copy in its cache
+def _opened_video(value: Any) -> Clip | None:
+    try:
+        return Clip(read_video(value, None, lambda frame: frame), frame_rate(value))
+    except VideoError:
+        return None
+
+
+def _read_part(path: Path) -> dict[str, list[float | None]]:
+    return pyarrow.parquet.read_table(path).to_pydict()  # `datasets` would keep a copy in its cache
 
 
 def _has_columns(path: Path, names: list[str]) -> bool:
@@ -189,27 +264,46 @@ def _has_columns(path: Path, names: list[str]) -> bool:
     return set(names) <= set(pyarrow.parquet.read_schema(path).names)
 
 
-def _assembled(rows: datasets.Dataset, scores: dict[str, list[float | None]], columns: Columns) -> datasets.Dataset:
-    """Return the rows with their images as bytes and the score columns behind."""
+def _assemble(
+    dataset: datasets.Dataset, rewards: list[str], shards: Shards, mine: list[int], source: _Source
+) -> dict[str, int]:
+    """Write the shards that lack a column; return how many rows have no score, by column."""
+    missing = dict.fromkeys(rewards, 0)
+    for shard in mine:
+        found: dict[str, list[float | None]] = {}
+        for name in rewards:
+            found |= _read_part(_part(shards, name, shard))
+        for name, values in found.items():
+            missing[name] = missing.get(name, 0) + sum(value is None for value in values)
+        if not _has_columns(shards.path(shard), list(found)):
+            shards.write(shard, _assembled(dataset.select(shards.rows(shard)), found, source))
+    return missing
+
+
+def _assembled(rows: datasets.Dataset, scores: dict[str, list[float | None]], source: _Source) -> datasets.Dataset:
+    """Return the rows with their images or videos as bytes and the score columns behind."""
     features = datasets.Features({**rows.features, **{name: datasets.Value("float64") for name in scores}})
-    features[columns.image] = datasets.Image()
+    if source.medium == "image":
+        features[source.visual] = datasets.Image()
     content: dict[str, Any] = {name: list(rows[name]) for name in rows.column_names}
-    content[columns.image] = [_with_bytes(value) for value in content[columns.image]]
+    content[source.visual] = [_with_bytes(value) for value in content[source.visual]]
     return datasets.Dataset.from_dict({**content, **scores}, features=features)
 
 
-def _with_bytes(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is None or value.get("bytes") is not None:
+def _with_bytes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_bytes(frame) for frame in value]
+    if not isinstance(value, dict) or value.get("bytes") is not None:
         return value
     path = Path(value.get("path") or "")
     return {"bytes": path.read_bytes(), "path": path.name} if path.is_file() else None
 
 
-def _report_missing(missing: Mapping[str, int], num_rows: int) -> None:
+def _report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:
     for name, count in missing.items():
         if count:
             logger.warning(
-                "%s: %d of %d rows have no score (an image that cannot be decoded, or a reward that gave none). "
+                "%s: %d of %d rows have no score (%s that cannot be decoded, or a reward that gave none). "
                 "Training leaves them out with `on_bad_sample='skip'`.",
-                *(name, count, num_rows),
+                *(name, count, num_rows, "an image" if medium == "image" else "a video"),
             )

@@ -1,12 +1,24 @@
 """Reward functions: what they look like, how pictures are scored, and the usual ones by name. Light to import."""
 
-from .base import RewardFacts, RewardFunction, reward_facts, reward_name, score_images
+from .base import (
+    Clip,
+    RewardFacts,
+    RewardFunction,
+    reward_facts,
+    reward_name,
+    reward_takes,
+    score_columns,
+    score_images,
+)
+from .frames import MeanOverFrames
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .loading import REWARDS, load_reward
 from .weighted import WeightedReward
 
 __all__ = [
     "REWARDS",
+    "Clip",
+    "MeanOverFrames",
     "RewardFacts",
     "RewardFunction",
     "WeightedReward",
@@ -15,5 +27,7 @@ __all__ = [
     "load_reward",
     "reward_facts",
     "reward_name",
+    "reward_takes",
+    "score_columns",
     "score_images",
 ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 _ROWS_SHOWN = 3
+
+Medium = Literal["images", "videos"]
 
 
 class RewardFunction(Protocol):
@@ -20,11 +22,32 @@ class RewardFunction(Protocol):
 
     Called with a batch of `n` pictures and `n` prompts, it returns `n` finite numbers; `None` stands for a picture
     that could not be scored. It must not depend on what else is in the batch.
+
+    A reward of videos says so by an attribute `takes = "videos"` and is called with a list of [`Clip`]s, lists of
+    frames, in place of the pictures. A reward that finds several numbers in one pass may have a method `columns`,
+    called like it (with empty lists too), that returns them as a dictionary of such lists: `""` for the score itself,
+    and the endings of the other columns (`"_vq"`).
     """
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture, or `None` for one that could not be scored."""
+    def __call__(self, images: list[Any], prompts: list[str], /) -> list[float | None]:
+        """Return one score a picture (or clip), or `None` for one that could not be scored."""
         ...
+
+
+class Clip(list[Image.Image]):
+    """
+    The frames of a video, upright and RGB, of one size, and how fast they are shown.
+
+    Args:
+        frames (`Iterable[PIL.Image.Image]`):
+            In order.
+        fps (`float`, *optional*):
+            Frames a second; `None` where that is not known.
+    """
+
+    def __init__(self, frames: Iterable[Image.Image] = (), fps: float | None = None) -> None:
+        super().__init__(frames)
+        self.fps = fps
 
 
 @dataclass(frozen=True)
@@ -83,9 +106,72 @@ def reward_name(reward: Callable[..., Any]) -> str:
     return reward_facts(reward).name
 
 
+def reward_takes(reward: Callable[..., Any]) -> Medium:
+    """
+    Return what a reward scores.
+
+    Args:
+        reward (`Callable`):
+            A function, a `functools.partial` of one, or an instance with `__call__`.
+
+    Returns:
+        `str`: `"videos"` where its attribute `takes` says so, else `"images"`.
+
+    Raises:
+        ValueError: for another value of `takes`.
+    """
+    takes: Any = getattr(reward, "takes", getattr(getattr(reward, "func", reward), "takes", "images"))
+    if takes not in get_args(Medium):
+        raise ValueError(
+            f"The reward {reward_name(reward)!r} has `takes = {takes!r}`; it must be 'images' or 'videos'."
+        )
+    return takes
+
+
+def score_columns(
+    reward: RewardFunction, images: Sequence[Any], prompts: Sequence[str], *, batch_size: int = 64
+) -> dict[str, list[float | None]]:
+    """
+    Score pictures or clips, and return all numbers that the reward finds.
+
+    Args:
+        reward (`RewardFunction`):
+            As in [`score_images`], with or without a method `columns`.
+        images (`Sequence`):
+            Pictures, or clips for a reward that takes videos.
+        prompts (`Sequence[str]`):
+            One prompt each.
+        batch_size (`int`, *optional*, defaults to 64):
+            Largest number a call.
+
+    Returns:
+        `dict[str, list[float | None]]`: `""` to what [`score_images`] returns, and the ending of each further column
+        to its numbers.
+
+    Raises:
+        ValueError, TypeError: as [`score_images`], for each column; and if `columns` returned no `""` or changed its
+            names.
+    """
+    columns = getattr(reward, "columns", None)
+    if columns is None:
+        return {"": score_images(reward, images, prompts, batch_size=batch_size)}
+    name = reward_name(reward)
+    found: dict[str, list[float | None]] = {}
+    for start in range(0, max(1, len(images)), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        returned = columns(list(images[start : start + batch_size]), batch)
+        if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
+            raise ValueError(
+                f"`columns` of the reward {name!r} must return a dictionary with always the same keys, '' among them."
+            )
+        for ending, values in returned.items():
+            found.setdefault(ending, []).extend(_checked(values, batch, start, name + ending))
+    return found
+
+
 def score_images(
     reward: RewardFunction,
-    images: Sequence[Image.Image],
+    images: Sequence[Any],
     prompts: Sequence[str],
     *,
     batch_size: int = 64,
@@ -99,7 +185,7 @@ def score_images(
             Called as `reward(images, prompts)` with lists of at most `batch_size`. A one-dimensional array or tensor
             is accepted as a result too.
         images (`Sequence[PIL.Image.Image]`):
-            The pictures.
+            The pictures, or clips (lists of frames) for a reward that takes videos.
         prompts (`Sequence[str]`):
             One prompt a picture.
         batch_size (`int`, *optional*, defaults to 64):
