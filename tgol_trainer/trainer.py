@@ -186,10 +186,10 @@ class TGOLTrainer(Trainer):
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
         settings = BackboneSettings(timesteps, args.train_guidance, args.num_frames)
         if str(model) in shapes.EMBEDDED and not Path(str(model)).exists():
-            load, *facts = shapes.EMBEDDED[str(model)]
+            load, note, code, arguments = shapes.EMBEDDED[str(model)]
             if options:
                 raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-            backbone = wrap_pipeline(load(), ModelOrigin(None, None, *facts), settings)
+            backbone = wrap_pipeline(load(), ModelOrigin(None, None, note, code, arguments), settings)
         else:
             backbone = load_backbone(model, options, settings)
         if args.n_gpu > 1:

@@ -52,15 +52,21 @@ class ModelOrigin:
             A plain phrase where there is no Hub id.
         loading_code (`str`, *optional*):
             Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
-        call_arguments (`str`, *optional*):
-            Python text of keyword arguments that suit the model, for the snippet of its card.
+        call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
+            Keyword arguments that suit the model where the pipeline's defaults do not, for the snippet of its card and
+            for pictures drawn during training.
     """
 
     hub_id: str | None = None
     revision: str | None = None
     note: str | None = None
     loading_code: str | None = None
-    call_arguments: str | None = None
+    call_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def call_text(self) -> str:
+        """`call_arguments` as Python text that follows a first argument."""
+        return "".join(f", {name}={value!r}" for name, value in self.call_arguments.items())
 
     @classmethod
     def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
@@ -351,5 +357,4 @@ class Backbone(abc.ABC):
         ]
 
     def _picture_lines(self, prompt: str) -> list[str]:
-        arguments = ", ".join([repr(prompt), *filter(None, [self.origin.call_arguments])])
-        return [f"image = pipe({arguments}).images[0]", 'image.save("sample.png")']
+        return [f"image = pipe({prompt!r}{self.origin.call_text}).images[0]", 'image.save("sample.png")']

@@ -131,8 +131,7 @@ class MeissonicBackbone(MaskedTokenBackbone):
     def _picture_lines(self, prompt: str) -> list[str]:
         side = self.native_resolution
         size = "" if side == 1024 else f", height={side}, width={side}"  # the pipeline's default is 1024
-        arguments = repr(prompt) + size + (f", {self.origin.call_arguments}" if self.origin.call_arguments else "")
-        return [f"image = pipe({arguments}).images[0]", 'image.save("sample.png")']
+        return [f"image = pipe({prompt!r}{size}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
 
 
 def loading_code(origin: ModelOrigin) -> str:

@@ -153,9 +153,8 @@ class WanBackbone(Backbone):
         return rows.normal("probe", torch.empty(1, 3, frames, side, side)).clamp(-1, 1)
 
     def _picture_lines(self, prompt: str) -> list[str]:
-        arguments = ", ".join([repr(prompt), *filter(None, [self.origin.call_arguments]), 'output_type="pil"'])
         return [
-            f"frames = pipe({arguments}).frames[0]",
+            f'frames = pipe({prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
             "try:",
             "    from diffusers.utils import export_to_video",
             "",

@@ -101,18 +101,18 @@ def _no_loading_bars() -> Iterator[None]:
 
 _LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
 
-EMBEDDED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+EMBEDDED: dict[str, tuple[Callable[[], Any], str, str, dict[str, Any]]] = {
     "shapes": (
         load_pipeline,
         "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)",
         _LOADING_CODE.format("load_pipeline"),
-        "num_inference_steps=15, guidance_scale=1.5",
+        {"num_inference_steps": 15, "guidance_scale": 1.5},
     ),
     "shapes-masked": (
         load_masked_pipeline,
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 pictures, 1.16 M parameters)",
         _LOADING_CODE.format("load_masked_pipeline"),
-        "num_inference_steps=12, guidance_scale=2.0",
+        {"num_inference_steps": 12, "guidance_scale": 2.0},
     ),
 }
 """Name for `TGOLTrainer(model=...)` to loader, a phrase for the card, code that loads it, arguments that suit it."""

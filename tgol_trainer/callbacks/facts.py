@@ -1,4 +1,4 @@
-"""What happens beside training: the start of an epoch, and gathering the facts that a card states."""
+"""Gathering the facts that a card states, at any moment of a run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from .adapters import POLICY, adapter_metadata
-from .card import CardFacts, DatasetFacts, Hyperparameter
-from .config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
-from .data import Labelling
+from tgol_trainer.adapters import POLICY, adapter_metadata
+from tgol_trainer.card import CardFacts, DatasetFacts, Hyperparameter
+from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
+from tgol_trainer.data import Labelling
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import Trainer
+    from transformers import Trainer, TrainerState
 
 _HUB_DATA = re.compile(r"^hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{7,40})/")
 
@@ -48,34 +45,6 @@ _TRAINING_FIELDS = (
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
 _NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "activation_checkpointing"}
-
-
-class EpochStart(TrainerCallback):
-    """
-    Call a function at the start of each epoch.
-
-    Args:
-        action (`Callable`):
-            Takes the epoch as Trainer counts it, fractional where training resumes inside one, and whether it is the
-            first since `train()` was called.
-    """
-
-    def __init__(self, action: Callable[[float, bool], None]) -> None:
-        self.action = action
-        self.first = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note that the next epoch is the first."""
-        self.first = True
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Run the action."""
-        self.action(state.epoch or 0.0, self.first)
-        self.first = False
 
 
 def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns: list[str]) -> DatasetFacts:
@@ -117,7 +86,7 @@ def _hardware(world_size: int) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
+    from tgol_trainer import __version__
 
     return {"tgol_trainer": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
