@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from peft import LoraConfig
 
 from tests.tiny import flux, stable_diffusion_3
-from tgol_trainer import adapters
+from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.backbones import BackboneSettings, load_backbone
 from tgol_trainer.backbones.base import flow_schedule
 from tgol_trainer.families import FlowFamily, RowGenerators, log_likelihood
@@ -197,3 +197,15 @@ def test_flux_cuts_pictures_that_are_not_square_as_the_pipeline_does():
     assert torch.equal(captured["img_ids"], positions)
     packed = backbone.denoiser(**captured)[0]
     assert torch.equal(output, FluxPipeline._unpack_latents(packed, 12, 20, 2))
+
+
+def test_density_and_guidance_of_the_run_reach_the_backbone(config, dataset):
+    backbone = TGOLTrainer(flux(), config(timestep_sampling="logit_normal", train_guidance=2.0), dataset).backbone
+    assert backbone.settings == BackboneSettings("logit_normal", 2.0)
+    assert TGOLTrainer(flux(), config(), dataset).backbone.settings == BackboneSettings(None, 3.5)
+
+
+def test_the_patches_of_sd3_count_in_the_multiple_of_the_resolution():
+    pipe = stable_diffusion_3()
+    pipe.transformer.register_to_config(patch_size=2)
+    assert load_backbone(pipe).resolution_multiple == 4

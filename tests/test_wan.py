@@ -1,9 +1,8 @@
-"""Wan 2.1 on a tiny random pipeline: likelihood, training, saving, and what generates videos and shows them."""
+"""What Wan 2.1 has and models of images have not: frames, precision, sizes, and what makes videos and shows them."""
 
 import logging
 import math
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.backbones import BackboneSettings, wrap_pipeline
 from tgol_trainer.data import DataError
 from tgol_trainer.evaluation import generate_images, generate_videos, save_contact_sheet
-from tgol_trainer.families import RowGenerators, log_likelihood
-from tgol_trainer.metrics import RECORD
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 GENERATION = {"num_frames": 5, "num_inference_steps": 2, "height": 16, "width": 32, "guidance_scale": 1.0}
@@ -54,21 +51,12 @@ def batch_of(trainer, rows=range(8)):
     return trainer.collator([trainer.train_dataset[row] for row in rows])
 
 
-def randomize(model, scale=0.05):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-
-
 # ---- The model ----
 
 
 def test_its_facts_are_those_of_the_pipeline():
     backbone = wrap_pipeline(wan())
-    assert (backbone.native_size, backbone.resolution_multiple, backbone.num_frames) == ((480, 832), 16, 81)
-    assert (backbone.pipeline_tag, backbone.denoiser_name) == ("text-to-video", "transformer")
-    assert backbone.count_long_prompts(["a" * 510, "a" * 511, "a"]) == (1, 512)
+    assert (backbone.num_frames, backbone.pipeline_tag) == (81, "text-to-video")
     assert backbone.family.density == "uniform"
     assert wrap_pipeline(wan(), settings=BackboneSettings("logit_normal")).family.density == "logit_normal"
 
@@ -126,70 +114,6 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them_for_generation():
     assert torch.equal(encoded_prompt, seen[0])
 
 
-def test_latents_are_less_their_mean_and_over_their_deviation_in_each_channel():
-    """(z - mean)/std, the inverse of what the pipeline does before it decodes."""
-    backbone = wrap_pipeline(wan(), settings=BackboneSettings(num_frames=5))
-    pixels = torch.rand(1, 3, 5, 16, 32) * 2 - 1
-    latents = backbone.encode_images(pixels, RowGenerators(0, 0, [0]), sample=False)
-    vae = backbone.pipeline.vae
-    assert latents.shape == (1, 16, 2, 2, 4)
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
-    with torch.no_grad():
-        torch.testing.assert_close(latents * std + mean, vae.encode(pixels).latent_dist.mode(), rtol=1e-5, atol=1e-5)
-    assert std.unique().numel() == 16
-
-
-# ---- The likelihood ----
-
-
-def test_the_log_ratio_of_an_untrained_adapter_is_exactly_zero(video_config, clips):
-    trainer = TGOLTrainer(wan(), video_config(), clips, peft_config=LORA)
-    trainer.model.train()
-    loss, record = trainer.compute_loss(trainer.model, batch_of(trainer), return_outputs=True)
-    record = dict(zip(RECORD, record.T, strict=True))
-    assert torch.equal(record["error"], record["reference_error"])
-    assert record["error"].min() > 0
-    assert loss.item() == pytest.approx(record["weight"].mean().item() * math.log(2), rel=1e-6)
-
-
-def test_the_log_likelihood_is_that_of_a_direct_computation_from_the_parts(video_config, clips):
-    """Tokens, encoder, autoencoder, noise and transformer by hand in float64; -mean((v - (ε - z))²)/T."""
-    trainer = TGOLTrainer(wan(), video_config(latent_sampling="mode"), clips, peft_config=LORA)
-    randomize(trainer.model)
-    backbone, batch = trainer.backbone, batch_of(trainer, range(3))
-    keys = RowGenerators(42, 0, batch["row_id"].tolist())
-    prompts = clips["prompt"][:3]
-    conditioning = backbone.condition(prompts, batch["geometry"], (16, 32))
-    latents = backbone.encode_images(batch["pixel_values"], keys, sample=False)
-    draw = backbone.family.draw(latents, keys)
-    with torch.no_grad():
-        error = backbone.family.error(backbone.predict(backbone.denoiser, draw, conditioning), draw)
-        with trainer.reference_policy() as reference:
-            reference_error = backbone.family.error(backbone.predict(reference, draw, conditioning), draw)
-    found = log_likelihood(backbone.family, error, 0.001)
-
-    pipe = backbone.pipeline
-    assert "lora" in str([name for name, _ in pipe.transformer.named_parameters()])
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=512, truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        text = pipe.text_encoder.double()(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        text = text * tokens.attention_mask[..., None]
-        vae = pipe.vae.double()
-        mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
-        z = (vae.encode(batch["pixel_values"].double()).latent_dist.mode() - mean) / std
-        noise = keys.normal("noise", z.float()).double()
-        place = (keys.uniform("timestep").double() * 1000).long()
-        s = (1000 - place) / 1000
-        sigma = (3 * s / (1 + 2 * s)).view(-1, 1, 1, 1, 1)
-        noised = (1 - sigma) * z + sigma * noise
-        transformer, base = pipe.transformer.double(), wan().transformer.double()
-        for model, expected in ((transformer, found), (base, -reference_error / 0.001)):
-            velocity = model(noised, 1000 * sigma.view(-1), text, return_dict=False)[0]
-            direct = -((velocity - (noise - z)) ** 2).mean((1, 2, 3, 4)) / 0.001
-            torch.testing.assert_close(expected.double(), direct, rtol=2e-4, atol=0)
-    assert (found + reference_error / 0.001).abs().max() > 0.1  # the adapter matters
-
-
 def test_a_bf16_base_keeps_its_float32_modules_and_trains_a_float32_adapter(video_config, clips, tmp_path, caplog):
     wan().save_pretrained(tmp_path / "wan")
     dtypes = {"dtype": {"default": "bfloat16", "vae": "float32"}}
@@ -238,24 +162,6 @@ def test_two_steps_on_videos_and_the_first_loss_is_the_mean_weight_times_ln_2(vi
     assert first["grad_norm"] > 0
 
 
-def test_steps_on_one_fixed_draw_lower_the_loss_pull_positives_nearer_and_push_negatives_away(video_config, clips):
-    trainer = TGOLTrainer(wan(), video_config(), clips)
-    optimizer = torch.optim.Adam([p for p in trainer.model.parameters() if p.requires_grad], lr=2e-3)
-    trainer.model.train()
-    batch, records, history = batch_of(trainer), [], []
-    for _ in range(9):
-        loss, record = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-        records.append(dict(zip(RECORD, record.T, strict=True)))
-    assert history[-1] < 0.97 * history[0]
-    change = records[-1]["error"] - records[-1]["reference_error"]
-    positive = records[-1]["label"] > 0.5
-    assert change[positive].mean() < 0 < change[~positive].mean()
-
-
 def test_a_mirrored_clip_is_mirrored_in_every_frame(video_config, clips, monkeypatch):
     trainer = TGOLTrainer(wan(), video_config(random_flip=True), clips)
     seen = []
@@ -270,44 +176,6 @@ def test_a_mirrored_clip_is_mirrored_in_every_frame(video_config, clips, monkeyp
     assert [one != other for one, other in zip(turned, same, strict=True)] == [True] * 8
     assert any(turned)
     assert any(same)
-
-
-def test_stopping_and_resuming_equals_never_having_stopped(video_config, clips):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = TGOLTrainer(wan(), video_config(**settings), clips, peft_config=LORA)
-    whole.train()
-    torch.manual_seed(12345)
-    resumed = TGOLTrainer(wan(), video_config(**settings), clips, peft_config=LORA)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
-    assert [line["loss"] for line in lines(resumed)] == [line["loss"] for line in lines(whole)]
-    again = resumed.model.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in whole.model.state_dict().items())
-
-
-def test_gradient_checkpointing_changes_no_loss(video_config, clips):
-    found = []
-    for on in (False, True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # older transformers call the flag so
-            args = video_config(gradient_checkpointing=on)
-        trainer = TGOLTrainer(wan(), args, clips, peft_config=LORA)
-        assert trainer.backbone.denoiser.is_gradient_checkpointing is on
-        trainer.train()
-        found.append([(line["loss"], line["grad_norm"]) for line in lines(trainer)])
-    assert found[0] == found[1]
-
-
-def test_a_saved_adapter_loads_into_a_fresh_pipeline_with_equal_output(video_config, clips, tmp_path):
-    trainer = TGOLTrainer(wan(), video_config(learning_rate=1e-2), clips, peft_config=LORA)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    fresh = wan()
-    base = wrap_pipeline(wan()).probe()
-    fresh.load_lora_weights(str(tmp_path / "saved"))
-    again = wrap_pipeline(fresh).probe()
-    assert (again - trainer.backbone.probe()).abs().max().item() == 0.0
-    assert (again - base).abs().max().item() > 1e-4
-    assert next(iter(fresh.transformer.peft_config.values())).lora_alpha == 8
 
 
 def test_streams_of_videos_train(video_config, clips):

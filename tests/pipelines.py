@@ -1,0 +1,241 @@
+"""The tiny pipeline of every family, and its likelihood once more from the formula and the raw components."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from tests import tiny
+from tests.conftest import scored_dataset
+from tgol_trainer.families import RowGenerators
+
+PROMPTS = ["a cat", "two dogs"]
+GEOMETRY = torch.tensor([[24, 20, 2, 0], [16, 32, 0, 8]])
+KEYS = RowGenerators(0, 0, [5, 6])
+
+
+def clip(tokenizer, encoder):
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    return encoder(tokens, output_hidden_states=True)
+
+
+def t5(tokenizer, encoder, length, masked=False):
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    if not masked:
+        return encoder(tokens.input_ids)[0]
+    return encoder(tokens.input_ids, tokens.attention_mask)[0] * tokens.attention_mask[..., None]
+
+
+def mean_square(difference):
+    return (difference**2).flatten(1).mean(1)
+
+
+def noised_by_ddpm(z):
+    """√ā·z + √(1-ā)·ε at t uniform on 0..999, with the β of Stable Diffusion; t; ε; and v = √ā·ε - √(1-ā)·z."""
+    t, noise = KEYS.integers("timestep", 1000), KEYS.normal("noise", z)
+    alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[t].view(-1, 1, 1, 1)
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    return signal * z + sigma * noise, t, noise, signal * noise - sigma * z
+
+
+def noised_by_flow(z, place, shift):
+    """(1-σ)·z + σ·ε and ε - z, with s = 1 - floor(1000·place)/1000 and σ = shift·s/(1 + (shift - 1)·s); σ (2,)."""
+    linear = 1 - (1000 * place).floor() / 1000
+    sigma = shift * linear / (1 + (shift - 1) * linear)
+    wide, noise = sigma.view(-1, *[1] * (z.dim() - 1)), KEYS.normal("noise", z)
+    return (1 - wide) * z + wide * noise, noise - z, sigma
+
+
+def sd_error(pipe, pixels, velocity=False):
+    x, t, noise, v = noised_by_ddpm(pipe.vae.encode(pixels).latent_dist.mode() * 0.18215)
+    text = clip(pipe.tokenizer, pipe.text_encoder).last_hidden_state
+    return mean_square(pipe.unet(x, t, text).sample - (v if velocity else noise))
+
+
+def sdxl_error(pipe, pixels):
+    x, t, noise, _ = noised_by_ddpm(pipe.vae.encode(pixels).latent_dist.mode() * 0.13025)
+    first, second = clip(pipe.tokenizer, pipe.text_encoder), clip(pipe.tokenizer_2, pipe.text_encoder_2)
+    text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+    times = torch.tensor([[24, 20, 2, 0, 16, 16], [16, 32, 0, 8, 16, 16]]).float()
+    added = {"text_embeds": second.text_embeds, "time_ids": times}
+    return mean_square(pipe.unet(x, t, text, added_cond_kwargs=added).sample - noise)
+
+
+def sd3_error(pipe, pixels):
+    z = (pipe.vae.encode(pixels).latent_dist.mode() - 0.0609) * 1.5305
+    first, second = clip(pipe.tokenizer, pipe.text_encoder), clip(pipe.tokenizer_2, pipe.text_encoder_2)
+    third = torch.zeros(2, 256, 64)
+    if pipe.text_encoder_3 is not None:
+        third = t5(pipe.tokenizer_3, pipe.text_encoder_3, 256)
+    text = torch.cat([torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), third], 1)
+    pooled = torch.cat([first.text_embeds, second.text_embeds], -1)
+    place = 1 / (1 + torch.exp(-KEYS.normal("timestep", torch.zeros(2))))
+    x, target, sigma = noised_by_flow(z, place, 3)
+    return mean_square(pipe.transformer(x, text, pooled, 1000 * sigma).sample - target)
+
+
+def flux_error(pipe, pixels):
+    z = (pipe.vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611
+    x, target, sigma = noised_by_flow(z, KEYS.uniform("timestep"), 1)
+    shape = z.shape
+    output = pipe.transformer(
+        FluxPipeline._pack_latents(x, *shape),
+        t5(pipe.tokenizer_2, pipe.text_encoder_2, 512),
+        clip(pipe.tokenizer, pipe.text_encoder).pooler_output,
+        sigma,
+        img_ids=FluxPipeline._prepare_latent_image_ids(2, shape[2] // 2, shape[3] // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(512, 3),
+        guidance=torch.tensor([3.5, 3.5]) if pipe.transformer.config.guidance_embeds else None,
+    ).sample
+    return mean_square(output - FluxPipeline._pack_latents(target, *shape))
+
+
+def wan_statistics(pipe):
+    return (torch.tensor(pipe.vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+
+
+def wan_error(pipe, pixels):
+    mean, std = wan_statistics(pipe)
+    z = (pipe.vae.encode(pixels).latent_dist.mode() - mean) / std
+    x, target, sigma = noised_by_flow(z, KEYS.uniform("timestep"), 3)
+    text = t5(pipe.tokenizer, pipe.text_encoder, 512, masked=True)
+    return mean_square(pipe.transformer(x, 1000 * sigma, text).sample - target)
+
+
+def masked_error(pipe, pixels, side=None):
+    """-(1/|M|)·Σ log p(code) with the codes nearest by brute force; `side` of Meissonic's grid, None for aMUSEd."""
+    vq = pipe.vqvae
+    features = vq.quant_conv(vq.encoder((pixels + 1) / 2)).permute(0, 2, 3, 1).reshape(2, 64, -1)
+    codes = torch.cdist(features, vq.quantize.embedding.weight[None]).argmin(-1)
+    assert len(codes.unique()) > 3
+    ratio = torch.cos(KEYS.uniform("mask_ratio") * math.pi / 2)
+    masked = codes.clone()
+    for row, generator in enumerate(KEYS.generators("mask")):
+        masked[row, torch.randperm(64, generator=generator) < max(1, round(64 * ratio[row].item()))] = 33
+    text = clip(pipe.tokenizer, pipe.text_encoder)
+    sizes = torch.tensor([[20.0, 24, 2, 0, 6], [32, 16, 0, 8, 6]])  # width, height, top, left, aesthetic score
+    inputs = masked.view(2, 8, 8), text.hidden_states[-2], text.text_embeds
+    if side is None:
+        logits = pipe.transformer(*inputs, sizes)
+    else:
+        places = torch.tensor([[0.0, y, x] for y in range(side) for x in range(side)])
+        logits = pipe.transformer(*inputs, 1000 * ratio, places, torch.zeros(77, 3), micro_conds=sizes)
+    true = logits.permute(0, 2, 3, 1).reshape(2, 64, 32).softmax(-1).gather(-1, codes[..., None])[..., 0].log()
+    return -torch.stack([true[row, masked[row] == 33].mean() for row in range(2)])
+
+
+# ---- The way back from latents, as the pipelines decode ----
+
+
+def kl_round_trip(pipe, latents, pixels):
+    config = pipe.vae.config
+    return pipe.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample, pipe.vae(
+        pixels
+    ).sample
+
+
+def wan_round_trip(pipe, latents, pixels):
+    mean, std = wan_statistics(pipe)
+    return pipe.vae.decode(latents * std + mean).sample, pipe.vae(pixels).sample
+
+
+def code_round_trip(pipe, ids, pixels):
+    decoded = pipe.vqvae.decode(ids, force_not_quantize=True, shape=(*ids.shape, 8)).sample
+    return decoded, pipe.vqvae((pixels + 1) / 2).sample
+
+
+def load_lora(pipe, folder):
+    pipe.load_lora_weights(folder)
+
+
+def load_into_transformer(pipe, folder):
+    """The two lines of the card."""
+    weights = "pytorch_lora_weights.safetensors"
+    pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=weights)
+
+
+def four_pictures() -> Dataset:
+    return scored_dataset(num_rows=4)
+
+
+def four_clips() -> Dataset:
+    """Four random clips of six frames, 16 high and 32 wide, as arrays."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4, 6, 16, 32, 3), dtype=np.uint8)
+    columns = {"prompt": [f"clip {i % 3}" for i in range(4)], "score": rng.normal(size=4)}
+    return Dataset.from_dict({**columns, "video": list(frames)})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What differs between families."""
+
+    build: Callable[[], DiffusionPipeline]
+    error: Callable
+    """Scores two pictures (or clips) and PROMPTS, (2,), without the code that is tested."""
+    pixels: tuple[int, ...] = (3, 16, 16)
+    latents: tuple[int, ...] = (4, 8, 8)
+    sizes: tuple[tuple[int, int], int] = ((16, 16), 2)
+    """The model's own height and width, and what sides are multiples of."""
+    long_prompts: tuple[int, int] = (2, 77)
+    """How many of three prompts of 32, 227 and 602 tokens (T5: 61, 301, 801) are cut, and the limit."""
+    temperature: float = 0.001
+    """1 where T does not apply."""
+    round_trip: Callable = kl_round_trip
+    load: Callable = load_lora
+    dataset: Callable[[], Dataset] = four_pictures
+    settings: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of generation."""
+    learning_rate: float = 1e-3
+
+
+_SD3 = {"error": sd3_error, "long_prompts": (2, 256)}
+_FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4)}
+_MASKED = {
+    "latents": (8, 8),
+    "temperature": 1.0,
+    "round_trip": code_round_trip,
+    "load": load_into_transformer,
+    "learning_rate": 3e-2,
+}
+_HALVED = {**_MASKED, "sizes": ((16, 16), 4)}
+_WAN_SIZE = {"height": 16, "width": 32, "num_frames": 5}
+
+FAMILIES = {
+    "sd": Facts(tiny.stable_diffusion, sd_error),
+    "sd v": Facts(partial(tiny.stable_diffusion, "v_prediction"), partial(sd_error, velocity=True)),
+    "sdxl": Facts(tiny.stable_diffusion_xl, sdxl_error),
+    "sd3": Facts(tiny.stable_diffusion_3, **_SD3),
+    "sd3.5": Facts(partial(tiny.stable_diffusion_3, "3.5"), **_SD3),
+    "flux": Facts(tiny.flux, **_FLUX),
+    "flux without guidance": Facts(partial(tiny.flux, guidance_embeds=False), **_FLUX),
+    "wan": Facts(
+        tiny.wan,
+        wan_error,
+        pixels=(3, 5, 16, 32),
+        latents=(16, 2, 2, 4),
+        sizes=((480, 832), 16),
+        long_prompts=(1, 512),
+        round_trip=wan_round_trip,
+        dataset=four_clips,
+        settings={"resolution": "16x32", "num_frames": 5},
+        call=_WAN_SIZE,
+    ),
+    "amused": Facts(tiny.amused, masked_error, **_MASKED),
+    "meissonic": Facts(tiny.meissonic, partial(masked_error, side=8), **_MASKED),
+}
+"""One entry a family: every test of `test_backbones.py` and `test_quantization.py` runs on it."""
+
+VARIANTS = FAMILIES | {
+    "sd3 without T5": Facts(partial(tiny.stable_diffusion_3, t5=False), sd3_error),
+    "amused, halved grid": Facts(partial(tiny.amused, True), masked_error, **_HALVED),
+    "meissonic, halved grid": Facts(partial(tiny.meissonic, True), partial(masked_error, side=4), **_HALVED),
+}
+"""Also what is another conditioning or grid, but trains as its family does."""
