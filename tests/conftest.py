@@ -1,6 +1,8 @@
 """What every test needs: no network, one thread, quiet libraries."""
 
 import os
+import sys
+from pathlib import Path
 
 # Read when huggingface_hub and datasets are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -63,3 +65,18 @@ def config(tmp_path):
         return TGOLConfig(**{**settings, **overrides})
 
     return make
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder like a clone of Meissonic's repository, with the stand-in's code; `src` is forgotten afterwards."""
+    from tests import meissonic_standin
+
+    source = tmp_path / "clone" / "src"
+    source.mkdir(parents=True)
+    (source / "transformer.py").write_text(Path(meissonic_standin.__file__).read_text())
+    (source / "scheduler.py").write_text("from src.transformer import Scheduler  # noqa: F401\n")
+    (source / "pipeline.py").write_text("from src.transformer import Pipeline  # noqa: F401\n")
+    yield tmp_path / "clone"
+    for name in [name for name in sys.modules if name == "src" or name.startswith("src.")]:
+        del sys.modules[name]

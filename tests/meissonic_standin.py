@@ -5,6 +5,9 @@ inside, one timestep a row, attention modules without the `head_dim` that diffus
 checkpointing by a flag in train mode, and a pipeline without LoRA methods that takes one generator.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from diffusers import AmusedScheduler, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
@@ -156,3 +159,12 @@ class Pipeline(DiffusionPipeline):
         shape = (len(prompts), *size, self.vqvae.config.latent_channels)
         images = self.vqvae.decode(latents, force_not_quantize=True, shape=shape).sample.clip(0, 1)
         return ImagePipelineOutput(self.image_processor.postprocess(images, output_type))
+
+
+def as_published(pipeline: Pipeline, folder: Path) -> Path:
+    """Write the stand-in as its authors' Hub repository has it: classes from `src`."""
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer": ["src.transformer", "Transformer2DModel"], "scheduler": ["src.scheduler", "Scheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

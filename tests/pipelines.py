@@ -197,7 +197,8 @@ class Facts:
 
 
 _SD3 = {"error": sd3_error, "long_prompts": (2, 256)}
-_FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4)}
+# Loaded from a folder, the pipeline's own size is what FluxPipeline says, 128 latents.
+_FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4), "settings": {"resolution": 16}}
 _MASKED = {
     "latents": (8, 8),
     "temperature": 1.0,

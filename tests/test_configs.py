@@ -1,12 +1,11 @@
 """`tgol train --config` takes each settings file, its model replaced by a tiny twin and its data by a few rows."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests import meissonic_standin, tiny
+from tests import tiny
 from tests.conftest import scored_dataset
 from tests.test_wan import clips  # noqa: F401 - a fixture
 from tgol_trainer.cli import main
@@ -36,19 +35,6 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A folder like a clone of Meissonic's repository, with the stand-in's code; `src` is forgotten afterwards."""
-    source = tmp_path / "clone" / "src"
-    source.mkdir(parents=True)
-    (source / "transformer.py").write_text(Path(meissonic_standin.__file__).read_text())
-    (source / "scheduler.py").write_text("from src.transformer import Scheduler  # noqa: F401\n")
-    (source / "pipeline.py").write_text("from src.transformer import Pipeline  # noqa: F401\n")
-    yield tmp_path / "clone"
-    for name in [name for name in sys.modules if name == "src" or name.startswith("src.")]:
-        del sys.modules[name]
 
 
 def test_every_settings_file_has_a_tiny_twin():

@@ -1,8 +1,6 @@
 """Meissonic's own matters: the authors' repository, look-alikes of its names; and the cards of both families."""
 
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers import Transformer2DModel as DiffusersTransformer
 from PIL import Image
 
-from tests import meissonic_standin
+from tests.meissonic_standin import as_published
 from tests.tiny import amused, meissonic, stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.backbones import ModelOrigin, load_backbone, load_meissonic, wrap_pipeline
@@ -18,28 +16,6 @@ from tgol_trainer.backbones import ModelOrigin, load_backbone, load_meissonic, w
 
 def logged(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A folder like a clone of Meissonic's repository, with the stand-in's code; `src` is forgotten afterwards."""
-    source = tmp_path / "clone" / "src"
-    source.mkdir(parents=True)
-    (source / "transformer.py").write_text(Path(meissonic_standin.__file__).read_text())
-    (source / "scheduler.py").write_text("from src.transformer import Scheduler  # noqa: F401\n")
-    (source / "pipeline.py").write_text("from src.transformer import Pipeline  # noqa: F401\n")
-    yield tmp_path / "clone"
-    for name in [name for name in sys.modules if name == "src" or name.startswith("src.")]:
-        del sys.modules[name]
-
-
-def as_published(folder):
-    """Write the tiny Meissonic as its authors' Hub repository has it: classes from `src`."""
-    meissonic().save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"transformer": ["src.transformer", "Transformer2DModel"], "scheduler": ["src.scheduler", "Scheduler"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 def test_attention_gets_the_head_dim_that_newer_diffusers_read_and_keeps_one_it_has():
@@ -52,7 +28,7 @@ def test_attention_gets_the_head_dim_that_newer_diffusers_read_and_keeps_one_it_
 
 
 def test_a_folder_is_loaded_with_the_code_of_the_repository_after_the_opt_in(repository, config, dataset, tmp_path):
-    base = as_published(tmp_path / "base")
+    base = as_published(meissonic(), tmp_path / "base")
     options = {"meissonic_repository": str(repository), "trust_remote_code": True}
     path = list(sys.path)
     trainer = TGOLTrainer(str(base), config(max_steps=2, model_init_kwargs=options), dataset)
@@ -79,7 +55,7 @@ def test_no_code_of_the_repository_runs_without_the_opt_in(repository, tmp_path)
 
 def test_without_the_repository_the_way_to_load_meissonic_is_named(repository, tmp_path):
     with pytest.raises(ValueError, match=r"meissonic_repository.*trust_remote_code.*docs/meissonic\.md"):
-        load_backbone(as_published(tmp_path / "base"))
+        load_backbone(as_published(meissonic(), tmp_path / "base"))
 
 
 def test_a_folder_that_is_no_clone_names_the_files_it_lacks(tmp_path):
@@ -110,7 +86,7 @@ def test_a_src_elsewhere_on_the_path_does_not_win_and_a_failed_import_leaves_not
     monkeypatch.syspath_prepend(elsewhere.parent)
     if init:
         (repository / "src" / "__init__.py").write_text("")
-    base, good = as_published(tmp_path / "base"), (repository / "src" / "pipeline.py").read_text()
+    base, good = as_published(meissonic(), tmp_path / "base"), (repository / "src" / "pipeline.py").read_text()
     (repository / "src" / "pipeline.py").write_text("import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         load_meissonic(base, meissonic_repository=repository, trust_remote_code=True)
@@ -165,7 +141,7 @@ def test_other_pipelines_called_pipeline_are_refused_with_what_differs(changes, 
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
 def test_the_snippet_of_the_card_runs_as_written(build, full, config, dataset, tmp_path, monkeypatch, repository):
     """Only the places it names are exchanged: Hub id, clone, and the folder it is run in."""
-    base = as_published(tmp_path / "base") if build is meissonic else tmp_path / "base"
+    base = as_published(meissonic(), tmp_path / "base") if build is meissonic else tmp_path / "base"
     if build is amused:
         amused().save_pretrained(base)
     trainer = TGOLTrainer(build(), config(max_steps=2, full_finetuning=full, learning_rate=1e-2), dataset)

@@ -8,6 +8,8 @@ _LINES = (
     # bitsandbytes without the optional package `kernels`; it then uses its own routine
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
     ("bitsandbytes.cextension", "Failed to load CPU gemm_4bit_forward"),
+    # 8-bit layers say so in each call of each layer; that they compute in float16 is how they are made
+    ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast"),
     # adapters here are of the denoiser alone, so there is nothing for the text encoder
     ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel"),
     ("diffusers.loaders.peft", "No LoRA keys associated to CLIPTextModel"),

@@ -107,9 +107,9 @@ def load_backbone(
             Hub id, local folder, or a loaded pipeline.
         model_init_kwargs (`dict`, *optional*):
             Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`, and by
-            component, `{"default": "bfloat16", "vae": "float32"}`), `revision`,
-            `variant`, ... With `meissonic_repository`, a clone of Meissonic's repository, and
-            `trust_remote_code=True`, passed to [`load_meissonic`] instead.
+            component, `{"default": "bfloat16", "vae": "float32"}`; float32 by default), `revision`, `variant`,
+            `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
+            and `trust_remote_code=True`, passed to [`load_meissonic`] instead.
         settings ([`BackboneSettings`], *optional*):
             Choices of the run.
 
@@ -129,6 +129,8 @@ def load_backbone(
                 "pass a Hub id or folder, or load the pipeline with these arguments yourself."
             )
         return wrap_pipeline(model, settings=settings)
+    if "quantization_config" in options:
+        options.setdefault("dtype", "float32")  # else diffusers makes the layers that are not quantised float16
     if "dtype" in options:
         parts = options["dtype"] if isinstance(options["dtype"], dict) else {"default": options["dtype"]}
         read = {part: _read_dtype(value) for part, value in parts.items()}

@@ -302,8 +302,8 @@ class Backbone(abc.ABC):
         self.denoiser.enable_gradient_checkpointing()
 
     def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
-        """Pixels of one small random picture in [-1, 1], for `probe`."""
-        side = self.native_resolution
+        """Pixels (1, 3, H, W) of one random picture in [-1, 1], for `probe`; far smaller than the model's own size."""
+        side = min(self.native_resolution, 8 * self.resolution_multiple)  # UNets halve latents up to three times
         return rows.normal("probe", torch.empty(1, 3, side, side)).clamp(-1, 1)
 
     def probe(self) -> torch.Tensor:

@@ -29,7 +29,7 @@ _ARGUMENTS = {"hidden_states", "encoder_hidden_states", "pooled_projections", "t
 _ARGUMENTS |= {"micro_conds"}
 _FIELDS = {"vocab_size", "codebook_size", "downsample"}
 _HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-_MODEL_OPTIONS = {*_HUB_OPTIONS, "dtype", "variant", "use_safetensors"}
+_MODEL_OPTIONS = {*_HUB_OPTIONS, "dtype", "variant", "use_safetensors", "quantization_config"}
 
 
 class MeissonicBackbone(MaskedTokenBackbone):
@@ -211,7 +211,8 @@ def load_meissonic(
             Must be `True`: says that you have looked at that code or trust it.
         options:
             `dtype` (float32 by default; also by component, `{"default": ..., "vqvae": ...}`), `variant`, `revision`,
-            `use_safetensors`, `cache_dir`, `token`, `local_files_only`, `force_download`, as in `from_pretrained`.
+            `use_safetensors`, `cache_dir`, `token`, `local_files_only`, `force_download`, as in `from_pretrained`;
+            `quantization_config`, of the transformer.
 
     Returns:
         `diffusers.DiffusionPipeline`: the repository's `Pipeline`.
@@ -233,6 +234,7 @@ def load_meissonic(
     from diffusers import VQModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+    quantized = {"quantization_config": options.pop("quantization_config", None)}
     dtype = options.pop("dtype", None)
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
@@ -240,15 +242,15 @@ def load_meissonic(
         code = {name: importlib.import_module(f"src.{name}") for name in ("transformer", "scheduler", "pipeline")}
     source = str(model)
 
-    def weights(kind: Any, part: str) -> Any:
+    def weights(kind: Any, part: str, **more: Any) -> Any:
         chosen = dtypes.get(part, dtypes.get("default")) or torch.float32
-        return kind.from_pretrained(source, subfolder=part, dtype=chosen, **options)
+        return kind.from_pretrained(source, subfolder=part, dtype=chosen, **options, **more)
 
     pipeline = code["pipeline"].Pipeline(
         vqvae=weights(VQModel, "vqvae"),
         tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub),
         text_encoder=weights(CLIPTextModelWithProjection, "text_encoder"),
-        transformer=weights(code["transformer"].Transformer2DModel, "transformer"),
+        transformer=weights(code["transformer"].Transformer2DModel, "transformer", **quantized),
         scheduler=code["scheduler"].Scheduler.from_pretrained(source, subfolder="scheduler", **hub),
     )
     set_head_dim(pipeline.transformer)
