@@ -29,13 +29,12 @@ def plain_errors() -> Iterator[None]:
     """Turn an error that names its cause and remedy into that message alone and exit code 1."""
     from tgol_trainer.data import DataError
     from tgol_trainer.thresholds import ThresholdError
-    from tgol_trainer.trainer import TrainingDivergedError
 
     try:
         yield
-    except (DataError, ThresholdError, TrainingDivergedError) as error:
+    except (DataError, ThresholdError) as error:
         raise _plain(error) from error
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         # Our own refusals say what to change; the same types from other libraries need their traceback.
         if not _raised_here(error):
             raise

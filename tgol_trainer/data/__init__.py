@@ -1,8 +1,11 @@
 """The data contract: prompt, image or video, and score rows, checked before training and collated to tensors."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tgol_trainer.data.checks import check_columns
-from tgol_trainer.data.collator import Collator, decode_prompts
-from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, prepare_dataset, stream_scores
 from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_image, to_pixels
 from tgol_trainer.data.labels import Labelling, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
@@ -20,6 +23,10 @@ from tgol_trainer.data.videos import (
     sample_frames,
     video_pixels,
 )
+
+if TYPE_CHECKING:
+    from tgol_trainer.data.collator import Collator, decode_prompts
+    from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, prepare_dataset, stream_scores
 
 __all__ = [
     "PROMPT_SETS",
@@ -54,3 +61,16 @@ __all__ = [
     "to_pixels",
     "video_pixels",
 ]
+
+# What needs torch, which takes seconds to import, is imported when it is asked for: commands that only look at data
+# start without it.
+_WITH_TORCH = {
+    **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
+    **dict.fromkeys(("DataReport", "ScoredDataset", "ScoredStream", "prepare_dataset", "stream_scores"), "datasets"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

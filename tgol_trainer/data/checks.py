@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from typing import Any
 
 import datasets
-import torch
 
 from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.rows import CAST_SCORE, CAST_SCORE_WITH_BLANKS, Columns, read_score
@@ -63,6 +63,7 @@ def check_columns(
     name: str = "train_dataset",
     *,
     scored: bool = True,
+    shown: bool = True,
 ) -> None:
     """
     Check that a dataset has the columns and, where its features are known, that their types fit. No row is decoded.
@@ -76,6 +77,8 @@ def check_columns(
             The argument it was given as, for messages.
         scored (`bool`, *optional*, defaults to `True`):
             Whether the score column is needed.
+        shown (`bool`, *optional*, defaults to `True`):
+            Whether the column of images or videos is needed.
 
     Raises:
         DataError: for another class, a missing column, pairs instead of single images, or a type that does not fit.
@@ -88,18 +91,21 @@ def check_columns(
             "or remove it: `dataset = dataset.with_format(None)`."
         )
     present = _column_names(dataset, name)
-    roles = {"prompt": columns.prompt, columns.medium: columns.visual} | ({"score": columns.score} if scored else {})
+    roles = {"prompt": columns.prompt, columns.medium: columns.visual, "score": columns.score}
+    roles = {role: column for role, column in roles.items() if {"prompt": True, "score": scored}.get(role, shown)}
     missing = [role for role, column in roles.items() if column not in present]
     features = dataset.features
-    _refuse_other_medium(present, features, columns, name)
+    if shown:
+        _refuse_other_medium(present, features, columns, name)
     if set(missing) & {"image", "score"}:
         _refuse_pairs(present, columns, name, missing)
     if missing:
         raise _missing_columns(present, roles, missing, name)
     if features is not None:  # a stream after `map` does not know them; its rows are checked as they come
         check_prompt_type(features[columns.prompt], columns.prompt, name)
-        check_visual = check_image_type if columns.video is None else check_video_type
-        check_visual(features[columns.visual], columns.visual, name)
+        if shown:
+            check_visual = check_image_type if columns.video is None else check_video_type
+            check_visual(features[columns.visual], columns.visual, name)
         if scored:
             check_score_type(dataset, columns.score, name)
 
@@ -119,6 +125,8 @@ def check_class(dataset: Any, name: str) -> None:
     """
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return
+    import torch
+
     kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}".removeprefix("builtins.")
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         splits = list(dataset)
@@ -179,16 +187,21 @@ def _refuse_other_medium(present: list[str], features: Any, columns: Columns, na
 
 def _missing_columns(present: list[str], roles: dict[str, str], missing: list[str], name: str) -> DataError:
     free = [column for column in present if column not in roles.values()]
-    lines = []
+    lines, flags = [], []
     for role in missing:
-        guess = next((column for column in _SYNONYMS[role] if column in free), None)
+        guess = next(
+            (column for column in _SYNONYMS[role] if column in free),
+            next(iter(difflib.get_close_matches(roles[role], free, n=1)), None),
+        )
         source = guess or f"your_{role}_column"
+        flags.append(f"--{role}_column {source}")
         lines.append(f'dataset = dataset.rename_column("{source}", "{roles[role]}")')
     named = " and ".join(f"{roles[role]!r} ({role})" for role in missing)
-    needed = f"{'a video' if 'video' in roles else 'an image'}{' and a score' if 'score' in roles else ''}"
+    needed = [f"{'an' if role == 'image' else 'a'} {role}" for role in roles]
     return DataError(
-        f"{name}: no column {named}; the columns are {present}. Every row needs a prompt, {needed}. "
-        f"Rename yours, or give its name in Columns({', '.join(f'{role}=...' for role in missing)}):\n"
+        f"{name}: no column {named}; the columns are {present}. Every row needs "
+        f"{', '.join(needed[:-1])} and {needed[-1]}. Give the name of yours in Columns("
+        f"{', '.join(f'{role}=...' for role in missing)}) or, on a command line, `{' '.join(flags)}`; or rename it:\n"
         + "\n".join(lines)
     )
 

@@ -7,11 +7,13 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
 
 # What Pillow raises for broken files, over its many formats: UnidentifiedImageError is an OSError, a bad PNG chunk a
 # SyntaxError, a bad TIFF tag anything from a KeyError to a struct.error.
@@ -191,6 +193,8 @@ def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.Tensor`: (3, height, width), float32, -1 for black and 1 for white, contiguous.
     """
+    import torch
+
     if image.mode != "RGB":
         image = open_image(image)
     height, width = resolution

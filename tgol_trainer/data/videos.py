@@ -8,13 +8,15 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 
 from tgol_trainer.data.images import DataError, ImageError, crop_offset, open_image, to_pixels
+
+if TYPE_CHECKING:
+    import torch
 
 Result = TypeVar("Result")
 
@@ -221,6 +223,8 @@ def video_pixels(
         `tuple[torch.Tensor, tuple]`: (3, num_frames, height, width) float32 in -1..1; and height, width, top and left
         of the crop as in [`Collator`]'s `geometry`.
     """
+    import torch
+
     sizes: list[tuple[int, int]] = []
 
     def pixels(frame: Image.Image) -> torch.Tensor:

@@ -1,9 +1,16 @@
 """Fixed-seed generation, paired comparison of scores, and the plots and tables that show both."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
-from .generation import generate_images, generate_videos, makes_videos
 from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
+
+if TYPE_CHECKING:
+    from .generation import generate_images, generate_videos, makes_videos
 
 __all__ = [
     "Comparison",
@@ -18,3 +25,11 @@ __all__ = [
     "save_score_histogram",
     "write_metrics",
 ]
+
+_OF_GENERATION = ("generate_images", "generate_videos", "makes_videos")  # needs torch, see `tgol_trainer.data`
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_GENERATION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".generation", __name__), name)

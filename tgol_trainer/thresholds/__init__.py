@@ -1,14 +1,17 @@
-"""Scores to thresholds: percentile, fixed value, ties, one-sided labels, score normalisation, weights. NumPy only."""
+"""Scores to thresholds: percentile, ties, groups, oracle, normalisation, weights, uncertainty. NumPy only."""
 
 from .base import Threshold, ThresholdError
+from .counts import GroupCounts, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization
 from .oracle import OracleThresholds, estimate_oracle_thresholds
 from .percentile import apply_threshold, estimate_threshold
 from .running import RunningPercentile
+from .uncertainty import ThresholdInterval, bootstrap_interval, bootstrap_thresholds
 from .weights import WeightSummary, summarize_weights
 
 __all__ = [
+    "GroupCounts",
     "GroupStatistic",
     "GroupThresholds",
     "NormalizationMethod",
@@ -17,8 +20,12 @@ __all__ = [
     "ScoreNormalization",
     "Threshold",
     "ThresholdError",
+    "ThresholdInterval",
     "WeightSummary",
     "apply_threshold",
+    "bootstrap_interval",
+    "bootstrap_thresholds",
+    "count_groups",
     "estimate_group_thresholds",
     "estimate_oracle_thresholds",
     "estimate_threshold",

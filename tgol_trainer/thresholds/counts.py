@@ -1,0 +1,75 @@
+"""Labels by group (a prompt, a style, a source): how many rows are positive, and which groups are one-sided."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCounts:
+    """
+    Counts of the labels of G groups.
+
+    Args:
+        num_rows (`np.ndarray`):
+            (G,) int64.
+        num_positive (`np.ndarray`):
+            (G,) int64, rows at or above the threshold.
+        mean (`np.ndarray`):
+            (G,) float64, mean score.
+        threshold (`np.ndarray`):
+            (G,) float64, mean τ of the group's rows: its own where groups have their own.
+    """
+
+    num_rows: np.ndarray
+    num_positive: np.ndarray
+    mean: np.ndarray
+    threshold: np.ndarray
+
+    def __len__(self) -> int:
+        return self.num_rows.size
+
+    @property
+    def several(self) -> np.ndarray:
+        """(G,) bool, groups of at least two rows."""
+        return self.num_rows > 1
+
+    @property
+    def one_sided(self) -> np.ndarray:
+        """(G,) bool, groups of at least two rows whose labels are all equal."""
+        return self.several & ((self.num_positive == 0) | (self.num_positive == self.num_rows))
+
+    def one_sided_by_chance(self) -> float:
+        """Share of the groups of several rows that would be one-sided if labels fell on rows at random."""
+        sizes, positives = self.num_rows[self.several], self.num_positive[self.several]
+        if not sizes.size:
+            return 0.0
+        rate = positives.sum() / sizes.sum()
+        return float(np.mean(rate**sizes + (1 - rate) ** sizes))
+
+
+def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.ndarray) -> GroupCounts:
+    """
+    Count labels by group.
+
+    Args:
+        groups (`np.ndarray`):
+            (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
+        scores (`np.ndarray`):
+            (N,) float64.
+        threshold (`float` or `np.ndarray`):
+            τ, or (N,) one a row where groups have their own.
+
+    Returns:
+        [`GroupCounts`]
+    """
+    num_rows = np.bincount(groups)
+    own = np.ndim(threshold) > 0
+    return GroupCounts(
+        num_rows=num_rows,
+        num_positive=np.bincount(groups[scores >= threshold], minlength=num_rows.size),
+        mean=np.bincount(groups, weights=scores) / num_rows,
+        threshold=np.bincount(groups, weights=threshold) / num_rows if own else np.full(num_rows.size, threshold),
+    )
