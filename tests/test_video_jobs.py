@@ -209,7 +209,7 @@ def test_a_reward_of_images_is_averaged_over_frames_when_asked_and_refused_when_
     with pytest.raises(
         DataError, match=r"'redness' scores images, and 'video' is a column of videos.*my_reward\.takes"
     ):
-        score(dataset_of(encoded), tmp_path / "a", [redness])
+        score(dataset_of(encoded), tmp_path / "b", [redness])
     assert score(dataset_of(encoded), tmp_path / "b", [redness, length], mean_over_frames=3) == {
         "redness": 0,
         "length": 0,

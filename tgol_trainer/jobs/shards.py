@@ -58,7 +58,7 @@ class Shards:
 
     def _claim(self, record: Path, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))  # as it will be read back
-        if record.exists():
+        if record.exists() and any(self.folder.rglob("*.parquet")):  # of a start that made nothing, nothing is kept
             before = json.loads(record.read_text(encoding="utf-8"))
             changed = sorted(name for name in before.keys() | settings if before.get(name) != settings.get(name))
             if changed:
@@ -70,7 +70,7 @@ class Shards:
                     f"`output_dir`: {self.folder} was begun with other settings:\n{lines}\n"
                     "Give these again to continue it, or another `output_dir`."
                 )
-        elif self.data.is_dir() and any(self.data.iterdir()):
+        elif not record.exists() and self.data.is_dir() and any(self.data.iterdir()):
             raise DataError(f"`output_dir`: {self.data} holds files of something else. Give another `output_dir`.")
         self.data.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
