@@ -12,6 +12,9 @@ from PIL import Image
 
 from .base import RewardFacts
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the colours, in 0..1, by which CLIP normalises pictures."""
 _CACHED_PROMPTS = 1024
 
 
@@ -31,7 +34,7 @@ def rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
     return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
 
 
-def same_number(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+def same_number(images: Sequence[Any], prompts: Sequence[str]) -> None:
     """Raise a `ValueError` unless there is one prompt a picture."""
     if len(images) != len(prompts):
         raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")

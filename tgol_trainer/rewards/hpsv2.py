@@ -14,12 +14,9 @@ from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, read_weights
-from .clip import ClipReward
+from .clip import MEAN, STD, ClipReward
 
 logger = logging.getLogger(__name__)
-
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _NAMES = {
@@ -221,4 +218,4 @@ def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
             )
         top, left = (size - height) // 2, (size - width) // 2
         square[:, top : top + height, left : left + width] = pixels[0]
-    return (squares - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+    return (squares - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -19,6 +19,7 @@ REWARDS: dict[str, str] = {
     "imagereward": "tgol_trainer.rewards.imagereward:ImageReward",
     "clip": "tgol_trainer.rewards.clip:ClipScore",
     "aesthetic": "tgol_trainer.rewards.aesthetic:AestheticScore",
+    "videoreward": "tgol_trainer.rewards.videoreward:VideoReward",
     "jpeg_compressibility": "tgol_trainer.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "tgol_trainer.rewards.jpeg:jpeg_incompressibility",
     "background_darkness": "tgol_trainer.shapes:background_darkness",

@@ -1,0 +1,433 @@
+"""VideoReward: visual quality, motion quality and text alignment of a video, from a Qwen2-VL with a linear head."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import math
+import re
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from .base import Medium, RewardFacts
+from .checkpoints import build, find_file, read_weights
+from .clip import rgb, same_number
+from .video_patches import chosen_frames, frame_size, patches_of
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("VQ", "MQ", "TA")
+_TOKENS = tuple(f"<|{name}_reward|>" for name in NAMES)
+_VIDEO = "<|video_pad|>"
+# Mean and standard deviation of each score on the authors' data, where `model_config.json` does not tell them.
+_STATISTICS = {
+    **{"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811},
+    **{"TA_mean": 2.8105, "TA_std": 2.5121},
+}
+_MAX_RATIO = 200
+_TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+_TEMPLATE_FILE = "prompt_template.py"
+_TEMPLATE_URL = (
+    "https://raw.githubusercontent.com/KwaiVGI/VideoAlign/3e5ebc600aebc4d28300e9132b0a23ee8e1bc47c/" + _TEMPLATE_FILE
+)
+_LORA = re.compile(r"(.+)\.lora_A\.default\.weight")
+
+
+def merged_weights(
+    weights: Mapping[str, torch.Tensor], *, alpha: float, rslora: bool, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """
+    Add the LoRA of the published file to its base and rename all weights to those of [`VideoRewardModel`].
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`):
+            By the names of `model.pth`: those of PEFT around transformers 4.45's Qwen2-VL, of any size.
+        alpha (`float`):
+            Numerator of the LoRA's factor; its rank is read from the weights.
+        rslora (`bool`):
+            Whether the denominator is the root of the rank instead of the rank.
+        dtype (`torch.dtype`):
+            Of the result; products are made in fp32.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the weights of `lm_head`, which play no part in the score, are dropped; a name that
+        is not known stays as it is.
+    """
+    merged = dict(weights)
+    for name in weights:
+        found = _LORA.fullmatch(name)
+        base, up = (f"{found[1]}.base_layer.weight", f"{found[1]}.lora_B.default.weight") if found else ("", "")
+        if base in merged and up in merged:
+            down, rise = merged.pop(name).float(), merged.pop(up).float()
+            factor = alpha / (math.sqrt(down.shape[0]) if rslora else down.shape[0])
+            merged[base] = merged[base].float() + factor * (rise @ down)
+    renamed = {}
+    for name, tensor in merged.items():
+        new = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if new == "lm_head.weight":
+            continue
+        if new.startswith("visual."):
+            new = "model." + new
+        elif new.startswith("model."):
+            new = "model.language_model." + new.removeprefix("model.")
+        renamed[new] = tensor.to(torch.float32 if new == "rm_head.weight" else dtype)
+    return renamed
+
+
+def qwen2_vl_2b(vocab_size: int) -> Any:
+    """
+    Return the `Qwen2VLConfig` of Qwen2-VL-2B.
+
+    Args:
+        vocab_size (`int`):
+            Number of tokens, which the authors set to that of the tokenizer.
+
+    Returns:
+        `Qwen2VLConfig`
+    """
+    from transformers import Qwen2VLConfig
+
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+    return Qwen2VLConfig(text_config=text, vision_config=vision)
+
+
+class VideoRewardModel(torch.nn.Module):
+    """
+    Qwen2-VL without its language head, and the head that reads the scores.
+
+    Positions are those that the authors' code gives: plainly 0, 1, 2, ... in all three axes instead of Qwen2-VL's own
+    ones, and with rotary frequencies that were rounded to bfloat16 when the authors cast the whole model.
+
+    Args:
+        config (`Qwen2VLConfig`):
+            Sizes.
+        output_dim (`int`):
+            Numbers that the head gives a token: one, or one a score.
+    """
+
+    def __init__(self, config: Any, output_dim: int) -> None:
+        super().__init__()
+        from transformers import Qwen2VLModel
+
+        self.model = Qwen2VLModel(config)
+        self.rm_head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
+        theta = config.text_config.rope_parameters["rope_theta"]
+        for module, base in ((self.model.language_model.rotary_emb, theta), (self.model.visual.rotary_pos_emb, 1e4)):
+            for name, buffer in list(module.named_buffers()):
+                size = buffer.shape[0]
+                exponents = torch.arange(size, dtype=torch.float32, device="cpu") / size
+                setattr(module, name, (1 / base**exponents).bfloat16().float())
+
+    def forward(
+        self, ids: torch.Tensor, patches: torch.Tensor, grid: torch.Tensor, video_id: int, score_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """
+        Return the head's numbers of one video.
+
+        Args:
+            ids (`torch.Tensor`):
+                (length,) token ids, `video_id` once for each patch that is left after merging.
+            patches (`torch.Tensor`):
+                (number, values) from [`patches_of`].
+            grid (`torch.Tensor`):
+                (1, 3), patches in time, height and width.
+            video_id (`int`):
+                Token that stands for a patch.
+            score_ids (`Sequence[int]`):
+                Tokens at which the scores are read.
+
+        Returns:
+            `torch.Tensor`: (len(score_ids),), fp32.
+        """
+        embeddings = self.model.language_model.embed_tokens(ids)
+        embeddings[ids == video_id] = self.model.visual(patches, grid_thw=grid).pooler_output.to(embeddings.dtype)
+        # Without `position_ids` the language model counts plainly; Qwen2VLModel would make its own.
+        hidden = self.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+        places = torch.cat([(ids == score_id).nonzero()[:, 0] for score_id in score_ids])
+        numbers = self.rm_head(hidden[places].float())
+        return numbers[:, 0] if numbers.shape[1] == 1 else numbers.diagonal()
+
+
+def read_template(path: str | Path) -> str:
+    """
+    Read the question that is put to the model from the authors' `prompt_template.py`, without running the file.
+
+    Args:
+        path (`str` or `Path`):
+            The file of the repository KwaiVGI/VideoAlign.
+
+    Returns:
+        `str`: with `{text_prompt}` where the prompt belongs.
+
+    Raises:
+        ValueError: if the file does not hold this text.
+    """
+    try:
+        statements = ast.parse(Path(path).read_text(encoding="utf-8")).body
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as Python source: {error}. Give {_TEMPLATE_URL}.") from error
+    for statement in statements:
+        names = [target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)]
+        if isinstance(statement, ast.Assign) and _TEMPLATE_NAME in names and isinstance(statement.value, ast.Constant):
+            text = str(statement.value.value)
+            if all(text.count(part) == 1 for part in (*_TOKENS, "{text_prompt}")):
+                return text
+    raise ValueError(f"{path} holds no text {_TEMPLATE_NAME} with {', '.join(_TOKENS)}. Give {_TEMPLATE_URL}.")
+
+
+def _find_template(folder: str | Path) -> Path:
+    """Return the file beside the weights, or a copy that is fetched once."""
+    if (Path(folder).expanduser() / _TEMPLATE_FILE).is_file():
+        return Path(folder).expanduser() / _TEMPLATE_FILE
+    from huggingface_hub import cached_assets_path
+
+    cached = cached_assets_path("tgol_trainer", namespace="videoreward") / _TEMPLATE_FILE
+    if not cached.is_file():
+        try:
+            with urllib.request.urlopen(_TEMPLATE_URL, timeout=60) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise OSError(
+                f"The question that VideoReward is asked could not be had from {_TEMPLATE_URL} "
+                f"({type(error).__name__}: {error}). Where there is no network, lay this file beside "
+                "model_config.json or pass its path: template=..."
+            ) from error
+        cached.write_bytes(content)
+    return cached
+
+
+class VideoReward:
+    """
+    VideoReward: visual quality (VQ), motion quality (MQ) and text alignment (TA) of a video; the score is their sum.
+
+    About two frames a second are looked at, so the frame rate of a clip matters: that of a [`Clip`] is used, or else
+    `fps`. A clip of fewer than two frames, one that is 200 times as long as wide, and a prompt that holds the model's
+    own tokens have no score. Clips are computed one after the other; prompts are not cut.
+
+    Source: Liu et al., 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13918), code VideoAlign.
+
+    Args:
+        model ([`VideoRewardModel`]):
+            On the device and in the dtype to compute with; its head in fp32. It is put in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Of Qwen2-VL, with the three score tokens.
+        template (`str`):
+            The question, from [`read_template`].
+        statistics (`Mapping[str, float]`, *optional*):
+            `VQ_mean`, `VQ_std` and so on.
+        sampling_fps (`float`, *optional*, defaults to 2.0):
+            Frames a second to look at.
+        max_pixels (`int`, *optional*, defaults to 200704):
+            Largest area of a frame.
+        fps (`float`, *optional*, defaults to 16.0):
+            Frames a second of clips that do not tell; 16 is Wan 2.1's.
+        facts ([`RewardFacts`], *optional*):
+            What the scores are.
+    """
+
+    default_source: ClassVar[str] = "KlingTeam/VideoReward"
+    name: ClassVar[str] = "videoreward"
+    scale: ClassVar[str] = "VQ + MQ + TA, each standardised, higher is better"
+    takes: ClassVar[Medium] = "videos"
+
+    def __init__(
+        self,
+        model: VideoRewardModel,
+        tokenizer: Any,
+        template: str,
+        *,
+        statistics: Mapping[str, float] = _STATISTICS,
+        sampling_fps: float = 2.0,
+        max_pixels: int = 200_704,
+        fps: float = 16.0,
+        facts: RewardFacts | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.template = template
+        self.statistics = dict(statistics)
+        self.sampling_fps, self.max_pixels, self.fps = sampling_fps, max_pixels, fps
+        self.facts = facts or RewardFacts(self.name, scale=self.scale)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        filename: str = "checkpoint-11352/model.pth",
+        tokenizer: str | Path = "Qwen/Qwen2-VL-2B-Instruct",
+        template: str | Path | None = None,
+        config: Any = None,
+        fps: float = 16.0,
+    ) -> VideoReward:
+        """
+        Load the published weights and merge their LoRA.
+
+        Args:
+            source (`str` or `Path`, *optional*):
+                Hub repository or folder with `model_config.json`; `KlingTeam/VideoReward` by default.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+                Where to compute.
+            dtype (`torch.dtype`, *optional*):
+                Of the model; `torch.float32` by default, while the authors use `torch.bfloat16`. The head stays in
+                fp32.
+            filename (`str`, *optional*, defaults to `"checkpoint-11352/model.pth"`):
+                Name of the weights in the repository or the folder.
+            tokenizer (`str` or `Path`, *optional*, defaults to `"Qwen/Qwen2-VL-2B-Instruct"`):
+                Repository or folder of the tokenizer of Qwen2-VL.
+            template (`str` or `Path`, *optional*):
+                The authors' `prompt_template.py`, which holds the question put to the model and is not run. By default
+                the one beside `model_config.json`, or else it is fetched once from their repository.
+            config (`Qwen2VLConfig`, *optional*):
+                Sizes of the model; Qwen2-VL-2B by default.
+            fps (`float`, *optional*, defaults to 16.0):
+                Frames a second of clips that do not tell.
+
+        Returns:
+            [`VideoReward`]
+
+        Raises:
+            ValueError: if the file does not hold exactly the weights of this model, or `model_config.json` asks for
+                another way of scoring.
+        """
+        from transformers import AutoTokenizer
+
+        source = str(source or cls.default_source)
+        if Path(source).expanduser().is_file():
+            raise ValueError(f"`source`: {source} is a file; give the folder with model_config.json and {filename}.")
+        settings = _read_settings(find_file(source, "model_config.json", revision=revision)[0])
+        path, commit = find_file(source, filename, revision=revision)
+        words = AutoTokenizer.from_pretrained(str(tokenizer))
+        words.add_tokens(list(_TOKENS), special_tokens=True)
+        question = read_template(template or _find_template(source))
+        lora = settings["peft_lora_config"]
+        weights = merged_weights(
+            read_weights(path),
+            alpha=float(lora.get("lora_alpha", 128)),
+            rslora=bool(lora.get("use_rslora", False)),
+            dtype=dtype or torch.float32,
+        )
+        sizes, outputs = config or qwen2_vl_2b(len(words)), int(settings["model_config"].get("output_dim", 1))
+        model = build(lambda: VideoRewardModel(sizes, outputs), weights, path)
+        data = settings["data_config"]
+        return cls(
+            model.to(device),  # not its dtype: that would round the frequencies
+            words,
+            question,
+            statistics=_STATISTICS | settings["inference_config"],
+            sampling_fps=float(data.get("fps") or 2.0),
+            max_pixels=int(data.get("max_frame_pixels") or 200_704),
+            fps=fps,
+            facts=RewardFacts(cls.name, source, commit, cls.scale),
+        )
+
+    def __call__(self, videos: list[list[Image.Image]], prompts: list[str], /) -> list[float | None]:
+        """Return one score a video, the sum of the three, as [`RewardFunction`] says."""
+        return self.columns(videos, prompts)[""]
+
+    def columns(self, videos: list[list[Image.Image]], prompts: list[str]) -> dict[str, list[float | None]]:
+        """
+        Return the sum and the three scores of each video, from one pass.
+
+        Args:
+            videos (`list[list[PIL.Image.Image]]`):
+                Frames of each video, best as [`Clip`]s.
+            prompts (`list[str]`):
+                One prompt a video.
+
+        Returns:
+            `dict[str, list[float | None]]`: `""` for the sum, `"_vq"`, `"_mq"` and `"_ta"`.
+        """
+        same_number(videos, prompts)
+        found = [self._scores(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        columns: dict[str, list[float | None]] = {"": [None if scores is None else sum(scores) for scores in found]}
+        for index, name in enumerate(NAMES):
+            columns[f"_{name.lower()}"] = [None if scores is None else scores[index] for scores in found]
+        return columns
+
+    @torch.no_grad()
+    def _scores(self, video: list[Image.Image], prompt: str) -> list[float] | None:
+        chosen = chosen_frames(len(video), getattr(video, "fps", None) or self.fps, self.sampling_fps)
+        if not chosen or max(video[0].size) > _MAX_RATIO * min(video[0].size):
+            return None
+        vision = self.model.model.config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        patches, grid = patches_of(
+            rgb([video[index] for index in chosen]),
+            frame_size(video[0].height, video[0].width, self.max_pixels, side),
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size,
+        )
+        places = len(patches) // vision.spatial_merge_size**2
+        text = self._question(prompt, places)
+        ids = torch.tensor(self.tokenizer(text)["input_ids"])
+        video_id, *score_ids = self.tokenizer.convert_tokens_to_ids([_VIDEO, *_TOKENS])
+        counts = [int((ids == token).sum()) for token in (video_id, *score_ids)]
+        if counts != [places, 1, 1, 1]:
+            logger.warning("No VideoReward for the prompt %r: it holds tokens that the model reserves.", prompt[:80])
+            return None
+        like = self.model.model.visual.patch_embed.proj.weight
+        raw = self.model(
+            ids.to(like.device), patches.to(like.device, like.dtype), grid.to(like.device), video_id, score_ids
+        )
+        return [
+            (value - self.statistics[f"{name}_mean"]) / self.statistics[f"{name}_std"]
+            for name, value in zip(NAMES, raw.double().tolist(), strict=True)
+        ]
+
+    def _question(self, prompt: str, places: int) -> str:
+        """Return the conversation in the form of Qwen2-VL, with room for the patches of the video."""
+        question = self.template.replace("{text_prompt}", prompt)
+        return (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            f"<|im_start|>user\n<|vision_start|>{_VIDEO * places}<|vision_end|>{question}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+
+
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Download it again.") from error
+    names = ("data_config", "model_config", "peft_lora_config", "inference_config")
+    settings = {name: dict(read.get(name) or {}) for name in names}
+    known: dict[str, dict[str, Any]] = {
+        "data_config": {"sample_type": "uniform", "prompt_template_type": "detailed_special", "num_frames": None},
+        # With these the authors' code reads the scores at them, whatever `reward_token` says.
+        "model_config": {"use_special_tokens": True},
+    }
+    for part, values in known.items():
+        for name, value in values.items():
+            if settings[part].get(name, value) != value:
+                raise ValueError(
+                    f"{path}: {part}.{name} is {settings[part][name]!r}; only {value!r}, as KlingTeam/VideoReward has "
+                    "it, is supported."
+                )
+    return settings
