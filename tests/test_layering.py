@@ -29,6 +29,7 @@ LAYERS = {
     "evaluation": 3,
     "config": 3,
     "callbacks": 4,
+    "exports": 4,
     "jobs": 4,
     "saving": 4,
     "trainer": 5,

@@ -143,6 +143,28 @@ def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[
         )
 
 
+def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY) -> None:
+    """
+    Load a saved adapter as anyone would, with diffusers alone.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            Changed in place.
+        denoiser (`str`):
+            Name of the component that carries the adapter.
+        source (`str`):
+            Folder or Hub id.
+        adapter (`str`, *optional*, defaults to `"default"`):
+            Name to load it under.
+    """
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(source, adapter_name=adapter)
+    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
+        getattr(pipeline, denoiser).load_lora_adapter(
+            source, prefix=denoiser, adapter_name=adapter, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
+        )
+
+
 def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
     """
     Start the policy from a saved adapter.
@@ -166,12 +188,7 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
     model = getattr(pipeline, denoiser)
     for name in names:
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(source, adapter_name=name)
-        else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
-            model.load_lora_adapter(
-                source, prefix=denoiser, adapter_name=name, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
-            )
+        load_weights(pipeline, denoiser, source, adapter=name)
     if POLICY not in (getattr(model, "peft_config", None) or {}):
         raise ValueError(
             f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."

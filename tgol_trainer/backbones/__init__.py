@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .amused import AmusedBackbone
 from .base import Backbone, BackboneSettings, ModelOrigin
 from .flux import FluxBackbone
+from .licenses import hub_license
 from .meissonic import MeissonicBackbone, load_meissonic
 from .quantization import denoiser_quantization
 from .stable_diffusion import StableDiffusionBackbone
@@ -44,6 +45,7 @@ __all__ = [
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
     "WanBackbone",
+    "hub_license",
     "load_backbone",
     "load_meissonic",
     "wrap_pipeline",

@@ -13,6 +13,8 @@ import torch
 
 from tgol_trainer.families import Draw, Family, RowGenerators
 
+from .licenses import folder_license
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
@@ -55,6 +57,8 @@ class ModelOrigin:
         call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
             Keyword arguments that suit the model where the pipeline's defaults do not, for the snippet of its card and
             for pictures drawn during training.
+        license (`dict[str, str]`, *optional*, defaults to `{}`):
+            `license`, `license_name` and `license_link` of a local folder's own card.
     """
 
     hub_id: str | None = None
@@ -62,6 +66,7 @@ class ModelOrigin:
     note: str | None = None
     loading_code: str | None = None
     call_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    license: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def call_text(self) -> str:
@@ -72,7 +77,7 @@ class ModelOrigin:
     def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
         """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""
         if Path(source).expanduser().exists() or not _HUB_ID.match(source):
-            return cls(note="a local folder whose name is not recorded")
+            return cls(note="a local folder whose name is not recorded", license=folder_license(source))
         from huggingface_hub import try_to_load_from_cache
 
         copy = try_to_load_from_cache(source, file, revision=revision)
@@ -344,6 +349,22 @@ class Backbone(abc.ABC):
         load = f'{type(self.denoiser).__name__}.from_pretrained({location!r}, subfolder="{name}")'
         lines = [f"from diffusers import {type(self.denoiser).__name__}", *self._loading_lines()]
         return "\n".join([*lines, f"pipe.{name} = {load}", *self._picture_lines(prompt)])
+
+    def peft_usage(self, location: str, prompt: str) -> str:
+        """The same for an adapter in PEFT's own format saved under `location`."""
+        name = self.denoiser_name
+        load = f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {location!r})"
+        lines = ["from peft import PeftModel", *self._loading_lines(), load]
+        return "\n".join([*lines, *self._picture_lines(prompt)])
+
+    def merged_usage(self, location: str, prompt: str) -> str:
+        """The same for a complete pipeline saved under `location`, with the trained weights in it."""
+        lines = [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({location!r})",
+        ]
+        return "\n".join([*lines, *self._picture_lines(prompt)])
 
     def _loading_lines(self) -> list[str]:
         if self.origin.loading_code:

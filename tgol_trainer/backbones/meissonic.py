@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.machinery
 import importlib.util
@@ -121,6 +122,11 @@ class MeissonicBackbone(MaskedTokenBackbone):
         load = f'pipe.transformer = type(pipe.transformer).from_pretrained({location!r}, subfolder="transformer")'
         fix = ["from tgol_trainer.backbones.meissonic import set_head_dim", ""]
         lines = [*fix, *self._loading_lines(), load, "set_head_dim(pipe.transformer)"]
+        return "\n".join([*lines, *self._picture_lines(prompt)])
+
+    def merged_usage(self, location: str, prompt: str) -> str:
+        """The snippet of the base class, loaded with the authors' code."""
+        lines = loading_code(dataclasses.replace(self.origin, hub_id=location, revision=None)).splitlines()
         return "\n".join([*lines, *self._picture_lines(prompt)])
 
     def _loading_lines(self) -> list[str]:

@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from tgol_trainer.adapters import POLICY, adapter_metadata
+from tgol_trainer.backbones import hub_license
 from tgol_trainer.card import CardFacts, DatasetFacts, Hyperparameter
 from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
 from tgol_trainer.data import Labelling
@@ -149,10 +150,12 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
         datasets=trainer.dataset_facts,
         threshold=threshold,
         weights=weights,
+        **(hub_license(origin.hub_id, origin.revision) if origin.hub_id else origin.license),
         adapter=adapter,
         full_finetuning=args.full_finetuning,
         hyperparameters=_hyperparameters(args, batch),
         training=_training(trainer.state),
+        example_prompt=trainer.example_prompt,
         usage=usage(hub_id or ".", prompt),
         hardware=_hardware(args.world_size),
         versions=_versions(),

@@ -1,6 +1,6 @@
 """The model card: facts of a run to README.md, with data escaped and a person's edits kept. Imports no torch."""
 
-from .facts import CardFacts, DatasetFacts, EvaluationRow, Hyperparameter, Picture
+from .facts import CardFacts, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter, Picture
 from .rendering import SECTIONS
 from .writing import FACTS_NAME, read_facts, render_card, update_card, write_card
 
@@ -10,6 +10,7 @@ __all__ = [
     "CardFacts",
     "DatasetFacts",
     "EvaluationRow",
+    "ExportRow",
     "Hyperparameter",
     "Picture",
     "read_facts",

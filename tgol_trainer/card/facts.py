@@ -93,6 +93,37 @@ class Picture:
 
 
 @dataclasses.dataclass
+class ExportRow:
+    """
+    One export that was read back and compared with what was trained.
+
+    Args:
+        format (`str`): `diffusers`, `peft`, `comfyui` or `merged`.
+        files (`list[str]`, *optional*, defaults to `[]`): Names of its files or folders, relative to the card.
+        dtype (`str`, *optional*): Precision of its tensors.
+        weight (`float`, *optional*, defaults to 1.0): Strength that the adapter was exported with.
+        num_tensors (`int`, *optional*): Tensors of the file, all of them matched.
+        weights_equal (`bool`, *optional*): Whether the weights read back are those trained, bit for bit.
+        difference (`float`, *optional*): Largest difference of the denoiser's output from the trained one's.
+        effect (`float`, *optional*): Largest difference between the outputs of the trained and the base model.
+        picture_difference (`float`, *optional*):
+            Mean difference of one picture of equal prompt and seed, in grey levels of 0 to 255.
+        note (`str`, *optional*): How to use it, or how it was checked.
+    """
+
+    format: str
+    files: list[str] = dataclasses.field(default_factory=list)
+    dtype: str | None = None
+    weight: float = 1.0
+    num_tensors: int | None = None
+    weights_equal: bool | None = None
+    difference: float | None = None
+    effect: float | None = None
+    picture_difference: float | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass
 class CardFacts:
     """
     What a model card states. Every field may stay empty; a section without facts is left out of the card.
@@ -107,6 +138,8 @@ class CardFacts:
         pipeline_class (`str`, *optional*): Name of the diffusers pipeline class.
         pipeline_tag (`str`, *optional*, defaults to `"text-to-image"`): Task on the Hub.
         license (`str`, *optional*): License identifier, only where known.
+        license_name (`str`, *optional*): Its name, where the identifier is `other`.
+        license_link (`str`, *optional*): Where its text is, where the identifier is `other`.
         datasets (`list[DatasetFacts]`, *optional*, defaults to `[]`): Training data.
         threshold (`dict[str, Any]`, *optional*, defaults to `{}`):
             `value`, `source`, `percentile`, `num_positive`, `num_negative`, `num_ties`, `moved_from`, `normalization`
@@ -116,13 +149,17 @@ class CardFacts:
         adapter (`dict[str, Any]`, *optional*, defaults to `{}`):
             Adapter configuration: `r`, `lora_alpha`, `target_modules` and so on.
         full_finetuning (`bool`, *optional*, defaults to `False`): Whether all weights were trained, not an adapter.
+        merged (`bool`, *optional*, defaults to `False`):
+            Whether the folder is a complete pipeline with the trained weights in it.
         hyperparameters (`list[Hyperparameter]`, *optional*, defaults to `[]`): Settings of the run.
         training (`dict[str, Any]`, *optional*, defaults to `{}`):
             `steps`, `epochs`, `train_seconds`; every other key is a final metric.
         evaluations (`list[EvaluationRow]`, *optional*, defaults to `[]`): One row a score.
         evaluation_note (`str`, *optional*): How the evaluation was made: level of the intervals, seeds, sampler.
         pictures (`list[Picture]`, *optional*, defaults to `[]`): Before-and-after pictures.
+        example_prompt (`str`, *optional*): A prompt of the training data, for examples.
         usage (`str`, *optional*, defaults to `""`): Python source that loads the model and makes an image.
+        exports (`list[ExportRow]`, *optional*, defaults to `[]`): Exports that were checked.
         hardware (`str`, *optional*): What it was trained on.
         versions (`dict[str, str]`, *optional*, defaults to `{}`): Package name to version.
         limits (`list[str]`, *optional*, defaults to `[]`): Known limits, a sentence each.
@@ -137,17 +174,22 @@ class CardFacts:
     pipeline_class: str | None = None
     pipeline_tag: str | None = "text-to-image"
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     datasets: list[DatasetFacts] = dataclasses.field(default_factory=list)
     threshold: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     full_finetuning: bool = False
+    merged: bool = False
     hyperparameters: list[Hyperparameter] = dataclasses.field(default_factory=list)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluations: list[EvaluationRow] = dataclasses.field(default_factory=list)
     evaluation_note: str | None = None
     pictures: list[Picture] = dataclasses.field(default_factory=list)
+    example_prompt: str | None = None
     usage: str = ""
+    exports: list[ExportRow] = dataclasses.field(default_factory=list)
     hardware: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     limits: list[str] = dataclasses.field(default_factory=list)
@@ -195,6 +237,7 @@ _PARTS: dict[str, Any] = {
     "hyperparameters": Hyperparameter,
     "evaluations": EvaluationRow,
     "pictures": Picture,
+    "exports": ExportRow,
 }
 
 

@@ -17,7 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from .facts import CardFacts
 
-SECTIONS = "title", "pictures", "usage", "threshold", "evaluation", "hyperparameters", "training", "limits", "citation"
+SECTIONS: tuple[str, ...] = ("title", "pictures", "usage", "exports", "threshold", "evaluation", "hyperparameters")
+SECTIONS += ("training", "limits", "citation")
 TEMPLATE_NAME = "model_card_template.md"
 
 _TOKEN = re.compile(r"(?:hf_(?:oauth_)?|api_org_)[A-Za-z0-9]{17,}")
@@ -160,7 +161,7 @@ def _title(data: Mapping[str, Any]) -> str:
         last = re.split(r"[\\/](?=\S)", _one_line(name or "").rstrip("\\/"))[-1]
         if last.strip(".~"):
             return last
-    return "TGO fine-tuned model" if data["full_finetuning"] else "TGO adapter"
+    return "TGO fine-tuned model" if data["full_finetuning"] or data["merged"] else "TGO adapter"
 
 
 def _model_index(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -180,13 +181,17 @@ def _model_index(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def card_metadata(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of checked facts, in the order in which it is written."""
-    tags = [None if data["full_finetuning"] else "lora", "tgol", "trl", data["pipeline_tag"]]
+    adapter = not (data["full_finetuning"] or data["merged"])
+    other = data["license"] == "other"  # only then does the Hub read name and link
+    tags = ["lora" if adapter else None, "tgol", "trl", data["pipeline_tag"]]
     metadata = {
         "base_model": data["base_id"],
-        "base_model_relation": data["base_id"] and ("finetune" if data["full_finetuning"] else "adapter"),
+        "base_model_relation": data["base_id"] and ("adapter" if adapter else "finetune"),
         "library_name": "diffusers",
         "pipeline_tag": _one_line(data["pipeline_tag"] or ""),
         "license": _one_line(data["license"] or ""),
+        "license_name": _one_line((other and data["license_name"]) or ""),
+        "license_link": _one_line((other and data["license_link"]) or ""),
         "tags": [_one_line(tag) for tag in tags if tag],
         "datasets": list(dict.fromkeys(item["hub_id"] for item in data["datasets"] if item["hub_id"])),
         "widget": [

@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "generate": "make pictures of prompts, in resumable shards, for scoring",
     "score": "add a column a reward to a dataset of pictures, in resumable shards",
     "convert": "make one row per image with a score from comparisons, ratings or thumbs",
+    "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",
     "train": "train an adapter from a dataset with prompt, image and score columns",
 }
 """Subcommand, which is also the name of its module here, to what it does."""

@@ -101,7 +101,7 @@ def _no_loading_bars() -> Iterator[None]:
 
 _LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
 
-EMBEDDED: dict[str, tuple[Callable[[], Any], str, str, dict[str, Any]]] = {
+EMBEDDED: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
     "shapes": (
         load_pipeline,
         "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)",

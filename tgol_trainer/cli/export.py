@@ -1,0 +1,108 @@
+"""`tgol export`: trained weights in another format, read back and compared with what was trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .console import plain_errors, set_up_logging
+
+_FORMATS = ("diffusers", "peft", "comfyui", "merged")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError('a JSON object is needed, such as \'{"variant": "fp16"}\'')
+    return value
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tgol export",
+        description="Write trained weights in another format, load that into a fresh base model, compare its output "
+        "with the trained one, and put the result into the export's card. Nothing is written if they differ.",
+    )
+    parser.add_argument("directory", type=Path, help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=_FORMATS,
+        help="diffusers: for pipe.load_lora_weights; peft: for PeftModel.from_pretrained; comfyui: one file for "
+        "models/loras; merged: a complete pipeline that needs no PEFT",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="new folder for the export and its card; for comfyui also the directory itself (default: the directory's "
+        "name and the format, beside it)",
+    )
+    parser.add_argument("--model_name_or_path", help="base model (default: the one that the directory's card records)")
+    parser.add_argument("--model_revision", help="its revision on the Hub (default: the recorded one)")
+    parser.add_argument(
+        "--model_init_kwargs", type=_json_object, default={}, help="JSON object for loading it, such as a variant"
+    )
+    parser.add_argument(
+        "--weight", type=float, default=1.0, help="strength that the adapter is written with (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="precision of what is written (default: %(default)s)"
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
+    args = parser.parse_args(argv)
+    if args.output_dir is None:
+        resolved = args.directory.resolve()
+        args.output_dir = args.directory.parent / f"{resolved.name}-{args.format}"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Export from a command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Options; by default those of the process.
+
+    Returns:
+        `int`: 0.
+    """
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+
+    from tgol_trainer.exports import export
+
+    diffusers_logging.set_verbosity_error()  # "No LoRA keys" of the text encoders, which were not trained
+    diffusers_logging.disable_progress_bar()
+    if args.model_revision is not None:
+        args.model_init_kwargs["revision"] = args.model_revision
+    with plain_errors():
+        row = export(
+            args.directory,
+            args.output_dir,
+            args.format,
+            model_name_or_path=args.model_name_or_path,
+            weight=args.weight,
+            dtype=getattr(torch, args.dtype),
+            model_init_kwargs=args.model_init_kwargs,
+            device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
+        )
+    matched = f"{row.num_tensors} tensors matched, none left over. " if row.num_tensors is not None else ""
+    equal = "Weights equal bit for bit. " if row.weights_equal else ""
+    print(f"Saved to {args.output_dir}: {', '.join(row.files)}")
+    print(
+        f"Read back into a fresh model: {matched}{equal}Largest difference from the trained output "
+        f"{row.difference:.2g} (training moved it by {row.effect:.2g}), mean difference of a picture "
+        f"{row.picture_difference:.2g} of 255."
+    )
+    return 0

@@ -1,0 +1,232 @@
+"""What a model does, measured before and after an export."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from tgol_trainer import adapters
+from tgol_trainer.backbones import Backbone
+from tgol_trainer.card import ExportRow
+from tgol_trainer.evaluation import generate_images, generate_videos
+from tgol_trainer.families import RowGenerators
+
+from .comfyui import LoraModule, lora_modules
+from .formats import adapter_state
+
+# Rounding of one forward pass, as a share of the largest output: what equal weights may differ by when sums are taken
+# in another order.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Precisions an export can have, to the share of the largest output that may be lost to rounding."""
+
+SHARE_OF_EFFECT = 0.01
+"""The share of training's own effect that an export may differ by."""
+
+_STEPS = 2
+
+
+class ExportError(ValueError):
+    """What was read back is not what was trained; nothing was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """
+    What a model gives.
+
+    Args:
+        output (`torch.Tensor`):
+            Float32 on the CPU, of the denoiser on a fixed input.
+        picture (`np.ndarray`):
+            One picture, or the frames of a clip, 0 to 255.
+    """
+
+    output: torch.Tensor
+    picture: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """
+    What a trained model is and gives, kept while the model itself is not.
+
+    Args:
+        observation ([`Observation`]):
+            What it gives.
+        effect (`float`):
+            Largest difference of its output from the base model's.
+        state (`dict[str, torch.Tensor]`):
+            The adapter's tensors under PEFT's names, on the CPU, in the precision of the export; empty without one.
+        modules (`dict[str, LoraModule]`):
+            The same by module.
+    """
+
+    observation: Observation
+    effect: float
+    state: dict[str, torch.Tensor]
+    modules: dict[str, LoraModule]
+
+
+def observe(backbone: Backbone, prompt: str) -> Observation:
+    """
+    Run a model on fixed inputs: one pass of the denoiser, and one picture in two steps.
+
+    Args:
+        backbone ([`Backbone`]):
+            The model.
+        prompt (`str`):
+            Of the picture.
+
+    Returns:
+        [`Observation`]
+    """
+    pixels = backbone.probe_pixels(RowGenerators(0, 0, [0]))
+    height, width = pixels.shape[-2:]
+    if backbone.num_frames is None:
+        pictures = generate_images(
+            backbone.pipeline,
+            [prompt],
+            [0],
+            num_inference_steps=_STEPS,
+            height=height,
+            width=width,
+            progress=False,
+        )
+    else:
+        pictures = generate_videos(
+            backbone.pipeline,
+            [prompt],
+            [0],
+            num_frames=pixels.shape[2],
+            num_inference_steps=_STEPS,
+            height=height,
+            width=width,
+            progress=False,
+        )[0]
+    picture = np.stack([np.asarray(image, dtype=np.float64) for image in pictures])
+    return Observation(backbone.probe().float().cpu(), picture)
+
+
+def remember(backbone: Backbone, base_output: torch.Tensor, prompt: str, dtype: torch.dtype) -> Trained:
+    """
+    Measure a trained model, then round its adapter to the precision of the export.
+
+    Args:
+        backbone ([`Backbone`]):
+            With the trained weights; its adapter's tensors change to `dtype`.
+        base_output (`torch.Tensor`):
+            Output of the base model on the fixed input.
+        prompt (`str`):
+            Of the picture.
+        dtype (`torch.dtype`):
+            Precision of the export.
+
+    Returns:
+        [`Trained`]
+    """
+    observation = observe(backbone, prompt)
+    effect = largest(observation.output - base_output)
+    if not getattr(backbone.denoiser, "peft_config", None):
+        return Trained(observation, effect, {}, {})
+    for parameter in backbone.denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    modules = {
+        path: dataclasses.replace(module, first=module.first.cpu().clone(), second=module.second.cpu().clone())
+        for path, module in lora_modules(backbone.denoiser, adapters.POLICY).items()
+    }
+    return Trained(observation, effect, adapter_state(backbone), modules)
+
+
+def compare(row: ExportRow, found: Observation, trained: Trained, dtype: torch.dtype) -> None:
+    """
+    Measure how far an export is from the trained model.
+
+    Args:
+        row ([`card.ExportRow`]):
+            Gets the differences.
+        found ([`Observation`]):
+            Of the export in a fresh model.
+        trained ([`Trained`]):
+            What it should be.
+        dtype (`torch.dtype`):
+            Of the comparison.
+
+    Raises:
+        ExportError: where they differ by more than rounding and more than a hundredth of what training did.
+    """
+    expected = trained.observation
+    row.effect = trained.effect
+    row.difference = largest(found.output - expected.output)
+    row.picture_difference = float(np.abs(found.picture - expected.picture).mean())
+    allowed = max(SHARE_OF_EFFECT * trained.effect, ROUNDING[dtype] * largest(expected.output))
+    if not row.difference <= allowed:
+        raise ExportError(
+            f"The {row.format} export gives another output than the trained model: they differ by "
+            f"{row.difference:.3g}, where {allowed:.3g} can be rounding and training itself moved the output by "
+            f"{trained.effect:.3g}. Nothing was written. Please report this with the adapter's configuration."
+        )
+
+
+def check_state(found: dict[str, torch.Tensor], trained: Trained) -> bool:
+    """
+    Compare the tensors that arrived in a fresh model with those trained.
+
+    Args:
+        found (`dict[str, torch.Tensor]`):
+            Under PEFT's names, on the CPU.
+        trained ([`Trained`]):
+            What they should be.
+
+    Returns:
+        `bool`: whether all are equal, bit for bit.
+
+    Raises:
+        ExportError: if some are missing, or there are others.
+    """
+    unmatched = found.keys() ^ trained.state.keys()
+    if unmatched:
+        raise ExportError(
+            f"Read back from the export: {len(found)} tensors, where {len(trained.state)} were trained; "
+            f"{len(unmatched)} do not match, such as {min(unmatched)}. Nothing was written."
+        )
+    return all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in trained.state.items()
+    )
+
+
+def check_modules(found: dict[str, LoraModule], trained: Trained) -> bool:
+    """
+    Compare the updates that a file for ComfyUI holds with those trained; magnitudes of DoRA are compared by output.
+
+    Args:
+        found (`dict[str, LoraModule]`):
+            Converted back.
+        trained ([`Trained`]):
+            What they should be.
+
+    Returns:
+        `bool`: whether all matrices and scales are equal, bit for bit.
+
+    Raises:
+        ExportError: if some are missing, or there are others.
+    """
+    if found.keys() != trained.modules.keys():
+        raise ExportError(
+            f"Read back from the export: {len(found)} modules, where {len(trained.modules)} were trained. Nothing was "
+            "written."
+        )
+    return all(
+        torch.equal(found[path].first, module.first)
+        and torch.equal(found[path].second, module.second)
+        and found[path].scaling == module.scaling
+        for path, module in trained.modules.items()
+    )
+
+
+def largest(difference: torch.Tensor) -> float:
+    """The largest absolute value."""
+    return difference.abs().max().item()

@@ -1,0 +1,287 @@
+"""
+LoRA files as ComfyUI's loader reads them: names of each family, alpha and DoRA included, and the way back.
+
+The names are those of `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers` and
+`flux_to_diffusers` (comfy/utils.py), for Wan the module names of comfy/ldm/wan/model.py; suffixes, alpha and
+`dora_scale` those of comfy/weight_adapter/lora.py and base.py of https://github.com/Comfy-Org/ComfyUI as of 2026.
+diffusers' `convert_state_dict_to_kohya` is not used: it writes the rank as alpha, whatever alpha was, and leaves the
+magnitudes of DoRA under a name that no loader knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """
+    Names of one model family.
+
+    Args:
+        modules (`str`):
+            Regular expression of the module paths in diffusers that the loader has a name for.
+        prefix (`str`):
+            Put before each path.
+        matrices (`tuple[str, str]`, *optional*, defaults to `("lora_A", "lora_B")`):
+            Names of the matrix applied first and of the other.
+        joined (`bool`, *optional*, defaults to `False`):
+            Whether dots of the path become underscores.
+        renamed (`tuple[tuple[str, str], ...]`, *optional*, defaults to `()`):
+            Parts of a path and what the loader calls them.
+    """
+
+    modules: str
+    prefix: str
+    matrices: tuple[str, str] = ("lora_A", "lora_B")
+    joined: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def name(self, path: str) -> str | None:
+        """Return the loader's name of a module, or `None` where it has none."""
+        if not re.fullmatch(self.modules, path):
+            return None
+        for ours, theirs in self.renamed:
+            path = path.replace(ours, theirs)
+        return self.prefix + (path.replace(".", "_") if self.joined else path)
+
+
+_FEED_FORWARD = r"net\.(?:0\.proj|2)"
+_UNET = Layout(
+    r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:"
+    r"attentions\.\d+\.(?:proj_in|proj_out|transformer_blocks\.\d+\."
+    rf"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.{_FEED_FORWARD}))"
+    r"|resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)|(?:down|up)samplers\.0\.conv)"
+    r"|conv_in|conv_out|(?:time|add)_embedding\.linear_[12]",
+    prefix="lora_unet_",
+    matrices=("lora_down", "lora_up"),
+    joined=True,
+)
+_JOINT_BLOCK = (
+    r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|attn2\.(?:to_[qkv]|to_out\.0)"
+    rf"|ff(?:_context)?\.{_FEED_FORWARD}|norm1\.linear)"
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "StableDiffusionPipeline": _UNET,
+    "StableDiffusionXLPipeline": _UNET,
+    "StableDiffusion3Pipeline": Layout(
+        rf"{_JOINT_BLOCK}|context_embedder|proj_out|pos_embed\.proj"
+        r"|time_text_embed\.(?:timestep|text)_embedder\.linear_[12]",
+        prefix="transformer.",
+    ),
+    "FluxPipeline": Layout(
+        rf"{_JOINT_BLOCK}|transformer_blocks\.\d+\.norm1_context\.linear"
+        r"|single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
+        r"|x_embedder|context_embedder|proj_out|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]",
+        prefix="transformer.",
+    ),
+    "WanPipeline": Layout(
+        rf"blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ffn\.{_FEED_FORWARD})"
+        r"|condition_embedder\.(?:time_proj|(?:time|text)_embedder\.linear_[12])|proj_out",
+        prefix="diffusion_model.",
+        renamed=(
+            ("attn1.to_", "self_attn."),
+            ("attn2.to_", "cross_attn."),
+            ("_attn.out.0", "_attn.o"),
+            ("ffn.net.0.proj", "ffn.0"),
+            ("ffn.net.2", "ffn.2"),
+            ("condition_embedder.time_proj", "time_projection.1"),
+            ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+            ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+            ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+            ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+            ("proj_out", "head.head"),
+        ),
+    ),
+}
+"""Pipeline class name to the names of its modules. ComfyUI loads no aMUSEd and no Meissonic."""
+
+
+@dataclasses.dataclass
+class LoraModule:
+    """
+    The update of one module.
+
+    Args:
+        first (`torch.Tensor`):
+            (rank, in, ...), applied first.
+        second (`torch.Tensor`):
+            (out, rank, ...).
+        scaling (`float`):
+            Factor of the product, α / rank or, rank-stabilised, α / √rank.
+        magnitude (`torch.Tensor`, *optional*):
+            (out,), of DoRA.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+    def update(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what is added to a weight, in its shape, before any normalisation."""
+        product = self.second.flatten(1).to(weight) @ self.first.flatten(1).to(weight)
+        return self.scaling * product.reshape(weight.shape)
+
+
+def layout_of(pipeline_class: str) -> Layout:
+    """
+    Return the names of a pipeline class.
+
+    Args:
+        pipeline_class (`str`):
+            Such as `"FluxPipeline"`.
+
+    Raises:
+        ValueError: for a family that ComfyUI does not load.
+    """
+    if pipeline_class not in LAYOUTS:
+        raise ValueError(
+            f"`format` is 'comfyui', and ComfyUI has no loader for {pipeline_class}. Use 'diffusers', 'peft' or "
+            "'merged'."
+        )
+    return LAYOUTS[pipeline_class]
+
+
+def lora_modules(denoiser: ModelMixin, adapter: str) -> dict[str, LoraModule]:
+    """
+    Return an adapter's update of each module, with the scale that is set.
+
+    Args:
+        denoiser (`diffusers.ModelMixin`):
+            With the adapter.
+        adapter (`str`):
+            Its name.
+
+    Returns:
+        `dict[str, LoraModule]`: module path to update.
+    """
+    found = {}
+    for path, layer in denoiser.named_modules():
+        if adapter in getattr(layer, "lora_A", {}):
+            magnitudes = getattr(layer, "lora_magnitude_vector", {})
+            found[path] = LoraModule(
+                layer.lora_A[adapter].weight.detach(),
+                layer.lora_B[adapter].weight.detach(),
+                layer.scaling[adapter],
+                magnitudes[adapter].weight.detach().flatten() if adapter in magnitudes else None,
+            )
+    return found
+
+
+def to_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin, layout: Layout) -> dict[str, torch.Tensor]:
+    """
+    Name an adapter's tensors as ComfyUI's loader does.
+
+    ComfyUI divides DoRA's magnitudes by the norm of the base weight's rows, PEFT by that of the updated weight's. The
+    quotient of both norms is put into `dora_scale`, so that the result is PEFT's.
+
+    Args:
+        modules (`dict[str, LoraModule]`):
+            From [`lora_modules`].
+        denoiser (`diffusers.ModelMixin`):
+            Holds the base weights, as `path.base_layer.weight`.
+        layout (`Layout`):
+            Names of the family.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the file's tensors, on the CPU.
+
+    Raises:
+        ValueError: if the loader has no name for some modules.
+    """
+    unnamed = [path for path in modules if layout.name(path) is None]
+    if unnamed:
+        raise ValueError(
+            f"`format` is 'comfyui', and {len(unnamed)} of {len(modules)} trained modules (such as {unnamed[0]}) have "
+            "no name in the layout of its loader that is known here. Use 'diffusers', 'peft' or 'merged', or train "
+            "attention and feed-forward layers only."
+        )
+    tensors = {}
+    for path, module in modules.items():
+        name, rank = layout.name(path), len(module.first)
+        tensors[f"{name}.{layout.matrices[0]}.weight"] = module.first
+        tensors[f"{name}.{layout.matrices[1]}.weight"] = module.second
+        tensors[f"{name}.alpha"] = _exact(module.scaling * rank)
+        if module.magnitude is not None:
+            weight = denoiser.get_parameter(f"{path}.base_layer.weight").detach().float()
+            quotient = _row_norms(weight, floor=True) / _row_norms(weight + module.update(weight))
+            scale = module.magnitude.float() * quotient
+            tensors[f"{name}.dora_scale"] = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def from_comfyui(tensors: dict[str, torch.Tensor], denoiser: ModelMixin, layout: Layout) -> dict[str, LoraModule]:
+    """
+    Read a file's tensors as ComfyUI's loader does, against the modules that a model has.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`):
+            Of the file.
+        denoiser (`diffusers.ModelMixin`):
+            The base model's, without adapters.
+        layout (`Layout`):
+            Names of the family.
+
+    Returns:
+        `dict[str, LoraModule]`: module path to update; `magnitude` is the file's `dora_scale`, for the loader's own
+        formula ([`apply_as_comfyui`]).
+
+    Raises:
+        ValueError: for tensors that match no module.
+    """
+    left, modules = dict(tensors), {}
+    for path, module in denoiser.named_modules():
+        name = layout.name(path) if isinstance(getattr(module, "weight", None), torch.Tensor) else None
+        keys = [f"{name}.{matrix}.weight" for matrix in layout.matrices]
+        if name is None or not all(key in left for key in keys):
+            continue
+        first, second = (left.pop(key) for key in keys)
+        alpha, scale = left.pop(f"{name}.alpha", None), left.pop(f"{name}.dora_scale", None)
+        modules[path] = LoraModule(first, second, 1.0 if alpha is None else alpha.item() / len(first), scale)
+    if left:
+        raise ValueError(
+            f"{len(left)} of {len(tensors)} tensors (such as {min(left)}) match no module under the names of "
+            "ComfyUI's loader."
+        )
+    return modules
+
+
+def apply_as_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin) -> None:
+    """
+    Change a model's weights by the formulas of ComfyUI's loader at strength 1.
+
+    Args:
+        modules (`dict[str, LoraModule]`):
+            From [`from_comfyui`].
+        denoiser (`diffusers.ModelMixin`):
+            Changed in place.
+    """
+    with torch.no_grad():
+        for path, module in modules.items():
+            parameter = denoiser.get_parameter(f"{path}.weight")
+            weight = parameter.detach().float()
+            updated = weight + module.update(weight)
+            if module.magnitude is not None:
+                updated *= module.magnitude.to(weight) / _row_norms(weight, floor=True).reshape(module.magnitude.shape)
+            parameter.copy_(updated)
+
+
+def _exact(value: Any) -> torch.Tensor:
+    """A scalar in float32 where that holds it exactly, else in float64: readers take either."""
+    single = torch.tensor(value, dtype=torch.float32)
+    return single if single.item() == value else torch.tensor(value, dtype=torch.float64)
+
+
+def _row_norms(weight: torch.Tensor, floor: bool = False) -> torch.Tensor:
+    """(out,); with `floor`, as ComfyUI guards its division."""
+    norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return norms + torch.finfo(weight.dtype).eps if floor else norms

@@ -1,0 +1,220 @@
+"""One export from start to end: load, write, read back into a fresh model, compare, document."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgol_trainer import adapters
+from tgol_trainer.backbones import Backbone, ModelOrigin
+from tgol_trainer.card import CardFacts, ExportRow, write_card
+
+from .checks import ROUNDING, Trained, check_modules, check_state, compare, observe, remember
+from .comfyui import layout_of
+from .formats import (
+    WRITERS,
+    comfyui_name,
+    read_comfyui,
+    read_diffusers,
+    read_peft,
+    set_strength,
+    write_comfyui,
+)
+from .source import Source, check_directory, find_base, folder_facts
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("diffusers", "peft", "comfyui", "merged")
+
+
+def export(
+    directory: str | Path,
+    output_dir: str | Path,
+    export_format: str,
+    *,
+    model_name_or_path: str | None = None,
+    weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    model_init_kwargs: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> ExportRow:
+    """
+    Write trained weights in another format, load that into a fresh model, and compare it with the trained one.
+
+    Args:
+        directory (`str` or `Path`):
+            `output_dir` of a run, or one of its checkpoints.
+        output_dir (`str` or `Path`):
+            Where the export and its card go; new or empty. For `"comfyui"` it may be `directory` itself.
+        export_format (`str`):
+            `"diffusers"` (for `pipe.load_lora_weights`), `"peft"` (for `PeftModel.from_pretrained`), `"comfyui"` (one
+            file for `models/loras`) or `"merged"` (a complete pipeline that needs no PEFT).
+        model_name_or_path (`str`, *optional*):
+            Base model; by default the one that the folder's card records.
+        weight (`float`, *optional*, defaults to 1.0):
+            Strength of the adapter, as in diffusers' `set_adapters`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Precision of what is written, and of the base model during the comparison.
+        model_init_kwargs (`dict`, *optional*):
+            For loading the base model, as in [`TGOLConfig`].
+        device (`str`, *optional*, defaults to `"cpu"`):
+            Where the comparison runs.
+
+    Returns:
+        [`card.ExportRow`]: what was checked, and the differences measured.
+
+    Raises:
+        ValueError: for a format that does not exist for this model, or arguments that do not go together.
+        FileNotFoundError: for a folder without trained weights.
+        FileExistsError: if `output_dir` holds something.
+        ExportError: if what was read back is not what was trained.
+    """
+    directory, output_dir = Path(directory), Path(output_dir)
+    check_directory(directory)
+    if export_format not in FORMATS:
+        raise ValueError(f"`format` is {export_format!r}; it must be one of {', '.join(FORMATS)}.")
+    _check_target(directory, output_dir, export_format)
+    if dtype not in ROUNDING:
+        raise ValueError(f"`dtype` is {dtype}; it must be torch.float32, torch.float16 or torch.bfloat16.")
+    facts = folder_facts(directory)
+    model, options = find_base(directory, facts, model_name_or_path, dict(model_init_kwargs or {}))
+    source = Source(directory, facts, model, options, dtype, device)
+    if not source.is_adapter and (export_format != "merged" or weight != 1.0):
+        raise ValueError(
+            f"{directory} holds a whole fine-tuned denoiser, no adapter: only `format='merged'` with `weight=1` "
+            "exists for it."
+        )
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with _workplace(output_dir) as folder:
+        row, exported = _export(source, folder, export_format, weight)
+        output_dir.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            path.replace(output_dir / path.name)
+    if output_dir.resolve() == directory.resolve():
+        others = [other for other in facts.exports if other.files != row.files]
+        write_card(dataclasses.replace(facts, exports=[*others, row]), output_dir)
+        return row
+    for picture in exported.pictures:
+        (output_dir / picture.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(directory / picture.path, output_dir / picture.path)
+    write_card(dataclasses.replace(exported, exports=[row]), output_dir)
+    return row
+
+
+def _export(source: Source, folder: Path, export_format: str, weight: float) -> tuple[ExportRow, CardFacts]:
+    """Write the files into a folder, read them back, and return the result with the facts of the export's card."""
+    prompt = source.facts.example_prompt or "a photo"
+    backbone = source.load_base()
+    if export_format == "comfyui":
+        layout_of(type(backbone.pipeline).__name__)  # before the long part
+    base_output = backbone.probe().float().cpu()
+    backbone = _load_trained(backbone, source, weight)
+    trained = remember(backbone, base_output, prompt, source.dtype)
+    if trained.effect == 0:
+        logger.warning("The weights in %s change nothing in the base model's output.", source.directory)
+    name = comfyui_name(source.facts.model_name or source.directory.resolve().name)
+    facts = _facts(source, backbone, export_format, prompt)
+    origin = backbone.origin
+    if export_format == "comfyui":
+        write_comfyui(backbone, folder / name)
+    else:
+        WRITERS[export_format](backbone, folder, weight)
+    del backbone
+    gc.collect()
+    row = ExportRow(
+        format=export_format,
+        files=sorted(path.name for path in folder.iterdir()),
+        dtype=str(source.dtype).removeprefix("torch."),
+        weight=weight,
+        note=_comfyui_note(name) if export_format == "comfyui" else None,
+    )
+    fresh = _read_back(row, source, folder, origin, trained)
+    compare(row, observe(fresh, prompt), trained, source.dtype)
+    return row, facts
+
+
+def _load_trained(backbone: Backbone, source: Source, weight: float) -> Backbone:
+    name = backbone.denoiser_name
+    if source.is_adapter:
+        adapters.load_initial(backbone.pipeline, name, str(source.directory), keep_as_reference=False)
+        set_strength(backbone, weight)
+        return backbone
+    folder = source.directory / name
+    if not folder.is_dir():
+        raise ValueError(
+            f"{type(backbone.pipeline).__name__} trains its {name}, but {source.directory} holds no folder of that "
+            "name: these weights belong to another base model."
+        )
+    denoiser = type(backbone.denoiser).from_pretrained(str(folder), dtype=source.dtype)
+    setattr(backbone.pipeline, name, denoiser.to(source.device))
+    return type(backbone)(backbone.pipeline, backbone.origin, backbone.settings)
+
+
+def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin, trained: Trained) -> Backbone:
+    """Return a fresh model with the export in it; the row gets what was matched."""
+    if row.format == "merged":
+        return source.load_exported(folder, origin)
+    exact = source.dtype == torch.float32
+    if row.format == "comfyui":
+        backbone, modules, row.num_tensors = read_comfyui(source, folder / row.files[0])
+        row.weights_equal = check_modules(modules, trained) and exact
+        return backbone
+    backbone, state = (read_diffusers if row.format == "diffusers" else read_peft)(source, folder)
+    row.weights_equal, row.num_tensors = check_state(state, trained) and exact, len(state)
+    return backbone
+
+
+def _usage(backbone: Backbone, export_format: str, prompt: str) -> str:
+    snippets = {"diffusers": backbone.usage, "peft": backbone.peft_usage, "merged": backbone.merged_usage}
+    return snippets[export_format](".", prompt) if export_format in snippets else ""
+
+
+def _comfyui_note(name: str) -> str:
+    return (
+        f"copy {name} into ComfyUI's folder models/loras and load it with the node LoraLoaderModelOnly at strength 1, "
+        "on the base model. Its names were held against those of ComfyUI's loader, converted back, and applied by the "
+        "formulas of that loader; ComfyUI itself was not run."
+    )
+
+
+def _facts(source: Source, backbone: Backbone, export_format: str, prompt: str) -> CardFacts:
+    """Facts of the export's card: those of the run, with how to use this format."""
+    facts, origin = source.facts, backbone.origin
+    return dataclasses.replace(
+        facts,
+        base_model=facts.base_model or origin.hub_id,
+        base_model_revision=facts.base_model_revision or origin.revision,
+        base_model_note=facts.base_model_note or origin.note,
+        pipeline_class=type(backbone.pipeline).__name__,
+        pipeline_tag=backbone.pipeline_tag,
+        merged=export_format == "merged",
+        usage=_usage(backbone, export_format, prompt),
+        pictures=[picture for picture in facts.pictures if (source.directory / picture.path).is_file()],
+        created=datetime.date.today().isoformat(),
+    )
+
+
+def _check_target(directory: Path, output_dir: Path, export_format: str) -> None:
+    beside = export_format == "comfyui" and output_dir.resolve() == directory.resolve()
+    if output_dir.exists() and not beside and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"`output_dir` {output_dir} exists and is not empty: name a new folder.")
+
+
+@contextlib.contextmanager
+def _workplace(output_dir: Path) -> Iterator[Path]:
+    """A folder beside the target, gone afterwards: an export appears when it is proven, or not at all."""
+    folder = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""What is exported: the trained weights in a folder, and the base model that they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tgol_trainer import adapters, shapes
+from tgol_trainer.backbones import Backbone, ModelOrigin, load_backbone, wrap_pipeline
+from tgol_trainer.card import FACTS_NAME, CardFacts, read_facts
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# What `from_pretrained` of an exported pipeline needs as well as that of the base.
+_KEPT_OPTIONS = ("meissonic_repository", "trust_remote_code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """
+    A folder with trained weights and its base model.
+
+    Args:
+        directory (`Path`):
+            Holds an adapter in diffusers' format, or a denoiser's folder.
+        facts ([`card.CardFacts`]):
+            Of its card.
+        model (`str`):
+            Hub id, folder, or the name of an embedded model.
+        options (`dict[str, Any]`):
+            For [`backbones.load_backbone`].
+        dtype (`torch.dtype`):
+            Of every component.
+        device (`str`):
+            Where it runs.
+    """
+
+    directory: Path
+    facts: CardFacts
+    model: str
+    options: dict[str, Any]
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter."""
+        return (self.directory / adapters.WEIGHTS_NAME).is_file()
+
+    def load_base(self) -> Backbone:
+        """Load the base model anew."""
+        if self.model in shapes.EMBEDDED and not Path(self.model).exists():
+            load, *facts = shapes.EMBEDDED[self.model]
+            backbone = wrap_pipeline(load(dtype=self.dtype), ModelOrigin(None, None, *facts))
+        else:
+            backbone = load_backbone(self.model, {**self.options, "dtype": self.dtype})
+        return backbone.to(self.device)
+
+    def load_exported(self, folder: Path, origin: ModelOrigin) -> Backbone:
+        """Load a complete pipeline that was exported."""
+        kept = {name: value for name, value in self.options.items() if name in _KEPT_OPTIONS}
+        exported = load_backbone(str(folder), {**kept, "dtype": self.dtype})
+        return type(exported)(exported.pipeline, origin, exported.settings).to(self.device)
+
+
+def find_base(
+    directory: Path, facts: CardFacts, model: str | None, options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """
+    Decide which base model belongs to a folder.
+
+    Args:
+        directory (`Path`):
+            For messages.
+        facts ([`card.CardFacts`]):
+            Of the folder's card.
+        model (`str`, *optional*):
+            What the user said.
+        options (`dict[str, Any]`):
+            For [`backbones.load_backbone`].
+
+    Returns:
+        `tuple[str, dict[str, Any]]`: the model, and the options with the recorded revision.
+
+    Raises:
+        ValueError: where neither the user nor the folder names it.
+    """
+    embedded = [name for name, (_, note, *_) in shapes.EMBEDDED.items() if note == facts.base_model_note]
+    recorded = facts.base_model or (embedded[0] if embedded else None)
+    if model is not None:
+        if recorded is not None and model != recorded and not Path(model).exists():
+            logger.warning("%s was trained on %s; it is exported on %s, as asked.", directory, recorded, model)
+        if model != facts.base_model:
+            return model, options
+    if recorded is None:
+        raise ValueError(
+            f"{directory} does not record the name of its base model (it was a local folder or a loaded pipeline): "
+            "name it with `model_name_or_path`."
+        )
+    if facts.base_model_revision and facts.base_model == recorded:
+        options = {"revision": facts.base_model_revision, **options}
+    return recorded, options
+
+
+def folder_facts(directory: Path) -> CardFacts:
+    """
+    Read the facts of a folder's card; empty ones where it has none, as an adapter from elsewhere.
+
+    Args:
+        directory (`Path`):
+            With an adapter or a denoiser's folder.
+
+    Returns:
+        [`card.CardFacts`]
+    """
+    if (directory / FACTS_NAME).is_file():
+        return read_facts(directory)
+    return CardFacts(model_name=directory.resolve().name, full_finetuning=not _has_adapter(directory))
+
+
+def check_directory(directory: Path) -> None:
+    """
+    Refuse a folder without trained weights.
+
+    Args:
+        directory (`Path`):
+            What the user named.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+    """
+    denoisers = [name for name in ("unet", "transformer") if (directory / name / "config.json").is_file()]
+    if (directory / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} is a complete pipeline already, not the output of a training run: nothing to export."
+        )
+    if not directory.is_dir() or not (_has_adapter(directory) or denoisers):
+        raise FileNotFoundError(
+            f"{directory} holds neither {adapters.WEIGHTS_NAME} nor a folder `unet` or `transformer`: name the "
+            "`output_dir` of a run, or one of its checkpoints."
+        )
+
+
+def _has_adapter(directory: Path) -> bool:
+    return (directory / adapters.WEIGHTS_NAME).is_file()
