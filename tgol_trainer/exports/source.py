@@ -55,8 +55,9 @@ class Source:
     def load_base(self) -> Backbone:
         """Load the base model anew."""
         if self.model in shapes.EMBEDDED and not Path(self.model).exists():
-            load, *facts = shapes.EMBEDDED[self.model]
-            backbone = wrap_pipeline(load(dtype=self.dtype), ModelOrigin(None, None, *facts))
+            load, note, code, arguments = shapes.EMBEDDED[self.model]
+            origin = ModelOrigin(note=note, loading_code=code, call_arguments=arguments)
+            backbone = wrap_pipeline(load(dtype=self.dtype), origin)
         else:
             backbone = load_backbone(self.model, {**self.options, "dtype": self.dtype})
         return backbone.to(self.device)
