@@ -116,7 +116,7 @@ def test_robust_falls_back_on_the_standard_deviation_where_the_quartiles_coincid
 
 def test_weights_are_summarised_with_the_share_of_the_largest_hundredth():
     """200 scores: 198 at distance 0 and two at distance 10 from τ with c = 5: weights 1 and 51."""
-    summary = summarize_weights([0.0] * 198 + [10.0, -10.0], 0.0)
+    summary = summarize_weights(1 + 5 * np.abs([0.0] * 198 + [10.0, -10.0]))
     assert summary.mean == pytest.approx((198 + 102) / 200)
     assert summary.max == 51
     assert summary.top_1_percent_share == pytest.approx(102 / 300)

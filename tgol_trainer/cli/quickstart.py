@@ -221,6 +221,7 @@ def _show_labels(scores: np.ndarray, prompts: Sequence[str], threshold: Threshol
     """Print a histogram in text with the threshold, the counts, and the rows nearest to and farthest from it."""
     import numpy as np
 
+    from tgol_trainer.losses import confidence_weights
     from tgol_trainer.thresholds import summarize_weights
 
     counts, edges = np.histogram(scores, bins=16)
@@ -228,7 +229,7 @@ def _show_labels(scores: np.ndarray, prompts: Sequence[str], threshold: Threshol
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         mark = " ← τ" if low <= threshold.value < high else ""
         print(f"  {low:.3f} {'█' * round(48 * count / counts.max()):<48} {count:4d}{mark}")
-    weights = summarize_weights(scores, threshold.value)
+    weights = summarize_weights(confidence_weights(scores - threshold.value))
     print(
         f"  {threshold.num_positive} positive, {threshold.num_negative} negative; weights 1 + c·|s - τ|: mean "
         f"{weights.mean:.3f}, max {weights.max:.3f}"

@@ -93,6 +93,8 @@ def check_columns(
     present = _column_names(dataset, name)
     roles = {"prompt": columns.prompt, columns.medium: columns.visual, "score": columns.score}
     roles = {role: column for role, column in roles.items() if {"prompt": True, "score": scored}.get(role, shown)}
+    if columns.group is not None:
+        roles["group"] = columns.group
     missing = [role for role, column in roles.items() if column not in present]
     features = dataset.features
     if shown:

@@ -33,7 +33,16 @@ class Collator:
             τ, in the normalised unit of the scores.
         num_frames (`int`, *optional*):
             Frames taken of each video; `None` for images.
+
+    Attributes:
+        cut_points (`Sequence[float]`):
+            Further thresholds, in the normalised unit of the scores; by default none.
+        reference_scores (`numpy.ndarray`, *optional*):
+            Sorted normalised scores among which each score's quantile is found.
     """
+
+    cut_points: Sequence[float] = ()
+    reference_scores: np.ndarray | None = None
 
     def __init__(
         self,
@@ -73,7 +82,9 @@ class Collator:
             `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1, or (B, 3, num_frames,
             height, width) for videos; `prompt_bytes` (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,)
             int64 in bytes, see [`decode_prompts`]; `score` (B,) float32, normalised; `margin` (B,) float32, normalised
-            score - τ, whose sign is that of the float64 difference; `row_id` (B,) int64; `geometry` (B, 4) int64, the
+            score - τ, whose sign is that of the float64 difference, with the row's own τ where it has one; `row_id`
+            (B,) int64; `group` (B,) int64 where rows have one; `cut_margins` (B, m) float32 where there are cut points;
+            `quantile` (B,) float32 in 0..1 where there are reference scores, ties counting half; `geometry` (B, 4) int64, the
             image's own height and width and the top and left of the crop in the resized image (or first frame), in
             pixels.
 
@@ -85,13 +96,23 @@ class Collator:
         padded = b"".join(text.ljust(max(lengths), b"\0") for text in texts)
         scores = self.normalization(np.array([row["score"] for row in rows], dtype=np.float64))
         visuals = [self._visual(row) for row in rows]
-        return {
+        tau = np.array([row.get("threshold", self.threshold) for row in rows], dtype=np.float64)
+        extra: dict[str, torch.Tensor] = {}
+        if rows and "group" in rows[0]:
+            extra["group"] = torch.tensor([row["group"] for row in rows], dtype=torch.int64)
+        if len(self.cut_points):
+            extra["cut_margins"] = torch.from_numpy(_signed_float32(scores[:, None] - np.asarray(self.cut_points)))
+        if self.reference_scores is not None:
+            ends = [np.searchsorted(self.reference_scores, scores, side=side) for side in ("left", "right")]
+            quantiles = (ends[0] + ends[1]) / (2 * len(self.reference_scores))
+            extra["quantile"] = torch.from_numpy(quantiles.astype(np.float32))
+        return extra | {
             "pixel_values": torch.stack([pixels for pixels, _ in visuals]),
             "geometry": torch.tensor([geometry for _, geometry in visuals]),
             "prompt_bytes": torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1),
             "prompt_length": torch.tensor(lengths, dtype=torch.int64),
             "score": torch.from_numpy(np.clip(scores, -_HUGE, _HUGE).astype(np.float32)),
-            "margin": torch.from_numpy(_signed_float32(scores - self.threshold)),
+            "margin": torch.from_numpy(_signed_float32(scores - tau)),
             "row_id": torch.tensor([row["row_id"] for row in rows], dtype=torch.int64),
         }
 

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -186,7 +186,7 @@ def prepare_dataset(
     if not len(dataset):
         raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
     check_columns(dataset, columns, name)
-    rows = dataset.select_columns(columns.names).with_format("arrow")
+    rows = dataset.select_columns(columns.read).with_format("arrow")
     table = _checked_table(rows, columns, num_proc)
     bad = BadRows(name, columns)
     for index, causes in enumerate(table.column("causes").to_pylist()):
@@ -260,7 +260,8 @@ class ScoredDataset(torch.utils.data.Dataset):
     The usable rows of a checked dataset; made by [`prepare_dataset`]. Images stay encoded, and on disk if they were.
 
     `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": float, "row_id": int}`, with `"video"` instead
-    of `"image"` for videos; `row_id` is the row's number in the user's dataset, whatever was left out.
+    of `"image"` for videos; `row_id` is the row's number in the user's dataset, whatever was left out. Where `columns`
+    name a group there is `"group"`, a 63-bit hash of the row's, and where `thresholds` are set `"threshold"`.
 
     Args:
         rows ([`datasets.Dataset`]):
@@ -271,9 +272,14 @@ class ScoredDataset(torch.utils.data.Dataset):
             (N,) float64, of the usable rows.
         row_ids (`numpy.ndarray`):
             (N,) int64, their numbers in `rows`.
+
+    Attributes:
+        thresholds (`numpy.ndarray`, *optional*):
+            (N,) τ of each row in normalised units, where rows differ.
     """
 
     def __init__(self, rows: datasets.Dataset, columns: Columns, scores: np.ndarray, row_ids: np.ndarray) -> None:
+        self.thresholds: np.ndarray | None = None
         self._rows = rows.with_format("arrow")
         self._columns = columns
         self.scores = np.asarray(scores, dtype=np.float64)
@@ -285,18 +291,45 @@ class ScoredDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row_id = int(self.row_ids[index])
         row = self._rows[row_id]
-        return {
+        sample = {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
             self._columns.medium: _cell(row.column(self._columns.visual), 0),
             "score": float(self.scores[index]),
             "row_id": row_id,
         }
+        if self._columns.group is not None:
+            sample["group"] = _group_id(str(row.column(self._columns.group)[0].as_py()))
+        if self.thresholds is not None:
+            sample["threshold"] = float(self.thresholds[index])
+        return sample
 
     @property
     def prompts(self) -> list[str]:
         """The prompts of the usable rows, in order; read from the dataset at each call."""
-        column = self._rows.select_columns([self._columns.prompt])[:].column(0)
+        return self._texts(self._columns.prompt)
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of the usable rows' groups, in order; read from the dataset at each call."""
+        if self._columns.group is None:
+            raise ValueError("`columns.group` is not given: these rows have no groups.")
+        return list(map(str, self._texts(self._columns.group)))
+
+    def _texts(self, name: str) -> list[Any]:
+        column = self._rows.select_columns([name])[:].column(0)
         return column.take(pa.array(self.row_ids)).to_pylist()
+
+    def kept(self, mask: np.ndarray) -> ScoredDataset:
+        """
+        Return the rows where a mask is true, with their scores, ids and thresholds.
+
+        Args:
+            mask (`numpy.ndarray`):
+                (N,) bool.
+        """
+        part = ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
+        part.thresholds = None if self.thresholds is None else self.thresholds[mask]
+        return part
 
 
 class ScoredStream(torch.utils.data.IterableDataset):
@@ -318,9 +351,16 @@ class ScoredStream(torch.utils.data.IterableDataset):
         name (`str`, *optional*, defaults to `"train_dataset"`):
             The argument it was given as, for messages.
 
+    Attributes:
+        running (`Callable[[], Callable[[float], float]]`, *optional*):
+            Makes, for each pass over the stream, a function from a row's raw score to its `"threshold"` in normalised
+            units. Each process and worker follows the rows that it reads.
+
     Raises:
         DataError: for a wrong class, column or type; while reading, for a bad row under `"raise"`.
     """
+
+    running: Callable[[], Callable[[float], float]] | None = None
 
     def __init__(
         self,
@@ -344,12 +384,14 @@ class ScoredStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = self._columns
         bad, index = BadRows(self._name, columns), -1
+        follow = self.running() if self.running is not None else None
         for index, values in enumerate(self._dataset):
             prompt, visual, score = (values.get(column) for column in columns.names)
             row = read_row(prompt, visual, score, columns.num_frames)
             if row.visual is not None and not row.problems:
                 row_id = _content_id(row.prompt, row.score, row.visual)
-                yield {"prompt": row.prompt, columns.medium: row.visual, "score": row.score, "row_id": row_id}
+                sample = {"prompt": row.prompt, columns.medium: row.visual, "score": row.score, "row_id": row_id}
+                yield sample if follow is None else {**sample, "threshold": follow(row.score)}
                 continue
             bad.add(index, row.problems)
             if self._on_bad_sample == "raise":
@@ -410,6 +452,11 @@ def _undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datas
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):  # frames of a video
             dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return dataset
+
+
+def _group_id(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _content_id(prompt: str, score: float, visual: Image.Image | Video) -> int:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tgol_trainer import thresholds
+from tgol_trainer.losses import Weighting
 
 logger = logging.getLogger(__name__)
+
+ThresholdStrategy = Literal["global", "fixed", "group", "oracle", "running"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +25,83 @@ class Labelling:
 
     Args:
         threshold ([`thresholds.Threshold`]):
-            τ in normalised units, with the counts of the training rows where their scores are known.
+            The global τ in normalised units, with the counts of the training rows where their scores are known; with
+            thresholds of groups the counts are those of the rows' own thresholds.
         normalization ([`thresholds.ScoreNormalization`], *optional*):
             Applied to scores before τ.
         weights ([`thresholds.WeightSummary`], *optional*):
             Of the training rows, where their scores are known.
+        weighting ([`losses.Weighting`], *optional*):
+            Margins to weights.
+        by_group (`Mapping[str, float]`, *optional*):
+            τ of each group in normalised units; others take the global τ. `None` where there are no groups.
+        rows (`numpy.ndarray`, *optional*):
+            (N,) τ of each training row, where rows differ.
+        strategy (`dict`, *optional*):
+            Facts about how τ was found, JSON-serialisable.
+        score_std (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the scores τ was estimated from, in normalised units.
+        source (`numpy.ndarray`, *optional*):
+            Those scores, sorted, in normalised units.
     """
 
     threshold: thresholds.Threshold
     normalization: thresholds.ScoreNormalization = dataclasses.field(default_factory=thresholds.ScoreNormalization)
     weights: thresholds.WeightSummary | None = None
+    weighting: Weighting = dataclasses.field(default_factory=Weighting)
+    by_group: Mapping[str, float] | None = None
+    rows: np.ndarray | None = None
+    strategy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    score_std: float = 1.0
+    source: np.ndarray | None = None
+
+    def row_thresholds(self, groups: Sequence[str]) -> np.ndarray | None:
+        """Return the (N,) τ of rows of other data by their groups, or `None` where all rows have the global τ."""
+        if self.by_group is None:
+            return None
+        return np.array([self.by_group.get(group, self.threshold.value) for group in groups], dtype=np.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, JSON-serialisable: no scores and no names of groups."""
+        digest = None if self.rows is None else hashlib.blake2b(self.rows.tobytes(), digest_size=16).hexdigest()
+        return {
+            "threshold": self.threshold.to_dict(),
+            "normalization": dataclasses.asdict(self.normalization),
+            "weights": dataclasses.asdict(self.weights) if self.weights else None,
+            "weighting": dataclasses.asdict(self.weighting),
+            "strategy": self.strategy,
+            "score_std": self.score_std,
+            "row_thresholds_blake2b": digest,
+        }
+
+    def restored(self, saved: Mapping[str, Any]) -> Labelling:
+        """
+        Return the labelling of a checkpoint for the data that this one was fitted to.
+
+        Args:
+            saved (`Mapping[str, Any]`):
+                What `to_dict` returned then.
+        """
+        threshold = thresholds.Threshold(**saved["threshold"])
+        if threshold.value != self.threshold.value:
+            logger.warning(
+                "The checkpoint's threshold is %.6g, that of the data given now %.6g. Training resumes with the "
+                "checkpoint's; start anew if the data were meant to change.",
+                *(threshold.value, self.threshold.value),
+            )
+        if saved["row_thresholds_blake2b"] != self.to_dict()["row_thresholds_blake2b"]:
+            logger.warning(
+                "The thresholds of the rows given now differ from those that the checkpoint was trained with. Training "
+                "resumes with those of the rows given now; start anew if the data were meant to change."
+            )
+        return dataclasses.replace(
+            self,
+            threshold=threshold,
+            normalization=thresholds.ScoreNormalization(**saved["normalization"]),
+            weights=thresholds.WeightSummary(**saved["weights"]) if saved["weights"] else None,
+            weighting=Weighting(**saved["weighting"]),
+            score_std=saved["score_std"],
+        )
 
 
 def fit_labelling(
@@ -40,6 +113,13 @@ def fit_labelling(
     normalization: thresholds.NormalizationMethod = "none",
     confidence_scale: float = 5.0,
     proxy: bool = False,
+    strategy: ThresholdStrategy = "global",
+    groups: Sequence[str] | None = None,
+    source_groups: Sequence[str] | None = None,
+    statistic: thresholds.GroupStatistic = "percentile",
+    oracle_beta: float | None = None,
+    weighting: Weighting | None = None,
+    unit_mean_weight: bool = False,
 ) -> Labelling:
     """
     Estimate normalisation and threshold from source scores, and count what they make of the training scores.
@@ -56,9 +136,24 @@ def fit_labelling(
         normalization (`str`, *optional*, defaults to `"none"`):
             `"none"`, `"zscore"` or `"robust"`.
         confidence_scale (`float`, *optional*, defaults to 5.0):
-            c of the weights.
+            c of the paper's weights, where no `weighting` is given.
         proxy (`bool`, *optional*, defaults to `False`):
-            Whether the source is a proxy set.
+            Whether the source is a proxy set, not the training scores.
+        strategy (`str`, *optional*, defaults to `"global"`):
+            `"global"` and `"running"` (the percentile), `"fixed"`, `"group"`
+            ([`thresholds.estimate_group_thresholds`]) or `"oracle"` ([`thresholds.estimate_oracle_thresholds`]).
+        groups (`Sequence[str]`, *optional*):
+            M names of the training rows' groups, for the last two.
+        source_groups (`Sequence[str]`, *optional*):
+            N names of the source rows' groups, where the source is a proxy set.
+        statistic (`str`, *optional*, defaults to `"percentile"`):
+            Of a group: its percentile or its `"mean"`.
+        oracle_beta (`float`, *optional*):
+            β_r of the oracle, in normalised units.
+        weighting ([`losses.Weighting`], *optional*):
+            Margins to weights; by default the paper's.
+        unit_mean_weight (`bool`, *optional*, defaults to `False`):
+            Divide the weights by their mean over the training rows.
 
     Returns:
         [`Labelling`]
@@ -72,17 +167,106 @@ def fit_labelling(
         source = unit(source)
     if scores is not None:
         scores = unit(scores)
-    threshold = _threshold(source, scores, percentile, fixed, proxy)
-    if scores is None:
-        return Labelling(threshold, unit)
-    weights = thresholds.summarize_weights(scores, threshold.value, confidence_scale=confidence_scale)
+    weighting = weighting or Weighting(scale=confidence_scale)
+    by_group: dict[str, float] | None = None
+    rows: np.ndarray | None = None
+    facts: dict[str, Any] = {"name": strategy}
+    if strategy in ("group", "oracle"):
+        if source is None or groups is None or (proxy and source_groups is None):
+            raise ValueError(f"The strategy {strategy!r} needs scores and the group of each of them.")
+        names = source_groups if proxy and source_groups is not None else groups
+        if strategy == "group":
+            by_group, rows, pooled, found = _of_groups(source, names, percentile, statistic)
+        else:
+            by_group, rows, pooled, found = _of_oracle(source, names, percentile, oracle_beta)
+        facts |= found
+        if proxy:
+            rows = np.array([by_group.get(group, pooled) for group in groups], dtype=np.float64)
+        threshold = _count(scores if scores is not None else source, rows, pooled, strategy, percentile)
+    else:
+        threshold = _threshold(source, scores, percentile, fixed, proxy)
+    labelling = Labelling(
+        threshold,
+        unit,
+        weighting=weighting,
+        by_group=by_group,
+        rows=rows,
+        strategy=facts,
+        score_std=float(source.std()) if source is not None else 1.0,
+        source=np.sort(source) if source is not None else None,
+    )
+    return labelling if scores is None else _weighed(labelling, scores, unit_mean_weight)
+
+
+def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Labelling:
+    """Summarise the weights of the training rows, whose normalised scores are given, and say what was found."""
+    threshold = labelling.threshold
+    tau: np.ndarray | float = threshold.value if labelling.rows is None else labelling.rows
+    values = labelling.weighting(scores - tau)
+    if unit_mean and values.mean() > 0:
+        labelling = dataclasses.replace(
+            labelling, weighting=dataclasses.replace(labelling.weighting, divisor=float(values.mean()))
+        )
+        values = values / values.mean()
+    weights = thresholds.summarize_weights(values)
     logger.info(
         "Threshold %.6g (%s): %d positive, %d negative, %d tied. Weights: mean %.3g, max %.3g, the largest 1 %% carry "
         "%.1f %%.",
         *(threshold.value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
         *(weights.mean, weights.max, 100 * weights.top_1_percent_share),
     )
-    return Labelling(threshold, unit, weights)
+    return dataclasses.replace(labelling, weights=weights)
+
+
+_Groups: TypeAlias = tuple[dict[str, float], np.ndarray, float, dict[str, Any]]
+
+
+def _of_groups(
+    source: np.ndarray, names: Sequence[str], percentile: float, statistic: thresholds.GroupStatistic
+) -> _Groups:
+    """Return τ by group, τ of each source row, the pooled τ, and facts."""
+    numbers, groups = thresholds.group_ids(names)
+    found = thresholds.estimate_group_thresholds(source, numbers, percentile=percentile, statistic=statistic)
+    facts = {
+        "num_groups": len(groups),
+        "num_one_sided_groups": found.num_one_sided,
+        "statistic": statistic,
+        "mean_reliability": float(found.reliability.mean()),
+        "within_variance": found.within_variance,
+        "between_variance": found.between_variance,
+    }
+    logger.info(
+        "%d groups, of which %d have one label alone. Variance of the scores: %.4g within groups, %.4g between; a "
+        "group's own %s counts %.0f %% on average, the global threshold the rest.",
+        *(len(groups), found.num_one_sided, found.within_variance, found.between_variance, statistic),
+        100 * facts["mean_reliability"],
+    )
+    values = dict(zip(groups.tolist(), found.values.tolist(), strict=True))
+    return values, found.values[numbers], found.pooled, facts
+
+
+def _of_oracle(source: np.ndarray, names: Sequence[str], percentile: float, beta: float | None) -> _Groups:
+    """The same of the oracle, where each source row's own score is left out of its τ."""
+    numbers, groups = thresholds.group_ids(names)
+    found = thresholds.estimate_oracle_thresholds(source, numbers, beta=beta, percentile=percentile)
+    facts = {"num_groups": len(groups), "beta": found.beta}
+    logger.info("Oracle baselines of %d groups at β_r = %.4g.", len(groups), found.beta)
+    return dict(zip(groups.tolist(), found.values.tolist(), strict=True)), found.leave_one_out, found.pooled, facts
+
+
+def _count(
+    scores: np.ndarray, rows: np.ndarray, pooled: float, source: str, percentile: float
+) -> thresholds.Threshold:
+    """Count the labels that the rows' own thresholds make; one side left empty over the whole data is an error."""
+    margin = scores - rows
+    positive = int((margin >= 0).sum())
+    if positive in (0, margin.size):
+        raise thresholds.ThresholdError(
+            f"The {source} thresholds make all {margin.size} samples {'positive' if positive else 'negative'}. Use "
+            "the global threshold, or another percentile."
+        )
+    ties = int((margin == 0).sum())
+    return thresholds.Threshold(pooled, source, int(margin.size), positive, ties, percentile)
 
 
 def _threshold(

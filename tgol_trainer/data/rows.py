@@ -35,6 +35,8 @@ class Columns:
             Column of videos, in any form that [`read_video`] takes; given, it is read instead of the images.
         num_frames (`int`, *optional*):
             Frames that are taken of each video. Needed to read videos.
+        group (`str`, *optional*):
+            Column whose equal values form a group, such as the prompt's; `None` where rows are not grouped.
 
     Raises:
         DataError: if two of them are the same.
@@ -45,6 +47,7 @@ class Columns:
     score: str = "score"
     video: str | None = None
     num_frames: int | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.names)) < 3:
@@ -68,8 +71,13 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The three columns that are read."""
+        """The three columns that make a sample."""
         return [self.prompt, self.visual, self.score]
+
+    @property
+    def read(self) -> list[str]:
+        """Every column that is read: the three, and that of the groups where it is another."""
+        return list(dict.fromkeys([*self.names, *([self.group] if self.group else [])]))
 
 
 DEFAULT_COLUMNS = Columns()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -49,3 +50,42 @@ def confidence_weights(
     if form == "clipped":
         return (1 + scale * distance).clip(max=limit)
     raise ValueError(f"`form` must be one of {', '.join(WEIGHT_FORMS)}, got {form!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """
+    The weights of a run: [`confidence_weights`], times a factor for each class, over a constant.
+
+    Args:
+        form (`str`, *optional*, defaults to `"linear"`):
+            As in [`confidence_weights`]; so are the next three.
+        scale (`float`, *optional*, defaults to 5.0):
+            c.
+        power (`float`, *optional*, defaults to 0.5):
+            Exponent of `"power"`.
+        limit (`float`, *optional*, defaults to 2.0):
+            Largest weight of `"clipped"`.
+        desirable (`float`, *optional*, defaults to 1.0):
+            Factor of positive samples.
+        undesirable (`float`, *optional*, defaults to 1.0):
+            Factor of negative samples.
+        divisor (`float`, *optional*, defaults to 1.0):
+            The mean weight of the data, where weights are to have mean 1.
+    """
+
+    form: WeightForm = "linear"
+    scale: float = 5.0
+    power: float = 0.5
+    limit: float = 2.0
+    desirable: float = 1.0
+    undesirable: float = 1.0
+    divisor: float = 1.0
+
+    def __call__(self, margin: Values) -> Values:
+        """Return the weights (B, ...) of margins s - τ (B, ...), of their type and dtype; 0 counts as positive."""
+        weights = confidence_weights(margin, form=self.form, scale=self.scale, power=self.power, limit=self.limit)
+        if (self.desirable, self.undesirable) != (1.0, 1.0):
+            positive = margin >= 0
+            weights = weights * (positive * self.desirable + ~positive * self.undesirable)
+        return weights if self.divisor == 1.0 else weights / self.divisor

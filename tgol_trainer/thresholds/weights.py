@@ -1,9 +1,8 @@
-"""Confidence weights of a whole dataset."""
+"""Weights of a whole dataset, summarised."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,24 +16,19 @@ class WeightSummary:
     top_1_percent_share: float
 
 
-def summarize_weights(
-    scores: Sequence[float] | np.ndarray, value: float, *, confidence_scale: float = 5.0
-) -> WeightSummary:
+def summarize_weights(weights: np.ndarray) -> WeightSummary:
     """
-    Summarise the weights `1 + c·|s - τ|` that a dataset's scores get (paper, Eq. 10).
+    Summarise the weights that a dataset's samples get, such as `1 + c·|s - τ|` (paper, Eq. 10).
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores, in the unit of `value`.
-        value (`float`):
-            τ.
-        confidence_scale (`float`, *optional*, defaults to 5.0):
-            c.
+        weights (`numpy.ndarray`):
+            (N,) finite weights.
 
     Returns:
         [`WeightSummary`]: equal weights give a `top_1_percent_share` of 0.01 (for N a multiple of 100).
     """
-    weights = 1 + confidence_scale * np.abs(np.asarray(scores, dtype=np.float64) - value)
-    top = max(1, round(weights.size / 100))
-    largest = np.partition(weights, weights.size - top)[weights.size - top :]
-    return WeightSummary(float(weights.mean()), float(weights.max()), float(largest.sum() / weights.sum()))
+    values = np.asarray(weights, dtype=np.float64)
+    top = max(1, round(values.size / 100))
+    largest = np.partition(values, values.size - top)[values.size - top :]
+    total = float(values.sum())
+    return WeightSummary(float(values.mean()), float(values.max()), float(largest.sum()) / total if total else 0.0)
