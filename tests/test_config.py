@@ -106,7 +106,7 @@ def test_the_docstring_gives_the_defaults_that_the_fields_have():
     for name in OWN:
         # Not the type: HfArgumentParser replaces the fields' type names by types once it has parsed.
         (head,) = [line for line in TGOLConfig.__doc__.splitlines() if line.startswith(f"    {name} (`")]
-        assert head.endswith(f"`, *optional*, defaults to `{FIELDS[name].default!r}`):")
+        assert head.endswith(f"`, *optional*, defaults to `{default_of(FIELDS[name])!r}`):")
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, 42), ({"seed": 7}, 7), ({"seed": 7, "data_seed": 3}, 3)])
@@ -130,7 +130,13 @@ def test_a_choice_refuses_any_other_value_and_lists_the_allowed_ones(make, name)
     [(name, value) for name, values in sorted(LITERALS.items()) for value in values if value != FIELDS[name].default],
 )
 def test_a_choice_takes_each_of_its_values(make, name, value):
-    others = {"adapter_name_or_path": "somewhere"} if value == "initial" else {}
+    needed = {
+        "initial": {"adapter_name_or_path": "somewhere"},
+        "fixed": {"threshold": 0.5},
+        "dpo": {"group_size": 4},
+        "log_ratio_centering": {"group_size": 4},
+    }
+    others = needed.get(value, {}) | needed.get(name, {})
     assert getattr(make(**{name: value}, **others), name) == value
 
 

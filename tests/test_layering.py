@@ -31,6 +31,8 @@ LAYERS = {
     "callbacks": 4,
     "exports": 4,
     "jobs": 4,
+    "labelling": 4,
+    "objective": 4,
     "saving": 4,
     "trainer": 5,
     "cli": 6,

@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -24,7 +24,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
 from transformers.utils.hub import PushInProgress
 
-from . import adapters, shapes, thresholds
+from . import adapters, labelling, shapes, thresholds
 from .backbones import Backbone, BackboneSettings, ModelOrigin, load_backbone, wrap_pipeline
 from .callbacks import EpochStart, dataset_facts, harvest_facts
 from .card import DatasetFacts, write_card
@@ -33,18 +33,18 @@ from .data import (
     Collator,
     Columns,
     DataReport,
+    GroupSampler,
     Labelling,
     ScoredDataset,
     ScoredStream,
     check_columns,
     decode_prompts,
-    fit_labelling,
     prepare_dataset,
-    stream_scores,
 )
 from .families import RowGenerators, log_likelihood
-from .losses import threshold_guided_loss
+from .labelling import AnyDataset, ProxyDataset
 from .metrics import RECORD, MetricSums, stack_record
+from .objective import Scored, training_loss
 from .saving import ARGUMENTS_NAME, STATE_NAME, ReportedConfig, public_arguments, saved_state, write_json
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation, so that every evaluation uses the same ones."""
-
-AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
-ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -118,12 +115,14 @@ class TGOLTrainer(Trainer):
         self.args = args
         self.push_in_progress: PushInProgress | None = None
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=args.score_column)
-        self._check_datasets(train_dataset, proxy_dataset)
+        labelling.check_sources(train_dataset, proxy_dataset, args)
 
         self.backbone = self._load_backbone(model, quantization_config)
         if self.backbone.num_frames is not None:
             frames = self.backbone.num_frames
             self.columns = dataclasses.replace(self.columns, video=args.video_column, num_frames=frames)
+        if args.uses_groups:
+            self.columns = dataclasses.replace(self.columns, group=args.group_column or args.prompt_column)
         self.reference_model: ModelMixin | None = None
         self._prepare_policy(peft_config)
 
@@ -138,7 +137,7 @@ class TGOLTrainer(Trainer):
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
-            self._fit_threshold(train_rows)
+            train_rows = self._fit_threshold(train_rows)
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
         self._reference_epoch = 0
@@ -158,24 +157,6 @@ class TGOLTrainer(Trainer):
         self.label_names = ["row_id"]
 
     # ---- Set-up ----
-
-    def _check_datasets(self, train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset | None) -> None:
-        args = self.args
-        streamed = isinstance(train_dataset, datasets.IterableDataset)
-        if proxy_dataset is not None and args.threshold is not None:
-            raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
-        if args.sync_ref_model == "epoch" and streamed:
-            raise ValueError(
-                "`sync_ref_model='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
-                "training resumes. Use a `datasets.Dataset`, or leave it at 'no'."
-            )
-        regenerated = callable(proxy_dataset) and args.sync_ref_model == "epoch"
-        if args.threshold_update == "epoch" and not streamed and not regenerated:
-            raise ValueError(
-                "`threshold_update='epoch'` would give the same τ each time: the scores do not change between "
-                "epochs. It means something for a streamed train_dataset, or for a `proxy_dataset` given as a "
-                "function together with `sync_ref_model='epoch'`."
-            )
 
     def _load_backbone(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> Backbone:
         args, options = self.args, self.args.pipeline_kwargs
@@ -263,6 +244,8 @@ class TGOLTrainer(Trainer):
                 "cut off, in training as in generation.",
                 *(name, long, report.num_unique_prompts, limit),
             )
+        if self.labelling is not None and self.labelling.by_group is not None:  # of evaluation rows
+            rows.thresholds = self.labelling.row_thresholds(rows.groups)
         return rows
 
     def _prepare_eval_dataset(self, dataset: AnyDataset | dict[str, AnyDataset] | None) -> Any:
@@ -278,48 +261,17 @@ class TGOLTrainer(Trainer):
             self.example_prompt = rows[0]["prompt"]
         self.dataset_facts = [facts]
 
-    def _source_scores(self, rows: ScoredDataset | ScoredStream) -> np.ndarray | None:
-        """Raw scores from which normalisation and τ are estimated; None where a fixed τ needs none."""
-        if self.proxy_dataset is not None:
-            proxy = self.proxy_dataset
-            if callable(proxy):
-                proxy = proxy(self.backbone.pipeline)
-            if isinstance(proxy, datasets.Dataset):
-                proxy = proxy.to_iterable_dataset()
-            return stream_scores(proxy, self.columns, on_bad_sample=self.args.on_bad_sample, name="proxy_dataset")
-        if isinstance(rows, ScoredDataset):
-            return rows.scores
-        if self.args.threshold is not None and self.args.score_normalization == "none":
-            return None
-        return stream_scores(
-            self._raw_stream,
-            self.columns,
-            on_bad_sample=self.args.on_bad_sample,
-            limit=self.args.max_threshold_samples,
-        )
-
-    def _fit_threshold(self, rows: ScoredDataset | ScoredStream) -> None:
-        args, proxy, source = self.args, self.proxy_dataset is not None, self._source_scores(rows)
-        # Of a stream, only what the first pass read is known.
-        scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy else source
-        try:
-            labelling = fit_labelling(
-                source,
-                scores,
-                percentile=args.threshold_percentile,
-                fixed=args.threshold,
-                normalization=args.score_normalization,
-                confidence_scale=args.confidence_scale,
-                proxy=proxy,
-            )
-        except thresholds.ThresholdError as error:
-            raise thresholds.ThresholdError(f"Column {args.score_column!r}: {error}") from None
-        self._set_labelling(labelling)
-
-    def _set_labelling(self, labelling: Labelling) -> None:
-        self.labelling = labelling
-        self.collator.normalization = labelling.normalization
-        self.collator.threshold = labelling.threshold.value
+    def _fit_threshold(self, rows: ScoredDataset | ScoredStream) -> ScoredDataset | ScoredStream:
+        """Estimate τ, hand it to the collator, and return the rows that are trained on."""
+        proxy = self.proxy_dataset
+        if callable(proxy):
+            proxy = proxy(self.backbone.pipeline)
+        found = labelling.fit(rows, self.args, self.columns, proxy=proxy, stream=self._raw_stream)
+        if found.kept is not None and isinstance(rows, ScoredDataset):
+            rows = rows.kept(found.kept)
+        self.labelling = found
+        labelling.set_labels(found, self.args, self.collator, rows)
+        return rows
 
     @property
     def threshold(self) -> thresholds.Threshold | None:
@@ -360,6 +312,13 @@ class TGOLTrainer(Trainer):
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.group_size is None or not isinstance(dataset, ScoredDataset):
+            return super()._get_train_sampler(train_dataset)
+        numbers, _ = thresholds.group_ids(dataset.groups)
+        return GroupSampler(numbers, self.args.group_size, self.args.data_seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
@@ -413,7 +372,7 @@ class TGOLTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
-        One draw, scored by reference and policy; then the threshold-guided loss (paper, Eq. 10).
+        One draw, scored by reference and policy; then the loss of `args.loss_type`.
 
         Args:
             model (`torch.nn.Module`):
@@ -437,24 +396,33 @@ class TGOLTrainer(Trainer):
             mirrored = (rows.uniform("flip") < 0.5).to(pixels.device).view(-1, *[1] * (pixels.dim() - 1))
             pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
+        if args.loss_type == "csft":
+            positive = (inputs["margin"] >= 0).tolist()
+            prompts = [prompt + args.csft_suffixes[not good] for prompt, good in zip(prompts, positive, strict=True)]
         if training and args.caption_dropout:
             dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
         conditioning = self.backbone.condition(prompts, inputs["geometry"], self.collator.resolution)
         latents = self.backbone.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
+        if args.share_group_noise:
+            rows = RowGenerators(args.seed, step, inputs["group"].tolist())
         draw = family.draw(latents, rows)
 
         # The reference goes first: nothing is switched between the policy's forward pass and its backward pass.
         with self.reference_policy(model) as reference:
-            reference_error = family.error(self.backbone.predict(reference, draw, conditioning), draw)
-        error = family.error(self.backbone.predict(model, draw, conditioning), draw)
+            reference_prediction = self.backbone.predict(reference, draw, conditioning)
+            reference_error = family.error(reference_prediction, draw)
+        prediction = self.backbone.predict(model, draw, conditioning)
+        error = family.error(prediction, draw)
         log_ratio = log_likelihood(family, error, args.temperature) - log_likelihood(
             family, reference_error, args.temperature
         )
+
+        def mixed_error(share: float) -> torch.Tensor:
+            return family.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
+
         # The collator subtracted τ in float64, so labels are those of the float64 comparison.
-        result = threshold_guided_loss(
-            log_ratio, inputs["margin"], 0.0, beta=args.beta, confidence_scale=args.confidence_scale
-        )
+        result = training_loss(Scored(log_ratio, error, inputs, mixed_error), args, self.labelling)
         record = stack_record(**result._asdict(), score=inputs["score"], error=error, reference_error=reference_error)
         if training:
             self._train_metrics.add(record)
@@ -520,7 +488,7 @@ class TGOLTrainer(Trainer):
 
     def _state(self) -> dict[str, Any]:
         return {
-            **(dataclasses.asdict(self.labelling) if self.labelling else {"threshold": None}),
+            **(self.labelling.to_dict() if self.labelling else {"threshold": None}),
             "resolution": list(self.collator.resolution),
             "reference_epoch": self._reference_epoch,
         }
@@ -539,20 +507,9 @@ class TGOLTrainer(Trainer):
             adapters.load_adapter(
                 self.backbone.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
             )
-        if state["threshold"] is None:
-            return
-        saved = Labelling(
-            thresholds.Threshold(**state["threshold"]),
-            thresholds.ScoreNormalization(**state["normalization"]),
-            thresholds.WeightSummary(**state["weights"]) if state["weights"] else None,
-        )
-        if self.threshold is not None and saved.threshold.value != self.threshold.value:
-            logger.warning(
-                "The checkpoint's threshold is %.6g, that of the data given now %.6g. Training resumes with the "
-                "checkpoint's; start anew if the data were meant to change.",
-                *(saved.threshold.value, self.threshold.value),
-            )
-        self._set_labelling(saved)
+        if state["threshold"] is not None and self.labelling is not None:
+            self.labelling = self.labelling.restored(state)
+            labelling.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
 
     def _load_policy(self, folder: Path) -> None:
         if self.reference_model is not None:

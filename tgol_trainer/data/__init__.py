@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tgol_trainer.data.checks import check_columns
 from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_image, to_pixels
-from tgol_trainer.data.labels import Labelling, fit_labelling
+from tgol_trainer.data.labels import Labelling, LabelSettings, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
 from tgol_trainer.data.pairs import pairs_to_scores
 from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts
@@ -26,7 +26,9 @@ from tgol_trainer.data.videos import (
 
 if TYPE_CHECKING:
     from tgol_trainer.data.collator import Collator, decode_prompts
-    from tgol_trainer.data.datasets import DataReport, ScoredDataset, ScoredStream, prepare_dataset, stream_scores
+    from tgol_trainer.data.datasets import DataReport, ScoredDataset, prepare_dataset
+    from tgol_trainer.data.grouping import GroupSampler
+    from tgol_trainer.data.streams import ScoredStream, stream_scores
 
 __all__ = [
     "PROMPT_SETS",
@@ -34,7 +36,9 @@ __all__ = [
     "Columns",
     "DataError",
     "DataReport",
+    "GroupSampler",
     "ImageError",
+    "LabelSettings",
     "Labelling",
     "Prompts",
     "ScoredDataset",
@@ -66,7 +70,9 @@ __all__ = [
 # start without it.
 _WITH_TORCH = {
     **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
-    **dict.fromkeys(("DataReport", "ScoredDataset", "ScoredStream", "prepare_dataset", "stream_scores"), "datasets"),
+    **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),
+    "GroupSampler": "grouping",
+    **dict.fromkeys(("ScoredStream", "stream_scores"), "streams"),
 }
 
 

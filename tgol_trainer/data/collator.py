@@ -83,8 +83,9 @@ class Collator:
             height, width) for videos; `prompt_bytes` (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,)
             int64 in bytes, see [`decode_prompts`]; `score` (B,) float32, normalised; `margin` (B,) float32, normalised
             score - τ, whose sign is that of the float64 difference, with the row's own τ where it has one; `row_id`
-            (B,) int64; `group` (B,) int64 where rows have one; `cut_margins` (B, m) float32 where there are cut points;
-            `quantile` (B,) float32 in 0..1 where there are reference scores, ties counting half; `geometry` (B, 4) int64, the
+            (B,) int64; `group` (B,) int64 where rows have one; `cut_margins` (B, m) float32 where there are cut
+            points; `quantile` (B,) float32 in 0..1 where there are reference scores, ties counting half; `geometry`
+            (B, 4) int64, the
             image's own height and width and the top and left of the crop in the resized image (or first frame), in
             pixels.
 

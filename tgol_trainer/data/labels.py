@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,9 @@ class Labelling:
         score_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the scores τ was estimated from, in normalised units.
         source (`numpy.ndarray`, *optional*):
-            Those scores, sorted, in normalised units.
+            (N,) those scores in normalised units, in the order in which they were read.
+        kept (`numpy.ndarray`, *optional*):
+            (M,) bool, the training rows outside the dead zone; `None` for all.
     """
 
     threshold: thresholds.Threshold
@@ -54,6 +56,7 @@ class Labelling:
     strategy: dict[str, Any] = dataclasses.field(default_factory=dict)
     score_std: float = 1.0
     source: np.ndarray | None = None
+    kept: np.ndarray | None = None
 
     def row_thresholds(self, groups: Sequence[str]) -> np.ndarray | None:
         """Return the (N,) τ of rows of other data by their groups, or `None` where all rows have the global τ."""
@@ -91,8 +94,8 @@ class Labelling:
             )
         if saved["row_thresholds_blake2b"] != self.to_dict()["row_thresholds_blake2b"]:
             logger.warning(
-                "The thresholds of the rows given now differ from those that the checkpoint was trained with. Training "
-                "resumes with those of the rows given now; start anew if the data were meant to change."
+                "The thresholds of the rows given now differ from those that the checkpoint was trained with. "
+                "Training resumes with those of the rows given now; start anew if the data were meant to change."
             )
         return dataclasses.replace(
             self,
@@ -104,22 +107,52 @@ class Labelling:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelSettings:
+    """
+    How to make a [`Labelling`].
+
+    Args:
+        percentile (`float`, *optional*, defaults to 50.0):
+            Percentile of the source scores that becomes τ.
+        fixed (`float`, *optional*):
+            τ itself, in normalised units, for the strategy `"fixed"`.
+        normalization (`str`, *optional*, defaults to `"none"`):
+            `"none"`, `"zscore"` or `"robust"`.
+        strategy (`str`, *optional*, defaults to `"global"`):
+            `"global"` and `"running"` (the percentile), `"fixed"`, `"group"`
+            ([`thresholds.estimate_group_thresholds`]) or `"oracle"` ([`thresholds.estimate_oracle_thresholds`]).
+        statistic (`str`, *optional*, defaults to `"percentile"`):
+            Of a group: its percentile or its `"mean"`.
+        oracle_beta (`float`, *optional*):
+            β_r of the oracle, in normalised units.
+        weighting ([`losses.Weighting`], *optional*):
+            Margins to weights; by default the paper's.
+        unit_mean_weight (`bool`, *optional*, defaults to `False`):
+            Divide the weights by their mean over the training rows.
+        dead_zone (`float`, *optional*, defaults to 0.0):
+            Rows closer to their τ than this, in normalised units, are not kept; counts and weights are of the kept.
+    """
+
+    percentile: float = 50.0
+    fixed: float | None = None
+    normalization: thresholds.NormalizationMethod = "none"
+    strategy: ThresholdStrategy = "global"
+    statistic: thresholds.GroupStatistic = "percentile"
+    oracle_beta: float | None = None
+    weighting: Weighting = dataclasses.field(default_factory=Weighting)
+    unit_mean_weight: bool = False
+    dead_zone: float = 0.0
+
+
 def fit_labelling(
     source: np.ndarray | None,
     scores: np.ndarray | None,
+    settings: LabelSettings,
     *,
-    percentile: float = 50.0,
-    fixed: float | None = None,
-    normalization: thresholds.NormalizationMethod = "none",
-    confidence_scale: float = 5.0,
-    proxy: bool = False,
-    strategy: ThresholdStrategy = "global",
     groups: Sequence[str] | None = None,
     source_groups: Sequence[str] | None = None,
-    statistic: thresholds.GroupStatistic = "percentile",
-    oracle_beta: float | None = None,
-    weighting: Weighting | None = None,
-    unit_mean_weight: bool = False,
+    proxy: bool = False,
 ) -> Labelling:
     """
     Estimate normalisation and threshold from source scores, and count what they make of the training scores.
@@ -129,31 +162,14 @@ def fit_labelling(
             (N,) raw scores to estimate from; `None` where a fixed threshold needs none.
         scores (`np.ndarray`, *optional*):
             (M,) raw training scores; `None` for a stream that was not read.
-        percentile (`float`, *optional*, defaults to 50.0):
-            Percentile of the source scores that becomes τ.
-        fixed (`float`, *optional*):
-            τ itself, in normalised units, instead.
-        normalization (`str`, *optional*, defaults to `"none"`):
-            `"none"`, `"zscore"` or `"robust"`.
-        confidence_scale (`float`, *optional*, defaults to 5.0):
-            c of the paper's weights, where no `weighting` is given.
-        proxy (`bool`, *optional*, defaults to `False`):
-            Whether the source is a proxy set, not the training scores.
-        strategy (`str`, *optional*, defaults to `"global"`):
-            `"global"` and `"running"` (the percentile), `"fixed"`, `"group"`
-            ([`thresholds.estimate_group_thresholds`]) or `"oracle"` ([`thresholds.estimate_oracle_thresholds`]).
+        settings ([`LabelSettings`]):
+            Strategy, percentile, weights.
         groups (`Sequence[str]`, *optional*):
-            M names of the training rows' groups, for the last two.
+            M names of the training rows' groups, for the strategies `"group"` and `"oracle"`.
         source_groups (`Sequence[str]`, *optional*):
             N names of the source rows' groups, where the source is a proxy set.
-        statistic (`str`, *optional*, defaults to `"percentile"`):
-            Of a group: its percentile or its `"mean"`.
-        oracle_beta (`float`, *optional*):
-            β_r of the oracle, in normalised units.
-        weighting ([`losses.Weighting`], *optional*):
-            Margins to weights; by default the paper's.
-        unit_mean_weight (`bool`, *optional*, defaults to `False`):
-            Divide the weights by their mean over the training rows.
+        proxy (`bool`, *optional*, defaults to `False`):
+            Whether the source is a proxy set, not the training scores.
 
     Returns:
         [`Labelling`]
@@ -163,39 +179,45 @@ def fit_labelling(
     """
     unit = thresholds.ScoreNormalization()
     if source is not None:
-        unit = thresholds.fit_normalization(source, normalization)
+        unit = thresholds.fit_normalization(source, settings.normalization)
         source = unit(source)
     if scores is not None:
         scores = unit(scores)
-    weighting = weighting or Weighting(scale=confidence_scale)
-    by_group: dict[str, float] | None = None
+    facts: dict[str, Any] = {"name": settings.strategy}
+    grouped: _Grouped | None = None
     rows: np.ndarray | None = None
-    facts: dict[str, Any] = {"name": strategy}
-    if strategy in ("group", "oracle"):
-        if source is None or groups is None or (proxy and source_groups is None):
-            raise ValueError(f"The strategy {strategy!r} needs scores and the group of each of them.")
-        names = source_groups if proxy and source_groups is not None else groups
-        if strategy == "group":
-            by_group, rows, pooled, found = _of_groups(source, names, percentile, statistic)
-        else:
-            by_group, rows, pooled, found = _of_oracle(source, names, percentile, oracle_beta)
-        facts |= found
+    if settings.strategy in ("group", "oracle"):
+        names = source_groups if proxy else groups
+        if source is None or scores is None or groups is None or names is None:
+            raise ValueError(f"The strategy {settings.strategy!r} needs scores and the group of each of them.")
+        grouped = (_of_groups if settings.strategy == "group" else _of_oracle)(source, names, settings)
+        facts |= grouped.facts
+        rows = grouped.rows
         if proxy:
-            rows = np.array([by_group.get(group, pooled) for group in groups], dtype=np.float64)
-        threshold = _count(scores if scores is not None else source, rows, pooled, strategy, percentile)
+            rows = np.array([grouped.by_group.get(group, grouped.pooled) for group in groups], dtype=np.float64)
+        start = thresholds.Threshold(grouped.pooled, settings.strategy, 0, 0, 0, settings.percentile)
+        threshold = _counted(scores, rows, start)
     else:
-        threshold = _threshold(source, scores, percentile, fixed, proxy)
+        threshold = _threshold(source, scores, settings.percentile, settings.fixed, proxy)
+    kept: np.ndarray | None = None
+    if settings.dead_zone and scores is not None:
+        kept = np.abs(scores - (threshold.value if rows is None else rows)) >= settings.dead_zone
+        scores, rows = scores[kept], None if rows is None else rows[kept]
+        threshold = _counted(scores, threshold.value if rows is None else rows, threshold)
+        facts["num_in_dead_zone"] = int(kept.size - kept.sum())
+        logger.info("%d of %d rows lie in the dead zone and are left out.", facts["num_in_dead_zone"], kept.size)
     labelling = Labelling(
         threshold,
         unit,
-        weighting=weighting,
-        by_group=by_group,
+        weighting=settings.weighting,
+        by_group=grouped.by_group if grouped else None,
         rows=rows,
         strategy=facts,
         score_std=float(source.std()) if source is not None else 1.0,
-        source=np.sort(source) if source is not None else None,
+        source=source,
+        kept=kept,
     )
-    return labelling if scores is None else _weighed(labelling, scores, unit_mean_weight)
+    return labelling if scores is None else _weighed(labelling, scores, settings.unit_mean_weight)
 
 
 def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Labelling:
@@ -218,19 +240,24 @@ def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Label
     return dataclasses.replace(labelling, weights=weights)
 
 
-_Groups: TypeAlias = tuple[dict[str, float], np.ndarray, float, dict[str, Any]]
+class _Grouped(NamedTuple):
+    """Thresholds of groups: τ by group, τ of each source row, the pooled τ, and facts."""
+
+    by_group: dict[str, float]
+    rows: np.ndarray
+    pooled: float
+    facts: dict[str, Any]
 
 
-def _of_groups(
-    source: np.ndarray, names: Sequence[str], percentile: float, statistic: thresholds.GroupStatistic
-) -> _Groups:
-    """Return τ by group, τ of each source row, the pooled τ, and facts."""
+def _of_groups(source: np.ndarray, names: Sequence[str], settings: LabelSettings) -> _Grouped:
     numbers, groups = thresholds.group_ids(names)
-    found = thresholds.estimate_group_thresholds(source, numbers, percentile=percentile, statistic=statistic)
+    found = thresholds.estimate_group_thresholds(
+        source, numbers, percentile=settings.percentile, statistic=settings.statistic
+    )
     facts = {
         "num_groups": len(groups),
         "num_one_sided_groups": found.num_one_sided,
-        "statistic": statistic,
+        "statistic": settings.statistic,
         "mean_reliability": float(found.reliability.mean()),
         "within_variance": found.within_variance,
         "between_variance": found.between_variance,
@@ -238,35 +265,36 @@ def _of_groups(
     logger.info(
         "%d groups, of which %d have one label alone. Variance of the scores: %.4g within groups, %.4g between; a "
         "group's own %s counts %.0f %% on average, the global threshold the rest.",
-        *(len(groups), found.num_one_sided, found.within_variance, found.between_variance, statistic),
+        *(len(groups), found.num_one_sided, found.within_variance, found.between_variance, settings.statistic),
         100 * facts["mean_reliability"],
     )
     values = dict(zip(groups.tolist(), found.values.tolist(), strict=True))
-    return values, found.values[numbers], found.pooled, facts
+    return _Grouped(values, found.values[numbers], found.pooled, facts)
 
 
-def _of_oracle(source: np.ndarray, names: Sequence[str], percentile: float, beta: float | None) -> _Groups:
-    """The same of the oracle, where each source row's own score is left out of its τ."""
+def _of_oracle(source: np.ndarray, names: Sequence[str], settings: LabelSettings) -> _Grouped:
     numbers, groups = thresholds.group_ids(names)
-    found = thresholds.estimate_oracle_thresholds(source, numbers, beta=beta, percentile=percentile)
-    facts = {"num_groups": len(groups), "beta": found.beta}
+    found = thresholds.estimate_oracle_thresholds(
+        source, numbers, beta=settings.oracle_beta, percentile=settings.percentile
+    )
     logger.info("Oracle baselines of %d groups at β_r = %.4g.", len(groups), found.beta)
-    return dict(zip(groups.tolist(), found.values.tolist(), strict=True)), found.leave_one_out, found.pooled, facts
+    values = dict(zip(groups.tolist(), found.values.tolist(), strict=True))
+    facts = {"num_groups": len(groups), "beta": found.beta}
+    return _Grouped(values, found.leave_one_out, found.pooled, facts)
 
 
-def _count(
-    scores: np.ndarray, rows: np.ndarray, pooled: float, source: str, percentile: float
-) -> thresholds.Threshold:
-    """Count the labels that the rows' own thresholds make; one side left empty over the whole data is an error."""
-    margin = scores - rows
+def _counted(scores: np.ndarray, tau: np.ndarray | float, threshold: thresholds.Threshold) -> thresholds.Threshold:
+    """Return a threshold with the counts of scores that meet `tau`; one side empty over the whole data is an error."""
+    margin = scores - tau
     positive = int((margin >= 0).sum())
     if positive in (0, margin.size):
         raise thresholds.ThresholdError(
-            f"The {source} thresholds make all {margin.size} samples {'positive' if positive else 'negative'}. Use "
-            "the global threshold, or another percentile."
+            f"With the {threshold.source} threshold, all {margin.size} samples that are kept are "
+            f"{'positive' if positive else 'negative'}. Use another strategy or percentile, or a smaller dead zone."
         )
-    ties = int((margin == 0).sum())
-    return thresholds.Threshold(pooled, source, int(margin.size), positive, ties, percentile)
+    return dataclasses.replace(
+        threshold, num_scores=int(margin.size), num_positive=positive, num_ties=int((margin == 0).sum())
+    )
 
 
 def _threshold(

@@ -31,7 +31,7 @@ class ScoreNormalization:
     center: float = 0.0
     scale: float = 1.0
 
-    def __call__(self, scores: np.ndarray) -> np.ndarray:
+    def __call__(self, scores: np.ndarray | np.floating) -> np.ndarray:
         """Return the scores (N,) in normalised units, float64."""
         return (np.asarray(scores, dtype=np.float64) - self.center) / self.scale
 

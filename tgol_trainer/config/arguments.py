@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+
+from .method import MethodArguments, check_choices
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 
 
 @dataclass
-class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help below
+class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from the fields' help below
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments that differ here; `CHANGED_DEFAULTS` says why, and a test holds the list.
@@ -132,52 +133,6 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         default=None, metadata={"help": "Processes that check the images before training."}
     )
 
-    # Method
-    beta: float = field(default=1.0, metadata={"help": "β, scale of the implicit reward (paper: 1)."})
-    temperature: float = field(
-        default=0.001,
-        metadata={
-            "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T "
-            "holds the policy less close to the reference. No effect on masked-token models."
-        },
-    )
-    confidence_scale: float = field(
-        default=5.0,
-        metadata={"help": "c in the weight 1 + c·|s - τ| (paper: 5). Its effect depends on the unit of the scores."},
-    )
-    threshold_percentile: float = field(
-        default=50.0,
-        metadata={"help": "Percentile of the scores that becomes the threshold τ (paper: 50, the median)."},
-    )
-    threshold: float | None = field(
-        default=None, metadata={"help": "A fixed τ, in normalised score units, instead of a percentile."}
-    )
-    threshold_update: Literal["once", "epoch"] = field(
-        default="once",
-        metadata={
-            "help": "Estimate τ once, or again at each epoch. The latter only means something for streamed data or "
-            "for a proxy set that is made anew after the reference moves."
-        },
-    )
-    max_threshold_samples: int | None = field(
-        default=None,
-        metadata={"help": "Streams only: rows read in the first pass over the scores. None reads them all."},
-    )
-    score_normalization: Literal["none", "zscore", "robust"] = field(
-        default="none",
-        metadata={
-            "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and "
-            "interquartile range. 'none' is the paper's."
-        },
-    )
-    sync_ref_model: Literal["no", "epoch"] = field(
-        default="no",
-        metadata={
-            "help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15). Unlike "
-            "TRL's flag of this name, which mixes weights every 512 steps."
-        },
-    )
-
     def __post_init__(self) -> None:
         self.output_dir = getattr(self, "output_dir", None) or "tgol_output"
         if self.learning_rate is None:
@@ -236,37 +191,14 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
         return height, width
 
     def _check_ranges(self) -> None:
-        for name, low, high in (
-            ("beta", 0, None),
-            ("temperature", 0, None),
-            ("confidence_scale", None, None),
-            ("threshold_percentile", None, 100),
-            ("caption_dropout", None, 1),
-        ):
-            value = getattr(self, name)
-            within = value <= high if high is not None else math.isfinite(value)
-            if not (within and (value > low if low is not None else value >= 0)):
-                wanted = "larger than 0" if low is not None else "at least 0"
-                wanted += f" and at most {high}" if high is not None else " and finite"
-                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ValueError(f"`threshold` must be finite, got {self.threshold}.")
-        for name in ("num_frames", "dataset_num_proc", "max_threshold_samples"):
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
+        for name in ("num_frames", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in (
-            "reference",
-            "latent_sampling",
-            "timestep_sampling",
-            "on_bad_sample",
-            "threshold_update",
-            "score_normalization",
-            "sync_ref_model",
-        ):
-            allowed = _choices(name)
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        check_choices(self, TGOLConfig)
+        self.check_method(self.per_device_train_batch_size)
 
     def _check_combinations(self) -> None:
         again = self.threshold_update == "epoch" and self.score_normalization != "none"
@@ -286,8 +218,6 @@ class TGOLConfig(TrainingArguments):  # noqa: D101 - made from the fields' help 
             raise ValueError("`reference='initial'` means the adapter of `adapter_name_or_path`, which is not given.")
         if self.reference == "initial" and self.sync_ref_model == "epoch":
             raise ValueError("`reference='initial'` and `sync_ref_model='epoch'` both set the reference: choose one.")
-        if self.threshold is not None and self.threshold_update == "epoch":
-            raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
 
 
 def _read_resolution(value: int | str | None) -> int | str | None:
@@ -308,12 +238,6 @@ def _as_text(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value).removeprefix("torch.")
 
 
-def _choices(name: str) -> tuple[str, ...]:
-    from typing import get_args, get_type_hints
-
-    return get_args(get_type_hints(TGOLConfig)[name])
-
-
 CHANGED_DEFAULTS: dict[str, str] = {
     "learning_rate": "5e-5 is neither the paper's value nor one for LoRA",
     "num_train_epochs": "the paper makes one pass",
@@ -325,6 +249,10 @@ CHANGED_DEFAULTS: dict[str, str] = {
     "ddp_find_unused_parameters": "no adapter weight is ever unused",
 }
 """Fields of TrainingArguments with another default here, and why."""
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _docstring() -> str:
@@ -339,7 +267,7 @@ def _docstring() -> str:
         if item.name in inherited and item.name not in CHANGED_DEFAULTS:
             continue
         lines += [
-            f"    {item.name} (`{item.type}`, *optional*, defaults to `{item.default!r}`):",
+            f"    {item.name} (`{item.type}`, *optional*, defaults to `{_default(item)!r}`):",
             f"        {item.metadata['help']}",
         ]
     return "\n".join(lines)

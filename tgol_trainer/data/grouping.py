@@ -1,0 +1,75 @@
+"""The order of rows that puts images of one prompt into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+class GroupSampler(torch.utils.data.Sampler[int]):
+    """
+    Every row once an epoch, in blocks of `group_size` rows, each of one group as far as the groups go.
+
+    Each group's rows are shuffled and cut into blocks. What is left of a group, fewer rows than a block, stays
+    together too: rests of several groups fill blocks of their own, largest first, and rows that no block can take
+    close the epoch. Blocks are shuffled. Batches whose size is a multiple of `group_size` therefore never cut a block,
+    on any number of processes, and the order depends on seed and epoch alone, so that a resumed run goes on with it.
+
+    Args:
+        groups (`numpy.ndarray`):
+            (N,) integers, equal ones form a group.
+        group_size (`int`):
+            Rows of a block, at least 2.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the order.
+    """
+
+    def __init__(self, groups: np.ndarray, group_size: int, seed: int = 0) -> None:
+        self.groups, self.group_size, self.seed, self.epoch = np.asarray(groups), group_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.groups))
+        order = order[np.argsort(self.groups[order], kind="stable")]
+        starts = np.flatnonzero(np.r_[True, np.diff(self.groups[order]) != 0]) if len(order) else np.empty(0, int)
+        blocks: list[np.ndarray] = []
+        rests: list[np.ndarray] = []
+        for rows in np.split(order, starts[1:]):
+            whole = len(rows) - len(rows) % self.group_size
+            blocks += np.split(rows[:whole], whole // self.group_size) if whole else []
+            if whole < len(rows):
+                rests.append(rows[whole:])
+        packed = _packed([rests[index] for index in rng.permutation(len(rests))], self.group_size)
+        full = [block for block in packed if len(block) == self.group_size]
+        last = [block for block in packed if len(block) < self.group_size]
+        blocks += full
+        for index in [*rng.permutation(len(blocks)), *range(len(blocks), len(blocks) + len(last))]:
+            yield from (blocks[index] if index < len(blocks) else last[index - len(blocks)]).tolist()
+
+
+def _packed(rests: list[np.ndarray], size: int) -> list[np.ndarray]:
+    """Fill blocks with rests, the largest first, each with the largest that still fit."""
+    by_length: dict[int, list[np.ndarray]] = {}
+    for rest in rests:
+        by_length.setdefault(len(rest), []).append(rest)
+    blocks = []
+    while by_length:
+        parts: list[np.ndarray] = []
+        space = size
+        while fitting := [length for length in by_length if length <= space]:
+            length = max(fitting)
+            parts.append(by_length[length].pop())
+            space -= length
+            if not by_length[length]:
+                del by_length[length]
+        blocks.append(np.concatenate(parts))
+    return blocks

@@ -1,0 +1,182 @@
+"""Training data meet the configuration: which scores give τ, and what rows and collator get of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import datasets
+import numpy as np
+
+from . import thresholds
+from .config import CONFIDENT_LOSSES, TGOLConfig
+from .data import (
+    Collator,
+    Columns,
+    Labelling,
+    LabelSettings,
+    ScoredDataset,
+    ScoredStream,
+    fit_labelling,
+    stream_scores,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
+
+
+def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset | None, args: TGOLConfig) -> None:
+    """
+    Check that the data can give the threshold that the arguments ask for.
+
+    Args:
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            As the user gave it.
+        proxy_dataset (the same, or a callable, *optional*):
+            As the user gave it.
+        args ([`TGOLConfig`]):
+            The configuration.
+
+    Raises:
+        ValueError: for a combination that would train something else than asked; with the remedy.
+    """
+    streamed = isinstance(train_dataset, datasets.IterableDataset)
+    if proxy_dataset is not None and args.threshold is not None:
+        raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
+    if args.sync_ref_model == "epoch" and streamed:
+        raise ValueError(
+            "`sync_ref_model='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
+            "training resumes. Use a `datasets.Dataset`, or leave it at 'no'."
+        )
+    if streamed and (args.uses_groups or args.dead_zone):
+        what = "a dead zone" if args.dead_zone else "groups (thresholds of groups, `group_size`, 'dpo')"
+        raise ValueError(f"{what} need a dataset with a length: load it without `streaming=True`.")
+    if train_dataset is not None and not streamed and args.threshold_strategy == "running":
+        raise ValueError(
+            "`threshold_strategy='running'` follows a stream; a dataset with a length has one percentile: use "
+            "'global'."
+        )
+    if args.threshold_strategy == "oracle" and proxy_dataset is None and not args.reference_samples:
+        raise ValueError(
+            "`threshold_strategy='oracle'` is estimated from samples of the reference model. Give them as "
+            "`proxy_dataset`, or say with `reference_samples=True` that the training images are such samples."
+        )
+    regenerated = callable(proxy_dataset) and args.sync_ref_model == "epoch"
+    if args.threshold_update == "epoch" and not streamed and not regenerated:
+        raise ValueError(
+            "`threshold_update='epoch'` would give the same τ each time: the scores do not change between "
+            "epochs. It means something for a streamed train_dataset, or for a `proxy_dataset` given as a "
+            "function together with `sync_ref_model='epoch'`."
+        )
+    if args.threshold_update == "epoch" and args.dead_zone:
+        raise ValueError(
+            "`dead_zone` drops rows once, which `threshold_update='epoch'` would have to undo: choose one."
+        )
+
+
+def label_settings(args: TGOLConfig) -> LabelSettings:
+    """Return the part of a configuration that decides labels and weights."""
+    return LabelSettings(
+        percentile=args.threshold_percentile,
+        fixed=args.threshold,
+        normalization=args.score_normalization,
+        strategy=args.threshold_strategy,
+        statistic=args.group_statistic,
+        oracle_beta=args.oracle_beta,
+        weighting=args.weighting,
+        unit_mean_weight=args.normalize_weights and args.loss_type in CONFIDENT_LOSSES,
+        dead_zone=args.dead_zone,
+    )
+
+
+def fit(
+    rows: ScoredDataset | ScoredStream,
+    args: TGOLConfig,
+    columns: Columns,
+    *,
+    proxy: AnyDataset | None = None,
+    stream: datasets.IterableDataset | None = None,
+) -> Labelling:
+    """
+    Estimate normalisation, threshold and weights as the arguments ask.
+
+    Args:
+        rows ([`data.ScoredDataset`] or [`data.ScoredStream`]):
+            The training rows.
+        args ([`TGOLConfig`]):
+            The configuration.
+        columns ([`data.Columns`]):
+            Names of the columns.
+        proxy (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            Scores to estimate from instead of the training scores.
+        stream (`datasets.IterableDataset`, *optional*):
+            The user's stream that `rows` reads.
+
+    Returns:
+        [`data.Labelling`]
+
+    Raises:
+        ThresholdError: for scores that cannot be divided in two.
+        DataError: for bad scores of a proxy set or stream.
+    """
+    source: np.ndarray | None = None
+    source_groups: list[str] | None = None
+    read = functools.partial(stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
+    if proxy is not None:
+        proxy = proxy.to_iterable_dataset() if isinstance(proxy, datasets.Dataset) else proxy
+        source, source_groups = read(proxy, name="proxy_dataset")
+    elif isinstance(rows, ScoredDataset):
+        source = rows.scores
+    elif args.threshold is None or args.score_normalization != "none":
+        source, _ = read(stream, limit=args.max_threshold_samples)
+    # Of a stream, only what the first pass read is known.
+    scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy is not None else source
+    try:
+        return fit_labelling(
+            source,
+            scores,
+            label_settings(args),
+            groups=rows.groups if isinstance(rows, ScoredDataset) and columns.group else None,
+            source_groups=source_groups,
+            proxy=proxy is not None,
+        )
+    except thresholds.ThresholdError as error:
+        raise thresholds.ThresholdError(f"Column {args.score_column!r}: {error}") from None
+
+
+def set_labels(
+    labelling: Labelling, args: TGOLConfig, collator: Collator, rows: ScoredDataset | ScoredStream | None
+) -> None:
+    """
+    Hand a labelling to the collator and to the training rows.
+
+    Args:
+        labelling ([`data.Labelling`]):
+            Fitted to the training data.
+        args ([`TGOLConfig`]):
+            Loss type and strategy.
+        collator ([`data.Collator`]):
+            Gets normalisation, τ, and what the loss type needs of the scores.
+        rows ([`data.ScoredDataset`] or [`data.ScoredStream`], *optional*):
+            Get their own thresholds, where rows differ; by default they keep what they have.
+    """
+    collator.normalization = labelling.normalization
+    collator.threshold = labelling.threshold.value
+    if labelling.source is not None and args.loss_type == "ordinal":
+        collator.cut_points = np.percentile(labelling.source, args.ordinal_percentiles).tolist()
+    if labelling.source is not None and args.loss_type == "qrpo":
+        collator.reference_scores = np.sort(labelling.source)
+    if isinstance(rows, ScoredDataset):
+        rows.thresholds = labelling.rows
+    elif rows is not None and args.threshold_strategy == "running":
+        rows.running = functools.partial(_running, labelling, args.threshold_percentile, args.threshold_window)
+
+
+def _running(labelling: Labelling, percentile: float, window: int) -> Callable[[float], float]:
+    initial = [] if labelling.source is None else labelling.source[-window:].tolist()
+    percentile_of = thresholds.RunningPercentile(percentile, window, initial)
+    return lambda score: percentile_of.add(float(labelling.normalization(np.float64(score))))
