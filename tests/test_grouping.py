@@ -1,0 +1,50 @@
+"""The order of rows that keeps a prompt's images together."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tgol_trainer.data import GroupSampler
+
+
+def groups_of(seed=0, num_groups=30, sizes=(1, 11)):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(num_groups), rng.integers(*sizes, size=num_groups))
+    return rng.permutation(groups)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_an_epoch_has_every_row_once_and_blocks_are_as_pure_as_the_groups_allow(size):
+    groups = groups_of()
+    order = list(GroupSampler(groups, size, seed=3))
+    assert sorted(order) == list(range(len(groups)))
+    blocks = [groups[order[start : start + size]] for start in range(0, len(order), size)]
+    pure = Counter(block[0] for block in blocks if len(block) == size and len(set(block)) == 1)
+    for group, count in Counter(groups.tolist()).items():
+        assert pure[group] == count // size, group
+    if size > 2:  # what is left of a group is in one block
+        for group in set(groups.tolist()):
+            rest = [block for block in blocks if (block == group).any() and len(set(block.tolist())) > 1]
+            assert len(rest) <= 1
+
+
+def test_groups_of_one_size_fill_every_block():
+    groups = np.tile(np.arange(12), 8)
+    order = list(GroupSampler(groups, 8))
+    assert all(len(set(groups[order[start : start + 8]])) == 1 for start in range(0, 96, 8))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    groups = groups_of()
+    first, second, other = GroupSampler(groups, 4, seed=1), GroupSampler(groups, 4, seed=1), GroupSampler(groups, 4, 2)
+    assert list(first) == list(first) == list(second)
+    assert list(first) != list(other)
+    first.set_epoch(1)
+    assert list(first) != list(second)
+    second.set_epoch(1)
+    assert list(first) == list(second)
+
+
+def test_no_rows_give_no_order():
+    assert list(GroupSampler(np.array([], dtype=np.int64), 2)) == []

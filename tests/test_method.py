@@ -1,0 +1,317 @@
+"""Loss types, threshold strategies, weights and groups through the trainer, on a tiny pipeline."""
+
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.conftest import scored_dataset
+from tests.tiny import amused, stable_diffusion
+from tgol_trainer import TGOLTrainer
+from tgol_trainer.config.method import LossType
+from tgol_trainer.thresholds import ThresholdError, estimate_group_thresholds, group_ids
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+LOSS_TYPES = LossType.__args__
+
+
+def first_line(trainer):
+    return next(line for line in trainer.state.log_history if "loss" in line)
+
+
+def losses(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    """64 rows, 8 of each of 8 prompts, whose scores differ more between prompts than within."""
+    rows = scored_dataset(num_rows=64, num_prompts=8)
+    rng = np.random.default_rng(0)
+    scores = np.tile(rng.normal(size=8), 8) + 0.3 * rng.normal(size=64)
+    return rows.remove_columns("score").add_column("score", scores)
+
+
+def trained(config, rows, **settings):
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), rows, peft_config=LORA)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def prompt_thresholds(grouped):
+    numbers, _ = group_ids(grouped["prompt"])
+    return estimate_group_thresholds(grouped["score"], numbers).values[numbers]
+
+
+# ---- Losses ----
+
+
+def expected_first_loss(name, scores, reference_error):
+    """At a log-ratio of zero, over one batch of all rows, τ the median, β = 1."""
+    margin = scores - np.median(scores)
+    if name == "tgol":
+        return (1 + 5 * np.abs(margin)).mean() * math.log(2)
+    if name == "ordinal":
+        offsets = [math.log(1 / 3), 0.0, math.log(3)]
+        value = 0.0
+        for cut, offset in zip(np.percentile(scores, [25, 50, 75]), offsets, strict=True):
+            distance = np.where(scores >= cut, offset, -offset)  # softplus(-(±1)·(0 - b)) = ln(1 + exp(±b))
+            value += ((1 + 5 * np.abs(scores - cut)) * np.log1p(np.exp(distance))).mean() / 3
+        return value
+    if name == "kto":
+        return 0.5
+    if name == "dro":
+        return 0.5 * (margin**2).mean()
+    if name == "qrpo":
+        quantile = (np.argsort(np.argsort(scores)) + 0.5) / scores.size
+        return ((quantile - math.log(math.e - 1)) ** 2).mean()
+    if name == "dpo":
+        return math.log(2)
+    if name == "sft":
+        return (reference_error * (margin >= 0)).mean()
+    return reference_error.mean()  # csft, nft
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 64, "loss_type": loss_type}
+    if loss_type == "dpo":
+        settings["group_size"] = 8
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
+    with torch.no_grad():
+        batch = trainer.collator([trainer.train_dataset[row] for row in range(64)])
+        _, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    reference_error = record[:, 6].double().numpy()
+    trainer.train()
+    expected = expected_first_loss(loss_type, np.asarray(grouped["score"]), reference_error)
+    assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_eight_steps_lower_every_loss_on_its_own_batch(config, grouped, loss_type):
+    """Error of the reference for the supervised losses starts at a finite value; the others at their zero value."""
+    settings = {"max_steps": 8, "per_device_train_batch_size": 16, "loss_type": loss_type}
+    if loss_type == "dpo":
+        settings["group_size"] = 8
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.select(range(16)), peft_config=LORA)
+    batch = trainer.collator([trainer.train_dataset[row] for row in range(16)])
+    trainer.model.train()
+
+    def value():
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, batch).item()
+
+    before = value()
+    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(8):
+        optimizer.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        optimizer.step()
+    assert value() < before
+
+
+def test_nft_mixes_predictions_of_masked_models_as_well(config, grouped):
+    args = config(max_steps=1, loss_type="nft")
+    trainer = TGOLTrainer(amused(), args, grouped, peft_config=LORA)
+    trainer.train()
+    assert math.isfinite(first_line(trainer)["loss"])
+
+
+def test_csft_writes_the_label_behind_the_prompt(config, grouped, monkeypatch):
+    trainer = TGOLTrainer(stable_diffusion(), config(loss_type="csft"), grouped, peft_config=LORA)
+    seen = []
+    condition = trainer.backbone.condition
+    monkeypatch.setattr(
+        trainer.backbone, "condition", lambda prompts, *rest: seen.extend(prompts) or condition(prompts, *rest)
+    )
+    rows = range(8)
+    trainer.compute_loss(trainer.model.train(), trainer.collator([trainer.train_dataset[row] for row in rows]))
+    median = np.median(grouped["score"])
+    for row in rows:
+        suffix = ", high quality" if grouped["score"][row] >= median else ", low quality"
+        assert seen[row] == grouped["prompt"][row] + suffix
+
+
+# ---- Thresholds ----
+
+
+def test_thresholds_of_prompts_label_rows_and_evaluation_rows_alike(config, grouped, prompt_thresholds):
+    unseen = scored_dataset(num_rows=8, num_prompts=8, seed=5).map(lambda row: {"prompt": f"unseen {row['prompt']}"})
+    trainer = TGOLTrainer(
+        stable_diffusion(),
+        config(threshold_strategy="group"),
+        grouped,
+        {"seen": grouped.select(range(10, 20)), "unseen": unseen},
+        peft_config=LORA,
+    )
+    margin = trainer.collator([trainer.train_dataset[row] for row in range(64)])["margin"].numpy()
+    np.testing.assert_allclose(margin, np.asarray(grouped["score"]) - prompt_thresholds, rtol=1e-5, atol=1e-6)
+    assert trainer.threshold.num_positive == (np.asarray(grouped["score"]) >= prompt_thresholds).sum()
+    seen = trainer.collator(list(trainer.eval_dataset["seen"]))["margin"].numpy()
+    np.testing.assert_allclose(seen, margin[10:20], rtol=1e-6)
+    other = trainer.collator(list(trainer.eval_dataset["unseen"]))["margin"].numpy()
+    np.testing.assert_allclose(other, np.asarray(unseen["score"]) - np.median(grouped["score"]), rtol=1e-5)
+
+
+def test_a_group_column_other_than_the_prompt_is_read(config, grouped):
+    domains = [f"domain {index % 2}" for index in range(64)]
+    rows = grouped.add_column("domain", domains)
+    trainer = TGOLTrainer(
+        stable_diffusion(), config(threshold_strategy="group", group_column="domain"), rows, peft_config=LORA
+    )
+    assert set(trainer.labelling.by_group) == {"domain 0", "domain 1"}
+
+
+def test_oracle_thresholds_come_from_the_prompts_of_a_proxy_set(config, grouped):
+    proxy = grouped.select(range(64)).map(lambda row: {"score": row["score"] + 0.1})
+    trainer = TGOLTrainer(
+        stable_diffusion(),
+        config(threshold_strategy="oracle", oracle_beta=1e6),
+        grouped.select(range(32)),
+        proxy_dataset=proxy,
+        peft_config=LORA,
+    )
+    scores, prompts = np.asarray(proxy["score"]), np.asarray(proxy["prompt"])
+    for row in range(32):
+        own = scores[prompts == grouped["prompt"][row]].mean()
+        assert trainer.train_dataset[row]["threshold"] == pytest.approx(own, abs=1e-3)
+
+
+def test_an_oracle_without_samples_of_the_reference_is_refused(config, grouped):
+    with pytest.raises(ValueError, match="reference_samples=True"):
+        TGOLTrainer(stable_diffusion(), config(threshold_strategy="oracle"), grouped)
+
+
+def test_a_running_threshold_follows_the_stream(config, grouped):
+    """Window of 8 after a first pass over 8 rows: row i meets the median of the 8 scores that end with it."""
+    stream = grouped.to_iterable_dataset()
+    settings = {"threshold_strategy": "running", "threshold_window": 8, "max_threshold_samples": 8, "max_steps": 2}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), stream, peft_config=LORA)
+    scores = np.asarray(grouped["score"])
+    history = np.concatenate([scores[:8], scores])
+    for row, sample in enumerate(trainer.train_dataset):
+        assert sample["threshold"] == pytest.approx(np.median(history[row + 1 : row + 9]))
+    trainer.train()
+
+
+def test_the_dead_zone_drops_rows_near_the_threshold_before_training(config, grouped):
+    trainer = TGOLTrainer(stable_diffusion(), config(dead_zone=0.5), grouped, peft_config=LORA)
+    scores = np.asarray(grouped["score"])
+    far = np.flatnonzero(np.abs(scores - np.median(scores)) >= 0.5)
+    assert [row["row_id"] for row in trainer.train_dataset] == far.tolist()
+    assert trainer.threshold.num_scores == far.size < 64
+    with pytest.raises(ThresholdError, match="dead zone"):
+        TGOLTrainer(stable_diffusion(), config(dead_zone=100.0), grouped, peft_config=LORA)
+
+
+def test_normalised_weights_have_mean_one_and_class_weights_multiply(config, grouped):
+    settings = {"normalize_weights": True, "desirable_weight": 2.0, "undesirable_weight": 0.5, "max_steps": 1}
+    trainer = trained(config, grouped, per_device_train_batch_size=64, **settings)
+    scores = np.asarray(grouped["score"])
+    margin = scores - np.median(scores)
+    weights = (1 + 5 * np.abs(margin)) * np.where(margin >= 0, 2.0, 0.5)
+    line = first_line(trainer)
+    assert line["weights/mean"] == pytest.approx(1.0, rel=1e-5)
+    assert line["weights/max"] == pytest.approx(weights.max() / weights.mean(), rel=1e-5)
+
+
+# ---- Groups ----
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config, grouped, strength):
+    """Two whole groups of eight in one batch, everything again with NumPy: leave-one-out means, then Eq. 10."""
+    settings = {"log_ratio_centering": "group", "centering_strength": strength, "group_size": 8}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    rows = [*range(0, 64, 8), *range(1, 64, 8)]
+    batch = trainer.collator([trainer.train_dataset[row] for row in rows])
+    loss, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    log_ratio = -(record[:, 5] - record[:, 6]).double().numpy() / 0.001
+    scores = np.asarray(grouped["score"])[rows]
+    margin = scores - np.median(grouped["score"])
+    ratio, difference = log_ratio.copy(), margin.copy()
+    for start in (0, 8):
+        for row in range(start, start + 8):
+            others = [other for other in range(start, start + 8) if other != row]
+            ratio[row] = log_ratio[row] - strength * log_ratio[others].mean()
+            difference[row] = (1 - strength) * margin[row] + strength * (scores[row] - scores[others].mean())
+    signed = np.where(difference >= 0, ratio, -ratio)
+    expected = ((1 + 5 * np.abs(difference)) * np.log1p(np.exp(-signed))).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_batches_hold_whole_groups_which_share_noise_when_asked(config, grouped, monkeypatch):
+    settings = {"loss_type": "dpo", "group_size": 8, "share_group_noise": True, "max_steps": 8}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
+    draws = []
+    draw = trainer.backbone.family.draw
+    monkeypatch.setattr(trainer.backbone.family, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
+    batches = list(trainer.get_train_dataloader())
+    assert all(len(set(batch["group"].tolist())) == 1 for batch in batches)
+    trainer.compute_loss(trainer.model.train(), batches[0])
+    noise, times = draws[-1].target, draws[-1].timesteps
+    assert len(set(times.tolist())) == 1
+    assert (noise == noise[:1]).all()
+
+
+def test_training_in_groups_resumes_as_if_it_had_never_stopped(config, grouped, tmp_path):
+    settings = {"loss_type": "dpo", "group_size": 4, "max_steps": 12, "save_strategy": "steps", "save_steps": 5}
+    whole = trained(config, grouped, output_dir=str(tmp_path / "a"), **settings)
+    again = TGOLTrainer(
+        stable_diffusion(), config(output_dir=str(tmp_path / "a"), **settings), grouped, peft_config=LORA
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    assert losses(again)[-7:] == losses(whole)[-7:]
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "dpo", "group_size": 4}, {"threshold_strategy": "group"}])
+def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
+    with pytest.raises(ValueError, match="streaming=True"):
+        TGOLTrainer(stable_diffusion(), config(**settings), grouped.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": "dpo"}, "group_size"),
+        ({"log_ratio_centering": "group"}, "group_size"),
+        ({"group_size": 3}, "must divide"),
+        ({"log_ratio_centering": "group", "group_size": 4, "loss_type": "nft"}, "centering"),
+        ({"threshold_strategy": "fixed"}, "give its value"),
+        ({"threshold_strategy": "group", "threshold": 0.1}, "leave it out"),
+        ({"ordinal_percentiles": [50.0, 20.0]}, "increase"),
+        ({"csft_suffixes": ["one"]}, "two texts"),
+        ({"oracle_beta": -1.0}, "larger than 0"),
+    ],
+)
+def test_contradictions_are_refused_with_the_remedy(config, settings, words):
+    with pytest.raises(ValueError, match=words):
+        config(**settings)
+
+
+def test_a_checkpoint_names_no_prompt(config, grouped, tmp_path):
+    trainer = trained(config, grouped, threshold_strategy="group", output_dir=str(tmp_path))
+    trainer.save_model()
+    text = (tmp_path / "tgol_state.json").read_text()
+    assert "prompt number" not in text
+    assert '"row_thresholds_blake2b"' in text
+
+
+def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
+    settings = {"threshold_strategy": "group", "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    trained(config, grouped, **settings)
+    changed = grouped.map(lambda row, index: {"score": row["score"] + (index % 3)}, with_indices=True)
+    again = TGOLTrainer(
+        stable_diffusion(), config(**settings), datasets.Dataset.from_dict(changed[:]), peft_config=LORA
+    )
+    with caplog.at_level("WARNING", logger="tgol_trainer"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "thresholds of the rows given now differ" in caplog.text
