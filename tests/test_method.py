@@ -315,3 +315,30 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="tgol_trainer"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "thresholds of the rows given now differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "absent"),
+    [
+        ({}, ["threshold-guided optimization (TGO", "`1 + c·abs(score − τ)` with c = 5"], ["rival"]),
+        ({"loss_type": "kto"}, ["the loss `kto`, a rival"], ["No pairs of samples"]),
+        (
+            {"threshold_strategy": "group", "weight_form": "abs", "normalize_weights": True},
+            [
+                "source `group`",
+                "| `threshold_strategy` | group |",
+                "`num_groups`: 8",
+                "`abs(score − τ), over their mean`",
+            ],
+            ["with c ="],
+        ),
+    ],
+)
+def test_the_card_says_which_loss_threshold_and_weights_were_used(config, grouped, tmp_path, settings, there, absent):
+    trainer = TGOLTrainer(stable_diffusion(), config(output_dir=str(tmp_path), **settings), grouped, peft_config=LORA)
+    trainer.create_model_card()
+    text = " ".join((tmp_path / "README.md").read_text().replace("of tgol_trainer", "").split()).replace(" ,", ",")
+    for words in there:
+        assert words in text
+    for words in absent:
+        assert words not in text

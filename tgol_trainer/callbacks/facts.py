@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tgol_trainer.adapters import POLICY, adapter_metadata
 from tgol_trainer.backbones import hub_license
 from tgol_trainer.card import CardFacts, DatasetFacts, Hyperparameter
-from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
+from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig
 from tgol_trainer.data import Labelling
 
 if TYPE_CHECKING:
@@ -65,8 +65,12 @@ def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns:
 
 
 def _hyperparameters(args: TGOLConfig, effective_batch: int) -> list[Hyperparameter]:
-    own = [item.name for item in dataclasses.fields(TGOLConfig) if item.name in TGOLConfig.__annotations__]
-    defaults = {item.name: item.default for item in dataclasses.fields(TGOLConfig)}
+    own = [*MethodArguments.__annotations__, *TGOLConfig.__annotations__]
+    items = {item.name: item for item in dataclasses.fields(TGOLConfig)}
+    defaults = {
+        name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for name, item in items.items()
+    }
     defaults["learning_rate"] = FULL_LEARNING_RATE if args.full_finetuning else LORA_LEARNING_RATE
     values = args.to_dict()
     shown = [name for name in dict.fromkeys([*_TRAINING_FIELDS, *own]) if name in values and name not in _NOT_SHOWN]
@@ -107,16 +111,21 @@ def _training(state: TrainerState) -> dict[str, Any]:
     return facts
 
 
-def _labelling_facts(labelling: Labelling | None, confidence_scale: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _labelling_facts(labelling: Labelling | None) -> tuple[dict[str, Any], dict[str, Any]]:
     if labelling is None:
         return {}, {}
     threshold = {
         **labelling.threshold.to_dict(),
         "num_negative": labelling.threshold.num_negative,
         "normalization": dataclasses.asdict(labelling.normalization),
+        **{name: value for name, value in labelling.strategy.items() if name != "name"},
     }
     weights = labelling.weights
-    return threshold, {**dataclasses.asdict(weights), "confidence_scale": confidence_scale} if weights else {}
+    if weights is None:
+        return threshold, {}
+    weighting = labelling.weighting
+    facts = {**dataclasses.asdict(weights), "formula": weighting.formula}
+    return threshold, {**facts, "confidence_scale": weighting.scale} if "c·" in weighting.formula else facts
 
 
 def harvest_facts(trainer: Trainer | Any) -> CardFacts:
@@ -135,7 +144,9 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
     hub_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id
     usage = backbone.full_usage if args.full_finetuning else backbone.usage
     prompt = trainer.example_prompt or "a photo"
-    threshold, weights = _labelling_facts(trainer.labelling, args.confidence_scale)
+    if args.loss_type == "csft":  # what it was trained to answer with its positives
+        prompt += args.csft_suffixes[0]
+    threshold, weights = _labelling_facts(trainer.labelling)
     limits = ["It inherits the limits, the biases and the terms of use of its base model."]
     adapter = {} if args.full_finetuning else adapter_metadata(backbone.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

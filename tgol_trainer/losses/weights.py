@@ -82,6 +82,20 @@ class Weighting:
     undesirable: float = 1.0
     divisor: float = 1.0
 
+    @property
+    def formula(self) -> str:
+        """The weight in words, without its numbers other than those of the form."""
+        forms = {
+            "linear": "1 + c·abs(score − τ)",
+            "none": "1",
+            "abs": "abs(score − τ)",
+            "power": f"1 + c·abs(score − τ)^{self.power:g}",
+            "clipped": f"min(1 + c·abs(score − τ), {self.limit:g})",
+        }
+        classes = self.desirable, self.undesirable
+        factor = f", times {classes[0]:g} for positives and {classes[1]:g} for negatives" if classes != (1, 1) else ""
+        return forms[self.form] + factor + (", over their mean" if self.divisor != 1 else "")
+
     def __call__(self, margin: Values) -> Values:
         """Return the weights (B, ...) of margins s - τ (B, ...), of their type and dtype; 0 counts as positive."""
         weights = confidence_weights(margin, form=self.form, scale=self.scale, power=self.power, limit=self.limit)
