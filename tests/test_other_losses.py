@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tgol_trainer.losses import (
-    confidence_weights,
     group_mates_mean,
     kto_loss,
     nft_loss,
@@ -19,6 +18,7 @@ from tgol_trainer.losses import (
     supervised_loss,
     threshold_guided_loss,
 )
+from tgol_trainer.thresholds import confidence_weights
 
 LN3 = math.log(3)  # σ(ln 3) = 3/4
 

@@ -221,8 +221,7 @@ def _show_labels(scores: np.ndarray, prompts: Sequence[str], threshold: Threshol
     """Print a histogram in text with the threshold, the counts, and the rows nearest to and farthest from it."""
     import numpy as np
 
-    from tgol_trainer.losses import confidence_weights
-    from tgol_trainer.thresholds import summarize_weights
+    from tgol_trainer.thresholds import confidence_weights, summarize_weights
 
     counts, edges = np.histogram(scores, bins=16)
     print(f"\n{TRAINED_SCORE} of {len(scores)} pictures; τ = {threshold.value:.4f}, the median")

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from tgol_trainer.losses import Weighting, ordinal_offsets
+from tgol_trainer.losses import ordinal_offsets
+from tgol_trainer.thresholds import Weighting
 
 logger = logging.getLogger(__name__)
 

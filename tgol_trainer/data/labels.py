@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tgol_trainer import thresholds
-from tgol_trainer.losses import Weighting
+from tgol_trainer.thresholds import Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Labelling:
             Applied to scores before τ.
         weights ([`thresholds.WeightSummary`], *optional*):
             Of the training rows, where their scores are known.
-        weighting ([`losses.Weighting`], *optional*):
+        weighting ([`thresholds.Weighting`], *optional*):
             Margins to weights.
         by_group (`Mapping[str, float]`, *optional*):
             τ of each group in normalised units; others take the global τ. `None` where there are no groups.
@@ -126,7 +126,7 @@ class LabelSettings:
             Of a group: its percentile or its `"mean"`.
         oracle_beta (`float`, *optional*):
             β_r of the oracle, in normalised units.
-        weighting ([`losses.Weighting`], *optional*):
+        weighting ([`thresholds.Weighting`], *optional*):
             Margins to weights; by default the paper's.
         unit_mean_weight (`bool`, *optional*, defaults to `False`):
             Divide the weights by their mean over the training rows.

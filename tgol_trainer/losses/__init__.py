@@ -5,14 +5,9 @@ from .groups import group_mates_mean, preference_loss
 from .ordinal import ordinal_loss, ordinal_offsets
 from .rivals import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
 from .threshold import threshold_guided_loss
-from .weights import WEIGHT_FORMS, WeightForm, Weighting, confidence_weights
 
 __all__ = [
-    "WEIGHT_FORMS",
     "LossRecord",
-    "WeightForm",
-    "Weighting",
-    "confidence_weights",
     "group_mates_mean",
     "kto_loss",
     "nft_loss",

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from .base import LossRecord, check_vectors
-from .weights import confidence_weights
 
 
 def threshold_guided_loss(
@@ -48,7 +47,7 @@ def threshold_guided_loss(
     check_vectors(log_ratio=log_ratio, scores=scores)
     label = scores >= threshold
     if weight is None:
-        weight = confidence_weights(scores - threshold, scale=confidence_scale)
+        weight = 1 + confidence_scale * (scores - threshold).abs()
     weight = weight.float()
     implicit_reward = beta * log_ratio.float()
     loss = -weight * F.logsigmoid(torch.where(label, implicit_reward, -implicit_reward))

@@ -8,9 +8,10 @@ from .oracle import OracleThresholds, estimate_oracle_thresholds
 from .percentile import apply_threshold, estimate_threshold
 from .running import RunningPercentile
 from .uncertainty import ThresholdInterval, bootstrap_interval, bootstrap_thresholds
-from .weights import WeightSummary, summarize_weights
+from .weights import WEIGHT_FORMS, WeightForm, Weighting, WeightSummary, confidence_weights, summarize_weights
 
 __all__ = [
+    "WEIGHT_FORMS",
     "GroupCounts",
     "GroupStatistic",
     "GroupThresholds",
@@ -21,10 +22,13 @@ __all__ = [
     "Threshold",
     "ThresholdError",
     "ThresholdInterval",
+    "WeightForm",
     "WeightSummary",
+    "Weighting",
     "apply_threshold",
     "bootstrap_interval",
     "bootstrap_thresholds",
+    "confidence_weights",
     "count_groups",
     "estimate_group_thresholds",
     "estimate_oracle_thresholds",
