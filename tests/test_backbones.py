@@ -94,6 +94,21 @@ def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
     torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
 
 
+@every_family
+def test_autocast_of_the_training_step_does_not_reach_autoencoder_and_text_encoders(name):
+    """Or an autoencoder kept in float32 would compute in half precision all the same."""
+    backbone, pixels = load_backbone(FAMILIES[name].build()), pixels_of(name)
+
+    def frozen():
+        conditioning = backbone.condition(PROMPTS, GEOMETRY, pixels.shape[-2:])
+        return [backbone.encode_images(pixels, KEYS, sample=True), *conditioning.values()]
+
+    expected = frozen()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = frozen()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @every_variant
 def test_prompts_change_the_prediction_and_each_keyword_of_the_conditioning_does(name):
     backbone = load_backbone(VARIANTS[name].build())

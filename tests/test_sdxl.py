@@ -53,6 +53,15 @@ def test_sdxl_encodes_in_float32_where_its_autoencoder_asks_for_it(dtype):
     assert load_backbone(kept).pipeline.vae.dtype == dtype
 
 
+def test_sizes_are_exact_on_a_bfloat16_base():
+    """bfloat16 has eight bits: 1333 would become 1336, 1001 would become 1000."""
+    geometry = torch.tensor([[1001, 1333, 0, 166]])
+    times = load_backbone(stable_diffusion_xl().to(torch.bfloat16)).condition(["a"], geometry, (1024, 1024))[
+        "time_ids"
+    ]
+    assert times.tolist() == [[1001, 1333, 0, 166, 1024, 1024]]
+
+
 def test_sdxl_honours_mean_and_deviation_of_the_latents():
     """Inverse of the pipeline's own `latents * std / scaling_factor + mean`."""
     pipe, pixels, rows = stable_diffusion_xl(), PIXELS, KEYS

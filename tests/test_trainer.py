@@ -525,6 +525,30 @@ def test_an_unsupported_pipeline_is_told_what_is_supported(config, dataset):
         TGOLTrainer(DDPMPipeline(unet, DDPMScheduler()), config(), dataset)
 
 
+def test_an_unsupported_pipeline_is_refused_before_its_weights_are_read(config, dataset, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline", "transformer": ["x", "y"]}')
+    with pytest.raises(ValueError, match=r"QwenImagePipeline is not supported yet"):
+        TGOLTrainer(str(tmp_path), config(), dataset)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (
+            lambda: stable_diffusion().unet,
+            TypeError,
+            "`model` is a UNet2DConditionModel; it must be .*whole",
+        ),
+        (lambda: "no/such/folder", FileNotFoundError, "does not exist, and it is no Hub id"),
+        (lambda: str(Path(__file__).parent), FileNotFoundError, "holds no model_index.json.*from_single_file"),
+    ],
+    ids=["denoiser alone", "no folder", "another folder"],
+)
+def test_what_is_no_pipeline_says_what_is_wanted(config, dataset, model, error, message):
+    with pytest.raises(error, match=message):
+        TGOLTrainer(model(), config(), dataset)
+
+
 def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config, dataset, monkeypatch):
     args = config()
     monkeypatch.setenv("WORLD_SIZE", "2")

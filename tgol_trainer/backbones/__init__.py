@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import hf_hub_download
+
 from .amused import AmusedBackbone
-from .base import Backbone, BackboneSettings, ModelOrigin
+from .base import HUB_ID, Backbone, BackboneSettings, ModelOrigin
 from .flux import FluxBackbone
 from .licenses import hub_license
 from .meissonic import MeissonicBackbone, load_meissonic
@@ -32,6 +35,9 @@ BACKBONES: dict[str, type[Backbone]] = {
     "Pipeline": MeissonicBackbone,
 }
 """Pipeline class name to backbone. A new family is one file and one entry here."""
+
+_INDEX = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Arguments of `from_pretrained` that also say where the pipeline's index is."""
 
 __all__ = [
     "BACKBONES",
@@ -73,16 +79,48 @@ def wrap_pipeline(
         ValueError: for a pipeline class without a backbone.
     """
     name = type(pipeline).__name__
-    if name not in BACKBONES:
-        raise ValueError(
-            f"{name} is not supported yet. Supported pipelines: {', '.join(sorted(BACKBONES))}. Supporting another "
-            "takes a backbone: how it encodes prompts and images, what its denoiser is called with, and its "
-            "likelihood family (CONTRIBUTING.md, 'A new model family')."
-        )
+    _check_supported(name)
     backbone = BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if backbone.num_frames is None and backbone.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
     return backbone
+
+
+def _check_supported(name: str) -> None:
+    if name not in BACKBONES:
+        supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(BACKBONES))
+        raise ValueError(
+            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a backbone: how "
+            "it encodes prompts and images, what its denoiser is called with, and its likelihood family "
+            "(CONTRIBUTING.md, 'A new model family')."
+        )
+
+
+def _checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's `model_index.json`, read before any weights are: they can be tens of gigabytes."""
+    if Path(model).exists():
+        file = Path(model) / "model_index.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{model} holds no model_index.json, so it is no folder of a diffusers pipeline. A single file of "
+                "weights is loaded with the pipeline class's `from_single_file`: pass the object."
+            )
+    elif HUB_ID.match(model):
+        place = {name: options[name] for name in _INDEX if name in options}
+        file = Path(hf_hub_download(model, "model_index.json", **place))
+    else:
+        raise FileNotFoundError(f"{model} does not exist, and it is no Hub id (`owner/name`).")
+    index: dict[str, Any] = json.loads(file.read_text())
+    name = index.get("_class_name")
+    if name == "Pipeline":
+        raise ValueError(
+            f"{model!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
+            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
+            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
+        )
+    if isinstance(name, str) and "custom_pipeline" not in options:
+        _check_supported(name)
+    return index
 
 
 def _read_dtype(value: Any) -> Any:
@@ -120,6 +158,8 @@ def load_backbone(
 
     Raises:
         ValueError: for an unsupported pipeline, or `model_init_kwargs` beside a pipeline that is already loaded.
+        FileNotFoundError: for a folder that does not exist or holds no pipeline.
+        TypeError: for a `model` of another kind, such as a denoiser alone.
     """
     from diffusers import DiffusionPipeline
 
@@ -131,6 +171,11 @@ def load_backbone(
                 "pass a Hub id or folder, or load the pipeline with these arguments yourself."
             )
         return wrap_pipeline(model, settings=settings)
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be a Hub id, a local folder, or a whole pipeline "
+            "(`diffusers.DiffusionPipeline`), whose text encoder and autoencoder are needed as well."
+        )
     if "quantization_config" in options:
         options.setdefault("dtype", "float32")  # else diffusers makes the layers that are not quantised float16
     if "dtype" in options:
@@ -140,18 +185,9 @@ def load_backbone(
     if "meissonic_repository" in options:
         origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
         return wrap_pipeline(load_meissonic(model, **options), origin, settings)
+    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
+    index = _checked_index(source, options)
     if "quantization_config" in options:
-        options["quantization_config"] = denoiser_quantization(
-            str(model), config=options.pop("quantization_config"), **options
-        )
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(str(model), **options)
-    except AttributeError as error:
-        if "no attribute Pipeline" not in str(error):
-            raise
-        raise ValueError(
-            f"{str(model)!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
-            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
-            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
-        ) from error
+        options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
+    pipeline = DiffusionPipeline.from_pretrained(source, **options)
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)

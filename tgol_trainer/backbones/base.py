@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .licenses import folder_license
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ModelOrigin:
     @classmethod
     def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
         """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""
-        if Path(source).expanduser().exists() or not _HUB_ID.match(source):
+        if Path(source).expanduser().exists() or not HUB_ID.match(source):
             return cls(note="a local folder whose name is not recorded", license=folder_license(source))
         from huggingface_hub import try_to_load_from_cache
 
@@ -109,6 +110,18 @@ def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]])
         encoded = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
         cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
     return len(cut), min(limit for _, limit in limits)
+
+
+@contextmanager
+def frozen_pass(device: torch.device) -> Iterator[None]:
+    """
+    Run what is not trained without gradient, and without the autocast of `bf16=True` or `fp16=True`.
+
+    Under autocast an autoencoder kept in float32 would compute in half precision all the same, and that of SDXL
+    overflows in float16.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def flow_schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,21 +246,21 @@ class Backbone(abc.ABC):
 
     def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """
-        Encode pictures into scaled latents; by default with a KL autoencoder.
+        Encode pictures or clips into scaled latents; by default with a KL autoencoder, in the dtype it was loaded in.
 
         Args:
             pixels (`torch.Tensor`):
-                (B, 3, H, W) float32 in [-1, 1].
+                (B, 3, H, W), or (B, 3, F, H, W) for models of videos, float32 in [-1, 1].
             rows ([`RowGenerators`]):
                 Source of the posterior sample.
             sample (`bool`):
                 Sample the posterior, or take its mode.
 
         Returns:
-            `torch.Tensor`: (B, C, h, w) in the denoiser's dtype.
+            `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype.
         """
         vae = self.pipeline.vae
-        with torch.no_grad():
+        with frozen_pass(vae.device):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             latents = posterior.mean
             if sample:
@@ -255,9 +268,17 @@ class Backbone(abc.ABC):
             return self.scale_latents(latents).to(self.denoiser.dtype)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring latents (B, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says."""
+        """
+        Bring latents (B, C, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says.
+
+        By mean and deviation of each channel (Wan, some of SDXL), shift and scale, whichever the config has.
+        """
         config = self.pipeline.vae.config
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (-1, *[1] * (latents.dim() - 2))
+            latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
+        return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
 
     @abc.abstractmethod
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -282,7 +303,8 @@ class Backbone(abc.ABC):
         self, prompts: Sequence[str], geometry: torch.Tensor, resolution: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         """
-        Everything the denoiser is conditioned on, without gradient; each distinct prompt is encoded once.
+        Everything the denoiser is conditioned on, without gradient; each distinct prompt is encoded once, by text
+        encoders in the dtype they were loaded in.
 
         Args:
             prompts (`Sequence[str]`):
@@ -297,7 +319,7 @@ class Backbone(abc.ABC):
         """
         unique = list(dict.fromkeys(prompts))
         index = torch.tensor([unique.index(prompt) for prompt in prompts])
-        with torch.no_grad():
+        with frozen_pass(self.device):
             encoded = self.encode_unique_prompts(unique)
             rows = {name: value[index.to(value.device)] for name, value in encoded.items()}
             return {**rows, **self.condition_on_size(geometry, resolution)}

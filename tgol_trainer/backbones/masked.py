@@ -9,7 +9,7 @@ import torch
 
 from tgol_trainer.families import MaskedTokenFamily, RowGenerators
 
-from .base import Backbone, BackboneSettings, ModelOrigin
+from .base import Backbone, BackboneSettings, ModelOrigin, count_cut_prompts, frozen_pass
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,10 +55,7 @@ class MaskedTokenBackbone(Backbone):
 
     def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
         """Return how many prompts have more tokens than the text encoder takes, and that number."""
-        lengths = [
-            len(ids) for ids in self.pipeline.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-        ]
-        return sum(length > self.max_tokens for length in lengths), self.max_tokens
+        return count_cut_prompts(prompts, [(self.pipeline.tokenizer, self.max_tokens)])
 
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (N, tokens, D), the encoder's last layer but one, and the pooled output (N, P)."""
@@ -98,7 +95,7 @@ class MaskedTokenBackbone(Backbone):
             `torch.Tensor`: (B, h, w) int64.
         """
         vqvae = self.pipeline.vqvae
-        with torch.no_grad():
+        with frozen_pass(vqvae.device):
             latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents
             ids = vqvae.quantize(latents)[2][2]
         return ids.reshape(len(latents), *latents.shape[-2:])

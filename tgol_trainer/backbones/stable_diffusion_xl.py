@@ -61,18 +61,13 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
 
     def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """`time_ids` (B, 6): the image's own size, the crop's corner, the training size (arXiv 2307.01952, 2.2)."""
-        target = geometry.new_tensor(resolution).expand(len(geometry), 2)
-        return {"time_ids": torch.cat([geometry, target], 1).to(self.device, self.denoiser.dtype)}
+        """
+        `time_ids` (B, 6): the image's own size, the crop's corner, the training size (arXiv 2307.01952, Sec. 2.2).
 
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scale (B, 4, h, w), by mean and standard deviation of each channel where the config has them."""
-        config = self.pipeline.vae.config
-        statistics = config.get("latents_mean"), config.get("latents_std")
-        if None in statistics:
-            return super().scale_latents(latents)
-        mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in statistics)
-        return (latents - mean) * config.scaling_factor / std
+        In float32, which the UNet embeds them in: bfloat16 would make 1333 pixels 1336.
+        """
+        target = geometry.new_tensor(resolution).expand(len(geometry), 2)
+        return {"time_ids": torch.cat([geometry, target], 1).to(self.device, torch.float32)}
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Output of the UNet (B, 4, h, w)."""

@@ -117,32 +117,6 @@ class WanBackbone(Backbone):
         )
         return {"encoder_hidden_states": embeddings.to(self.denoiser.dtype)}
 
-    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
-        """
-        Encode clips into latents, each channel less its mean and over its deviation.
-
-        Args:
-            pixels (`torch.Tensor`):
-                (B, 3, F, H, W) float32 in [-1, 1], with F = 4·k + 1.
-            rows ([`RowGenerators`]):
-                Source of the posterior sample.
-            sample (`bool`):
-                Sample the posterior, or take its mode.
-
-        Returns:
-            `torch.Tensor`: (B, 16, k + 1, H/8, W/8) in the denoiser's dtype.
-        """
-        vae = self.pipeline.vae
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
-            posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
-            latents = posterior.mean
-            if sample:
-                latents = latents + posterior.std * rows.normal("latent", latents)
-            mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-            deviation = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
-            return ((latents - mean) / deviation).to(self.denoiser.dtype)
-
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Velocity (B, 16, f, h, w)."""
         return model(hidden_states=draw.inputs, timestep=draw.timesteps, return_dict=False, **conditioning)[0]
