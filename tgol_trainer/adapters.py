@@ -270,6 +270,23 @@ def reference_policy(model: ModelMixin) -> Iterator[None]:
             model.enable_adapters()
 
 
+@contextlib.contextmanager
+def base_policy(model: ModelMixin) -> Iterator[None]:
+    """
+    Make the denoiser the base model inside the block, whatever the reference is: adapters off, no gradient.
+
+    Args:
+        model (`diffusers.ModelMixin`):
+            The denoiser itself, not its distributed wrapper.
+    """
+    model.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.enable_adapters()
+
+
 def sync_reference(model: ModelMixin) -> None:
     """
     Make the policy of this moment the reference (paper, Algorithm 1, line 15).

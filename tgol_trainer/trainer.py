@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -26,7 +27,7 @@ from transformers.utils.hub import PushInProgress
 
 from . import adapters, labelling, shapes, thresholds
 from .backbones import Backbone, BackboneSettings, ModelOrigin, load_backbone, wrap_pipeline
-from .callbacks import EpochStart, dataset_facts, harvest_facts
+from .callbacks import EpochStart, RewardFuncs, SampleCallback, dataset_facts, harvest_facts
 from .card import DatasetFacts, write_card
 from .config import TGOLConfig
 from .data import (
@@ -84,6 +85,9 @@ class TGOLTrainer(Trainer):
             By default r = alpha = 16 on the model family's usual targets.
         quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
             Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
+        reward_funcs (`str`, `Callable` or a list of them, *optional*):
+            Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the pictures of
+            `args.sample_prompts`.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
             Added to Trainer's own.
         optimizers (`tuple`, *optional*):
@@ -107,6 +111,7 @@ class TGOLTrainer(Trainer):
         proxy_dataset: ProxyDataset | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
+        reward_funcs: RewardFuncs | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ) -> None:
@@ -142,6 +147,7 @@ class TGOLTrainer(Trainer):
         self._train_metrics = MetricSums()
         self._reference_epoch = 0
         self.card_extras: dict[str, Any] = {}
+        self.samples = SampleCallback(self, reward_funcs, gather_object)
 
         super().__init__(
             model=self.backbone.denoiser,
@@ -149,8 +155,8 @@ class TGOLTrainer(Trainer):
             data_collator=self.collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            compute_metrics=_summarize_records,
-            callbacks=[EpochStart(self._on_epoch_begin), *(callbacks or [])],
+            compute_metrics=lambda records: {**_summarize_records(records), **self.samples.evaluate()},
+            callbacks=[EpochStart(self._on_epoch_begin), *(callbacks or []), self.samples],
             optimizers=optimizers,
         )
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.

@@ -75,7 +75,9 @@ def _hyperparameters(args: TGOLConfig, effective_batch: int) -> list[Hyperparame
     values = args.to_dict()
     shown = [name for name in dict.fromkeys([*_TRAINING_FIELDS, *own]) if name in values and name not in _NOT_SHOWN]
     shown = [
-        name for name in shown if name in _TRAINING_FIELDS or not name.startswith(("logging_", "remove_", "ddp_"))
+        name
+        for name in shown
+        if name in _TRAINING_FIELDS or not name.startswith(("logging_", "remove_", "ddp_", "sample_"))
     ]
     listed = [Hyperparameter(name, values[name], values[name] == defaults[name]) for name in shown]
     return [Hyperparameter("rows per update", effective_batch), *listed]

@@ -18,11 +18,15 @@ from .console import plain_errors, set_up_logging
 
 @dataclass
 class TrainArguments(ScriptArguments):
-    """TRL's script arguments and the proxy set; `dataset_name` is a Hub id, a folder, or a file of rows."""
+    """TRL's script arguments, the proxy set and rewards; `dataset_name` is a Hub id, a folder, or a file of rows."""
 
     proxy_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, folder or file whose scores give the threshold instead of the training scores."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of rewards or module:function, which score the pictures of --sample_prompts."},
     )
 
 
@@ -163,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
             peft_config=_lora_config(model, training),
             quantization_config=_quantization_config(model),
+            reward_funcs=script.reward_funcs,
         )
         resume = training.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)

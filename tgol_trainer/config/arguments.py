@@ -133,6 +133,28 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=None, metadata={"help": "Processes that check the images before training."}
     )
 
+    # Pictures during training
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts drawn at the start, during and at the end of training: texts, or one text file, table or "
+            "named prompt set. `reward_funcs` score the pictures."
+        },
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={"help": "Draw them every so many updates. None: at each evaluation, beside start and end."},
+    )
+    sample_seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Each prompt is drawn once a seed, the same at every step."}
+    )
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of these pictures. None: what suits the pipeline."}
+    )
+    sample_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps of these pictures. None: what suits the pipeline."}
+    )
+
     def __post_init__(self) -> None:
         self.output_dir = getattr(self, "output_dir", None) or "tgol_output"
         if self.learning_rate is None:
@@ -193,7 +215,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     def _check_ranges(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
-        for name in ("num_frames", "dataset_num_proc"):
+        for name in ("num_frames", "dataset_num_proc", "sample_steps", "sample_num_inference_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -212,6 +234,11 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                 "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the "
                 "denoiser. Leave it False; columns that are not needed are ignored."
             )
+        if not self.sample_prompts and self.sample_steps is not None:
+            raise ValueError("`sample_steps` says when `sample_prompts` are drawn, of which there are none.")
+        seeds = self.sample_seeds
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"`sample_seeds` must be different numbers, at least 0 and one or more, got {seeds}.")
         if self.full_finetuning and self.adapter_name_or_path:
             raise ValueError("`full_finetuning=True` trains no adapter: leave out `adapter_name_or_path`.")
         if self.reference == "initial" and not self.adapter_name_or_path:

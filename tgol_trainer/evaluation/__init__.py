@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
 from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
+from .strip import frame_row, save_sample_strip
 
 if TYPE_CHECKING:
     from .generation import generate_images, generate_videos, makes_videos
@@ -16,11 +17,13 @@ __all__ = [
     "Comparison",
     "compare_scores",
     "format_table",
+    "frame_row",
     "generate_images",
     "generate_videos",
     "makes_videos",
     "save_before_after_grid",
     "save_contact_sheet",
+    "save_sample_strip",
     "save_score_distributions",
     "save_score_histogram",
     "write_metrics",

@@ -414,12 +414,16 @@ def _score_lines(
     font: ImageFont.FreeTypeFont,
     width: float,
 ) -> tuple[list[str], list[str]]:
-    """Return the lines below the left and the right picture of pair `i`; the number is kept when the name is cut."""
+    """Return the lines below the left and the right picture of pair `i`."""
     lines: tuple[list[str], list[str]] = ([], [])
     for name, sides in scores.items():
         for k, values in enumerate(sides):
-            value = "–" if values[i] is None else f"{values[i]:.4g}"
-            room = width - font.getlength(f" {value}")
-            shown = _wrapped(name, font, room, 1)
-            lines[k].append(f"{shown[0]} {value}" if shown else value)
+            lines[k].append(_score_line(name, values[i], font, width))
     return lines
+
+
+def _score_line(name: str, value: float | None, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Return name and value, no wider than `width` pixels if the value alone is not."""
+    text = "–" if value is None else f"{value:.4g}"
+    shown = _wrapped(name, font, width - font.getlength(f" {text}"), 1)
+    return f"{shown[0]} {text}" if shown else text

@@ -1,0 +1,152 @@
+"""How pictures changed in training: a row a prompt, a column a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from .contact_sheet import _chosen
+from .plots import _font, _resized, _score_line, _wrapped
+
+_INK, _GREY, _RULE = "#222222", "#555555", "#d0d0d0"
+_MIN_SIDE, _MAX_HEIGHT = 160, 320
+_GAP = 6
+
+Scores = Mapping[str, Sequence[Sequence[float | None]]]
+
+
+def frame_row(frames: Sequence[Image.Image], num_shown: int = 3) -> Image.Image:
+    """
+    Put a few frames of a video side by side.
+
+    Args:
+        frames (`Sequence[PIL.Image.Image]`):
+            At least one.
+        num_shown (`int`, *optional*, defaults to 3):
+            Frames shown, spread evenly from the first to the last; fewer where the video has fewer.
+
+    Returns:
+        `PIL.Image.Image`: each frame at least 128 and at most 320 pixels wide and high.
+    """
+    shown = _resized([frames[number] for number in _chosen(len(frames), num_shown)], None)
+    width, height = shown[0].size
+    row = Image.new("RGB", (len(shown) * (width + 2) - 2, height), "white")
+    for column, image in enumerate(shown):
+        row.paste(image, (column * (width + 2), 0))
+    return row
+
+
+def save_sample_strip(
+    path: str | os.PathLike[str],
+    prompts: Sequence[str],
+    titles: Sequence[str],
+    pictures: Sequence[Sequence[Image.Image]],
+    *,
+    scores: Scores | None = None,
+    means: Mapping[str, Sequence[float | None]] | None = None,
+) -> None:
+    """
+    Draw pictures of the same prompts and seeds at successive moments, so that each row shows how one changed.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            PNG file; missing folders are made. It appears whole or not at all.
+        prompts (`Sequence[str]`):
+            One a row, written above its pictures; cut to two lines. A prompt equal to the one above is not repeated.
+        titles (`Sequence[str]`):
+            One a column, such as `"base"` and `"step 50"`.
+        pictures (`Sequence[Sequence[PIL.Image.Image]]`):
+            For each column one picture a row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
+            reduced to a height of 320.
+        scores (`Mapping[str, Sequence[Sequence]]`, *optional*):
+            Name of a score to its values, arranged as `pictures`, written below each; `None` is written as "–".
+        means (`Mapping[str, Sequence]`, *optional*):
+            Name of a score to its mean in each column, written below the titles.
+
+    Raises:
+        ValueError: if there is no picture, or the numbers of titles, prompts, pictures and scores do not agree.
+    """
+    scores, means = scores or {}, means or {}
+    _check(prompts, titles, pictures, scores, means)
+    columns = [[_fitted(picture) for picture in column] for column in pictures]
+    widths = [max(image.width for image in column) for column in columns]
+    size = min(max(max(widths) // 16, 12), 18)
+    font, small, bold = _font(size), _font(size - 2), _font(size, bold=True)
+    line, margin = size + 5, 2 * size
+    width = 2 * margin + sum(widths) + _GAP * (len(widths) - 1)
+    captions = [
+        [] if row and prompt == prompts[row - 1] else _wrapped(prompt, font, width - 2 * margin, 2)
+        for row, prompt in enumerate(prompts)
+    ]
+    row_heights = [max(column[row].height for column in columns) for row in range(len(prompts))]
+    heights = [
+        line * (len(caption) + len(scores)) + height + margin // 2 + (margin // 2 if caption else 0)
+        for caption, height in zip(captions, row_heights, strict=True)
+    ]
+    head = margin // 2 + line * (1 + len(means))
+    sheet = Image.new("RGB", (width, head + sum(heights) + margin // 2), "white")
+    canvas = ImageDraw.Draw(sheet)
+    lefts = [margin + sum(widths[:column]) + _GAP * column for column in range(len(widths))]
+    for column, (left, title) in enumerate(zip(lefts, titles, strict=True)):
+        centre = left + widths[column] / 2
+        canvas.text((centre, margin // 2), title, fill=_INK, font=bold, anchor="ma")
+        for number, (name, values) in enumerate(means.items(), start=1):
+            text = _score_line(name, values[column], small, widths[column])
+            canvas.text((centre, margin // 2 + line * number), text, fill=_GREY, font=small, anchor="ma")
+    y = head
+    for row, (caption, height) in enumerate(zip(captions, heights, strict=True)):
+        top = y
+        if caption:
+            canvas.line((margin, y + margin // 4, width - margin, y + margin // 4), fill=_RULE)
+            top += margin // 2
+        for text in caption:
+            canvas.text((margin, top), text, fill=_INK, font=font)
+            top += line
+        for column, left in enumerate(lefts):
+            image = columns[column][row]
+            sheet.paste(image, (left + (widths[column] - image.width) // 2, top))
+            for number, (name, rows) in enumerate(scores.items()):
+                text = _score_line(name, rows[column][row], small, widths[column])
+                below = (left + widths[column] / 2, top + row_heights[row] + 3 + line * number)
+                canvas.text(below, text, fill=_GREY, font=small, anchor="ma")
+        y += height
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    sheet.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    image = picture.convert("RGB")
+    factor = -(-_MIN_SIDE // min(image.size))
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if image.height > _MAX_HEIGHT:
+        width = max(round(image.width * _MAX_HEIGHT / image.height), 1)
+        return image.resize((width, _MAX_HEIGHT), Image.Resampling.LANCZOS)
+    return image
+
+
+def _check(
+    prompts: Sequence[str],
+    titles: Sequence[str],
+    pictures: Sequence[Sequence[Image.Image]],
+    scores: Scores,
+    means: Mapping[str, Sequence[float | None]],
+) -> None:
+    if not prompts or not titles:
+        raise ValueError("There is no picture to draw: a strip needs a prompt and a column.")
+    for name, found in (("pictures", pictures), *((f"scores[{key!r}]", value) for key, value in scores.items())):
+        lengths = sorted({len(column) for column in found})
+        if len(found) != len(titles) or lengths != [len(prompts)]:
+            raise ValueError(
+                f"`{name}` has {len(found)} columns of {lengths} rows; there are {len(titles)} titles and "
+                f"{len(prompts)} prompts."
+            )
+    for name, values in means.items():
+        if len(values) != len(titles):
+            raise ValueError(f"`means[{name!r}]` has {len(values)} values for {len(titles)} columns.")
