@@ -38,7 +38,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["tgol_trainer", "tgol_trainer.*"]),
-    package_data={"tgol_trainer.shapes": ["*pipeline/*.json", "*pipeline/*/*.json", "*pipeline/*/*.safetensors"]},
+    package_data={
+        "tgol_trainer.evaluation.report": ["report.*"],
+        "tgol_trainer.shapes": ["*pipeline/*.json", "*pipeline/*/*.json", "*pipeline/*/*.safetensors"],
+    },
     cmdclass={"build_py": BuildWithTemplate},
     # Lower bounds are what `make test-min` installs, but for torch, which is only tested at its pinned version.
     install_requires=[

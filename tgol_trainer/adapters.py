@@ -212,6 +212,40 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
         _freeze_reference(model)
 
 
+def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> None:
+    """
+    Load what was trained elsewhere, to make pictures with it: an adapter of any origin, or fully fine-tuned weights.
+
+    Unlike [`load_initial`] it asks nothing about whether the adapter could be trained further here.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            Changed in place.
+        denoiser (`str`):
+            Name of the component that was trained.
+        source (`str`):
+            Folder or Hub id of an adapter, as in [`load_initial`]; or a folder with the whole denoiser, in a folder of
+            the component's name, as full fine-tuning writes it.
+
+    Raises:
+        ValueError: if the source holds nothing for this pipeline.
+    """
+    model = getattr(pipeline, denoiser)
+    if (Path(source).expanduser() / denoiser / "config.json").is_file():
+        folder = Path(source).expanduser() / denoiser
+        setattr(pipeline, denoiser, type(model).from_pretrained(folder, dtype=model.dtype))
+        return
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(source)
+    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
+        model.load_lora_adapter(source, prefix=denoiser, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True)
+    if not any(getattr(component, "peft_config", None) for component in pipeline.components.values()):
+        raise ValueError(
+            f"{source!r} holds no LoRA weights for {type(pipeline).__name__}: nothing was loaded. Give an adapter "
+            "that was trained for this model."
+        )
+
+
 def _neutral(config: LoraConfig) -> LoraConfig:
     # How a loaded adapter was once initialised does not matter any more.
     config = copy.copy(config)

@@ -25,7 +25,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="Hub id, folder, or `shapes`")
     parser.add_argument("--model_revision", help="revision of the model on the Hub")
     parser.add_argument("--dtype", help="torch dtype of the pipeline, such as bfloat16 (default: float32)")
-    parser.add_argument("--model_init_kwargs", type=_options, help="JSON passed to `from_pretrained` of the pipeline")
+    parser.add_argument(
+        "--model_init_kwargs", type=json_object, help="JSON passed to `from_pretrained` of the pipeline"
+    )
     parser.add_argument("--adapter_name_or_path", help="LoRA folder or Hub id to load (default: none)")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
     parser.add_argument(
@@ -44,7 +46,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _options(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """
+    Read an option that is a JSON object.
+
+    Args:
+        text (`str`):
+            As it stands on the command line.
+
+    Returns:
+        `dict`
+    """
     try:
         read = json.loads(text)
     except ValueError as error:
@@ -106,11 +118,18 @@ def load_generator(
     else:
         backbone = load_backbone(model, options, settings)
     if adapter is not None:
-        adapters.load_initial(backbone.pipeline, backbone.denoiser_name, adapter, keep_as_reference=False)
-    return backbone.to(_device(use_cpu)).pipeline, backbone.origin.revision
+        adapters.load_trained(backbone.pipeline, backbone.denoiser_name, adapter)
+    return backbone.to(device_of(use_cpu)).pipeline, backbone.origin.revision
 
 
-def _device(use_cpu: bool) -> str:
+def device_of(use_cpu: bool) -> str:
+    """
+    Return the device of this process.
+
+    Args:
+        use_cpu (`bool`):
+            Leave a GPU unused.
+    """
     import torch
 
     if use_cpu or not torch.cuda.is_available():

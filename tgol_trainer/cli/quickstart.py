@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from tgol_trainer.evaluation import Comparison
+    from tgol_trainer.evaluation import Evaluation
     from tgol_trainer.thresholds import Threshold
     from tgol_trainer.trainer import TGOLTrainer
 
@@ -141,50 +141,59 @@ class Quickstart:
             callbacks=callbacks,
         )
 
-    def compare(self, before: list[Image], after: list[Image]) -> list[Comparison]:
-        """Win rates and means of every score, from pictures of equal prompts and seeds."""
-        from tgol_trainer.evaluation import compare_scores
+    def evaluate(self, before: list[Image], after: list[Image]) -> Evaluation:
+        """Compare pictures of equal prompts and seeds; write the tables, the plot, the pictures and the report."""
+        from tgol_trainer.evaluation import (
+            compare_models,
+            make_gallery,
+            save_before_after_grid,
+            score_pictures,
+            write_results,
+        )
 
         prompts = self._prompts(self.num_evaluation_images)
-        return [
-            compare_scores(
-                name, reward(before, prompts), reward(after, prompts), prompts, trained=name == TRAINED_SCORE
+        models = [
+            score_pictures(name, images, prompts, self.rewards(), trained=trained)
+            for name, images, trained in (
+                ("base", before, frozenset()),
+                ("quickstart", after, frozenset({TRAINED_SCORE})),
             )
-            for name, reward in self.rewards().items()
         ]
-
-    def write_report(
-        self, trainer: TGOLTrainer, comparisons: list[Comparison], before: list[Image], after: list[Image]
-    ) -> None:
-        """Write `metrics.json`, the before/after pictures, the score plot, and the card with all of it."""
-        from tgol_trainer.card import EvaluationRow, Picture
-        from tgol_trainer.evaluation import save_before_after_grid, save_score_distributions, write_metrics
-
-        prompts = self._prompts(self.num_evaluation_images)
-        scores = {name: (reward(before, prompts), reward(after, prompts)) for name, reward in self.rewards().items()}
-        save_score_distributions(self.output_dir / "score_distributions.png", scores)
+        evaluation = compare_models(prompts, models[0], models[1:])
         shown = slice(0, 24)
+        darkness = tuple(model.scores[TRAINED_SCORE][shown] for model in models)
         save_before_after_grid(
             self.output_dir / "before_after.png",
             prompts[shown],
             before[shown],
             after[shown],
             columns=4,
-            scores={"darkness": (scores[TRAINED_SCORE][0][shown], scores[TRAINED_SCORE][1][shown])},
+            scores={"darkness": (darkness[0], darkness[1])},
         )
-        write_metrics(
-            self.output_dir / "metrics.json",
-            comparisons,
+        settings = {name: value for name, value in SAMPLING.items() if name != "batch_size"}
+        write_results(
+            self.output_dir,
+            evaluation,
+            models,
+            make_gallery(prompts, [before, after]),
+            title="The shapes model before and after the quickstart",
             seconds={name: round(value, 1) for name, value in self.seconds.items()},
+            settings={**settings, "first seed": EVALUATION_SEED},
             seed=self.seed,
             num_images=self.num_images,
             num_steps=self.num_steps,
         )
+        return evaluation
+
+    def write_card(self, trainer: TGOLTrainer, evaluation: Evaluation) -> None:
+        """Put the comparison and its pictures into the model card."""
+        from tgol_trainer.card import EvaluationRow, Picture
+
         names = set(EvaluationRow.__dataclass_fields__)
         trainer.create_model_card(
             evaluations=[
                 EvaluationRow(**{key: value for key, value in item.to_dict().items() if key in names})
-                for item in comparisons
+                for item in evaluation.adapters[0].scores
             ],
             evaluation_note=(
                 f"{self.num_evaluation_images} pictures before and after training, equal prompts and seeds, DDIM 15 "
@@ -252,11 +261,11 @@ def _train(trainer: TGOLTrainer) -> None:
     trainer.save_model()
 
 
-def run(quickstart: Quickstart) -> list[Comparison]:
+def run(quickstart: Quickstart) -> Evaluation:
     """Run every step and print what a user wants to see of it."""
     import numpy as np
 
-    from tgol_trainer.evaluation import format_table, save_score_histogram
+    from tgol_trainer.evaluation import format_measures, format_table, save_score_histogram
     from tgol_trainer.shapes import load_pipeline
     from tgol_trainer.thresholds import estimate_threshold
 
@@ -283,11 +292,13 @@ def run(quickstart: Quickstart) -> list[Comparison]:
     fresh = load_pipeline()
     fresh.load_lora_weights(folder)
     after = quickstart.evaluation_images(fresh, "Pictures after")
-    comparisons = quickstart.compare(before, after)
     quickstart.seconds["total"] = time.time() - start
-    quickstart.write_report(trainer, comparisons, before, after)
-    print(f"\n{format_table(comparisons)}\n")
-    return comparisons
+    evaluation = quickstart.evaluate(before, after)
+    quickstart.write_card(trainer, evaluation)
+    quickstart.seconds["total"] = time.time() - start
+    adapter = evaluation.adapters[0]
+    print(f"\n{format_table(adapter.scores)}\n\n{format_measures(adapter.measures)}\n")
+    return evaluation
 
 
 def _program() -> str:
@@ -361,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output_dir
     print(f"Took {quickstart.seconds['total']:.0f} s on {torch.get_num_threads()} threads. Look at:")
     for name, text in (
+        ("report.html", "every picture before and after, by change of score; tables and plots"),
         ("before_after.png", "pictures of equal prompts and seeds"),
         ("score_distributions.png", "the scores before and after; score_histogram.png shows the labels"),
         ("README.md", "the model card, with a snippet that loads the adapter"),

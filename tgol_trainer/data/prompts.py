@@ -71,7 +71,9 @@ class Prompts:
     categories: list[str] | None = None
 
 
-def load_prompts(source: str, *, column: str | None = None, split: str = "train") -> Prompts:
+def load_prompts(
+    source: str, *, column: str | None = None, category_column: str | None = None, split: str = "train"
+) -> Prompts:
     """
     Read prompts.
 
@@ -81,6 +83,8 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
             Lines or Parquet file; a folder or Hub id of a dataset.
         column (`str`, *optional*):
             Column of a table; by default the first of `prompt`, `caption`, `text` that exists.
+        category_column (`str`, *optional*):
+            Column of a table that holds the category of each prompt. Named sets that have categories bring them.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset.
 
@@ -94,6 +98,8 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
     if source in PROMPT_SETS and not path.exists():
         return _named(source)
     if path.is_file() and path.suffix.lower() in (".txt", ""):
+        if category_column is not None:
+            raise DataError(f"prompts: {source!r} is a text file, which has no column {category_column!r}.")
         texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         return _checked(Prompts([text for text in texts if text]), source, None)
     if not path.exists() and "/" not in source:
@@ -108,7 +114,12 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
             f"prompts: {source!r} has no column {column or 'prompt'!r}; its columns are {names}. Name the one that "
             "holds the prompts."
         )
-    return _checked(Prompts(list(dataset.select_columns([found])[found])), source, found)
+    categories = None
+    if category_column is not None:
+        if category_column not in names:
+            raise DataError(f"prompts: {source!r} has no column {category_column!r}; its columns are {names}.")
+        categories = [str(value) for value in dataset.select_columns([category_column])[category_column]]
+    return _checked(Prompts(list(dataset.select_columns([found])[found]), categories), source, found)
 
 
 def _named(name: str) -> Prompts:

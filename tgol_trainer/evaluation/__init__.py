@@ -1,4 +1,4 @@
-"""Fixed-seed generation, paired comparison of scores, and the plots and tables that show both."""
+"""Fixed-seed generation, paired comparison of scores, and the plots, tables and reports that show both."""
 
 from __future__ import annotations
 
@@ -7,26 +7,56 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
+from .measures import MEASURES, SPREADS, measure_picture, pixel_descriptor, seed_spread
+from .output import write_grids, write_results
+from .pictures import make_gallery, score_pictures
 from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
+from .previews import encode_preview, encode_thumbnail
+from .provenance import trained_scores
+from .report import Gallery, write_report
+from .results import AdapterResult, Evaluation, MeasureChange, ModelRows, compare_models, verdict
 from .strip import frame_row, save_sample_strip
+from .tables import format_markdown, format_measures
 
 if TYPE_CHECKING:
     from .generation import generate_images, generate_videos, makes_videos
 
 __all__ = [
+    "MEASURES",
+    "SPREADS",
+    "AdapterResult",
     "Comparison",
+    "Evaluation",
+    "Gallery",
+    "MeasureChange",
+    "ModelRows",
+    "compare_models",
     "compare_scores",
+    "encode_preview",
+    "encode_thumbnail",
+    "format_markdown",
+    "format_measures",
     "format_table",
     "frame_row",
     "generate_images",
     "generate_videos",
+    "make_gallery",
     "makes_videos",
+    "measure_picture",
+    "pixel_descriptor",
     "save_before_after_grid",
     "save_contact_sheet",
     "save_sample_strip",
     "save_score_distributions",
     "save_score_histogram",
+    "score_pictures",
+    "seed_spread",
+    "trained_scores",
+    "verdict",
+    "write_grids",
     "write_metrics",
+    "write_report",
+    "write_results",
 ]
 
 _OF_GENERATION = ("generate_images", "generate_videos", "makes_videos")  # needs torch, see `tgol_trainer.data`

@@ -34,8 +34,16 @@ class Comparison:
             Share of pairs in which after beats before, a tie counting one half; in 0..1.
         interval (`tuple[float, float]`):
             Bootstrap interval of the win rate.
+        wins (`int`):
+            Pairs in which after beats before.
+        losses (`int`):
+            Pairs in which before beats after.
         ties (`int`):
             Pairs with equal scores.
+        sign_test (`float`):
+            Two-sided p-value of the sign test over prompts: the chance of prompts that agree at least as much, were
+            each as likely to gain as to lose. A prompt gains if it has more wins than losses; as many of both leave
+            it out.
         mean_before (`float`):
             Mean score before, in the unit of the score; the next five are too.
         mean_after (`float`):
@@ -60,7 +68,10 @@ class Comparison:
     num_prompts: int
     win_rate: float
     interval: tuple[float, float]
+    wins: int
+    losses: int
     ties: int
+    sign_test: float
     mean_before: float
     mean_after: float
     median_before: float
@@ -92,8 +103,9 @@ def compare_scores(
 
     The win rate is `mean(1[after > before] + ½·1[after = before])`. Intervals are percentile bootstrap intervals over
     prompts: whole prompts are drawn with all their pictures, since pictures of one prompt are no independent
-    evidence. With a single prompt pictures are drawn instead. Such intervals are too narrow for a handful of prompts,
-    and a single point where all pairs agree. Exchanging before and after mirrors every number.
+    evidence; the sign test counts prompts for the same reason. With a single prompt pictures are taken instead. Such
+    intervals are too narrow for a handful of prompts, and a single point where all pairs agree. Exchanging before and
+    after mirrors every number.
 
     Args:
         name (`str`):
@@ -133,20 +145,24 @@ def compare_scores(
     if not kept.any():
         raise ValueError(f"The score {name!r} has no pair with both values: nothing is left of {len(before)} pairs.")
     old, new = old[kept], new[kept]
-    groups: dict[str, int] = {}
-    group_of = np.array([groups.setdefault(prompts[i], len(groups)) for i in np.flatnonzero(kept).tolist()])
-    clusters = group_of if len(groups) > 1 else np.arange(old.size)
+    kept_prompts = [prompts[i] for i in np.flatnonzero(kept).tolist()]
+    clusters = clusters_of(kept_prompts)
     wins = (new > old) + 0.5 * (new == old)
     change = new - old
-    intervals = _bootstrap((wins, change), clusters, num_resamples, confidence, seed)
+    means = bootstrap_means((wins, change), clusters, num_resamples, seed)
+    tail = (1 - confidence) / 2
+    intervals = [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=1).T]
     return Comparison(
         name=name,
         trained=trained,
         num_images=int(old.size),
-        num_prompts=len(groups),
+        num_prompts=len(set(kept_prompts)),
         win_rate=float(wins.mean()),
         interval=intervals[0],
+        wins=int((new > old).sum()),
+        losses=int((new < old).sum()),
         ties=int((new == old).sum()),
+        sign_test=_sign_test(np.bincount(clusters, weights=np.sign(change))),
         mean_before=float(old.mean()),
         mean_after=float(new.mean()),
         median_before=float(np.median(old)),
@@ -193,8 +209,19 @@ def write_metrics(
     for fields in scores.values():
         del fields["name"]
     content = {"scores": scores, "seconds": dict(seconds or {}), **facts}
-    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path = Path(path)
+    replace_file(Path(path), json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """
+    Write a text file that appears whole or not at all.
+
+    Args:
+        path (`Path`):
+            The file; missing folders are made.
+        text (`str`):
+            Its content, written as UTF-8.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -253,10 +280,41 @@ def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarra
     return array
 
 
-def _bootstrap(
-    quantities: Sequence[np.ndarray], clusters: np.ndarray, num_resamples: int, confidence: float, seed: int
-) -> list[tuple[float, float]]:
-    """Return a percentile interval of the mean of each quantity (N,), drawing whole clusters with replacement."""
+def clusters_of(prompts: Sequence[str]) -> np.ndarray:
+    """
+    Return what is drawn together: the pictures of a prompt, or with a single prompt each picture on its own.
+
+    Args:
+        prompts (`Sequence[str]`):
+            One a picture.
+
+    Returns:
+        `numpy.ndarray`: (N,) integers from 0 without gaps.
+    """
+    groups: dict[str, int] = {}
+    numbers = np.array([groups.setdefault(prompt, len(groups)) for prompt in prompts])
+    return numbers if len(groups) > 1 else np.arange(len(prompts))
+
+
+def bootstrap_means(
+    quantities: Sequence[np.ndarray], clusters: np.ndarray, num_resamples: int, seed: int
+) -> np.ndarray:
+    """
+    Return means of several quantities over the same resamples, in which whole clusters are drawn with replacement.
+
+    Args:
+        quantities (`Sequence[numpy.ndarray]`):
+            K of them, (N,) each.
+        clusters (`numpy.ndarray`):
+            (N,), of [`clusters_of`].
+        num_resamples (`int`):
+            Resamples R.
+        seed (`int`):
+            Seed of the drawing.
+
+    Returns:
+        `numpy.ndarray`: (K, R) float64.
+    """
     sizes = np.bincount(clusters).astype(np.float64)
     sums = [np.bincount(clusters, weights=values) for values in quantities]
     rng = np.random.default_rng(seed)
@@ -268,8 +326,18 @@ def _bootstrap(
         drawn_sizes = sizes[drawn].sum(axis=1)
         for k, values in enumerate(sums):
             means[k, start : start + len(drawn)] = values[drawn].sum(axis=1) / drawn_sizes
-    tail = (1 - confidence) / 2
-    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=1).T]
+    return means
+
+
+def _sign_test(balances: np.ndarray) -> float:
+    """Return the exact two-sided p-value of the signs of (N,) numbers, zeros left out."""
+    gains, falls = int((balances > 0).sum()), int((balances < 0).sum())
+    term = tail = 1
+    for k in range(min(gains, falls)):
+        term = term * (gains + falls - k) // (k + 1)
+        tail += term
+    # Whole numbers: 3,200 prompts are more than a float's exponent holds.
+    return min(1.0, 2 * tail / 2 ** (gains + falls)) if gains + falls else 1.0
 
 
 def _plain(value: Any) -> Any:

@@ -112,11 +112,15 @@ class ClipReward:
         same_number(images, prompts)
         if not images:
             return []
+        cosines = (self.image_features(images) * self._texts(prompts)).sum(dim=-1)
+        return (cosines.double() * self._factor()).tolist()
+
+    @torch.no_grad()
+    def image_features(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return features of length 1, (n, D) float32, of n pictures."""
         like = self.model.visual_projection.weight
         pixels = self._pixels(rgb(images)).to(like.device, like.dtype)
-        pictures = _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
-        cosines = (pictures * self._texts(prompts)).sum(dim=-1)
-        return (cosines.double() * self._factor()).tolist()
+        return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
 
     def _factor(self) -> float:
         """Return what the cosine is multiplied by."""

@@ -1,0 +1,123 @@
+"""What a picture looks like in a few numbers, so that damage and collapse show beside the scores."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+MEASURES = {
+    "saturation": "mean over pixels of the largest minus the smallest of R, G and B, 0 to 1",
+    "contrast": "standard deviation of the luma, 0 to 0.5",
+    "high_frequency": "root mean square of what the mean of 3×3 pixels takes away from the luma, 0 to 1",
+    "motion": "videos: root mean square difference of the luma of neighbouring frames looked at, 0 to 1",
+}
+"""Name of a measure of one picture to what it is. For a video, the mean over the frames looked at."""
+
+SPREAD = "seed_spread"
+SPREADS = {
+    SPREAD: "mean distance of two pictures of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
+    "feature_spread": "mean of 1 − cosine of the features of two pictures of one prompt, 0 to 2",
+}
+"""Name of a measure of one prompt's pictures, made with different seeds, to what it is."""
+
+FRAMES_LOOKED_AT = 8
+_SIDE = 16
+# ITU-R BT.601.
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def measure_picture(frames: Sequence[Image.Image]) -> dict[str, float]:
+    """
+    Measure one picture, or a video by its frames.
+
+    Args:
+        frames (`Sequence[PIL.Image.Image]`):
+            A picture alone, or the frames of a video that are to be looked at, in order and of one size.
+
+    Returns:
+        `dict[str, float]`: the values of [`MEASURES`]; `motion` for two frames and more.
+
+    Raises:
+        ValueError: if there is no frame.
+    """
+    if not frames:
+        raise ValueError("There is no frame to measure.")
+    pixels = [np.asarray(frame.convert("RGB"), dtype=np.float64) / 255 for frame in frames]
+    lumas = [frame @ _LUMA for frame in pixels]
+    values = {
+        "saturation": float(np.mean([np.ptp(frame, axis=2).mean() for frame in pixels])),
+        "contrast": float(np.mean([luma.std() for luma in lumas])),
+        "high_frequency": float(np.mean([_high_frequency(luma) for luma in lumas])),
+    }
+    if len(lumas) > 1:
+        steps = [np.sqrt(np.mean((new - old) ** 2)) for old, new in itertools.pairwise(lumas)]
+        values["motion"] = float(np.mean(steps))
+    return values
+
+
+def _high_frequency(luma: np.ndarray) -> float:
+    """Return the root mean square of the luma (H, W) minus its mean over 3×3 pixels; 0 below 3 pixels a side."""
+    if min(luma.shape) < 3:
+        return 0.0
+    rows = luma[:-2] + luma[1:-1] + luma[2:]
+    smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+    return float(np.sqrt(np.mean((luma[1:-1, 1:-1] - smooth) ** 2)))
+
+
+def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
+    """
+    Reduce a picture to 16×16 pixels, or a video to its first, middle and last frame at that size.
+
+    Args:
+        frames (`Sequence[PIL.Image.Image]`):
+            A picture alone, or the frames of a video.
+
+    Returns:
+        `numpy.ndarray`: (768,) or (2304,) uint8.
+    """
+    shown = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
+    small = [frame.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for frame in shown]
+    return np.concatenate([np.asarray(image).ravel() for image in small])
+
+
+def seed_spread(
+    descriptors: Sequence[np.ndarray | None], prompts: Sequence[str], *, cosine: bool = False
+) -> dict[str, float]:
+    """
+    Return how far apart the pictures of each prompt lie.
+
+    Args:
+        descriptors (`Sequence[numpy.ndarray | None]`):
+            One a picture, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
+            picture out.
+        prompts (`Sequence[str]`):
+            The prompt of each picture.
+        cosine (`bool`, *optional*, defaults to `False`):
+            Distance 1 − cosine, for features, instead of the root mean square difference of pixels in 0..1.
+
+    Returns:
+        `dict[str, float]`: prompt to the mean distance over all pairs of its pictures; prompts with fewer than two
+            are left out.
+    """
+    groups: dict[str, list[np.ndarray]] = {}
+    for descriptor, prompt in zip(descriptors, prompts, strict=True):
+        if descriptor is not None:
+            groups.setdefault(prompt, []).append(np.asarray(descriptor))
+    return {prompt: _mean_distance(np.stack(group), cosine) for prompt, group in groups.items() if len(group) > 1}
+
+
+def _mean_distance(group: np.ndarray, cosine: bool) -> float:
+    if cosine:
+        values = group.astype(np.float64)
+        values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        # The mean over pairs i ≠ j, from the square of the sum and of each.
+        count = len(values)
+        return float(1 - ((values.sum(axis=0) ** 2).sum() - (values**2).sum()) / (count * (count - 1)))
+    values = group.astype(np.float64) / 255
+    first, second = np.triu_indices(len(values), k=1)
+    distances = [math.sqrt(np.mean((values[i] - values[j]) ** 2)) for i, j in zip(first, second, strict=True)]
+    return float(np.mean(distances))
