@@ -131,15 +131,7 @@ def compare_scores(
     Raises:
         ValueError: if the lengths differ, a score is NaN or infinite, no pair is left, or an argument is out of range.
     """
-    if not len(before) == len(after) == len(prompts):
-        raise ValueError(
-            f"The score {name!r} has {len(before)} values before, {len(after)} after and {len(prompts)} prompts; "
-            "all three must belong to the same pictures."
-        )
-    if num_resamples < 1:
-        raise ValueError(f"`num_resamples` is {num_resamples}; it must be at least 1.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` is {confidence}; it must lie between 0 and 1, for example 0.95.")
+    _check(name, (len(before), len(after), len(prompts)), num_resamples, confidence)
     old, new = _as_array(before, name, "before"), _as_array(after, name, "after")
     kept = ~(np.isnan(old) | np.isnan(new))
     if not kept.any():
@@ -265,6 +257,18 @@ def format_table(comparisons: Sequence[Comparison]) -> str:
                 f"{_shortened(comparison.name)}: pairs left out for want of a score: {comparison.num_missing}"
             )
     return "\n".join(lines)
+
+
+def _check(name: str, lengths: tuple[int, int, int], num_resamples: int, confidence: float) -> None:
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"The score {name!r} has {lengths[0]} values before, {lengths[1]} after and {lengths[2]} prompts; "
+            "all three must belong to the same pictures."
+        )
+    if num_resamples < 1:
+        raise ValueError(f"`num_resamples` is {num_resamples}; it must be at least 1.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` is {confidence}; it must lie between 0 and 1, for example 0.95.")
 
 
 def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarray:
