@@ -14,6 +14,7 @@ from tgol_trainer.metrics import LOGGED_METRICS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
 
 
 def test_the_page_of_metrics_lists_exactly_the_logged_keys_with_their_meaning():
@@ -46,7 +47,7 @@ def test_commands_and_settings_named_in_prose_exist(page):
         assert target in targets, target
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_files_hold_only_known_fields(path):
     from dataclasses import fields
 
@@ -66,3 +67,26 @@ def test_the_page_of_families_states_what_the_code_does():
     for name, backbone in BACKBONES.items():
         assert rows[name][2].strip("`") == backbone.denoiser_name
         assert tuple(re.findall(r"`([^`]+)`", rows[name][5])) == backbone.default_target_modules
+
+
+RUN = {"model_name_or_path", "dataset_name", "output_dir", "model_init_kwargs", "activation_checkpointing"}
+RUN |= {"dataset_num_proc", "dataloader_num_workers", "logging_steps", "save_strategy"}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_each_value_of_a_settings_file_names_its_source(path):
+    """What concerns the machine and the run needs none; shapes.yaml is the quickstart's as a whole."""
+    lines = [line for line in path.read_text().splitlines() if re.match(r"\s*\w+:", line)]
+    bare = {line.split(":")[0].strip() for line in lines if "  # " not in line}
+    assert bare <= RUN or path.stem == "shapes"
+
+
+def test_the_readmes_table_has_a_column_for_each_family_and_tells_how_it_is_loaded():
+    from tests.pipelines import FAMILIES, load_lora
+
+    table = re.search(r"## What works\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[1].splitlines()
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table)}
+    assert {len(cells) for cells in rows.values()} == {len(BACKBONES)}
+    loaded = {type(facts.build()).__name__: facts.load is load_lora for facts in FAMILIES.values()}
+    says = [cell == "yes" for cell in rows["`pipe.load_lora_weights` gives what was trained"]]
+    assert sorted(says) == sorted(loaded[name] for name in BACKBONES)
