@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UniPCMultistepScheduler
 from peft import LoraConfig
 
-from tests.tiny import flux, stable_diffusion_3
+from tests.tiny import flux, stable_diffusion, stable_diffusion_3
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.backbones import BackboneSettings, load_backbone
 from tgol_trainer.backbones.base import flow_schedule
@@ -209,3 +209,14 @@ def test_the_patches_of_sd3_count_in_the_multiple_of_the_resolution():
     pipe = stable_diffusion_3()
     pipe.transformer.register_to_config(patch_size=2)
     assert load_backbone(pipe).resolution_multiple == 4
+
+
+def test_settings_that_have_no_effect_on_the_family_are_warned_about(caplog):
+    both = BackboneSettings("uniform", 2.0)
+    load_backbone(flux(), settings=both)
+    assert caplog.text == ""
+    load_backbone(flux(guidance_embeds=False), settings=both)
+    assert "`train_guidance` is for models distilled" in caplog.text
+    assert "timestep_sampling" not in caplog.text
+    load_backbone(stable_diffusion(), settings=both)
+    assert "`timestep_sampling` is for models of flow matching and has no effect on this Stable" in caplog.text

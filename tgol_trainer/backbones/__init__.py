@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 
+from tgol_trainer.families import FlowFamily
+
 from .amused import AmusedBackbone
 from .base import HUB_ID, Backbone, BackboneSettings, ModelOrigin
 from .flux import FluxBackbone
@@ -83,6 +85,13 @@ def wrap_pipeline(
     backbone = BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if backbone.num_frames is None and backbone.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
+    unused = []
+    if backbone.settings.timestep_sampling and not isinstance(backbone.family, FlowFamily):
+        unused.append("`timestep_sampling` is for models of flow matching")
+    if backbone.settings.guidance != BackboneSettings.guidance and not backbone.denoiser.config.get("guidance_embeds"):
+        unused.append("`train_guidance` is for models distilled with guidance")
+    for reason in unused:
+        logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return backbone
 
 

@@ -21,9 +21,16 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
 
     Returns:
         `diffusers.PipelineQuantizationConfig`
+
+    Raises:
+        RuntimeError: diffusers' own, where bitsandbytes is asked for and there is no GPU.
     """
-    from diffusers import PipelineQuantizationConfig
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+    from diffusers.quantizers import DiffusersAutoQuantizer
 
     if isinstance(config, PipelineQuantizationConfig):
         return config
+    if isinstance(config, BitsAndBytesConfig):
+        # Otherwise the same check comes after the download, which can be tens of gigabytes.
+        DiffusersAutoQuantizer.from_config(config, pre_quantized=False).validate_environment()
     return PipelineQuantizationConfig(quant_mapping={"transformer" if "transformer" in index else "unet": config})
