@@ -298,6 +298,35 @@ def test_a_base_without_hub_id_is_described_by_its_note():
     assert "base_model" not in metadata(text)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence", "relation"),
+    [
+        ({}, "This is a LoRA adapter for [`o/b`]", "adapter"),
+        ({"full_finetuning": True}, "These are fine-tuned weights for [`o/b`]", "finetune"),
+        (
+            {"merged": True},
+            "complete pipeline with a LoRA adapter merged into its weights made from [`o/b`]",
+            "finetune",
+        ),
+        ({"merged": True, "full_finetuning": True}, "pipeline with fine-tuned weights made from [`o/b`]", "finetune"),
+    ],
+)
+def test_the_card_says_what_the_folder_holds_and_how_it_relates_to_its_base(changes, sentence, relation):
+    text = render_card(CardFacts(base_model="o/b", **changes))
+    assert sentence in text
+    data = metadata(text)
+    assert data["base_model_relation"] == relation
+    assert ("lora" in data["tags"]) == (relation == "adapter")
+
+
+def test_name_and_link_of_a_license_are_metadata_of_other_alone():
+    named = {"license_name": "flux-1-dev", "license_link": "https://example.org/LICENSE.md"}
+    data = metadata(render_card(CardFacts(license="other", **named)))
+    assert {key: data[key] for key in named} == named
+    assert not set(named) & set(metadata(render_card(CardFacts(license="mit", **named))))
+    assert not set(named) & set(metadata(render_card(CardFacts(**named))))
+
+
 def test_without_an_untrained_score_the_card_says_so():
     facts = dataclasses.replace(full_facts(), evaluations=[EvaluationRow("HPSv2.1", trained=True, win_rate=0.7)])
     text = section(render_card(facts), "evaluation")

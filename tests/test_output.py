@@ -10,8 +10,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from safetensors.torch import load_file
 
-from tests.tiny import stable_diffusion
+from tests.tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.backbones import ModelOrigin, load_backbone, wrap_pipeline
 from tgol_trainer.card import EvaluationRow
@@ -109,6 +110,37 @@ def test_the_usage_snippet_of_the_card_runs_as_written(config, dataset, tmp_path
     monkeypatch.chdir(tmp_path / "adapter")
     exec(compile(code, "card", "exec"), {})
     assert Image.open("sample.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "full"])
+@pytest.mark.parametrize("build", [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux])
+def test_the_snippet_of_every_familys_card_runs_to_the_trained_weights(
+    build, full, config, dataset, tmp_path, monkeypatch
+):
+    """Run where `owner/base` is a folder, so not a character of the card is exchanged; the other families: theirs."""
+    trainer = TGOLTrainer(build(), config(max_steps=1, full_finetuning=full, learning_rate=1e-2), dataset)
+    trainer.backbone.origin = ModelOrigin(hub_id="owner/base")
+    trainer.train()
+    run = tmp_path / "run"
+    trainer.save_model(str(run))
+    build().save_pretrained(run / "owner" / "base")
+    code = (run / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(run)
+    kind, call = type(trainer.backbone.pipeline), type(trainer.backbone.pipeline).__call__
+    small = {"num_inference_steps": 1, "height": 16, "width": 16}  # the defaults take minutes here
+    monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: call(self, *a, **{**k, **small}))
+    scope = {}
+    exec(compile(code, "card", "exec"), scope)
+    name = trainer.backbone.denoiser_name
+    state = getattr(scope["pipe"], name).state_dict()
+    if full:
+        assert all(torch.equal(state[key], value) for key, value in trainer.backbone.denoiser.state_dict().items())
+    else:
+        saved = load_file(run / "pytorch_lora_weights.safetensors")
+        loaded = {key.replace(".default_0", ""): value for key, value in state.items() if "lora_" in key}
+        assert {key.removeprefix(f"{name}."): value for key, value in saved.items()}.keys() == loaded.keys()
+        assert all(torch.equal(loaded[key.removeprefix(f"{name}.")], value) for key, value in saved.items())
+    assert (run / "sample.png").is_file()
 
 
 def test_what_a_person_wrote_into_the_card_survives_the_next_save(config, dataset):

@@ -79,11 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import torch
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from tgol_trainer.exports import export
 
     diffusers_logging.set_verbosity_error()  # "No LoRA keys" of the text encoders, which were not trained
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if args.model_revision is not None:
         args.model_init_kwargs["revision"] = args.model_revision
     with plain_errors():
