@@ -35,7 +35,8 @@ def load_skeleton(
         [`Backbone`]
 
     Raises:
-        ValueError: for an unsupported pipeline, Meissonic among them, whose classes are not in diffusers.
+        ValueError: for an unsupported pipeline, Meissonic among them, whose classes are not in diffusers, and for
+            tokenizers without files.
     """
     import diffusers
 
@@ -56,7 +57,7 @@ def load_skeleton(
         elif name in _LEFT_OUT or value[1] is None:
             arguments[name] = None
         else:
-            arguments[name] = _component(str(model), name, *value, options)
+            arguments[name] = _component(str(model), name, value[0], value[1], options)
     if "requires_safety_checker" in known:
         arguments["requires_safety_checker"] = False
     return wrap_pipeline(kind(**arguments), settings=settings)
@@ -72,7 +73,12 @@ def _component(model: str, name: str, library: str, class_name: str, options: di
         with torch.device("meta"):
             return kind.from_config(config)
     if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(model, **place)
+        tokenizer = kind.from_pretrained(model, **place)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without files
+            raise ValueError(
+                f"The files of `{name}` of {model!r} are not there. Download the model, or mend its folder."
+            )
+        return tokenizer
     config = kind.config_class.from_pretrained(model, **place)
     with torch.device("meta"):
         return kind(config)

@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "compare adapters with their base model: scores, win rates, diversity, damage, one report",
     "convert": "make one row per image with a score from comparisons, ratings or thumbs",
     "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",
+    "check": "say what training would refuse in a dataset, and what else may be wrong with it",
     "train": "train an adapter from a dataset with prompt, image and score columns",
 }
 """Subcommand, which is also the name of its module here, to what it does."""

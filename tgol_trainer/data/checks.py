@@ -189,21 +189,22 @@ def _refuse_other_medium(present: list[str], features: Any, columns: Columns, na
 
 def _missing_columns(present: list[str], roles: dict[str, str], missing: list[str], name: str) -> DataError:
     free = [column for column in present if column not in roles.values()]
-    lines, flags = [], []
+    lines, fields, flags = [], [], []
     for role in missing:
         guess = next(
             (column for column in _SYNONYMS[role] if column in free),
             next(iter(difflib.get_close_matches(roles[role], free, n=1)), None),
         )
         source = guess or f"your_{role}_column"
+        fields.append(f"{role}_column={source!r}")
         flags.append(f"--{role}_column {source}")
         lines.append(f'dataset = dataset.rename_column("{source}", "{roles[role]}")')
     named = " and ".join(f"{roles[role]!r} ({role})" for role in missing)
     needed = [f"{'an' if role == 'image' else 'a'} {role}" for role in roles]
     return DataError(
         f"{name}: no column {named}; the columns are {present}. Every row needs "
-        f"{', '.join(needed[:-1])} and {needed[-1]}. Give the name of yours in Columns("
-        f"{', '.join(f'{role}=...' for role in missing)}) or, on a command line, `{' '.join(flags)}`; or rename it:\n"
+        f"{', '.join(needed[:-1])} and {needed[-1]}. Name yours: "
+        f"`{', '.join(fields)}` in TGOLConfig, `{' '.join(flags)}` on a command line; or rename it:\n"
         + "\n".join(lines)
     )
 

@@ -84,7 +84,7 @@ _NO_NUMBERS = (
 )
 
 
-def _cell(column: pa.ChunkedArray, index: int) -> Any:
+def cell(column: pa.ChunkedArray, index: int) -> Any:
     """Return an Arrow value as a Python one; nested lists of numbers as an array, 20 times faster than as lists."""
     scalar = column[index]
     values = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
@@ -105,7 +105,7 @@ def _cell(column: pa.ChunkedArray, index: int) -> Any:
 def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, version: int) -> pa.Table:
     found = []
     for index in range(table.num_rows):  # one opened image or video at a time
-        prompt, visual, score = (_cell(table.column(column), index) for column in names)
+        prompt, visual, score = (cell(table.column(column), index) for column in names)
         row = read_row(prompt, visual, score, num_frames)
         width, height = row.visual.size if row.visual else (0, 0)
         causes, details = [cause for cause, _ in row.problems], [detail for _, detail in row.problems]
@@ -287,7 +287,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         row = self._rows[row_id]
         sample = {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
-            self._columns.medium: _cell(row.column(self._columns.visual), 0),
+            self._columns.medium: cell(row.column(self._columns.visual), 0),
             "score": float(self.scores[index]),
             "row_id": row_id,
         }

@@ -129,6 +129,31 @@ def _decode_remote(url: str) -> Image.Image:
     return _to_rgb(_upright(ImageFeature().decode_example({"path": url, "bytes": None})))
 
 
+def stored_mode(value: Any) -> str | None:
+    """
+    Return the mode an image is stored in, without decoding it.
+
+    Args:
+        value (`Any`):
+            What [`open_image`] has opened without an error.
+
+    Returns:
+        `str`, *optional*: Pillow's name, such as `"RGB"`, `"RGBA"`, `"L"`; `None` for a URL, which would be fetched
+        again.
+    """
+    if isinstance(value, dict):
+        encoded = value.get("bytes")
+        value = encoded if encoded is not None else value.get("path")
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = _from_array(np.asarray(value))
+    if isinstance(value, Image.Image):
+        return value.mode
+    if isinstance(value, str) and "://" in value:
+        return None
+    with Image.open(io.BytesIO(value) if isinstance(value, (bytes, bytearray, memoryview)) else value) as image:
+        return image.mode
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)

@@ -244,6 +244,14 @@ class BadRows:
             if len(shown) < _SHOWN_ROWS:
                 shown.append(f"row {row}: {detail}")
 
+    def examples(self, cause: str) -> list[str]:
+        """Return the first rows of a cause, each with a short text of its value."""
+        return list(self._examples.get(cause, []))
+
+    def remedy(self, cause: str) -> str:
+        """Return the code or the advice that mends a cause."""
+        return CAUSES[cause][1].format(**dataclasses.asdict(self.columns), folder=os.getcwd())
+
     def listing(self) -> str:
         """Return one line a cause: column, cause, count and the first rows."""
         lines = []
@@ -268,10 +276,9 @@ class BadRows:
                 Whether to offer `on_bad_sample="skip"`.
         """
         remedies: dict[str, str] = {}  # a dictionary for its order: several causes share a remedy
-        for cause, (role, remedy) in CAUSES.items():
+        for cause, (role, _) in CAUSES.items():
             if cause in self.counts:
-                text = remedy.format(**dataclasses.asdict(self.columns), folder=os.getcwd())
-                remedies.setdefault(text, getattr(self.columns, role))
+                remedies.setdefault(self.remedy(cause), getattr(self.columns, role))
         fixes = "\n".join(f"# column {column!r}:\n{text}" for text, column in remedies.items())
         return DataError(
             f"{self.name}: {self.num_rows} of {seen} cannot be used (rows are counted from 0).\n{self.listing()}\n"

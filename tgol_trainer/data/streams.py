@@ -70,7 +70,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         if not isinstance(dataset, datasets.IterableDataset):
             raise DataError(f"{name}: it is no stream; use prepare_dataset for a datasets.Dataset.")
         check_columns(dataset, columns, name)
-        self._dataset = _undecoded(dataset, columns.names)
+        self._dataset = undecoded(dataset, columns.names)
         self._columns = columns
         self._on_bad_sample = on_bad_sample
         self._name = name
@@ -135,7 +135,8 @@ class ScoredStream(torch.utils.data.IterableDataset):
         return part
 
 
-def _undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datasets.IterableDataset:
+def undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datasets.IterableDataset:
+    """Return a stream of the named columns whose files are left encoded; without known features, of all columns."""
     dataset = dataset.with_format(None)
     if dataset.features is None:
         return dataset  # nothing is known to decode
@@ -199,7 +200,7 @@ def stream_scores(
     scores: list[float] = []
     groups: list[str] = []
     bad, index = BadRows(name, columns), -1
-    rows = enumerate(_undecoded(dataset, [columns.score, *([columns.group] if columns.group else [])]))
+    rows = enumerate(undecoded(dataset, [columns.score, *([columns.group] if columns.group else [])]))
     for index, row in tqdm(rows, desc="Reading scores", unit=" rows", disable=not progress):
         value = row.get(columns.score)
         score, cause = read_score(value)

@@ -1,0 +1,199 @@
+"""`tgol check`: what training would refuse in a dataset, what it would warn of, and what is good to know."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .console import plain_errors, set_up_logging
+
+if TYPE_CHECKING:
+    from tgol_trainer.data.doctor import Diagnosis, Finding
+
+# Where a CLIP tokenizer often lies on a machine that has run diffusers: (repository, vocabulary).
+_CLIP = (
+    ("openai/clip-vit-large-patch14", "vocab.json"),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/vocab.json"),
+    ("openai/clip-vit-base-patch32", "vocab.json"),
+)
+_TITLES: dict[Literal["problem", "warning", "note"], str] = {
+    "problem": "Problems: training refuses these",
+    "warning": "Warnings",
+    "note": "Notes",
+}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tgol check",
+        description="Check a dataset by the rules of training, and look for what else may be wrong: duplicates with "
+        "different scores, prompts that are too long, sizes that do not fit. No model is loaded.",
+        epilog="Exit code: 0 fine, 1 training would refuse the data (or, with --strict, a warning), 2 a command line "
+        "that is not understood.",
+    )
+    parser.add_argument("source", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
+    parser.add_argument("--streaming", action="store_true", help="read it as a stream, without downloading it first")
+    parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
+    parser.add_argument("--image_column", default="image", help="default: %(default)s")
+    parser.add_argument("--score_column", default="score", help="default: %(default)s")
+    parser.add_argument("--video_column", help="column of videos, which are read instead of images")
+    parser.add_argument("--num_frames", type=int, help="frames of a training clip (default: the model's)")
+    parser.add_argument("--model_name_or_path", help="Hub id, folder, or `shapes`: its token limit and resolution")
+    parser.add_argument("--model_revision", help="revision of the model on the Hub")
+    parser.add_argument(
+        *("--resolution", "-r"), type=int, nargs="+", metavar="PIXELS", help="side, or height and width (default: "
+        "the model's, or 512)"
+    )  # fmt: skip
+    parser.add_argument("--max_distance", type=int, default=6, help="bits of 256 in which near duplicates may differ "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--num_proc", type=int, default=min(8, os.cpu_count() or 1), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too; `-` prints it instead")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
+    args = parser.parse_args(argv)
+    if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
+        parser.error("--resolution: give a side, or a height and a width, in pixels")
+    if not 0 <= args.max_distance < 32:
+        parser.error("--max_distance must lie between 0 and 31")
+    if args.num_proc < 1:
+        parser.error("--num_proc must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Check a dataset.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Options; by default those of the process.
+
+    Returns:
+        `int`: 0 or 1, as the epilog of `--help` says.
+    """
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    from datasets.utils.logging import disable_progress_bar
+
+    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.data.doctor import diagnose
+
+    start = time.monotonic()
+    with plain_errors():
+        backbone = _skeleton(args)
+        native = backbone.native_size if backbone is not None else None
+        if args.resolution is not None:
+            native = (args.resolution[0], args.resolution[-1])
+        num_frames = args.num_frames or (backbone.num_frames if backbone is not None else None)
+        video = args.video_column or ("video" if backbone is not None and backbone.num_frames else None)
+        columns = Columns(args.prompt_column, args.image_column, args.score_column, video, num_frames)
+        disable_progress_bar()  # ours is the only one
+        dataset = load_scored_dataset(
+            args.source, name=args.dataset_config, split=args.split, streaming=args.streaming, columns=columns
+        )
+        diagnosis = diagnose(
+            dataset,
+            columns,
+            name=args.source,
+            resolution=native,
+            count_long_prompts=backbone.count_long_prompts if backbone is not None else _clip_counter(),
+            num_proc=args.num_proc,
+            max_distance=args.max_distance,
+        )
+    code = diagnosis.exit_code(strict=args.strict)
+    text = json.dumps(
+        {"source": args.source, "exit_code": code, "seconds": round(time.monotonic() - start, 1)}
+        | diagnosis.to_dict(),
+        indent=2,
+        ensure_ascii=False,
+    )
+    if args.json == Path("-"):
+        print(text)
+        return code
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    for line in _report(diagnosis):
+        print(line)
+    return code
+
+
+def _skeleton(args: argparse.Namespace) -> Any:
+    if args.model_name_or_path is None:
+        return None
+    from tgol_trainer.backbones import BackboneSettings
+    from tgol_trainer.backbones.skeleton import load_skeleton
+    from tgol_trainer.shapes import MASKED_PIPELINE_DIR, PIPELINE_DIR
+
+    embedded = {"shapes": PIPELINE_DIR, "shapes-masked": MASKED_PIPELINE_DIR}
+    model = args.model_name_or_path
+    source = model if Path(model).exists() else embedded.get(model, model)
+    settings = BackboneSettings(num_frames=args.num_frames)
+    return load_skeleton(source, revision=args.model_revision, settings=settings)
+
+
+def _clip_counter() -> Callable[[Sequence[str]], tuple[int, int]] | None:
+    """Return what counts prompts beyond the 77 tokens of CLIP, where its tokenizer is on this machine already."""
+    from functools import partial
+
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository, file in _CLIP:
+        vocabulary = try_to_load_from_cache(repository, file)
+        # Without its files transformers makes a tokenizer of two words instead of an error.
+        if isinstance(vocabulary, str) and Path(vocabulary).with_name("merges.txt").exists():
+            from transformers import CLIPTokenizer
+
+            from tgol_trainer.backbones.base import count_cut_prompts
+
+            tokenizer = CLIPTokenizer.from_pretrained(Path(vocabulary).parent)
+            return partial(count_cut_prompts, limits=[(tokenizer, 77)])
+    return None
+
+
+def _report(diagnosis: Diagnosis) -> list[str]:
+    from tgol_trainer.data.rows import CAUSES
+
+    lines = [f"{diagnosis.name}: {diagnosis.num_rows} rows, {diagnosis.num_usable} usable", *_facts(diagnosis.facts)]
+    said = set()
+    for level, title in _TITLES.items():
+        findings = diagnosis.of_level(level)
+        lines += ["", title] if findings else []
+        for finding in findings:
+            first, *others = finding.text.splitlines()
+            lines += [f"- {finding.check} ({finding.count}): {first}", *(f"    {line}" for line in others)]
+            if finding.remedy and finding.remedy not in said:  # two causes may share one
+                said.add(finding.remedy)
+                lines += [f"    {line}" for line in finding.remedy.splitlines()]
+    problems, warnings = diagnosis.of_level("problem"), diagnosis.of_level("warning")
+    lines += ["", f"{_number(problems, 'problem')}, {_number(warnings, 'warning')}."]
+    if problems and all(finding.check in CAUSES for finding in problems):
+        unusable = diagnosis.num_rows - diagnosis.num_usable
+        lines[-1] += f" `tgol train --on_bad_sample skip` leaves the {unusable} unusable rows out."
+    return lines
+
+
+def _number(findings: list[Finding], word: str) -> str:
+    return f"{len(findings) or 'no'} {word}{'' if len(findings) == 1 else 's'}"
+
+
+def _facts(facts: dict[str, Any]) -> list[str]:
+    if not facts:
+        return []
+    scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
+    common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
+    labels = f"; {scores['num_positive']} at or above the threshold" if "threshold" in scores else ""
+    limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
+    extent = f"{scores['min']:g} to {scores['max']:g}, median {scores['median']:g}"
+    return [
+        f"  scores   {extent}, {scores['num_distinct']} different{labels}",
+        f"  prompts  {prompts['num_distinct']} different, up to {prompts['most_rows_of_one']} rows each{limit}",
+        f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",
+    ]

@@ -1,0 +1,361 @@
+"""What is wrong with a dataset, what may be, and what is good to know, before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+from tgol_trainer.data.checks import check_columns
+from tgol_trainer.data.duplicates import DEFAULT_DISTANCE, group_marks
+from tgol_trainer.data.images import DataError, cropped_share
+from tgol_trainer.data.rows import CAUSES, Columns
+from tgol_trainer.data.survey import CountLongPrompts, Survey, survey_rows
+from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold
+
+DEFAULT_RESOLUTION = (512, 512)
+_SHOWN = 5
+_CROPPED_SHARE_LIMIT = 0.1  # as in training
+_EXTREME_CROP = 0.5
+
+Level = Literal["problem", "warning", "note"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """
+    One thing found.
+
+    Args:
+        check (`str`):
+            Its name, always the same; docs/checking.md lists them.
+        level (`str`):
+            `"problem"`: training refuses the data. `"warning"`: it trains, probably not as meant. `"note"`: good to
+            know.
+        count (`int`):
+            Rows concerned, or groups or prompts where the text says so.
+        text (`str`):
+            What was found, for people.
+        rows (`list[int]`):
+            Numbers of the rows, from 0: all of them for problems, the first for others.
+        remedy (`str`):
+            What to change, code or advice; may be empty.
+    """
+
+    check: str
+    level: Level
+    count: int
+    text: str
+    rows: list[int] = dataclasses.field(default_factory=list)
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """
+    Everything found in a dataset.
+
+    Args:
+        name (`str`):
+            What the dataset was called.
+        num_rows (`int`):
+            Rows of the dataset.
+        num_usable (`int`):
+            Rows that training would use with `on_bad_sample="skip"`.
+        findings (`list[Finding]`):
+            Problems first, then warnings, then notes.
+        facts (`dict[str, Any]`):
+            Numbers about scores, prompts, sizes, modes and duplicates; JSON-serialisable.
+    """
+
+    name: str
+    num_rows: int
+    num_usable: int
+    findings: list[Finding]
+    facts: dict[str, Any]
+
+    def of_level(self, level: Level) -> list[Finding]:
+        """Return the findings of a level."""
+        return [finding for finding in self.findings if finding.level == level]
+
+    def exit_code(self, *, strict: bool = False) -> int:
+        """Return 1 if there is a problem, or with `strict` a warning; else 0."""
+        return int(bool(self.of_level("problem") or (strict and self.of_level("warning"))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as a JSON-serialisable dictionary."""
+        return dataclasses.asdict(self)
+
+
+def diagnose(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    columns: Columns,
+    *,
+    name: str = "dataset",
+    resolution: tuple[int, int] | None = None,
+    count_long_prompts: CountLongPrompts | None = None,
+    num_proc: int = 1,
+    max_distance: int = DEFAULT_DISTANCE,
+    progress: bool = True,
+) -> Diagnosis:
+    """
+    Read a dataset once and say what training would refuse, by the checks that training uses, and what it would not.
+
+    Args:
+        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
+            With one prompt, image or video, and score a row.
+        columns ([`Columns`]):
+            Their names.
+        name (`str`, *optional*, defaults to `"dataset"`):
+            What messages call it.
+        resolution (`tuple[int, int]`, *optional*):
+            (height, width) in pixels that will be trained on. Without it sizes are compared with 512 x 512 and found
+            wanting in notes alone.
+        count_long_prompts (`Callable`, *optional*):
+            Counts prompts that the text encoder cuts, such as `Backbone.count_long_prompts`; without it they are not
+            counted, and a note says so.
+        num_proc (`int`, *optional*, defaults to 1):
+            Processes that decode.
+        max_distance (`int`, *optional*, defaults to 6):
+            Bits of 256 in which near duplicates may differ, as in [`group_marks`].
+        progress (`bool`, *optional*, defaults to `True`):
+            Show a bar.
+
+    Returns:
+        [`Diagnosis`]
+    """
+    try:
+        check_columns(dataset, columns, name)
+        survey = survey_rows(
+            dataset,
+            columns,
+            name=name,
+            count_long_prompts=count_long_prompts,
+            num_proc=num_proc,
+            progress=progress,
+        )
+    except DataError as error:
+        num_rows = len(dataset) if isinstance(dataset, datasets.Dataset) else 0
+        return Diagnosis(name, num_rows, 0, [Finding("columns", "problem", num_rows, str(error))], {})
+    findings, facts = _bad_rows(survey), {}
+    if not survey.num_rows:
+        findings.append(Finding("rows", "problem", 0, "There are no rows. Check the split and the filters."))
+    elif not len(survey.rows):
+        findings.append(Finding("rows", "problem", survey.num_rows, "No row can be used."))
+    else:
+        threshold, about_scores, facts["scores"] = _scores(survey)
+        about_prompts, facts["prompts"] = _prompts(survey, count_long_prompts is not None)
+        about_sizes, facts["sizes"] = _sizes(survey, resolution)
+        about_copies, facts["duplicates"] = _duplicates(survey, threshold, max_distance)
+        findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
+        facts["modes"] = dict(survey.modes.most_common())
+    order = {"problem": 0, "warning": 1, "note": 2}
+    findings.sort(key=lambda finding: order[finding.level])
+    return Diagnosis(name, survey.num_rows, len(survey.rows), findings, facts)
+
+
+def _bad_rows(survey: Survey) -> list[Finding]:
+    findings = []
+    for cause, (role, _) in CAUSES.items():
+        if cause in survey.bad_rows:
+            rows, examples = survey.bad_rows[cause].tolist(), survey.bad.examples(cause)
+            more = ", ..." if len(rows) > len(examples) else ""
+            text = f"column {getattr(survey.columns, role)!r}, {', '.join(examples)}{more}"
+            findings.append(Finding(cause, "problem", len(rows), text, rows, survey.bad.remedy(cause)))
+    return findings
+
+
+def _scores(survey: Survey) -> tuple[Threshold | None, list[Finding], dict[str, Any]]:
+    scores, findings = survey.scores, []
+    values = np.unique(scores)
+    facts: dict[str, Any] = {"min": float(values[0]), "max": float(values[-1]), "num_distinct": len(values)}
+    facts |= {"mean": float(scores.mean()), "median": float(np.median(scores)), "std": float(scores.std())}
+    try:
+        threshold = estimate_threshold(scores)
+    except ThresholdError as error:
+        return None, [Finding("constant scores", "problem", len(scores), str(error))], facts
+    facts |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
+    facts["num_negative"] = threshold.num_negative
+    if threshold.moved_from is not None:
+        text = (
+            f"the median score equals the smallest, {threshold.moved_from:g}; training moves the threshold to "
+            f"{threshold.value:g}: {threshold.num_positive} positive, {threshold.num_negative} negative."
+        )
+        findings.append(Finding("tied scores", "note", threshold.num_scores, text))
+    return threshold, findings, facts
+
+
+def _prompts(survey: Survey, counted: bool) -> tuple[list[Finding], dict[str, Any]]:
+    most = int(np.bincount(survey.prompt_ids).max())
+    facts: dict[str, Any] = {"num_distinct": survey.num_prompts, "most_rows_of_one": most}
+    facts |= {"token_limit": survey.token_limit, "num_too_long": survey.num_long_prompts if counted else None}
+    if not counted:
+        text = (
+            "not checked against the limit of the text encoder: no model was named, and no CLIP "
+            "tokenizer is on this machine."
+        )
+        return [Finding("prompt length", "note", 0, text, remedy="--model_name_or_path names the model.")], facts
+    if not survey.num_long_prompts:
+        return [], facts
+    text = (
+        f"of {survey.num_prompts} prompts, {survey.num_long_prompts} have more than {survey.token_limit} tokens; the "
+        f"text encoder does not see the end: {', '.join(survey.long_prompts)}"
+    )
+    text += ", ..." if survey.num_long_prompts > len(survey.long_prompts) else ""
+    remedy = "Shorten them, with what matters first."
+    return [Finding("prompt length", "warning", survey.num_long_prompts, text, remedy=remedy)], facts
+
+
+def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:
+    medium, rows, sizes = survey.columns.medium, survey.rows, survey.sizes
+    level: Level = "note" if resolution is None else "warning"
+    height, width = resolution or DEFAULT_RESOLUTION
+    different, inverse, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
+    shares = np.array([cropped_share(int(w), int(h), (height, width)) for w, h in different])
+    common = sorted(zip(counts.tolist(), different.tolist(), strict=True), reverse=True)[:_SHOWN]
+    small = (sizes[:, 0] < width) | (sizes[:, 1] < height)
+    tiny = (2 * sizes[:, 0] < width) | (2 * sizes[:, 1] < height)
+    extreme = shares[inverse.reshape(-1)] > _EXTREME_CROP
+    mean = float((shares * counts).sum() / counts.sum())
+    facts = {
+        "num_different": len(different),
+        "most_common": [{"width": w, "height": h, "count": count} for count, (w, h) in common],
+        "resolution": [height, width],
+        "resolution_assumed": resolution is None,
+        "num_smaller": int(small.sum()),
+        "num_below_half": int(tiny.sum()),
+        "mean_cropped_share": mean,
+        "num_extreme_crops": int(extreme.sum()),
+    }
+    findings, target = [], f"{width}x{height} (width x height{', assumed' if resolution is None else ''})"
+    if small.any():
+        worst = np.flatnonzero(small)[np.argsort(sizes[small].min(axis=1), kind="stable")]
+        text = (
+            f"of {len(sizes)} {medium}s, {small.sum()} are smaller than {target} and will be enlarged, which blurs "
+            f"them; {tiny.sum()} by more than a factor of 2. The smallest: {_with_sizes(rows, sizes, worst)}"
+        )
+        remedy = "Leave them out, or lower `resolution`."
+        findings.append(Finding("small", level, int(small.sum()), text, rows[worst[:_SHOWN]].tolist(), remedy))
+    if mean > _CROPPED_SHARE_LIMIT:
+        text = f"the centre crop to {target} cuts away {100 * mean:.0f} % of the {medium} area on average."
+        remedy = f"Set `resolution` to the shape of most {medium}s, or crop and score them yourself."
+        findings.append(Finding("crop", level, len(sizes), text, remedy=remedy))
+    if extreme.any():
+        cut = np.flatnonzero(extreme)
+        text = (
+            f"of {len(sizes)} {medium}s, {cut.size} will lose more than half of their area to the centre crop to "
+            f"{target}: {_with_sizes(rows, sizes, cut)}"
+        )
+        remedy = "Training sees a part of what was scored: leave them out, or crop and score them yourself."
+        findings.append(Finding("extreme crop", level, cut.size, text, rows[cut[:_SHOWN]].tolist(), remedy))
+    return findings, facts
+
+
+def _with_sizes(rows: np.ndarray, sizes: np.ndarray, chosen: np.ndarray) -> str:
+    shown = ", ".join(f"row {rows[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in chosen[:_SHOWN])
+    return shown + (", ..." if len(chosen) > _SHOWN else "")
+
+
+def _modes(survey: Survey) -> list[Finding]:
+    other = Counter({mode: count for mode, count in survey.modes.items() if mode not in ("RGB", "unknown")})
+    if not other:
+        return []
+    shares = ", ".join(f"{mode} {100 * n / survey.modes.total():.3g} %" for mode, n in other.most_common())
+    text = f"images that are not RGB: {shares}. Transparency is laid over white, grey becomes three equal channels."
+    return [Finding("colour mode", "note", other.total(), text)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """Groups of rows that count as one picture with one prompt; of each its rows, and what its scores do."""
+
+    groups: list[np.ndarray]
+    different: list[np.ndarray]
+    opposite: list[np.ndarray]
+
+    def facts(self) -> dict[str, int]:
+        sizes = {"groups": len(self.groups), "rows": sum(map(len, self.groups))}
+        return {**sizes, "different_scores": len(self.different), "opposite_labels": len(self.opposite)}
+
+
+def _copies(pictures: np.ndarray, survey: Survey, threshold: Threshold | None) -> _Copies:
+    scores, prompts = survey.scores, survey.prompt_ids
+    order = np.lexsort((prompts, pictures))
+    new = (np.diff(pictures[order]) != 0) | (np.diff(prompts[order]) != 0)
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+    lengths = np.diff(np.append(starts, len(order)))
+    several = lengths > 1
+    groups = [order[start : start + n] for start, n in zip(starts[several], lengths[several], strict=True)]
+    different = [group for group in groups if np.ptp(scores[group]) > 0]
+    opposite = []
+    if threshold is not None:
+        opposite = [group for group in different if 0 < (scores[group] >= threshold.value).sum() < len(group)]
+    return _Copies(groups, different, opposite)
+
+
+def _duplicates(
+    survey: Survey, threshold: Threshold | None, max_distance: int
+) -> tuple[list[Finding], dict[str, Any]]:
+    medium, findings = survey.columns.medium, []
+    pixels = np.unique(survey.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    exact = _copies(pixels, survey, threshold)
+    facts: dict[str, Any] = {"exact": exact.facts()}
+    if exact.different:
+        text = (
+            f"the same {medium} with the same prompt has different scores; {len(exact.opposite)} of "
+            f"{len(exact.different)} times on both sides of the threshold: "
+            f"{_with_scores(survey, exact.opposite or exact.different)}"
+        )
+        remedy = "Give each one score; `tgol convert ratings` makes one row an image with the mean."
+        rows = _first_rows(survey, exact.different)
+        findings.append(
+            Finding("duplicates with different scores", "warning", len(exact.different), text, rows, remedy)
+        )
+    same = [group for group in exact.groups if np.ptp(survey.scores[group]) == 0]
+    if same:
+        text = f"the same {medium} with the same prompt and score, several times; each counts as often."
+        findings.append(Finding("duplicates", "note", len(same), text, _first_rows(survey, same)))
+    pairs = np.unique(np.stack([pixels, survey.prompt_ids], axis=1), axis=0)
+    shared = int((np.bincount(pairs[:, 0]) > 1).sum())
+    facts["several_prompts"] = shared
+    if shared:
+        text = f"the same {medium} with more than one prompt."
+        findings.append(Finding("several prompts", "note", shared, text))
+    if survey.marks is None:
+        return findings, facts
+    near = _copies(group_marks(survey.marks, max_distance), survey, threshold)
+    keep = {
+        name: [group for group in getattr(near, name) if np.ptp(pixels[group])] for name in _Copies.__annotations__
+    }
+    near = _Copies(**keep)
+    facts["near"] = {"max_distance": max_distance, **near.facts()}
+    if near.groups:
+        text = (
+            f"images that look nearly the same, with the same prompt ({sum(map(len, near.groups))} rows); in "
+            f"{len(near.opposite)} of {len(near.groups)} groups the scores lie on both sides of the threshold: "
+            f"{_with_scores(survey, near.opposite or near.groups)}"
+        )
+        remedy = "Look at them: one picture saved twice needs one score, different pictures may stay."
+        level: Level = "warning" if near.opposite else "note"
+        rows = _first_rows(survey, near.opposite or near.groups)
+        findings.append(Finding("near duplicates", level, len(near.groups), text, rows, remedy))
+    return findings, facts
+
+
+def _with_scores(survey: Survey, groups: list[np.ndarray]) -> str:
+    rows, scores = survey.rows, survey.scores
+    shown = []
+    for group in groups[:_SHOWN]:
+        ends = sorted({int(group[np.argmin(scores[group])]), int(group[np.argmax(scores[group])])})
+        ends = ends if len(ends) > 1 else sorted(group[:2].tolist())
+        shown.append(
+            f"rows {' and '.join(str(rows[i]) for i in ends)} (scores {' and '.join(f'{scores[i]:g}' for i in ends)})"
+        )
+    return ", ".join(shown) + (", ..." if len(groups) > _SHOWN else "")
+
+
+def _first_rows(survey: Survey, groups: list[np.ndarray]) -> list[int]:
+    return [int(row) for group in groups[:_SHOWN] for row in np.sort(survey.rows[group])]
