@@ -93,7 +93,7 @@ def test_a_float32_adapter_trains_on_a_quantised_base_against_it_and_loads_into_
         facts.build().save_pretrained(base_folder)
     args = config(
         **{"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": not GPU, "model_init_kwargs": kwargs},
-        **{"learning_rate": facts.learning_rate, **facts.settings},
+        **{"learning_rate": facts.learning_rate, "activation_checkpointing": True, **facts.settings},
     )
     if (name, bits) == ("amused", "8 bits"):
         options = {**options, "llm_int8_skip_modules": ["channelwise_linear_1", "channelwise_linear_2"]}
