@@ -129,7 +129,8 @@ def flags_for(data, output, batch, **settings):
     settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, **settings}
     settings |= {"model_name_or_path": "shapes", "dataset_name": data, "output_dir": output, "use_cpu": "true"}
     settings |= {"per_device_train_batch_size": batch, "report_to": "none", "disable_tqdm": "true"}
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    return [text for name, values in lists.items() for text in (f"--{name}", *map(str, values))]
 
 
 NUM_ROWS, NUM_EVAL_ROWS = 27, 11
@@ -137,6 +138,11 @@ NUM_ROWS, NUM_EVAL_ROWS = 27, 11
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 EVALUATED |= {"per_device_eval_batch_size": 4}
+
+# Three batches of 4, 4 and 1 pictures for two processes; the best score chooses what is kept.
+EVALUATED |= {"sample_prompts": list(PROMPTS[:3]), "sample_seeds": [0, 1, 2], "sample_num_inference_steps": 2}
+EVALUATED |= {"reward_funcs": ["background_darkness", "colour_faithfulness"]}
+EVALUATED |= {"metric_for_best_model": "samples/background_darkness/mean"}
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +274,24 @@ def test_evaluation_on_two_processes_counts_each_of_eleven_rows_once(one, two):
         assert line["eval_scores/mean"] == pytest.approx((4 * 9 - 7 * 9) / 11)
     # The samplers did fill up to twelve: this is the case in which a row could count twice.
     assert sum(len(rows) for record in two.records for rows in record["eval_row_ids"]) > 2 * NUM_EVAL_ROWS
+
+
+def test_two_processes_draw_their_shares_of_the_pictures_of_one_and_agree_on_their_scores(one, two):
+    key = "samples/background_darkness/mean"
+    alone, (left, right) = lines(one.records[0], key), (lines(record, key) for record in two.records)
+    assert [line["step"] for line in alone] == [0, 2, 4]
+    assert [{**line, "epoch": 0} for line in left] == [{**line, "epoch": 0} for line in right]
+    assert_same_log(alone[1:], left[1:])
+    assert alone[0] == left[0]
+    files = sorted(file.relative_to(one.output) for file in (one.output / "samples").rglob("*.png"))
+    assert len(files) == 3 * 9 + 1
+    for file in files:
+        if file.name != "strip.png":
+            ours, theirs = (np.asarray(Image.open(run.output / file), dtype=int) for run in (one, two))
+            assert abs(ours - theirs).max() <= (0 if "base" in file.parts else 2)
+    evaluations = [lines(record, f"eval_{key}") for record in two.records]
+    assert [[line[f"eval_{key}"] for line in found] for found in evaluations] == [[line[key] for line in left[1:]]] * 2
+    assert (two.output / "samples" / "strip.png").is_file()
 
 
 # ---- Resuming, with the other launcher ----
