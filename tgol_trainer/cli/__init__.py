@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "convert": "make one row per image with a score from comparisons, ratings or thumbs",
     "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",
     "check": "say what training would refuse in a dataset, and what else may be wrong with it",
+    "label": "show the labels and weights that training would see, without loading a model",
     "train": "train an adapter from a dataset with prompt, image and score columns",
 }
 """Subcommand, which is also the name of its module here, to what it does."""

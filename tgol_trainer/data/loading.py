@@ -6,12 +6,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 from datasets.exceptions import DatasetsError
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer.data.images import DataError
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
@@ -38,6 +39,7 @@ def load_scored_dataset(
     split: str = "train",
     streaming: bool = False,
     columns: Columns = DEFAULT_COLUMNS,
+    only: Sequence[str] | None = None,
 ) -> AnyDataset:
     """
     Load a dataset of prompts, images or videos, and scores. Rows are not checked here, see [`prepare_dataset`].
@@ -56,18 +58,21 @@ def load_scored_dataset(
             Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
             Its image column, and its video column or else `"video"`, are those whose paths are resolved.
+        only (`Sequence[str]`, *optional*):
+            Columns that are wanted, for a look at the scores: paths are not resolved, and of Parquet files with all
+            of them nothing else is read and nothing copied to the cache, so that the result is a stream.
 
     Returns:
-        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
+        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming` or `only`.
 
     Raises:
         DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return _load_file(path, split, streaming, columns)
+        return _load_file(path, split, streaming, columns, only)
     if path.is_dir():
-        return _load_folder(path, name, split, streaming, columns)
+        return _load_folder(path, name, split, streaming, columns, only)
     if not _HUB_ID.fullmatch(source) or path.suffix.lower() in _BUILDERS:
         raise DataError(
             f"`source`: {source!r} is no file and no folder here (looked from {os.getcwd()}), and no Hub id, which "
@@ -78,7 +83,7 @@ def load_scored_dataset(
         "its spelling, the `name` of the configuration and the `split`; for a private or gated dataset, log in with "
         "`hf auth login`."
     )
-    return _attempt(source, hint, datasets.load_dataset, source, name, split=split, streaming=streaming)
+    return _attempt(source, hint, _load, source, name, split=split, streaming=streaming, only=only)
 
 
 def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +96,25 @@ def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any
         ) from error
 
 
-def _load_file(path: Path, split: str, streaming: bool, columns: Columns) -> AnyDataset:
+def _load(*args: Any, split: str, streaming: bool, only: Sequence[str] | None, **kwargs: Any) -> AnyDataset:
+    if only is None:
+        return datasets.load_dataset(*args, split=split, streaming=streaming, **kwargs)
+    builder = datasets.load_dataset_builder(*args, **kwargs)
+    by_column = hasattr(builder.config, "fragment_scan_options") and split == _base_split(
+        split
+    )  # Parquet; a stream takes no slice
+    if not (streaming or by_column):
+        return datasets.load_dataset(*args, split=split, **kwargs)
+    dataset = builder.as_streaming_dataset(split=split)
+    if by_column and set(only) <= set(dataset.features or ()):
+        builder.config.columns = list(only)
+        # Without it the whole of the columns is held in memory before the first row.
+        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+        dataset = builder.as_streaming_dataset(split=split)
+    return dataset
+
+
+def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None) -> AnyDataset:
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise DataError(
@@ -102,14 +125,15 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns) -> Any
     dataset = _attempt(
         path,
         hint,
-        datasets.load_dataset,
+        _load,
         builder,
         data_files={_base_split(split): str(path)},
         split=split,
         streaming=streaming,
+        only=only,
         **(_csv_options(path) if builder == "csv" else {}),
     )
-    return _resolve_files(dataset, path.parent, columns)
+    return dataset if only is not None else _resolve_files(dataset, path.parent, columns)
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -127,13 +151,15 @@ def _csv_options(path: Path) -> dict[str, Any]:
     }
 
 
-def _load_folder(path: Path, name: str | None, split: str, streaming: bool, columns: Columns) -> AnyDataset:
+def _load_folder(
+    path: Path, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
+) -> AnyDataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, split, streaming)
     for folder in (path / split, path):
         metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
         if metadata is not None:
-            return _load_file(metadata, split, streaming, columns)
+            return _load_file(metadata, split, streaming, columns, only)
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
     images = [file for file in files if file.suffix.lower() in _IMAGES + _VIDEOS]
@@ -152,8 +178,8 @@ def _load_folder(path: Path, name: str | None, split: str, streaming: bool, colu
         builder, options = _tables_of(path, tables, split)
     elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
         options |= _csv_options(tables[0])
-    dataset = _attempt(path, hint, datasets.load_dataset, builder, split=split, streaming=streaming, **options)
-    return _resolve_files(dataset, path, columns)
+    dataset = _attempt(path, hint, _load, builder, split=split, streaming=streaming, only=only, **options)
+    return dataset if only is not None else _resolve_files(dataset, path, columns)
 
 
 def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:

@@ -252,6 +252,22 @@ class BadRows:
         """Return the code or the advice that mends a cause."""
         return CAUSES[cause][1].format(**dataclasses.asdict(self.columns), folder=os.getcwd())
 
+    def add_rows(self, cause: str, rows: np.ndarray, value: Any) -> None:
+        """
+        Take in many rows of one cause and value; the caller counts `num_rows`, since a row may have several causes.
+
+        Args:
+            cause (`str`):
+                One of `CAUSES`.
+            rows (`np.ndarray`):
+                Their numbers, counted from 0.
+            value (`Any`):
+                What stands in all of them.
+        """
+        self.counts[cause] += len(rows)
+        shown = self._examples.setdefault(cause, [])
+        shown += [f"row {row}: {describe(value)}" for row in rows[: _SHOWN_ROWS - len(shown)]]
+
     def listing(self) -> str:
         """Return one line a cause: column, cause, count and the first rows."""
         lines = []

@@ -36,6 +36,7 @@ def save_score_histogram(
     *,
     name: str = "score",
     labels: tuple[str, str] = ("positive", "negative"),
+    confidence_scale: float | None = None,
 ) -> None:
     """
     Draw how the threshold divides the scores.
@@ -55,6 +56,8 @@ def save_score_histogram(
             Name of the score, for the axis.
         labels (`tuple[str, str]`, *optional*, defaults to `("positive", "negative")`):
             Names in the legend of the scores from the threshold up and of those below.
+        confidence_scale (`float`, *optional*):
+            c; given, an outline counts the samples by their weight `1 + c·|s - τ|`, relative to the mean weight.
 
     Raises:
         ValueError: if there are no scores, or one of them or the threshold is NaN or infinite.
@@ -63,23 +66,29 @@ def save_score_histogram(
     threshold = float(threshold)
     if not math.isfinite(threshold):
         raise ValueError(f"The threshold is {threshold}; it must be a finite number.")
-    distinct = np.unique(values)
+    values = np.sort(values)
+    distinct = values[np.concatenate([[True], values[1:] != values[:-1]])]
     few = _bar_each(distinct)
     edges, outside = ([], 0) if few else _edges(values, threshold)
+    split = int(np.searchsorted(values, threshold))
     with _figure(path, 1, 1, (6.4, 3.6)) as (_, (axes,)):
         handles: list[Artist] = []
         for side, label, sign, colour in (
-            (values[values < threshold], labels[1], "<", _ORANGE),
-            (values[values >= threshold], labels[0], "≥", _BLUE),
+            (values[:split], labels[1], "<", _ORANGE),
+            (values[split:], labels[0], "≥", _BLUE),
         ):
+            counts = np.diff(_cuts(side, distinct, edges))
             if few:
-                levels, counts = np.unique(side, return_counts=True)
-                axes.bar(levels, counts, width=0.8 * _spacing(distinct), color=colour)
+                axes.bar(distinct, counts, width=0.8 * _spacing(distinct), color=colour)
             else:
-                axes.hist(np.clip(side, edges[0], edges[-1]), bins=edges, color=colour)
+                axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colour)
             share = 100 * side.size / values.size
             text = f"{_escaped(label)} (score {sign} τ): {side.size:,} ({share:.1f} %)"
             handles.append(_swatch(colour, text))
+        if confidence_scale:
+            weights = np.cumsum(1 + confidence_scale * np.abs(values - threshold))
+            sums = np.diff(np.concatenate([[0], weights])[_cuts(values, distinct, edges)]) * values.size / weights[-1]
+            handles.append(_draw_outline(axes, sums, distinct, edges))
         ties = int((values == threshold).sum())
         text = f"threshold τ = {threshold:.6g}" + (f" ({ties:,} tied with it)" if ties else "")
         handles.append(axes.axvline(threshold, color=_INK, linestyle="--", linewidth=1.5, label=text))
@@ -236,6 +245,22 @@ def _swatch(colour: str, text: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(color=colour, label=text)
+
+
+def _cuts(values: np.ndarray, distinct: np.ndarray, edges: list[float]) -> np.ndarray:
+    """Return where sorted values pass from one bar to the next; the outermost bars hold what lies beyond them."""
+    inner = edges[1:-1] if edges else distinct[1:]
+    return np.concatenate([[0], np.searchsorted(values, inner), [values.size]]).astype(np.int64)
+
+
+def _draw_outline(axes: Axes, heights: np.ndarray, distinct: np.ndarray, edges: list[float]) -> Artist:
+    from matplotlib.lines import Line2D
+
+    if edges:
+        axes.stairs(heights, edges, color=_INK, linewidth=1)
+    else:
+        axes.bar(distinct, heights, width=0.8 * _spacing(distinct), fill=False, edgecolor=_INK, linewidth=1)
+    return Line2D([], [], color=_INK, linewidth=1, label="outline: the same, counted by weight")
 
 
 def _draw_overlaid(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:

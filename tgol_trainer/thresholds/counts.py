@@ -71,5 +71,7 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
         num_rows=num_rows,
         num_positive=np.bincount(groups[scores >= threshold], minlength=num_rows.size),
         mean=np.bincount(groups, weights=scores) / num_rows,
-        threshold=np.bincount(groups, weights=threshold) / num_rows if own else np.full(num_rows.size, threshold),
+        threshold=np.bincount(groups, weights=threshold) / num_rows
+        if own
+        else np.broadcast_to(np.float64(threshold), num_rows.shape),
     )
