@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import random
+import shutil
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, layer_norm
 from transformers import (
     BertTokenizer,
@@ -532,6 +533,28 @@ def test_a_missing_an_extra_and_a_misshapen_weight_are_refused(vision_folder, tm
         load({**weights, name: torch.zeros(1, 1)})
 
 
+@pytest.mark.parametrize("kind", ["clip", "pickscore", "aesthetic"])
+def test_a_folder_of_transformers_without_a_weight_or_with_one_too_many_is_refused(vision_folder, tmp_path, kind):
+    shutil.copytree(vision_folder, tmp_path / "model")
+    head = tmp_path / "head.safetensors"
+    save_file(head_weights(EMBED), head)
+    load = {
+        "clip": ClipScore.from_pretrained,
+        "pickscore": PickScore.from_pretrained,
+        "aesthetic": lambda folder: AestheticScore.from_pretrained(head, backbone=folder),  # from both towers
+    }[kind]
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    assert load(tmp_path / "model")(pictures(), PROMPTS)
+    short = {name: tensor for name, tensor in weights.items() if name != "visual_projection.weight"}
+    save_file(short, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(visual_projection\.weight\)"):
+        load(tmp_path / "model")
+    save_file({**weights, "surprise": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 unexpected \(surprise\)"):
+        load(tmp_path / "model")
+
+
 def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(tmp_path):
     class Payload:
         def __reduce__(self):
@@ -614,7 +637,7 @@ def test_a_buffer_that_the_weights_do_not_hold_is_not_left_empty():
 
 
 def test_facts_name_the_model_and_the_scale(rewards, folder):
-    assert rewards["hps"].facts == RewardFacts("hpsv2.1", str(folder), None, "cosine, higher is better")
+    assert rewards["hps"].facts == RewardFacts("hpsv2.1", str(folder), None, "version 2.1, cosine, higher is better")
     assert rewards["clip"].facts.name == "clip" and rewards["clip"].facts.model_id == str(folder)
     assert str(folder / "vision") in rewards["aesthetic"].facts.model_id
     assert rewards["image_reward"].facts.name == "imagereward"

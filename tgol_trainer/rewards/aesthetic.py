@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
-from .checkpoints import build, find_file, linear_head, read_weights
+from .checkpoints import build, find_file, linear_head, load_strictly, read_weights
 from .clip import clip_image_processor, rgb, same_number
 
 
@@ -48,7 +48,7 @@ class AestheticScore:
 
     default_source: ClassVar[str] = "ttj/sac-logos-ava1-l14-linearMSE"
     name: ClassVar[str] = "aesthetic"
-    scale: ClassVar[str] = "1 to 10, higher is better"
+    scale: ClassVar[str] = "version 2, 1 to 10, higher is better"
 
     def __init__(
         self, vision: Any, head: torch.nn.Module, image_processor: Any, *, facts: RewardFacts | None = None
@@ -94,15 +94,19 @@ class AestheticScore:
             [`AestheticScore`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of the head.
+            ValueError: if a file does not hold exactly the weights of the head, or of the tower.
         """
         from transformers import CLIPVisionModelWithProjection
 
         source, backbone = str(source or cls.default_source), str(backbone)
         path, commit = find_file(source, filename, revision=revision)
         weights = without_prefix(read_weights(path))
-        vision = CLIPVisionModelWithProjection.from_pretrained(
-            backbone, revision=backbone_revision, dtype=dtype or torch.float32
+        vision = load_strictly(
+            CLIPVisionModelWithProjection,
+            backbone,
+            unused=r"text_model\.|text_projection\.|logit_scale$",
+            revision=backbone_revision,
+            dtype=dtype or torch.float32,
         )
         head = build(lambda: linear_head(vision.config.projection_dim), weights, path).to(device, torch.float32)
         processor = clip_image_processor().from_pretrained(backbone, revision=backbone_revision)

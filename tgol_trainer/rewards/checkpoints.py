@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -153,6 +153,43 @@ def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], sourc
                 raise ValueError(f"{source}: the buffer {name} is not part of the weights and not known here.")
             setattr(module.get_submodule(parent), leaf, torch.arange(buffer.shape[-1]).expand(1, -1))
     return module
+
+
+def load_strictly(model_class: Any, source: str, *, unused: str = "", **options: Any) -> Any:
+    """
+    Load a model of transformers and refuse a file that does not hold exactly its weights, which transformers only warns of.
+
+    Args:
+        model_class (`type`):
+            Class with `from_pretrained`.
+        source (`str`):
+            Hub repository or folder.
+        unused (`str`, *optional*, defaults to `""`):
+            Pattern of names that the file may hold beside, such as those of the other tower.
+        options:
+            Passed to `from_pretrained`.
+
+    Returns:
+        `transformers.PreTrainedModel`
+
+    Raises:
+        ValueError: if a weight is missing or left over.
+        OSError: if the model cannot be had.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what is missing or left over: the towers that are not used
+    try:
+        model, found = model_class.from_pretrained(source, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    extra = [name for name in found["unexpected_keys"] if not (unused and re.match(unused, name))]
+    kinds = {"missing": sorted(found["missing_keys"]), "unexpected": sorted(extra)}
+    wrong = [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names]
+    if wrong:
+        raise ValueError(f"{source} does not hold the weights of this reward: {'; '.join(wrong)}.")
+    return model
 
 
 def linear_head(width: int) -> torch.nn.Sequential:

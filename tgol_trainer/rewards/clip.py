@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
+from .checkpoints import load_strictly
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -96,11 +97,14 @@ class ClipReward:
 
         Returns:
             The reward.
+
+        Raises:
+            ValueError: if the file does not hold exactly the weights of a CLIP.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         source = str(source or cls.default_source)
-        model = CLIPModel.from_pretrained(source, revision=revision, dtype=dtype or torch.float32)
+        model = load_strictly(CLIPModel, source, revision=revision, dtype=dtype or torch.float32)
         commit = getattr(model.config, "_commit_hash", None) or revision
         tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
         processor = clip_image_processor().from_pretrained(source, revision=revision)

@@ -117,7 +117,7 @@ class HPSv2(ClipReward):
 
     default_source = "xswu/HPSv2"
     name = "hpsv2.1"
-    scale = "cosine, higher is better"
+    scale = "version 2.1, cosine, higher is better"
 
     def __init__(
         self, model: Any, tokenizer: Any, image_processor: Any = None, *, facts: RewardFacts | None = None
