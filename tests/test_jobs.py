@@ -174,6 +174,47 @@ def test_the_way_of_working_does_not_change_the_rows(pictures, tmp_path, options
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+def test_a_weighted_sum_follows_its_weights_without_scoring_again(pictures, tmp_path):
+    def fussy(images, prompts):
+        return [None if prompt == "p3" else 2.0 for prompt in prompts]
+
+    def run(loaders, **weights):
+        return score_dataset(pictures, loaders, tmp_path, shard_size=3, progress=False, weights=weights)
+
+    def refuse():
+        raise AssertionError("loaded again")
+
+    counts = run({"jpeg": lambda: jpeg_compressibility, "fussy": lambda: fussy}, jpeg=10.0, fussy=-0.5)
+    assert counts == {"jpeg": 0, "fussy": 1, "weighted_sum": 1}
+    for weights in ({"jpeg": 10.0, "fussy": -0.5}, {"jpeg": 1.0, "fussy": 3.0}):
+        run({"jpeg": refuse, "fussy": refuse}, **weights)
+        sizes = [-kilobytes(image) for image in pictures["image"]]
+        expected = [weights["jpeg"] * size + weights["fussy"] * 2 for size in sizes]
+        table = rows(tmp_path)
+        assert table["weighted_sum"][3] is None and None not in table["jpeg"]
+        np.testing.assert_allclose(np.delete(np.array(table["weighted_sum"], float), 3), np.delete(expected, 3))
+    with pytest.raises(DataError, match="`weights`: 'hps' is no column of these rewards: jpeg, fussy"):
+        run({"jpeg": refuse, "fussy": refuse}, hps=1.0)
+
+
+def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated, tmp_path, monkeypatch, capsys):
+    (tmp_path / "scaled.py").write_text(
+        "class Scaled:\n    def __init__(self, factor):\n        self.factor = factor\n"
+        "    def __call__(self, images, prompts):\n        return [self.factor * len(p) for p in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["score", str(generated), "--rewards", "scaled:Scaled", "--output_dir", str(tmp_path / "out")]
+    options = ["--reward_options", '{"scaled:Scaled": {"factor": 3}}', "--weights", "Scaled=2"]
+    assert cli.main([*arguments, *options]) == 0
+    table = rows(tmp_path / "out")
+    assert table["Scaled"] == [3.0 * len(prompt) for prompt in table["prompt"]]
+    assert table["weighted_sum"] == [6.0 * len(prompt) for prompt in table["prompt"]]
+    for wrong, message in ((["--weights", "Scaled"], "no column and weight"), (["--reward_options", "[]"], "no JSON")):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_two_processes_score_the_rows_of_one(pictures, tmp_path):
     score(pictures, tmp_path / "a")
     for rank in (0, 1):

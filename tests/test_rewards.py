@@ -147,6 +147,20 @@ def test_pictures_of_every_mode_are_scored_as_their_rgb_form(mode):
     assert jpeg_compressibility([image], [""]) == jpeg_compressibility([image.convert("RGB")], [""])
 
 
+@pytest.mark.parametrize("name", ["background_darkness", "colour_faithfulness"])
+def test_scores_of_the_shapes_world_take_any_mode_and_size_and_any_prompt(name):
+    reward = load_reward(name)
+    for size in [(1, 1), (3, 90), (33, 32)]:
+        image = Image.new("RGBA", size, (255, 0, 0, 9))
+        expected = {
+            "background_darkness": 2 / 3,
+            "colour_faithfulness": reward([Image.new("RGB", (32, 32), "red")], ["red"])[0],
+        }
+        for mode in ("RGBA", "RGB"):
+            assert score_images(reward, [image.convert(mode)], ["red"]) == pytest.approx([expected[name]])
+    assert load_reward("colour_faithfulness")([Image.new("L", (32, 32))], ["a cow"]) == [None]
+
+
 def test_the_two_jpeg_rewards_are_opposites():
     images = [Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)), Image.new("RGB", (64, 64))]
     sizes = jpeg_incompressibility(images, ["", ""])

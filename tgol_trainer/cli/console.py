@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -10,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def set_up_logging() -> None:
@@ -22,6 +25,29 @@ def set_up_logging() -> None:
     root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     root.propagate = False
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """
+    Read an option that is a JSON object, as `type=` of an argument.
+
+    Args:
+        text (`str`):
+            Such as `{"variant": "fp16"}`.
+
+    Returns:
+        `dict`
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        read = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as " + """'{"variant": "fp16"}'""")
+    return read
 
 
 @contextlib.contextmanager

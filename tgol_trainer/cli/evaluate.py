@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import plain_errors, set_up_logging
-from .generate import device_of, json_object, load_generator
+from .console import json_object, plain_errors, set_up_logging
+from .generate import device_of, load_generator
 
 if TYPE_CHECKING:
     from tgol_trainer.evaluation import Evaluation

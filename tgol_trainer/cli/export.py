@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .console import plain_errors, set_up_logging
+from .console import json_object, plain_errors, set_up_logging
 
 _FORMATS = ("diffusers", "peft", "comfyui", "merged")
 _DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError('a JSON object is needed, such as \'{"variant": "fp16"}\'')
-    return value
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +36,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="base model (default: the one that the directory's card records)")
     parser.add_argument("--model_revision", help="its revision on the Hub (default: the recorded one)")
     parser.add_argument(
-        "--model_init_kwargs", type=_json_object, default={}, help="JSON object for loading it, such as a variant"
+        "--model_init_kwargs", type=json_object, default={}, help="JSON object for loading it, such as a variant"
     )
     parser.add_argument(
         "--weight", type=float, default=1.0, help="strength that the adapter is written with (default: %(default)s)"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import plain_errors, set_up_logging
+from .console import json_object, plain_errors, set_up_logging
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,26 +43,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shard_size", type=int, help="pictures a file (default: 256; videos 8)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     return parser.parse_args(argv)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """
-    Read an option that is a JSON object.
-
-    Args:
-        text (`str`):
-            As it stands on the command line.
-
-    Returns:
-        `dict`
-    """
-    try:
-        read = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as " + """'{"variant": "fp16"}'""")
-    return read
 
 
 def load_generator(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .console import plain_errors, set_up_logging
+from .console import json_object, plain_errors, set_up_logging
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, separator, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not separator or not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text!r} is no column and weight, such as pickscore=0.5")
+    return name, weight
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -20,6 +32,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("source", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
     parser.add_argument("--rewards", required=True, nargs="+", help="names (docs/rewards.md) or your module:function")
+    parser.add_argument(
+        "--weights", nargs="+", type=_weight, metavar="COLUMN=WEIGHT", help="also write their sum, column weighted_sum"
+    )
+    parser.add_argument(
+        "--reward_options", type=json_object, help="JSON, by reward, of what load_reward takes: source, revision, ..."
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
@@ -55,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.data import Columns, DataError, load_scored_dataset
     from tgol_trainer.jobs import score_dataset
     from tgol_trainer.rewards import load_reward
 
@@ -66,8 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dtype is not None and not isinstance(dtype, torch.dtype):
         raise SystemExit(f"error: `dtype` is {args.dtype!r}, which is no torch dtype, such as bfloat16.")
     with plain_errors():
+        options = args.reward_options or {}
+        unknown = sorted(options.keys() - set(args.rewards))
+        if unknown:
+            raise DataError(f"`reward_options`: {unknown[0]!r} is none of `rewards`: {', '.join(args.rewards)}.")
         rewards = {
-            spec.rpartition(":")[2]: partial(load_reward, spec, device=device, dtype=dtype) for spec in args.rewards
+            spec.rpartition(":")[2]: partial(
+                load_reward, spec, **{"device": device, "dtype": dtype, **options.get(spec, {})}
+            )
+            for spec in args.rewards
         }
         dataset = load_scored_dataset(args.source, split=args.split, columns=columns)
         disable_progress_bar()  # one bar a file, over ours
@@ -82,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_workers=args.num_workers,
             video_column=args.video_column,
             mean_over_frames=args.mean_over_frames,
+            weights=dict(args.weights or []),
         )
     counts = ", ".join(f"{name} {count}" for name, count in missing.items())
     print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .shards import Shards, process_share, write_atomically, write_parquet
 logger = logging.getLogger(__name__)
 
 RECORD = "tgol_score.json"
+WEIGHTED = "weighted_sum"
 _BATCH_SIZES = {"image": 32, "video": 2}
 
 
@@ -51,6 +52,7 @@ def score_dataset(
     progress: bool = True,
     video_column: str | None = None,
     mean_over_frames: int | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """
     Add one float64 column a reward and write the dataset as Parquet shards.
@@ -85,6 +87,8 @@ def score_dataset(
             Column of videos, scored in place of images. By default `columns.video`, or `"video"` where no images are.
         mean_over_frames (`int`, *optional*):
             Score videos with rewards of images as well: the mean over so many frames ([`MeanOverFrames`]).
+        weights (`Mapping[str, float]`, *optional*):
+            Columns of these rewards to weights: adds the column `weighted_sum`, `None` where one of them is.
 
     Returns:
         `dict[str, int]`: column name to the number of this process's rows without a score.
@@ -94,8 +98,8 @@ def score_dataset(
             images and the rows hold videos or the other way round, or if `output_dir` was begun with another dataset
             or other shards.
     """
-    source = _source(dataset, columns or Columns(), video_column, mean_over_frames)
-    _check(dataset, rewards, source)
+    source, weights = _source(dataset, columns or Columns(), video_column, mean_over_frames), weights or {}
+    _check(dataset, list(rewards), source, weights)
     batch_size = _BATCH_SIZES[source.medium] if batch_size is None else batch_size
     dataset = _undecoded(dataset, source)
     shards = _shards(dataset, Path(output_dir), source, shard_size)
@@ -110,13 +114,10 @@ def score_dataset(
         total = sum(len(shards.rows(shard)) for shard in wanted)
         with tqdm(total=total, desc=f"Scoring ({', '.join(group)})", unit=source.medium, disable=not progress) as bar:
             for shard in wanted:
-                rows = dataset.select(shards.rows(shard))
-                _score_shard(rows, loaded, shards, shard, source, batch_size, num_workers, bar)
+                _score_shard(dataset, loaded, shards, shard, source, batch_size, num_workers, bar)
         del loaded
         gc.collect()  # the next group's models need the room
-    missing = _assemble(dataset, list(rewards), shards, mine, source)
-    _report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
-    return missing
+    return _assemble(dataset, list(rewards), shards, mine, source, weights)
 
 
 def _source(
@@ -167,7 +168,7 @@ def _undecoded(dataset: datasets.Dataset, source: _Source) -> datasets.Dataset:
     return dataset
 
 
-def _check(dataset: datasets.Dataset, rewards: Mapping[str, Any], source: _Source) -> None:
+def _check(dataset: datasets.Dataset, rewards: Sequence[str], source: _Source, weights: Mapping[str, float]) -> None:
     if not rewards:
         raise DataError("`rewards`: none is given. Name at least one, such as `jpeg_compressibility`.")
     absent = [name for name in (source.prompt, source.visual) if name not in dataset.column_names]
@@ -176,12 +177,17 @@ def _check(dataset: datasets.Dataset, rewards: Mapping[str, Any], source: _Sourc
             f"dataset: no column {' and '.join(map(repr, absent))}; the columns are {dataset.column_names}. Name "
             "yours: Columns(prompt=..., image=...), and `video_column` for videos."
         )
-    taken = [name for name in rewards if name in dataset.column_names]
+    taken = [name for name in (*rewards, *([WEIGHTED] if weights else [])) if name in dataset.column_names]
     if taken:
         raise DataError(f"`rewards`: the dataset already has a column {taken[0]!r}. Rename or remove it first.")
     wrong = [name for name in rewards if Path(name).name != name or name.startswith(".")]
     if wrong:
         raise DataError(f"`rewards`: {wrong[0]!r} cannot be a column and folder name. Leave out slashes.")
+    unknown = [
+        name for name in weights if not any(name == reward or name.startswith(f"{reward}_") for reward in rewards)
+    ]
+    if unknown:
+        raise DataError(f"`weights`: {unknown[0]!r} is no column of these rewards: {', '.join(rewards)}.")
 
 
 def _shards(dataset: datasets.Dataset, folder: Path, source: _Source, shard_size: int) -> Shards:
@@ -199,7 +205,7 @@ def _part(shards: Shards, name: str, shard: int) -> Path:
 
 
 def _score_shard(
-    rows: datasets.Dataset,
+    dataset: datasets.Dataset,
     rewards: dict[str, RewardFunction],
     shards: Shards,
     shard: int,
@@ -208,6 +214,7 @@ def _score_shard(
     num_workers: int,
     bar: tqdm,
 ) -> None:
+    rows = dataset.select(shards.rows(shard))
     wanted = [name for name in rewards if not _part(shards, name, shard).exists()]
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in wanted}
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
@@ -258,25 +265,47 @@ def _read_part(path: Path) -> dict[str, list[float | None]]:
     return pyarrow.parquet.read_table(path).to_pydict()  # `datasets` would keep a copy in its cache
 
 
-def _has_columns(path: Path, names: list[str]) -> bool:
-    if not path.exists():
+def _weighted(found: Mapping[str, list[float | None]], weights: Mapping[str, float]) -> list[float | None]:
+    absent = [name for name in weights if name not in found]
+    if absent:
+        raise DataError(f"`weights`: {absent[0]!r} is no column of these rewards: {', '.join(found)}.")
+    rows = zip(*(found[name] for name in weights), strict=True)
+    return [
+        None if None in row else sum(weight * value for weight, value in zip(weights.values(), row, strict=True))
+        for row in rows
+    ]
+
+
+def _has_columns(path: Path, found: Mapping[str, list[float | None]]) -> bool:
+    """Return whether a shard has these columns, and the sum of the weights of now."""
+    if not path.exists() or not set(found) <= set(pyarrow.parquet.read_schema(path).names):
         return False
-    return set(names) <= set(pyarrow.parquet.read_schema(path).names)
+    return WEIGHTED not in found or pyarrow.parquet.read_table(path, columns=[WEIGHTED]).to_pydict() == {
+        WEIGHTED: found[WEIGHTED]
+    }
 
 
 def _assemble(
-    dataset: datasets.Dataset, rewards: list[str], shards: Shards, mine: list[int], source: _Source
+    dataset: datasets.Dataset,
+    rewards: list[str],
+    shards: Shards,
+    mine: list[int],
+    source: _Source,
+    weights: Mapping[str, float],
 ) -> dict[str, int]:
-    """Write the shards that lack a column; return how many rows have no score, by column."""
+    """Write the shards that lack a column or have a sum of other weights; return how many rows have no score."""
     missing = dict.fromkeys(rewards, 0)
     for shard in mine:
         found: dict[str, list[float | None]] = {}
         for name in rewards:
             found |= _read_part(_part(shards, name, shard))
+        if weights:
+            found[WEIGHTED] = _weighted(found, weights)
         for name, values in found.items():
             missing[name] = missing.get(name, 0) + sum(value is None for value in values)
-        if not _has_columns(shards.path(shard), list(found)):
+        if not _has_columns(shards.path(shard), found):
             shards.write(shard, _assembled(dataset.select(shards.rows(shard)), found, source))
+    _report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
     return missing
 
 

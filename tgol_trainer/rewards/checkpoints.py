@@ -157,7 +157,7 @@ def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], sourc
 
 def load_strictly(model_class: Any, source: str, *, unused: str = "", **options: Any) -> Any:
     """
-    Load a model of transformers and refuse a file that does not hold exactly its weights, which transformers only warns of.
+    Load a model of transformers and refuse a file that does not hold exactly its weights, where transformers warns.
 
     Args:
         model_class (`type`):

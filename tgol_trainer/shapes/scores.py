@@ -1,4 +1,4 @@
-"""Scores of the shapes world, from pixels: `(images, prompts) -> list[float]`, higher is better."""
+"""Scores of the shapes world, from pixels: `(images, prompts) -> list[float | None]`, higher is better."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
-            Pictures of 8 pixels a side or more.
+            Pictures of any size and mode.
         prompts (`Sequence[str]`):
             Not used.
 
@@ -41,7 +41,7 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
     return scores
 
 
-def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
     """
     One minus the mean distance of the picture's centre from the colour that the prompt names.
 
@@ -49,19 +49,24 @@ def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
-            Pictures of 8 pixels a side or more.
+            Pictures of any size and mode.
         prompts (`Sequence[str]`):
             Each names a colour of the shapes world.
 
     Returns:
-        `list[float]`: 0 to 1; distances are mean absolute differences of RGB values in 0 to 1.
+        `list[float | None]`: 0 to 1; distances are mean absolute differences of RGB values in 0 to 1. `None` for a
+        prompt that names no colour.
     """
-    scores = []
+    scores: list[float | None] = []
     for image, prompt in zip(images, prompts, strict=True):
         pixels = _pixels(image)
         height, width = pixels.shape[:2]
-        top, left, rows, columns = height * 7 // 16, width * 7 // 16, height // 8, width // 8
+        top, left, rows, columns = height * 7 // 16, width * 7 // 16, max(1, height // 8), max(1, width // 8)
         centre = pixels[top : top + rows, left : left + columns].reshape(-1, 3)
-        target = np.asarray(colour_of(prompt)) / 255
-        scores.append(float(1 - np.abs(centre - target).mean()))
+        try:
+            target = np.asarray(colour_of(prompt)) / 255
+        except ValueError:
+            scores.append(None)
+        else:
+            scores.append(float(1 - np.abs(centre - target).mean()))
     return scores
