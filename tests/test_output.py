@@ -68,6 +68,14 @@ def test_no_file_holds_the_token_or_a_path_of_this_machine(config, dataset, capl
     assert TOKEN not in caplog.text
 
 
+def test_a_full_fine_tune_of_a_local_model_does_not_name_its_folder(config, dataset, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "secret-name")
+    trainer = TGOLTrainer(str(tmp_path / "secret-name"), config(full_finetuning=True), dataset)
+    trainer.save_model(str(tmp_path / "out"))
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"secret-name" not in path.read_bytes(), path
+
+
 def test_the_card_states_the_run_and_passes_the_clients_validation(config, dataset):
     trainer, folder = trained(config, dataset, temperature=0.002)
     text = (folder / "README.md").read_text()

@@ -186,7 +186,8 @@ class TGOLTrainer(Trainer):
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, backbone = self.args, self.backbone
-        backbone.denoiser._internal_dict = ReportedConfig(backbone.denoiser.config)
+        # What is saved of a denoiser must not name the folder that it was loaded from.
+        backbone.denoiser._internal_dict = ReportedConfig({**backbone.denoiser.config, "_name_or_path": ""})
         if args.full_finetuning:
             if peft_config is not None:
                 raise ValueError("`full_finetuning=True` trains no adapter: leave out `peft_config`.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,8 @@ def read_comfyui(source: Source, file: Path) -> tuple[Backbone, dict[str, LoraMo
     return backbone, modules, len(tensors)
 
 
-def write_merged(backbone: Backbone, folder: Path, weight: float) -> None:
-    """A complete pipeline without adapters; `weight` was set before."""
+def write_merged(backbone: Backbone, folder: Path, source: Source) -> None:
+    """A complete pipeline without adapters; the strength was set before."""
     if getattr(backbone.denoiser, "hf_quantizer", None) is not None:
         raise ValueError(
             "`format` is 'merged', and the base model is quantised: an update does not survive the rounding to its "
@@ -142,15 +141,13 @@ def write_merged(backbone: Backbone, folder: Path, weight: float) -> None:
     if hasattr(backbone.denoiser, "peft_config"):
         backbone.denoiser.fuse_lora(safe_fusing=True, adapter_names=[adapters.POLICY])
         backbone.denoiser.unload_lora()
+    if source.dtype != torch.float32:
+        # Rounded once, after merging, and where the loader keeps some modules in float32, they stay so.
+        state = backbone.denoiser.state_dict()
+        backbone = source.load_base(compute=False)
+        backbone.denoiser.load_state_dict(state)
     backbone.pipeline.save_pretrained(folder)
     for file in folder.rglob("*.json"):  # each component remembers the folder it was loaded from
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-WRITERS: dict[str, Callable[[Backbone, Path, float], None]] = {
-    "diffusers": write_diffusers,
-    "peft": write_peft,
-    "merged": write_merged,
-}

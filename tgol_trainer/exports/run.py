@@ -19,18 +19,20 @@ from tgol_trainer import adapters
 from tgol_trainer.backbones import Backbone, ModelOrigin
 from tgol_trainer.card import CardFacts, ExportRow, write_card
 
-from .checks import ROUNDING, Trained, check_modules, check_state, compare, observe, remember
+from .checks import TOLERANCE, Trained, check_modules, check_state, compare, observe, remember
 from .comfyui import layout_of
 from .formats import (
-    WRITERS,
     comfyui_name,
     read_comfyui,
     read_diffusers,
     read_peft,
     set_strength,
     write_comfyui,
+    write_diffusers,
+    write_merged,
+    write_peft,
 )
-from .source import Source, check_directory, find_base, folder_facts
+from .source import Source, check_directory, check_fits, find_base, folder_facts, in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def export(
         weight (`float`, *optional*, defaults to 1.0):
             Strength of the adapter, as in diffusers' `set_adapters`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Precision of what is written, and of the base model during the comparison.
+            Precision of what is written. The comparison runs in float32, with the weights rounded to it.
         model_init_kwargs (`dict`, *optional*):
             For loading the base model, as in [`TGOLConfig`].
         device (`str`, *optional*, defaults to `"cpu"`):
@@ -84,11 +86,11 @@ def export(
     if export_format not in FORMATS:
         raise ValueError(f"`format` is {export_format!r}; it must be one of {', '.join(FORMATS)}.")
     _check_target(directory, output_dir, export_format)
-    if dtype not in ROUNDING:
+    if dtype not in TOLERANCE:
         raise ValueError(f"`dtype` is {dtype}; it must be torch.float32, torch.float16 or torch.bfloat16.")
     facts = folder_facts(directory)
     model, options = find_base(directory, facts, model_name_or_path, dict(model_init_kwargs or {}))
-    source = Source(directory, facts, model, options, dtype, device)
+    source = Source(directory, facts, model, options, dtype, export_format == "merged", device)
     if not source.is_adapter and (export_format != "merged" or weight != 1.0):
         raise ValueError(
             f"{directory} holds a whole fine-tuned denoiser, no adapter: only `format='merged'` with `weight=1` "
@@ -119,7 +121,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         layout_of(type(backbone.pipeline).__name__)  # before the long part
     base_output = backbone.probe().float().cpu()
     backbone = _load_trained(backbone, source, weight)
-    trained = remember(backbone, base_output, prompt, source.dtype)
+    trained = remember(backbone, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
     if trained.effect == 0:
         logger.warning("The weights in %s change nothing in the base model's output.", source.directory)
     name = comfyui_name(source.facts.model_name or source.directory.resolve().name)
@@ -127,8 +129,10 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
     origin = backbone.origin
     if export_format == "comfyui":
         write_comfyui(backbone, folder / name)
+    elif export_format == "merged":
+        write_merged(backbone, folder, source)
     else:
-        WRITERS[export_format](backbone, folder, weight)
+        (write_diffusers if export_format == "diffusers" else write_peft)(backbone, folder, weight)
     del backbone
     gc.collect()
     row = ExportRow(
@@ -139,13 +143,14 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         note=_comfyui_note(name) if export_format == "comfyui" else None,
     )
     fresh = _read_back(row, source, folder, origin, trained)
-    compare(row, observe(fresh, prompt), trained, source.dtype)
+    compare(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
     return row, facts
 
 
 def _load_trained(backbone: Backbone, source: Source, weight: float) -> Backbone:
     name = backbone.denoiser_name
     if source.is_adapter:
+        check_fits(source, backbone)
         adapters.load_initial(backbone.pipeline, name, str(source.directory), keep_as_reference=False)
         set_strength(backbone, weight)
         return backbone
@@ -155,7 +160,7 @@ def _load_trained(backbone: Backbone, source: Source, weight: float) -> Backbone
             f"{type(backbone.pipeline).__name__} trains its {name}, but {source.directory} holds no folder of that "
             "name: these weights belong to another base model."
         )
-    denoiser = type(backbone.denoiser).from_pretrained(str(folder), dtype=source.dtype)
+    denoiser = type(backbone.denoiser).from_pretrained(str(folder))
     setattr(backbone.pipeline, name, denoiser.to(source.device))
     return type(backbone)(backbone.pipeline, backbone.origin, backbone.settings)
 
@@ -171,7 +176,7 @@ def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin
         return backbone
     backbone, state = (read_diffusers if row.format == "diffusers" else read_peft)(source, folder)
     row.weights_equal, row.num_tensors = check_state(state, trained) and exact, len(state)
-    return backbone
+    return in_float32(backbone)
 
 
 def _usage(backbone: Backbone, export_format: str, prompt: str) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from tgol_trainer import adapters, shapes
 from tgol_trainer.backbones import Backbone, ModelOrigin, load_backbone, wrap_pipeline
 from tgol_trainer.card import FACTS_NAME, CardFacts, read_facts
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,9 @@ class Source:
         options (`dict[str, Any]`):
             For [`backbones.load_backbone`].
         dtype (`torch.dtype`):
-            Of every component.
+            Precision of what is written.
+        rounds_base (`bool`):
+            Whether the base model is written too, and so compared after rounding to that precision.
         device (`str`):
             Where it runs.
     """
@@ -45,6 +46,7 @@ class Source:
     model: str
     options: dict[str, Any]
     dtype: torch.dtype
+    rounds_base: bool
     device: str
 
     @property
@@ -52,21 +54,40 @@ class Source:
         """Whether the folder holds an adapter."""
         return (self.directory / adapters.WEIGHTS_NAME).is_file()
 
-    def load_base(self) -> Backbone:
-        """Load the base model anew."""
+    def load_base(self, *, compute: bool = True) -> Backbone:
+        """
+        Load the base model anew.
+
+        Args:
+            compute (`bool`, *optional*, defaults to `True`):
+                Bring it to float32, in which all comparisons are made: in half precision, rounding of the passes alone
+                is as large as what a short training does.
+
+        Returns:
+            [`Backbone`]
+        """
+        dtype = self.dtype if self.rounds_base else torch.float32
         if self.model in shapes.EMBEDDED and not Path(self.model).exists():
             load, note, code, arguments = shapes.EMBEDDED[self.model]
             origin = ModelOrigin(note=note, loading_code=code, call_arguments=arguments)
-            backbone = wrap_pipeline(load(dtype=self.dtype), origin)
+            backbone = wrap_pipeline(load(dtype=dtype), origin)
         else:
-            backbone = load_backbone(self.model, {**self.options, "dtype": self.dtype})
-        return backbone.to(self.device)
+            backbone = load_backbone(self.model, {**self.options, "dtype": dtype})
+        return in_float32(backbone).to(self.device) if compute else backbone
 
     def load_exported(self, folder: Path, origin: ModelOrigin) -> Backbone:
         """Load a complete pipeline that was exported."""
         kept = {name: value for name, value in self.options.items() if name in _KEPT_OPTIONS}
         exported = load_backbone(str(folder), {**kept, "dtype": self.dtype})
-        return type(exported)(exported.pipeline, origin, exported.settings).to(self.device)
+        return in_float32(type(exported)(exported.pipeline, origin, exported.settings)).to(self.device)
+
+
+def in_float32(backbone: Backbone) -> Backbone:
+    """Bring every component to float32, adapters too; returns the same backbone."""
+    for component in backbone.pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.float()
+    return backbone
 
 
 def find_base(
@@ -145,6 +166,37 @@ def check_directory(directory: Path) -> None:
             f"{directory} holds neither {adapters.WEIGHTS_NAME} nor a folder `unet` or `transformer`: name the "
             "`output_dir` of a run, or one of its checkpoints."
         )
+
+
+def check_fits(source: Source, backbone: Backbone) -> None:
+    """
+    Refuse an adapter that was trained on another model, before its loader lists every tensor of it.
+
+    Args:
+        source ([`Source`]):
+            With an adapter.
+        backbone ([`Backbone`]):
+            The base model.
+
+    Raises:
+        ValueError: naming the first module that the model has not, or not in this size.
+    """
+    from safetensors import safe_open
+
+    modules = dict(backbone.denoiser.named_modules())
+    prefix, suffix = f"{backbone.denoiser_name}.", ".lora_A.weight"
+    with safe_open(source.directory / adapters.WEIGHTS_NAME, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            if not (name.startswith(prefix) and name.endswith(suffix)):
+                continue
+            path, size = name[len(prefix) : -len(suffix)], file.get_slice(name).get_shape()[1]
+            weight = getattr(modules.get(path), "weight", None)
+            if weight is None or weight.shape[1] != size:
+                has = "no such module" if weight is None else f"one of {weight.shape[1]}"
+                raise ValueError(
+                    f"The adapter in {source.directory} was trained on another model than {source.model}: it changes "
+                    f"{path} with {size} inputs, and the model has {has}. Name its base with `model_name_or_path`."
+                )
 
 
 def _has_adapter(directory: Path) -> bool:
