@@ -85,10 +85,11 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **extra)
 
     def click(self, selector):
+        # Scrolling draws what was out of sight, which may move things: the place is read two frames later.
         place = self.run(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); node.scrollIntoView("
-            "{block: 'center'}); const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + "
-            "box.height / 2]; })()"
+            f"new Promise(done => {{ const node = document.querySelector({json.dumps(selector)}); "
+            "node.scrollIntoView({block: 'center'}); requestAnimationFrame(() => requestAnimationFrame(() => { "
+            "const box = node.getBoundingClientRect(); done([box.x + box.width / 2, box.y + box.height / 2]); })); })"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)

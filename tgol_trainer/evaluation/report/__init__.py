@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from PIL import Image
 
 from tgol_trainer.evaluation.comparison import Comparison, replace_file
 from tgol_trainer.evaluation.measures import MEASURES, SPREADS
@@ -158,6 +160,7 @@ def _rows(evaluation: Evaluation, models: Sequence[ModelRows], gallery: Gallery)
         "models": [model.name for model in models],
         "scores": scores,
         "categories": categories,
+        "ratio": _ratio(gallery),
         "first_score": trained.index(False) if False in trained else 0,
         "rows": rows,
     }
@@ -168,16 +171,27 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _importance(models: Sequence[ModelRows], count: int) -> np.ndarray:
-    """Return, for each row, its largest change of any score of any adapter, in standard deviations of that change."""
-    largest = np.zeros(count)
+    """Return how near each row comes to an end of the order by change, 0 to 1, of any score of any adapter."""
+    nearest = np.zeros(count)
     base, *adapters = models
     for adapter in adapters:
         for name, before in base.scores.items():
             change = np.array(adapter.scores[name], dtype=float) - np.array(before, dtype=float)
-            spread = np.nanstd(change) if np.isfinite(change).any() else 0.0
-            if spread > 0:
-                largest = np.maximum(largest, np.nan_to_num(np.abs(change) / spread))
-    return largest
+            known = np.flatnonzero(np.isfinite(change))
+            _, places, counts = np.unique(change[known], return_inverse=True, return_counts=True)
+            ranks = (np.cumsum(counts) - (counts + 1) / 2)[places]  # equal changes share their mean rank
+            nearest[known] = np.maximum(nearest[known], np.abs(2 * ranks / max(known.size - 1, 1) - 1))
+    return nearest
+
+
+def _ratio(gallery: Gallery) -> float:
+    """Return width over height of the first picture, for the room that is kept until a picture is decoded."""
+    for thumbnails in gallery.thumbnails:
+        for thumbnail in thumbnails:
+            if thumbnail:
+                width, height = Image.open(io.BytesIO(thumbnail)).size
+                return round(width / height, 4)
+    return 1.0
 
 
 def _chosen(

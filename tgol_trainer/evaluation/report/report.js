@@ -114,6 +114,8 @@
   options("score", scores);
   for (const name of data.categories) find("category")?.append(make("option", { value: name, textContent: name }));
   find("score").value = String(data.first_score);
+  // Room for pictures before they are decoded, so that nothing jumps; set by script, which the policy allows.
+  find("cards").style.setProperty("--ratio", String(data.ratio));
   find("cards").className = models.length > 3 ? "many" : models.length > 2 ? "three" : "two";
   find("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const id of ["adapter", "score", "order", "category"]) find(id)?.addEventListener("change", arrange);
