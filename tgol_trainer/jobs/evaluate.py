@@ -214,7 +214,8 @@ class EvaluationJob:
                         self._score_shard(name, shard, missing, options)
                     bar.update(len(self.shards[name].rows(shard)))
                 del loaders
-                _free_memory()
+                if one_at_a_time:
+                    _free_memory()
         for name, shard in wanted:
             self._finish(name, shard, features, keep_images)
 

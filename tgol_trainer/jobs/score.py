@@ -116,7 +116,8 @@ def score_dataset(
             for shard in wanted:
                 _score_shard(dataset, loaded, shards, shard, source, batch_size, num_workers, bar)
         del loaded
-        gc.collect()  # the next group's models need the room
+        if one_at_a_time:
+            gc.collect()  # the next group's models need the room
     return _assemble(dataset, list(rewards), shards, mine, source, weights)
 
 
