@@ -106,8 +106,7 @@ def score_dataset(
     mine = list(shards.share(*(share or process_share())))
     groups = [[name] for name in rewards] if one_at_a_time else [list(rewards)]
     for group in groups:
-        wanted = [shard for shard in mine if any(not _part(shards, name, shard).exists() for name in group)]
-        if not wanted:
+        if not (wanted := [x for x in mine if any(not _part(shards, name, x).exists() for name in group)]):
             continue
         group = [name for name in group if any(not _part(shards, name, shard).exists() for shard in wanted)]
         loaded = {name: _fitting(name, rewards[name](), source) for name in group}
