@@ -250,6 +250,14 @@ def test_the_mean_over_frames_takes_all_of_a_short_clip_and_none_where_a_frame_h
         MeanOverFrames(length, 2)
 
 
+def test_a_reward_that_cannot_be_had_is_one_message_with_the_way_out(clips, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["score", str(clips), "--rewards", "videoreward", "--output_dir", str(tmp_path), "--use_cpu"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: The file model_config.json of KlingTeam/VideoReward could not be had")
+    assert "--reward_options" in error
+
+
 class Several:
     """Two further numbers from one pass."""
 

@@ -60,7 +60,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except (DataError, ThresholdError) as error:
         raise _plain(error) from error
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         # Our own refusals say what to change; the same types from other libraries need their traceback.
         if not _raised_here(error):
             raise

@@ -56,7 +56,8 @@ def find_file(source: str | Path, filename: str, *, revision: str | None = None)
     except OSError as error:
         raise OSError(
             f"The file {filename} of {source} could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file."
+            f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file "
+            "(`source=`; `tgol score` takes it in `--reward_options`)."
         ) from error
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", found)
     return Path(found), commit[1] if commit else revision
