@@ -238,3 +238,41 @@ def test_a_skeleton_knows_the_limits_of_a_model_whose_weights_are_not_there(make
     assert skeleton.count_long_prompts(prompts) == loaded.count_long_prompts(prompts)
     assert skeleton.native_size == loaded.native_size
     assert skeleton.num_frames == loaded.num_frames
+
+
+# ---- Spreadsheets ----
+
+
+@pytest.mark.parametrize(
+    ("separator", "comma", "end", "start"),
+    [(",", ".", "\n", b""), (";", ",", "\r\n", b"\xef\xbb\xbf"), ("\t", ",", "\r\n", b"")],
+    ids=["plain", "European with a byte order mark", "tabs"],
+)
+def test_a_spreadsheet_export_with_ties_blanks_and_a_missing_file_is_read_as_meant(
+    tmp_path, capsys, separator, comma, end, start
+):
+    def line(*cells):
+        return separator.join(f'"{cell}"' if separator in cell else cell for cell in cells) + end
+
+    scores = ["1.5", "4", "4", "2.5", "4", "", "3"]
+    text = line("image", "prompt", "rating")
+    for index, value in enumerate(scores):
+        Image.new("RGB", (16, 16), (index * 30, 0, 0)).save(tmp_path / f"{index}.png")
+        text += line(f"{index if index < 6 else 'absent'}.png", "a dog, running", value.replace(".", comma))
+    (tmp_path / "ratings.csv").write_bytes(start + text.encode())
+    code, out = check(capsys, tmp_path / "ratings.csv", "--score_column", "rating", "--json", "-")
+    report = json.loads(out)
+    problems = {item["check"]: item["rows"] for item in report["findings"] if item["level"] == "problem"}
+    assert code == 1
+    assert problems == {"image file not found": [6], "missing score": [5]}
+    assert report["facts"]["scores"]["min"] == 1.5 and report["facts"]["scores"]["mean"] == 3.2
+    assert report["facts"]["prompts"]["num_distinct"] == 1
+
+
+def test_decimal_commas_that_are_text_are_named_and_the_code_keeps_those_rows():
+    dataset = rows(score=["1,5", "2,5", None, "3"])
+    finding = diagnose(dataset, Columns(), progress=False).findings[0]
+    assert finding.check == "columns" and "decimal commas" in finding.text
+    names = {"dataset": dataset, "datasets": datasets}
+    exec(finding.text.split("To mend it:\n")[1], names)
+    assert names["dataset"]["score"][:] == [1.5, 2.5, 3.0]

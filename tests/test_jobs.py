@@ -12,7 +12,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests import tiny
 from tgol_trainer import cli
@@ -333,10 +335,11 @@ def slow_darkness(images: list[Image.Image], prompts: list[str]) -> list[float]:
     return load_reward("background_darkness")(images, prompts)
 
 
-def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_path, monkeypatch):
+def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_path, monkeypatch, capsys):
+    """The same pictures, scores and weights as without the kills."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
     (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\n")
-    result = {}
+    result, adapters, checked = {}, {}, {}
     for way in ("whole", "killed"):
         pictures, scored = tmp_path / way / "pictures", tmp_path / way / "scored"
         generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
@@ -350,10 +353,55 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
         else:
             assert cli.main(generate) == cli.main(score) == 0
         result[way] = rows(scored)
+        capsys.readouterr()
+        assert (
+            cli.main(["check", str(scored), "--score_column", "slow_darkness", "--json", "-", "--num_proc", "1"]) == 0
+        )
+        checked[way] = json.loads(capsys.readouterr().out)["facts"]
+        train = ["train", "--model_name_or_path", "shapes", "--dataset_name", str(scored)]
+        train += ["--score_column", "slow_darkness", "--output_dir", str(tmp_path / way / "adapter")]
+        train += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--report_to", "none", "--max_steps", "2"]
+        assert cli.main(train) == 0
+        adapters[way] = load_file(tmp_path / way / "adapter" / "pytorch_lora_weights.safetensors")
     assert result["killed"] == result["whole"]
+    assert checked["killed"] == checked["whole"]
     assert len(result["whole"]["prompt"]) == 48
-    train = ["train", "--model_name_or_path", "shapes", "--dataset_name", str(tmp_path / "killed" / "scored")]
-    train += ["--score_column", "slow_darkness", "--output_dir", str(tmp_path / "adapter"), "--max_steps", "2"]
-    train += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--report_to", "none"]
-    assert cli.main(train) == 0
-    assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert any(tensor.any() for name, tensor in adapters["whole"].items() if "lora_B" in name or "lora.up" in name)
+    assert adapters["whole"].keys() == adapters["killed"].keys()
+    assert all(torch.equal(tensor, adapters["killed"][name]) for name, tensor in adapters["whole"].items())
+
+
+PROGRAM = """
+import json, os, sys
+from tgol_trainer.cli import main
+print("of", os.environ["WORLD_SIZE"])
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+"""
+
+
+def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\na green square\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def steps(way):
+        generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
+        generate += ["--output_dir", str(tmp_path / way / "pictures"), "--images_per_prompt", "6", "--use_cpu"]
+        generate += ["--batch_size", "2", "--shard_size", "4", "--num_inference_steps", "2"]
+        # Of pictures that are all there: a process would not wait for those that the other still makes.
+        score = ["score", str(tmp_path / "one" / "pictures"), "--rewards", "background_darkness", "--use_cpu"]
+        score += ["--output_dir", str(tmp_path / way / "scored"), "--shard_size", "5", "--batch_size", "2"]
+        return [generate, score]
+
+    for arguments in steps("one"):
+        assert cli.main(arguments) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    start += [str(tmp_path / "program.py"), json.dumps(steps("two"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of 2") == 2
+    for made in ("pictures", "scored"):
+        assert rows(tmp_path / "two" / made) == rows(tmp_path / "one" / made)
+        files = [{file.name for file in (tmp_path / way / made / "data").iterdir()} for way in ("one", "two")]
+        assert files[0] == files[1] and len(files[0]) > 3

@@ -382,6 +382,13 @@ def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, colum
             "number, so a cast mends it:\n" + CAST_SCORE.format(score=column)
         )
     shown = ", ".join(f"row {row}: {describe(text)}" for row, text in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    if all(_is_number(text.replace(",", ".")) for _, text in bad if text and text.strip()):
+        raise DataError(
+            f"{head} with decimal commas ({shown}; rows are counted from 0). To mend it:\n"
+            + CAST_SCORE_WITH_BLANKS.replace("float(score)", 'float(str(score).replace(",", "."))').format(
+                score=column
+            )
+        )
     raise DataError(
         f"{head}, which in {len(bad)} of {len(texts)} rows reads as no number ({shown}; "
         "rows are counted from 0). To mend it, leaving those rows out:\n" + CAST_SCORE_WITH_BLANKS.format(score=column)

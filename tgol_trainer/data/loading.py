@@ -28,6 +28,9 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
+_SAMPLE = 1_000_000
+"""Characters of a CSV file that are searched for decimal commas."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
@@ -121,7 +124,8 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: 
             f"`source`: {str(path)!r} is a file of a kind that is not read; give one of {', '.join(_BUILDERS)}, or a "
             "folder."
         )
-    hint = "Check that the file is not empty, that every line has the same columns, and that it is UTF-8."
+    hint = "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 "
+        "(of a spreadsheet: save it as 'CSV UTF-8')."
     dataset = _attempt(
         path,
         hint,
@@ -140,10 +144,14 @@ def _csv_options(path: Path) -> dict[str, Any]:
     """Return the options of the CSV reader for files as spreadsheets write them."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         header = file.readline()
+        beginning = file.read(_SAMPLE)
     # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
     separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
+    cells = [cell for row in csv.reader(beginning.splitlines(), delimiter=separator) for cell in row]
+    decimal_comma = separator != "," and any(_DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells)
     return {
         "sep": separator,
+        "decimal": "," if decimal_comma else ".",
         "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
         # In one piece: else a word in a later piece of a column that began with numbers stops the reader, where the
         # check of the rows can say which row it is.
