@@ -124,8 +124,10 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: 
             f"`source`: {str(path)!r} is a file of a kind that is not read; give one of {', '.join(_BUILDERS)}, or a "
             "folder."
         )
-    hint = "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 "
-        "(of a spreadsheet: save it as 'CSV UTF-8')."
+    hint = (
+        "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 (of a "
+        "spreadsheet: save it as 'CSV UTF-8')."
+    )
     dataset = _attempt(
         path,
         hint,

@@ -100,8 +100,9 @@ _FINITE_SCORE = (
 _FILLED_PROMPT = 'dataset = dataset.filter(lambda prompt: bool(prompt and prompt.strip()), input_columns="{prompt}")'
 _TEXT_PROMPT = 'dataset = dataset.cast_column("{prompt}", datasets.Value("string"))'
 _BROKEN_IMAGE = "# save the image again from its source, or remove the row"
-_MISSING_FILE = """# Put the files where the paths say, or correct the paths. Relative ones in a CSV or JSON file count from
-# its folder, others from the working directory, {folder}; to make them absolute (import os, datasets):
+_MISSING_FILE = """# Put the files where the paths say, or correct the paths. In a table read from a file, relative
+# ones count from its folder; others are looked up in the
+# working directory, {folder}; to make them absolute (import os, datasets):
 dataset = dataset.cast_column("{image}", datasets.Image(decode=False))
 dataset = dataset.map(
     lambda image: {{"{image}": {{**image, "path": os.path.join("/folder/of/the/images", image["path"])}}}},
