@@ -28,6 +28,7 @@ LAYERS = {
     "data": 3,
     "evaluation": 3,
     "config": 3,
+    "hub": 3,
     "exports": 4,
     "jobs": 4,
     "labelling": 4,

@@ -176,67 +176,6 @@ def test_training_arguments_are_json_that_makes_the_same_configuration(config, d
     assert not [name for name in saved if "token" in name.split("_")]
 
 
-# ---- The Hub ----
-
-
-class Uploads:
-    """Records what would be uploaded, and fails if told to."""
-
-    def __init__(self, error=None):
-        self.calls, self.error = [], error
-
-    def __call__(self, *args, **kwargs):
-        from concurrent.futures import Future
-
-        folder = Path(kwargs["folder_path"])
-        self.calls.append((kwargs, sorted(p.name for p in folder.iterdir())))
-        future = Future()
-        if self.error:
-            future.set_exception(self.error)
-        else:
-            future.set_result("https://huggingface.co/someone/run")
-        return future
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    def install(error=None):
-        recorded = Uploads(error)
-        monkeypatch.setattr("tgol_trainer.trainer.upload_folder", recorded)
-        monkeypatch.setattr(TGOLTrainer, "init_hf_repo", _no_repository)
-        return recorded
-
-    return install
-
-
-def _no_repository(self, token=None, private=None):
-    self.hub_model_id = "someone/run"
-    self.push_in_progress = None
-
-
-@pytest.mark.parametrize(("strategy", "pushes"), [("every_save", 1), ("checkpoint", 2), ("end", 0)])
-def test_background_pushes_hold_the_adapter_of_that_checkpoint_and_no_pickled_arguments(
-    config, dataset, uploads, strategy, pushes
-):
-    recorded = uploads()
-    settings = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 4, "hub_token": TOKEN}
-    TGOLTrainer(stable_diffusion(), config(hub_strategy=strategy, **settings), dataset).train()
-    background = [call for call in recorded.calls if "Training in progress" in call[0]["commit_message"]]
-    assert len(background) == pushes
-    if pushes:
-        names = background[0][1]
-        assert {"pytorch_lora_weights.safetensors", "README.md", "tgol_state.json"} <= set(names)
-        assert "training_args.bin" not in names
-
-
-def test_a_background_push_that_failed_is_reported(config, dataset, uploads, caplog):
-    uploads(OSError("403 Forbidden"))
-    caplog.set_level(logging.ERROR)
-    settings = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 4}
-    TGOLTrainer(stable_diffusion(), config(**settings), dataset).train()
-    assert "A push to the Hub in the background failed: 403 Forbidden" in caplog.text
-
-
 def test_the_shapes_pipeline_ships_with_the_package_and_draws_what_it_is_asked():
     from tgol_trainer.evaluation import generate_images
     from tgol_trainer.shapes import PIPELINE_DIR, PROMPTS, colour_faithfulness

@@ -33,10 +33,14 @@ class ReportedConfig(FrozenDict):
 def public_arguments(args: TGOLConfig) -> dict[str, Any]:
     """Every argument of a run but tokens and paths of this machine; JSON-serialisable."""
     private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name"}
+    return _without_tokens({name: value for name, value in args.to_dict().items() if name not in private})
+
+
+def _without_tokens(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in private and not name.endswith("_token") and not name.startswith("_")
+        name: _without_tokens(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name != "token" and not name.endswith("_token") and not name.startswith("_")
     }
 
 

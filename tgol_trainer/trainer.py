@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +17,9 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
-from transformers.utils.hub import PushInProgress
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from . import adapters, labelling, shapes, thresholds
 from .backbones import Backbone, BackboneSettings, ModelOrigin, load_backbone, wrap_pipeline
@@ -43,6 +39,7 @@ from .data import (
     prepare_dataset,
 )
 from .families import RowGenerators, log_likelihood
+from .hub.trainer import HubTrainer
 from .labelling import AnyDataset, ProxyDataset
 from .metrics import RECORD, MetricSums, stack_record
 from .objective import Scored, training_loss
@@ -62,7 +59,7 @@ class TrainingDivergedError(FloatingPointError):
     """The loss became NaN or infinite; the message names the usual causes and the last good checkpoint."""
 
 
-class TGOLTrainer(Trainer):
+class TGOLTrainer(HubTrainer):
     """
     Align a diffusers pipeline from unpaired prompt / image / score rows (paper: arXiv 2605.04653).
 
@@ -118,7 +115,6 @@ class TGOLTrainer(Trainer):
         args = args if args is not None else TGOLConfig(output_dir="tgol_output")
         _check_processes(args)
         self.args = args
-        self.push_in_progress: PushInProgress | None = None
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=args.score_column)
         labelling.check_sources(train_dataset, proxy_dataset, args)
 
@@ -532,7 +528,7 @@ class TGOLTrainer(Trainer):
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
         self._load_policy(Path(self.state.best_model_checkpoint))
 
-    # ---- Card and Hub ----
+    # ---- Card ----
 
     def _write_card(self, folder: Path) -> None:
         write_card(harvest_facts(self), folder)
@@ -552,49 +548,6 @@ class TGOLTrainer(Trainer):
         extras["model_name"] = model_name
         self.card_extras.update({name: value for name, value in extras.items() if value is not None})
         self._write_card(Path(self.args.output_dir))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer's own looks for transformers' file names, and pickles the arguments with the token in them.
-        args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        source, target = Path(checkpoint_folder), Path(args.output_dir)
-        for name in (adapters.WEIGHTS_NAME, STATE_NAME, ARGUMENTS_NAME):
-            if (source / name).exists():
-                shutil.copy(source / name, target / name)
-        if self.reference_model is not None:
-            shutil.copytree(
-                source / self.backbone.denoiser_name, target / self.backbone.denoiser_name, dirs_exist_ok=True
-            )
-        self._write_card(target)
-        unit = "epoch" if args.save_strategy == SaveStrategy.EPOCH else "step"
-        position = int(self.state.epoch) if unit == "epoch" else self.state.global_step
-        message = f"Training in progress, {unit} {position}"
-        upload = functools.partial(
-            upload_folder,
-            repo_id=self.hub_model_id,
-            token=args.hub_token,
-            run_as_future=True,
-            revision=args.hub_revision,
-        )
-        ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-        jobs = [upload(folder_path=target, commit_message=message, ignore_patterns=ignored)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else source.name
-            jobs.append(upload(folder_path=source, path_in_repo=name, commit_message=f"{message}, checkpoint"))
-        if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress(jobs)
-        else:
-            self.push_in_progress.jobs.extend(jobs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
-            if job.done() and job.exception() is not None:
-                logger.error("A push to the Hub in the background failed: %s", job.exception())
 
 
 def _check_processes(args: TGOLConfig) -> None:

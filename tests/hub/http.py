@@ -128,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
     origin: Origin
     protocol_version = "HTTP/1.1"
     timeout = 60  # an idle connection ends
+    wbufsize = -1  # one packet an answer: two wait for each other's acknowledgement
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: Any) -> None:
         """Stay silent; the log is a list."""

@@ -74,6 +74,10 @@ class LoopbackHub:
             for origin in self._origins:
                 origin.stop()
 
+    def wait(self, seconds: float) -> None:
+        """Return when the server has stopped, or after `seconds`."""
+        self._stopped.wait(seconds)
+
     def environment(self, home: str | Path, token: str | None = None) -> dict[str, str]:
         """
         Return the environment of a client: this Hub, an empty cache in `home`, and nothing that leaves the machine.
@@ -158,6 +162,7 @@ class LoopbackHub:
     def _hub_routes(self) -> list[Route]:
         file = rf"/(?:(datasets)/)?{ID}/resolve/([^/]+)/(.+)"
         return [
+            ("control", "POST", r"/loopback/(fail|clear)", self._control),
             ("harnesses", "GET", r"/api/agent-harnesses", lambda _: as_json({"standardEnvVars": [], "harnesses": {}})),
             ("telemetry", "HEAD", r"/api/telemetry/.*", lambda _: Answer()),
             ("whoami", "GET", r"/api/whoami-v2", self._whoami),
@@ -181,6 +186,13 @@ class LoopbackHub:
             ("resolve", "HEAD", file, self._resolve),
             ("download", "GET", file, self._resolve),
         ]
+
+    def _control(self, request: Request) -> Answer:
+        if request.groups[0] == "clear":
+            self.faults.clear()
+        else:
+            self.fail(**request.json())
+        return as_json({})
 
     def _whoami(self, request: Request) -> Answer:
         if request.token not in (self.token, self.read_token):

@@ -45,7 +45,7 @@ _TRAINING_FIELDS = (
 )
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
-_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "activation_checkpointing"}
+_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
 
 
 def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns: list[str]) -> DatasetFacts:

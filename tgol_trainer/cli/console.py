@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PUSH_FAILED = 3
+"""Exit code of a command whose work is done and saved, but not on the Hub."""
+
 
 def set_up_logging() -> None:
     """Print our log from INFO on standard error, beside other libraries' warnings."""
@@ -54,11 +57,12 @@ def json_object(text: str) -> dict[str, Any]:
 def plain_errors() -> Iterator[None]:
     """Turn an error that names its cause and remedy into that message alone and exit code 1."""
     from tgol_trainer.data import DataError
+    from tgol_trainer.hub import PushError
     from tgol_trainer.thresholds import ThresholdError
 
     try:
         yield
-    except (DataError, ThresholdError) as error:
+    except (DataError, PushError, ThresholdError) as error:
         raise _plain(error) from error
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         # Our own refusals say what to change; the same types from other libraries need their traceback.

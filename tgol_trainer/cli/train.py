@@ -13,7 +13,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import plain_errors, set_up_logging
+from .console import PUSH_FAILED, plain_errors, set_up_logging
 
 
 @dataclass
@@ -65,6 +65,11 @@ def _check_arguments(script: TrainArguments, training: TGOLConfig, model: ModelA
     if lora and (training.full_finetuning or training.adapter_name_or_path):
         reason = "full_finetuning" if training.full_finetuning else "adapter_name_or_path"
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in lora)}: has no effect with --{reason}.")
+    if training.hub_token is not None:
+        raise SystemExit(
+            "error: --hub_token: a token in a command line or a settings file is soon in a log or a repository. Set "
+            "HF_TOKEN, or run `hf auth login` once."
+        )
     if model.model_name_or_path is None:
         raise SystemExit(
             "error: --model_name_or_path is needed: a Hub id, a folder, or `shapes` for the embedded model."
@@ -136,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Flags, `--config file.yaml` among them; by default those of the process.
 
     Returns:
-        `int`: 0.
+        `int`: 0, or 3 where all is trained and saved and a push failed.
     """
     set_up_logging()
     parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments), prog="tgol train")
@@ -171,10 +176,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         resume = training.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
-        trainer.save_model()
         trainer.save_state()
-        if training.push_to_hub:
-            trainer.push_to_hub()
+        if not training.push_to_hub:
+            trainer.save_model()
+            pushed = True
+        else:
+            pushed = _push(trainer)
     if trainer.is_world_process_zero():
         print(f"Saved to {training.output_dir}. README.md there shows how to load it.")
-    return 0
+    return 0 if pushed else PUSH_FAILED
+
+
+def _push(trainer: Any) -> bool:
+    """Save and push; return whether this push and all before it arrived."""
+    from tgol_trainer.hub import PushError
+
+    try:
+        commit = trainer.push_to_hub()  # saves first
+    except PushError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    if commit is None:
+        return True
+    print(f"Pushed and compared: {commit.commit_url}")
+    if trainer.pushes.failed:
+        names = ", ".join(trainer.pushes.failed)
+        print(f"error: pushes during training failed: {names} (see above); the last one succeeded.", file=sys.stderr)
+    return not trainer.pushes.failed

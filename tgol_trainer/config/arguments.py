@@ -155,6 +155,15 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=None, metadata={"help": "Denoising steps of these pictures. None: what suits the pipeline."}
     )
 
+    # Hub
+    hub_gated: Literal["auto", "manual"] | None = field(
+        default=None,
+        metadata={
+            "help": "Ask those who want the files of the Hub repository to share their contact details first: 'auto' "
+            "lets all in who do, 'manual' those whom you accept. None changes nothing."
+        },
+    )
+
     def __post_init__(self) -> None:
         self.output_dir = getattr(self, "output_dir", None) or "tgol_output"
         if self.learning_rate is None:
@@ -172,13 +181,20 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self._check_combinations()
 
     def to_dict(self) -> dict[str, Any]:
-        """As `TrainingArguments.to_dict`, which cannot write one dtype a component and changes the arguments."""
+        """As `TrainingArguments.to_dict`, without tokens in `model_init_kwargs`, dtypes as text, changing nothing."""
         given, self.model_init_kwargs = self.model_init_kwargs, None
         try:
             values = super().to_dict()
         finally:
             self.model_init_kwargs = given
         return {**values, "model_init_kwargs": _as_text(given)}
+
+    def __str__(self) -> str:
+        lines = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{lines})"
+
+    # Else the dataclass makes one that shows the tokens.
+    __repr__ = __str__
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
@@ -215,6 +231,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     def _check_ranges(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
+        if self.hub_gated not in (None, "auto", "manual"):
+            raise ValueError(f"`hub_gated` must be auto or manual, or left out, got {self.hub_gated!r}.")
         for name in ("num_frames", "dataset_num_proc", "sample_steps", "sample_num_inference_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -261,7 +279,10 @@ def _read_resolution(value: int | str | None) -> int | str | None:
 
 def _as_text(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _as_text(item) for name, item in value.items()}
+        return {
+            name: f"<{name.upper()}>" if name == "token" or name.endswith("_token") else _as_text(item)
+            for name, item in value.items()
+        }
     return value if value is None or isinstance(value, bool | int | float | str) else str(value).removeprefix("torch.")
 
 

@@ -1,0 +1,20 @@
+"""Pushing to the Hub: which files go, whether they arrived, and what to do when they did not. Imports no torch."""
+
+from .background import RunPushes
+from .errors import PushError
+from .push import Gate, Repository, Strategy, open_repository, push_files, push_run, resume_command
+from .selection import point_card_at, run_files
+
+__all__ = [
+    "Gate",
+    "PushError",
+    "Repository",
+    "RunPushes",
+    "Strategy",
+    "open_repository",
+    "point_card_at",
+    "push_files",
+    "push_run",
+    "resume_command",
+    "run_files",
+]
