@@ -339,7 +339,7 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
     """The same pictures, scores and weights as without the kills."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
     (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\n")
-    result, adapters, checked = {}, {}, {}
+    result, adapters, checked, labels = {}, {}, {}, {}
     for way in ("whole", "killed"):
         pictures, scored = tmp_path / way / "pictures", tmp_path / way / "scored"
         generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
@@ -358,6 +358,10 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
             cli.main(["check", str(scored), "--score_column", "slow_darkness", "--json", "-", "--num_proc", "1"]) == 0
         )
         checked[way] = json.loads(capsys.readouterr().out)["facts"]
+        flags = ["--dataset_name", str(scored), "--score_column", "slow_darkness"]
+        assert cli.main(["label", *flags, "--output_dir", str(tmp_path / way / "labels")]) == 0
+        labels[way] = json.loads((tmp_path / way / "labels" / "label.json").read_text())
+        assert labels[way].pop("settings")["dataset_name"] == str(scored)
         train = ["train", "--model_name_or_path", "shapes", "--dataset_name", str(scored)]
         train += ["--score_column", "slow_darkness", "--output_dir", str(tmp_path / way / "adapter")]
         train += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--report_to", "none", "--max_steps", "2"]
@@ -365,7 +369,8 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
         adapters[way] = load_file(tmp_path / way / "adapter" / "pytorch_lora_weights.safetensors")
     assert result["killed"] == result["whole"]
     assert checked["killed"] == checked["whole"]
-    assert len(result["whole"]["prompt"]) == 48
+    assert labels["killed"] == labels["whole"]
+    assert labels["whole"]["num_rows"] == 48
     assert any(tensor.any() for name, tensor in adapters["whole"].items() if "lora_B" in name or "lora.up" in name)
     assert adapters["whole"].keys() == adapters["killed"].keys()
     assert all(torch.equal(tensor, adapters["killed"][name]) for name, tensor in adapters["whole"].items())
