@@ -36,7 +36,8 @@ LAYERS = {
     "saving": 4,
     "callbacks": 5,
     "trainer": 6,
-    "cli": 7,
+    "rounds": 7,
+    "cli": 8,
 }
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
 # it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.

@@ -49,7 +49,7 @@ def saved_state(model: ModelMixin, folder: Path, name: str) -> dict[str, torch.T
     return type(model).from_pretrained(folder / name, dtype=model.dtype).state_dict()
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write a JSON file that appears at once and whole; what JSON does not have becomes text."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")

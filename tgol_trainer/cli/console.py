@@ -27,6 +27,8 @@ def set_up_logging() -> None:
     # What every process would say alike is said once; a warning may concern the rows of one process alone.
     root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     root.propagate = False
+    # a second adapter is what a frozen reference policy is
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
 
 

@@ -26,8 +26,22 @@ class TrainArguments(ScriptArguments):
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of rewards or module:function, which score the pictures of --sample_prompts."},
+        metadata={
+            "help": "Names of rewards or module:function, which score the pictures of --sample_prompts, and those of "
+            "--rounds."
+        },
     )
+    rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train in so many rounds, each on pictures of --prompts that the policy makes and --reward_funcs "
+            "score, with the policy before the round as reference; instead of --dataset_name."
+        },
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "With --rounds: text file, table, dataset or named set of prompts."}
+    )
+    images_per_prompt: int = field(default=8, metadata={"help": "With --rounds: pictures of each prompt a round."})
 
 
 @dataclass
@@ -79,7 +93,13 @@ def _check_arguments(script: TrainArguments, training: TGOLConfig, model: ModelA
             f"error: --eval_strategy: {script.dataset_name} is one file, all of it for training. Use a folder "
             "with a train and a test file, or a dataset with both splits."
         )
-    if script.dataset_name is None:
+    if script.rounds is not None:
+        given = [name for name in ("dataset_name", "proxy_dataset_name") if getattr(script, name) is not None]
+        if given:
+            raise SystemExit(f"error: --{given[0]}: rounds make their own data. Leave it out, or leave out --rounds.")
+        if script.prompts is None or not script.reward_funcs:
+            raise SystemExit("error: --rounds needs --prompts and --reward_funcs.")
+    elif script.dataset_name is None:
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
     fixed = [name for name in changed if name in ("model_revision", "dtype")]
     fixed += ["model_init_kwargs"] if training.pipeline_kwargs else []
@@ -132,6 +152,45 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
     )
 
 
+def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> int:
+    from functools import partial
+
+    from tgol_trainer.data import load_prompts
+    from tgol_trainer.rewards import load_reward
+    from tgol_trainer.rounds import train_rounds
+
+    from .generate import device_of, load_generator
+
+    name, device = model.model_name_or_path or "", device_of(training.use_cpu)
+    sampling = {
+        "num_inference_steps": training.sample_num_inference_steps,
+        "guidance_scale": training.sample_guidance_scale,
+    }
+    with plain_errors():
+        train_rounds(
+            name,
+            training,
+            load_prompts(script.prompts or "").texts,
+            {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in script.reward_funcs or ()},
+            lambda adapter: load_generator(
+                name,
+                revision=None,
+                dtype=None,
+                adapter=adapter,
+                use_cpu=training.use_cpu,
+                model_init_kwargs=training.pipeline_kwargs,
+                num_frames=training.num_frames,
+            ),
+            num_rounds=script.rounds or 1,
+            images_per_prompt=script.images_per_prompt,
+            sampling={key: value for key, value in sampling.items() if value is not None},
+            peft_config=_lora_config(model, training),
+            quantization_config=_quantization_config(model),
+        )
+    print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Train from a command line.
@@ -161,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
         )
 
+    if script.rounds is not None:
+        return _train_rounds(script, training, model)
     with plain_errors():
         trainer = TGOLTrainer(
             model=model.model_name_or_path,

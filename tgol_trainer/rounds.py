@@ -1,0 +1,197 @@
+"""Iterative rounds: sample the policy, score, set the threshold anew, train, and make the policy the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import TGOLConfig
+from .jobs import generate_dataset, score_dataset
+from .rewards import RewardFunction
+from .saving import write_json
+from .trainer import TGOLTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+RECORD = "rounds.json"
+_SEEDS_APART = 10_000
+
+
+def train_rounds(
+    model: str,
+    args: TGOLConfig,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Callable[[], RewardFunction]],
+    load: Callable[[str | None], tuple[Any, str | None]],
+    *,
+    num_rounds: int,
+    images_per_prompt: int = 8,
+    sampling: Mapping[str, Any] | None = None,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+) -> TGOLTrainer:
+    """
+    Train in rounds on pictures of the policy itself (paper, Algorithm 1, with line 15 after each round).
+
+    Round r samples `images_per_prompt` pictures a prompt from the policy that round r - 1 left, scores them, estimates
+    threshold and normalisation from these scores, trains as `args` say, and measures against the policy it began with.
+    `round-r/` keeps pictures (`pictures/`), scores (`scored/`) and adapter; `rounds.json` the mean score of the
+    pictures, the threshold and the seconds of each. The same call goes on after a kill: a round that is recorded is
+    passed over, pictures and scores that are there are not made again.
+
+    Args:
+        model (`str`):
+            Hub id, folder or the name of an embedded model.
+        args ([`TGOLConfig`]):
+            Of each round; `output_dir` gets the last round's adapter and card. Where several rewards are given,
+            `score_column` names the one that is trained on.
+        prompts (`Sequence[str]`):
+            Prompts that are sampled in each round.
+        rewards (`Mapping[str, Callable]`):
+            Name to a function that loads the reward.
+        load (`Callable`):
+            Takes an adapter's folder, or `None` for the base model, and returns the pipeline and the model's revision.
+        num_rounds (`int`):
+            Rounds in all, at least 1.
+        images_per_prompt (`int`, *optional*, defaults to 8):
+            Pictures of each prompt a round.
+        sampling (`Mapping[str, Any]`, *optional*):
+            `num_inference_steps`, `guidance_scale` and whatever else [`generate_dataset`] takes.
+        peft_config (`peft.LoraConfig`, *optional*):
+            As in [`TGOLTrainer`].
+        quantization_config (`Any`, *optional*):
+            As in [`TGOLTrainer`].
+
+    Returns:
+        [`TGOLTrainer`]: of the last round.
+
+    Raises:
+        ValueError: for settings that rounds cannot have, with the remedy.
+    """
+    score = _checked(args, rewards, num_rounds, images_per_prompt)
+    output = Path(args.output_dir)
+    records = _recorded(output)
+    policy: Path | None = None
+    for number in range(num_rounds):
+        folder = output / f"round-{number}"
+        if number < len(records) and number < num_rounds - 1:
+            policy = folder / "adapter"
+            continue
+        start = time.time()
+        logger.info("Round %d of %d: pictures of %s.", number + 1, num_rounds, policy or model)
+        options = {"images_per_prompt": images_per_prompt, **(sampling or {})}
+        rows = _samples(load, rewards, prompts, folder, model, policy, args.seed + _SEEDS_APART * number, options)
+        arguments = _round_arguments(args, folder, policy, score)
+        lora = peft_config if policy is None else None
+        trainer = TGOLTrainer(model, arguments, rows, peft_config=lora, quantization_config=quantization_config)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None or None)
+        policy = folder / "adapter"
+        trainer.save_model(str(policy))
+        records[number:] = [
+            {"round": number, **_facts(trainer, rows, score), "seconds": round(time.time() - start, 1)}
+        ]
+        write_json(output / RECORD, records)
+    trainer.create_model_card(model_name=output.name)
+    trainer.save_model(str(output))
+    return trainer
+
+
+def _samples(
+    load: Callable[[str | None], tuple[Any, str | None]],
+    rewards: Mapping[str, Callable[[], RewardFunction]],
+    prompts: Sequence[str],
+    folder: Path,
+    model: str,
+    policy: Path | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> datasets.Dataset:
+    """Return scored pictures of the policy; those that are there are not made again."""
+    with _without_bars_of_files():
+        pipeline, revision = load(None if policy is None else str(policy))
+        generate_dataset(pipeline, prompts, folder / "pictures", model=model, revision=revision, seed=seed, **options)
+        del pipeline
+        score_dataset(read_shards(folder / "pictures"), rewards, folder / "scored")
+        return read_shards(folder / "scored")
+
+
+@contextlib.contextmanager
+def _without_bars_of_files() -> Iterator[None]:
+    # `datasets` shows a bar for each file it reads or writes, over ours.
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.utils.logging.enable_progress_bar()
+
+
+def _recorded(output: Path) -> list[dict[str, Any]]:
+    file = output / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _facts(trainer: TGOLTrainer, rows: datasets.Dataset, score: str) -> dict[str, Any]:
+    scores = np.asarray([value for value in rows[score] if value is not None])
+    logger.info("Mean %s of the pictures: %.5g.", score, scores.mean())
+    threshold = trainer.threshold.to_dict() if trainer.threshold else None
+    return {"num_pictures": int(scores.size), "mean_score": float(scores.mean()), "threshold": threshold}
+
+
+def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, images_per_prompt: int) -> str:
+    """Return the name of the score that is trained on."""
+    if num_rounds < 1 or images_per_prompt < 1:
+        raise ValueError(
+            f"`num_rounds` and `images_per_prompt` must be at least 1, got {num_rounds} and {images_per_prompt}."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "Rounds run in one process so far. With several, call `tgol generate`, `tgol score` and `tgol train "
+            "--adapter_name_or_path PREVIOUS --reference initial` for each round."
+        )
+    if args.full_finetuning or args.adapter_name_or_path or args.sync_ref_model != "no":
+        raise ValueError(
+            "Rounds train an adapter, from the base model on, and move the reference between them: leave "
+            "`full_finetuning`, `adapter_name_or_path` and `sync_ref_model` at their defaults."
+        )
+    if not rewards:
+        raise ValueError("Rounds score their own pictures: give `reward_funcs`.")
+    if len(rewards) > 1 and args.score_column not in rewards:
+        raise ValueError(
+            f"Which of {', '.join(rewards)} is trained on? Name it as `score_column`, which is {args.score_column!r}."
+        )
+    return args.score_column if args.score_column in rewards else next(iter(rewards))
+
+
+def _round_arguments(args: TGOLConfig, folder: Path, policy: Path | None, score: str) -> TGOLConfig:
+    """Return the arguments of one round: its folder, and the policy it starts from, which is its reference."""
+    changed = copy.deepcopy(args)
+    changed.output_dir, changed.score_column = str(folder), score
+    changed.push_to_hub = False  # the last round's adapter is pushed once, from `output_dir`
+    changed.seed = changed.data_seed = args.seed + _SEEDS_APART * int(folder.name.rpartition("-")[2])
+    if changed.threshold_strategy == "oracle":
+        changed.reference_samples = True  # the pictures are the reference's own
+    if policy is not None:
+        changed.adapter_name_or_path, changed.reference = str(policy), "initial"
+    return changed
+
+
+def read_shards(folder: Path) -> datasets.Dataset:
+    """Return the rows of `folder/data`, whose shards are all there, in order."""
+    files = sorted(map(str, (folder / "data").glob("train-*.parquet")))
+    return datasets.load_dataset("parquet", data_files=files, split="train")
