@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import IA3Config, LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
@@ -196,6 +198,27 @@ def test_training_continues_from_a_saved_adapter_against_the_reference_asked_for
     assert not torch.equal(trainer.backbone.probe(), start)
     with trainer.reference_policy():
         assert torch.equal(trainer.backbone.probe(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_on_a_bfloat16_base_policy_and_reference_start_with_the_float32_values_of_the_file(
+    config, dataset, tmp_path, options
+):
+    trained = attached(lora_alpha=8, **options)
+    randomize(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+    file = load_file(tmp_path / adapters.WEIGHTS_NAME)
+    assert any(not torch.equal(tensor.bfloat16().float(), tensor) for tensor in file.values())
+    args = config(adapter_name_or_path=str(tmp_path), reference="initial")
+    denoiser = TGOLTrainer(stable_diffusion().to(torch.bfloat16), args, dataset).backbone.denoiser
+    assert {p.dtype for name, p in denoiser.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+    for name in (adapters.POLICY, adapters.REFERENCE):
+        found = get_peft_model_state_dict(denoiser, adapter_name=name)
+        assert {f"unet.{key}" for key in found} == set(file)
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor.detach(), file[f"unet.{key}"], rtol=0, atol=0)
+        scalings = {module.scaling[name] for module in denoiser.modules() if hasattr(module, "scaling")}
+        assert scalings == {8 / 4}
 
 
 def test_what_is_published_of_a_continued_adapter_is_relative_to_the_true_base(config, dataset, saved, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from peft import LoraConfig
+from PIL import Image
 
 from tests.meissonic_standin import as_published
 from tests.pipelines import FAMILIES
@@ -20,6 +21,7 @@ from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.backbones import load_backbone
 from tgol_trainer.backbones.quantization import denoiser_quantization
+from tgol_trainer.cli.train import main
 
 bnb = pytest.importorskip("bitsandbytes")
 GPU = torch.cuda.is_available()
@@ -47,12 +49,25 @@ def test_a_config_of_the_whole_pipeline_is_taken_as_it_is():
 
 @pytest.mark.skipif(GPU, reason="says what happens without a GPU")
 @pytest.mark.parametrize("options", [NF4, {"load_in_8bit": True}], ids=BITS)
-def test_without_a_gpu_a_quantised_base_ends_in_diffusers_own_error_before_weights_are_read(
+def test_without_a_gpu_a_quantised_base_is_refused_with_the_remedy_before_weights_are_read(
     config, dataset, tmp_path, options
 ):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "x"]}')
-    with pytest.raises(RuntimeError, match="No GPU found"):
+    with pytest.raises(ValueError, match=r"No GPU found.*on a machine with a GPU. Without one leave it out"):
         TGOLTrainer(str(tmp_path), config(), dataset, quantization_config=BitsAndBytesConfig(**options))
+
+
+@pytest.mark.skipif(GPU, reason="says what happens without a GPU")
+def test_tgol_train_on_a_quantised_base_without_a_gpu_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "x"]}')
+    (tmp_path / "rows.csv").write_text("image,prompt,score\na.png,a cat,1\nb.png,a cat,2\n")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    flags = {"model_name_or_path": tmp_path, "dataset_name": tmp_path / "rows.csv", "output_dir": tmp_path / "out"}
+    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--load_in_4bit", "true", "--use_cpu", "true"])
+    assert re.search(r"^error: No GPU found.*leave it out.*\n\Z", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_loaded_pipeline_cannot_be_quantised_afterwards(config, dataset):

@@ -167,7 +167,7 @@ def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, ada
 
 def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
     """
-    Start the policy from a saved adapter.
+    Start the policy from a saved adapter, with the values of its file in float32 whatever the base's dtype.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
@@ -187,8 +187,9 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
 
     names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
     model = getattr(pipeline, denoiser)
-    for name in names:
-        load_weights(pipeline, denoiser, source, adapter=name)
+    with _read_weights(model) as read:
+        for name in names:
+            load_weights(pipeline, denoiser, source, adapter=name)
     if POLICY not in (getattr(model, "peft_config", None) or {}):
         raise ValueError(
             f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
@@ -210,6 +211,21 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     cast_training_params(model, torch.float32)
     if keep_as_reference:
         _freeze_reference(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in read:
+                parameter.copy_(read[name])
+
+
+@contextlib.contextmanager
+def _read_weights(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect what is loaded into a model inside the block as it was read: PEFT casts it to the base's dtype."""
+    read: dict[str, torch.Tensor] = {}
+    hook = model.register_load_state_dict_pre_hook(lambda module, state_dict, *_: read.update(state_dict))
+    try:
+        yield read
+    finally:
+        hook.remove()
 
 
 def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> None:

@@ -23,7 +23,7 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
         `diffusers.PipelineQuantizationConfig`
 
     Raises:
-        RuntimeError: diffusers' own, where bitsandbytes is asked for and there is no GPU.
+        ValueError: where bitsandbytes is asked for and cannot run here: no GPU, or bitsandbytes missing or too old.
     """
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
     from diffusers.quantizers import DiffusersAutoQuantizer
@@ -32,5 +32,12 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
         return config
     if isinstance(config, BitsAndBytesConfig):
         # Otherwise the same check comes after the download, which can be tens of gigabytes.
-        DiffusersAutoQuantizer.from_config(config, pre_quantized=False).validate_environment()
+        try:
+            DiffusersAutoQuantizer.from_config(config, pre_quantized=False).validate_environment()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"{error} `quantization_config` (--load_in_4bit, --load_in_8bit) works with bitsandbytes "
+                "(`pip install 'tgol_trainer[quantization]'`) on a machine with a GPU. Without one leave it out; "
+                "`dtype='bfloat16'` halves the memory that the base model takes."
+            ) from error
     return PipelineQuantizationConfig(quant_mapping={"transformer" if "transformer" in index else "unet": config})

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,17 @@ def _quantization_config(model: ModelArguments) -> Any:
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     dtype = getattr(torch, model.dtype or "float32") if model.dtype != "auto" else torch.bfloat16
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    try:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    except PackageNotFoundError as error:
+        raise SystemExit(
+            "error: --load_in_4bit needs bitsandbytes: pip install 'tgol_trainer[quantization]'."
+        ) from error
 
 
 def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
