@@ -194,7 +194,14 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             quantization_config=_quantization_config(model),
         )
     print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")
-    return 0
+    if not training.push_to_hub:
+        return 0
+    from .push import main as push
+
+    flags = {"--hub_model_id": training.hub_model_id, "--revision": training.hub_revision}
+    given = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
+    private = ["--private"] if training.hub_private_repo else []
+    return 3 if push([training.output_dir, *given, *private]) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
