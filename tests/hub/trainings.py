@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.conftest import scored_dataset
+from tests.hub.control import control
 from tests.pipelines import FAMILIES
 from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.card import Picture
@@ -46,12 +46,6 @@ class Log(logging.Handler):
 log = Log()
 logging.getLogger("tgol_trainer").addHandler(log)
 logging.getLogger("tgol_trainer").setLevel(logging.DEBUG)
-
-
-def control(action: str, **options: Any) -> None:
-    """Ask the Hub for a fault, or for none."""
-    request = urllib.request.Request(f"{os.environ['HF_ENDPOINT']}/loopback/{action}", json.dumps(options).encode())
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).read()
 
 
 def trainer_of(name: str, family: str = "sd", **options: Any) -> TGOLTrainer:

@@ -1,5 +1,6 @@
 """The model card: facts of a run to README.md, with data escaped and a person's edits kept. Imports no torch."""
 
+from .dataset import DatasetCardFacts, ScoreFacts, write_dataset_card
 from .facts import CardFacts, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter, Picture
 from .rendering import SECTIONS
 from .writing import FACTS_NAME, read_facts, render_card, update_card, write_card
@@ -8,13 +9,16 @@ __all__ = [
     "FACTS_NAME",
     "SECTIONS",
     "CardFacts",
+    "DatasetCardFacts",
     "DatasetFacts",
     "EvaluationRow",
     "ExportRow",
     "Hyperparameter",
     "Picture",
+    "ScoreFacts",
     "read_facts",
     "render_card",
     "update_card",
     "write_card",
+    "write_dataset_card",
 ]

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def _merge_metadata(block: str, new: Mapping[str, Any], digests: dict[str, str])
         return _dump(merged)
 
 
-def _merge_sections(body: str, new: Mapping[str, str], seen: set[str]) -> str:
+def _merge_sections(body: str, new: Mapping[str, str], seen: set[str], names: Sequence[str]) -> str:
     """Bring the generated sections of a text, and `seen`, the names generated so far, up to date."""
     marked = {
         name: f"<!-- tgol:begin {name} {_digest(text)} -->\n\n{text}\n\n<!-- tgol:end {name} -->"
@@ -85,18 +85,32 @@ def _merge_sections(body: str, new: Mapping[str, str], seen: set[str]) -> str:
         else:
             seen.discard(name)
     pieces.append(("", body[end:]))
-    for order, name in enumerate(SECTIONS):
-        names = [piece[0] for piece in pieces]
-        if name in marked and name not in seen and name not in names:
-            after = [at + 1 for at, other in enumerate(names) if other in SECTIONS[:order]]
-            before = [at for at, other in enumerate(names) if other in SECTIONS[order:]]
+    for order, name in enumerate(names):
+        there = [piece[0] for piece in pieces]
+        if name in marked and name not in seen and name not in there:
+            after = [at + 1 for at, other in enumerate(there) if other in names[:order]]
+            before = [at for at, other in enumerate(there) if other in names[order:]]
             pieces.insert(after[-1] if after else [*before, len(pieces)][0], (name, marked[name]))
     seen.update(name for name, _ in pieces if name)
     return "\n\n".join(text.strip("\n") for _, text in pieces if text.strip())
 
 
-def _updated(text: str, facts: CardFacts) -> str:
-    data = checked(facts)
+def brought_up_to_date(
+    text: str, metadata: Mapping[str, Any], sections: Mapping[str, str], names: Sequence[str]
+) -> str:
+    """
+    Return the text of a card with new metadata and sections, and a person's edits kept.
+
+    Args:
+        text (`str`):
+            The card as it is; may be empty.
+        metadata (`Mapping[str, Any]`):
+            Generated keys of the YAML block.
+        sections (`Mapping[str, str]`):
+            Name to Markdown.
+        names (`Sequence[str]`):
+            Every section that may be, in order.
+    """
     newline = "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
     text = text.replace("\r\n", "\n")
     front = _FRONT_MATTER.match(text)
@@ -105,11 +119,16 @@ def _updated(text: str, facts: CardFacts) -> str:
     for kind, words in _STATE.findall(body):
         state[kind] += words.split()
     digests, seen = dict(word.rpartition("=")[::2] for word in state["metadata"]), set(state["sections"])
-    block = _merge_metadata((front[1] or "") if front else "", card_metadata(data), digests)
-    body = _merge_sections(_STATE.sub("", body), render_sections(data), seen)
+    block = _merge_metadata((front[1] or "") if front else "", metadata, digests)
+    body = _merge_sections(_STATE.sub("", body), sections, seen, names)
     marks = [["metadata", *(f"{key}={digest}" for key, digest in digests.items())], ["sections", *sorted(seen)]]
     comments = "\n".join(f"<!-- tgol:{' '.join(words)} -->" for words in marks)
     return f"---\n{block}\n---\n{comments}\n\n{body}\n".replace("\n", newline)
+
+
+def _updated(text: str, facts: CardFacts) -> str:
+    data = checked(facts)
+    return brought_up_to_date(text, card_metadata(data), render_sections(data), SECTIONS)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -151,11 +170,16 @@ def write_card(facts: CardFacts, directory: str | os.PathLike[str]) -> Path:
     """
     path = Path(directory) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else ""
     stored = json.dumps(storable(checked(facts)), indent=2)
-    _replace(path, _updated(old, facts).encode("utf-8", "surrogateescape"))
+    rewrite(path, lambda old: _updated(old, facts))
     _replace(path.with_name(FACTS_NAME), f"{stored}\n".encode())
     return path
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    """Replace a text file, or what would be its empty text, in one step; bytes that are no UTF-8 stay."""
+    old = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else ""
+    _replace(path, change(old).encode("utf-8", "surrogateescape"))
 
 
 def _replace(path: Path, content: bytes) -> None:

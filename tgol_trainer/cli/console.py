@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tgol_trainer.hub import Repository
 
 PUSH_FAILED = 3
 """Exit code of a command whose work is done and saved, but not on the Hub."""
@@ -81,3 +85,44 @@ def _plain(error: Exception) -> SystemExit:
 def _raised_here(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that push a folder of shards when it is complete."""
+    group = parser.add_argument_group("the Hub", "the token is that of HF_TOKEN or of `hf auth login`")
+    group.add_argument("--push_to_hub", action="store_true", help="push the dataset with a card when it is complete")
+    group.add_argument("--hub_dataset_id", help="repository, owner/name (default: yours, named like the folder)")
+    group.add_argument("--hub_private_repo", action="store_true", default=None, help="hide a new repository")
+    group.add_argument("--hub_revision", help="branch, made where missing (default: main)")
+
+
+def open_dataset(args: argparse.Namespace) -> Repository | None:
+    """Make the repository before the work, so that a wrong token does not cost it; None without `--push_to_hub`."""
+    from tgol_trainer.hub import Repository, open_repository, resume_command
+
+    if args.hub_dataset_id and not args.push_to_hub:
+        raise ValueError("`--hub_dataset_id` has no effect without `--push_to_hub`.")
+    if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
+        return None
+    name = args.hub_dataset_id or args.output_dir.resolve().name
+    target = open_repository(Repository(name, "dataset", revision=args.hub_revision), private=args.hub_private_repo)
+    resume = resume_command(args.output_dir, target.id, "dataset", target.revision)
+    return dataclasses.replace(target, resume=resume)
+
+
+def push_complete_dataset(target: Repository | None, folder: Path, message: str, columns: Sequence[str] = ()) -> int:
+    """Push the shards of all processes once they are there; return the exit code."""
+    from tgol_trainer.data import DataError
+    from tgol_trainer.hub import PushError
+    from tgol_trainer.jobs import push_dataset, wait_for_shards
+
+    if target is None:
+        return 0
+    try:
+        wait_for_shards(folder, columns)
+        commit = push_dataset(target, folder, message, columns)
+    except (DataError, PushError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return PUSH_FAILED
+    print(f"Pushed and compared: {commit.commit_url}")
+    return 0

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import json_object, plain_errors, set_up_logging
+from .console import (
+    add_hub_options,
+    json_object,
+    open_dataset,
+    plain_errors,
+    push_complete_dataset,
+    set_up_logging,
+)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,6 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="pictures a call (default: 8; videos 1)")
     parser.add_argument("--shard_size", type=int, help="pictures a file (default: 256; videos 8)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
+    add_hub_options(parser)
     return parser.parse_args(argv)
 
 
@@ -125,16 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             Options; by default those of the process.
 
     Returns:
-        `int`: 0.
+        `int`: 0, or 3 where all is made and a push failed.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
     from datasets.utils.logging import disable_progress_bar
 
     from tgol_trainer.data import load_prompts
-    from tgol_trainer.jobs import generate_dataset
+    from tgol_trainer.jobs import generate_dataset, note_source
 
     with plain_errors():
+        target = open_dataset(args)
         prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.split)
         pipeline, revision = load_generator(
             args.model_name_or_path,
@@ -165,4 +174,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             **({} if args.num_frames is None else {"num_frames": args.num_frames}),
         )
     print(f"{len(files)} shards of this process are complete in {args.output_dir / 'data'}.")
-    return 0
+    note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts)
+    return push_complete_dataset(target, args.output_dir, "Pictures")

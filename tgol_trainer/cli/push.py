@@ -64,12 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _push(args: argparse.Namespace) -> str:
     from tgol_trainer.hub import open_repository, point_card_at, push_run, run_files
 
+    records = [args.folder / name for name in ("tgol_generate.json", "tgol_score.json")]
+    if args.hub_dataset_id or (any(record.is_file() for record in records) and not args.hub_model_id):
+        return _push_dataset(args)
     files = run_files(args.folder)
     target = open_repository(_target(args, "model"), private=args.private, gated=_gate(args.gated))
     point_card_at(args.folder, target.id)
     print(f"Pushing {len(files)} files of {args.folder} to {target.id}", flush=True)
     message = args.commit_message or f"Push {args.folder.resolve().name}"
     return push_run(target, args.folder, message, strategy=args.hub_strategy).commit_url
+
+
+def _push_dataset(args: argparse.Namespace) -> str:
+    from tgol_trainer.data import DataError
+    from tgol_trainer.hub import PushError, open_repository
+    from tgol_trainer.jobs import check_complete, push_dataset
+
+    try:
+        check_complete(args.folder)  # before a repository is made
+        target = open_repository(_target(args, "dataset"), private=args.private, gated=_gate(args.gated))
+        print(f"Pushing {args.folder} to the dataset {target.id}", flush=True)
+        message = args.commit_message or f"Push {args.folder.resolve().name}"
+        return push_dataset(target, args.folder, message).commit_url
+    except DataError as error:
+        raise PushError(str(error)) from error
 
 
 def _gate(choice: Any) -> Gate | None:

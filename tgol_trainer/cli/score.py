@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .console import json_object, plain_errors, set_up_logging
+from .console import (
+    add_hub_options,
+    json_object,
+    open_dataset,
+    plain_errors,
+    push_complete_dataset,
+    set_up_logging,
+)
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -52,6 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shard_size", type=int, default=1024, help="rows a file (default: %(default)s)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     parser.add_argument("--num_workers", type=int, default=2, help="decoding threads (default: %(default)s)")
+    add_hub_options(parser)
     return parser.parse_args(argv)
 
 
@@ -64,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Options; by default those of the process.
 
     Returns:
-        `int`: 0.
+        `int`: 0, or 3 where all is scored and a push failed.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
@@ -73,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from datasets.utils.logging import disable_progress_bar
 
+    from tgol_trainer.callbacks import dataset_facts
     from tgol_trainer.data import Columns, DataError, load_scored_dataset
-    from tgol_trainer.jobs import score_dataset
+    from tgol_trainer.jobs import note_source, score_dataset
     from tgol_trainer.rewards import load_reward
 
     gpu = torch.cuda.is_available() and not args.use_cpu
@@ -88,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = sorted(options.keys() - set(args.rewards))
         if unknown:
             raise DataError(f"`reward_options`: {unknown[0]!r} is none of `rewards`: {', '.join(args.rewards)}.")
+        target = open_dataset(args)
         rewards = {
             spec.rpartition(":")[2]: partial(
                 load_reward, spec, **{"device": device, "dtype": dtype, **options.get(spec, {})}
@@ -111,4 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     counts = ", ".join(f"{name} {count}" for name, count in missing.items())
     print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")
-    return 0
+    source = dataset_facts(dataset, [])
+    note_source(args.output_dir, source.name, source.revision)
+    return push_complete_dataset(target, args.output_dir, f"Scores: {', '.join(missing)}", list(missing))

@@ -86,7 +86,17 @@ def load_scored_dataset(
         "its spelling, the `name` of the configuration and the `split`; for a private or gated dataset, log in with "
         "`hf auth login`."
     )
-    return _attempt(source, hint, _load, source, name, split=split, streaming=streaming, only=only)
+    dataset = _attempt(source, hint, _load, source, name, split=split, streaming=streaming, only=only)
+    return _with_origin(dataset, source)
+
+
+def _with_origin(dataset: AnyDataset, source: str) -> AnyDataset:
+    """Note Hub id and commit where `datasets` itself did until it stopped to, for cards."""
+    files = getattr(dataset, "cache_files", None) or [{"filename": ""}]
+    commit = re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", files[0]["filename"])
+    if commit and not dataset.info.download_checksums:
+        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit[1]}/": {}}
+    return dataset
 
 
 def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

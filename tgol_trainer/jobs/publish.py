@@ -1,0 +1,231 @@
+"""A folder of shards to a dataset on the Hub: only when every shard is there, with a card that says what it holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import CommitInfo
+from tqdm.auto import tqdm
+
+from tgol_trainer.backbones import hub_license
+from tgol_trainer.card import DatasetCardFacts, ScoreFacts, write_dataset_card
+from tgol_trainer.data import DataError
+from tgol_trainer.hub import Repository, push_files
+from tgol_trainer.shapes import EMBEDDED
+
+from .generate import RECORD as GENERATED
+from .score import RECORD as SCORED
+from .shards import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = ".source.json"
+_MADE_BY = ("model", "revision", "adapter", "settings")
+_SHOWN = 5
+_BINS = 16
+
+
+def note_source(folder: str | Path, name: str | None, revision: str | None = None) -> None:
+    """
+    Keep where the rows came from, for the card.
+
+    Args:
+        folder (`str` or `Path`):
+            Of the shards.
+        name (`str`, *optional*):
+            Hub id of a dataset, or name of a set of prompts; None for a source of this machine.
+        revision (`str`, *optional*):
+            Commit of it.
+    """
+    write_atomically(Path(folder) / _SOURCE, json.dumps({"name": name, "revision": revision}) + "\n")
+
+
+def _rewards(folder: Path) -> list[Path]:
+    parts = folder / ".scores"
+    return sorted(path for path in parts.iterdir() if path.is_dir()) if parts.is_dir() else []
+
+
+def missing_shards(folder: str | Path, columns: Sequence[str] = ()) -> tuple[int, int]:
+    """
+    Count the shards that are not there yet, or lack a column of scores that another process still writes.
+
+    Args:
+        folder (`str` or `Path`):
+            Of `tgol generate` or `tgol score`.
+        columns (`Sequence[str]`, *optional*):
+            Further columns that a complete shard has.
+
+    Returns:
+        `tuple[int, int]`: missing, and all.
+
+    Raises:
+        DataError: for another folder.
+    """
+    folder = Path(folder)
+    record = next((folder / name for name in (GENERATED, SCORED) if (folder / name).is_file()), None)
+    if record is None:
+        raise DataError(
+            f"{folder} is no folder of `tgol generate` or `tgol score`: it holds no {GENERATED}, {SCORED}."
+        )
+    settings = json.loads(record.read_text(encoding="utf-8"))
+    total = -(-settings["num_rows"] // settings["shard_size"])
+    wanted = {name for _, names in _reward_columns(folder) for name in names} | set(columns)
+    files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
+    done = [file for file in files if file.is_file() and wanted <= set(pyarrow.parquet.read_schema(file).names)]
+    return total - len(done), total
+
+
+def _reward_columns(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield the facts of each reward and the columns it wrote."""
+    for reward in _rewards(folder):
+        parts, facts = sorted(reward.glob("*.parquet")), reward / "facts.json"
+        if parts:
+            known = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+            yield known, pyarrow.parquet.read_schema(parts[0]).names
+
+
+def check_complete(folder: str | Path) -> None:
+    """Raise a [`DataError`] if shards are missing, as [`missing_shards`] counts them."""
+    missing, total = missing_shards(folder)
+    if missing:
+        raise DataError(
+            f"{missing} of {total} shards of {folder} are not there, so nothing was pushed. Run the command that "
+            "makes them again, then push."
+        )
+
+
+def wait_for_shards(
+    folder: str | Path, columns: Sequence[str] = (), patience: float = 1800.0, pause: float = 2.0
+) -> None:
+    """
+    Wait until other processes have made their shards.
+
+    Args:
+        folder (`str` or `Path`):
+            Of `tgol generate` or `tgol score`.
+        columns (`Sequence[str]`, *optional*):
+            Further columns that a complete shard has.
+        patience (`float`, *optional*, defaults to 1800):
+            Seconds without a new shard after which it gives up.
+        pause (`float`, *optional*, defaults to 2):
+            Seconds between two looks.
+
+    Raises:
+        DataError: if no new shard comes; with the command that pushes later.
+    """
+    missing, total = missing_shards(folder, columns)
+    since = time.monotonic()
+    with tqdm(total=total, initial=total - missing, desc="Shards", unit="shard", disable=not missing) as bar:
+        while missing:
+            if time.monotonic() - since > patience:
+                raise DataError(
+                    f"{missing} of {total} shards of {folder} are not there, so nothing was pushed. Make them with "
+                    f"the same command, then run `tgol push {folder}`."
+                )
+            time.sleep(pause)
+            left, _ = missing_shards(folder, columns)
+            if left < missing:
+                since = time.monotonic()
+            bar.update(missing - left)
+            missing = left
+
+
+def push_dataset(target: Repository, folder: str | Path, message: str, columns: Sequence[str] = ()) -> CommitInfo:
+    """
+    Write the card of a complete folder of shards and push both; shards that are there already are not sent again.
+
+    Args:
+        target ([`hub.Repository`]):
+            As [`hub.open_repository`] returned it, of kind `"dataset"`.
+        folder (`str` or `Path`):
+            Of `tgol generate` or `tgol score`.
+        message (`str`):
+            Title of the commit.
+        columns (`Sequence[str]`, *optional*):
+            Columns of scores that no reward wrote, such as weighted sums.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: the last commit.
+
+    Raises:
+        DataError: if shards are missing.
+        PushError: if the push fails.
+    """
+    folder = Path(folder)
+    check_complete(folder)
+    shards = sorted((folder / "data").glob("train-*.parquet"))
+    write_dataset_card(_facts(target.id, folder, shards, columns), folder)
+    files = {path.relative_to(folder).as_posix(): path for path in [folder / "README.md", *shards]}
+    return push_files(target, folder, files, message)
+
+
+def _facts(repository: str, folder: Path, shards: list[Path], further: Sequence[str]) -> DatasetCardFacts:
+    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0]))
+    kinds = {name: getattr(kind, "dtype", None) or type(kind).__name__.lower() for name, kind in features.items()}
+    media = {name: type(kind).__name__ for name, kind in features.items()}
+    kinds |= {name: kind.lower() for name, kind in media.items() if kind in ("Image", "Video")}
+    rows = sum(pyarrow.parquet.read_metadata(shard).num_rows for shard in shards)
+    scored = {column: facts for facts, columns in _reward_columns(folder) for column in columns}
+    scored |= {column: {} for column in further if column not in scored}
+    source = folder / _SOURCE
+    known = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    return DatasetCardFacts(
+        repository=repository,
+        num_rows=rows,
+        columns={name: str(kind) for name, kind in kinds.items()},
+        scores=[_score(column, facts, shards) for column, facts in scored.items() if column in features],
+        source=known.get("name"),
+        source_revision=known.get("revision"),
+        generators=_generators(shards, set(features)),
+        video="Video" in media.values(),
+    )
+
+
+def _score(column: str, facts: dict[str, Any], shards: list[Path]) -> ScoreFacts:
+    read = [pyarrow.parquet.read_table(shard, columns=[column])[column].to_numpy() for shard in shards]
+    values = np.concatenate(read).astype(float)
+    good = values[np.isfinite(values)]
+    found = ScoreFacts(
+        column,
+        facts.get("model_id") or facts.get("name"),
+        facts.get("revision"),
+        facts.get("scale") or "",
+        missing=len(values) - len(good),
+    )
+    if len(good):
+        quartiles = dict(
+            zip(("min", "25 %", "median", "75 %", "max"), np.percentile(good, [0, 25, 50, 75, 100]), strict=True)
+        )
+        found.statistics = {"mean": float(good.mean()), "std": float(good.std())}
+        found.statistics |= {name: float(value) for name, value in quartiles.items()}
+        counts, edges = np.histogram(good, bins=min(_BINS, len(np.unique(good))))
+        found.histogram = [(float(edge), int(count)) for edge, count in zip(edges, counts, strict=False)]
+    return found
+
+
+def _generators(shards: list[Path], columns: set[str]) -> list[dict[str, Any]]:
+    """Return what made the rows, the most frequent first, where the columns say it."""
+    names = [name for name in _MADE_BY if name in columns]
+    if "model" not in names:
+        return []
+    table = pyarrow.concat_tables([pyarrow.parquet.read_table(shard, columns=names) for shard in shards])
+    counted = table.group_by(names).aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
+    found = [{name: row[name] for name in names} for row in counted.to_pylist()[:_SHOWN]]
+    for made in found:
+        model = made["model"] or ""
+        if model in EMBEDDED:
+            made["license"] = "apache-2.0"
+        elif Path(model).expanduser().exists():
+            logger.warning("The column `model` holds %r, a path of this machine, and becomes public with it.", model)
+        elif "/" in model:
+            made["license"] = hub_license(model, made.get("revision")).get("license")
+    return found
