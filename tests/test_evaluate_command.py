@@ -263,4 +263,12 @@ def test_what_a_reader_will_miss_is_said_before_the_work(shapes_adapter, tmp_pat
     with pytest.raises(SystemExit):
         command(tmp_path, bare, "--trained_rewards", "none", "--update_card", "--output_dir", str(tmp_path / "other"))
     assert "holds no card_facts.json" in capfd.readouterr().err
+    for options, message in (
+        (["--rewards", "colour_faithfulnes"], "Did you mean 'colour_faithfulness'"),
+        (["--adapters", "nowhere"], "'nowhere' (nowhere) is no folder here and no Hub id"),
+    ):
+        with pytest.raises(SystemExit):
+            command(tmp_path, bare, *options, "--output_dir", str(tmp_path / "other"))
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "other").exists()
     assert Path(tmp_path / "out" / "report.html").stat().st_size > 10_000

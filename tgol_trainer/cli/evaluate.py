@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tgol_trainer.jobs import EvaluationJob
 
 BASE = "base"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "fps")
 
 
@@ -133,12 +134,19 @@ def _trained(args: argparse.Namespace, adapters: dict[str, str], scores: Sequenc
     }
 
 
-def _check_before(args: argparse.Namespace, adapters: dict[str, str], rewards: Sequence[str]) -> None:
-    """Say what the result will lack, and refuse what cannot be written, before any picture is made."""
+def _check_before(args: argparse.Namespace, adapters: dict[str, str]) -> None:
+    """Say what the result will lack, and refuse what cannot be done, before any picture is made."""
     import logging
 
     from tgol_trainer.card import read_facts
+    from tgol_trainer.rewards import find_reward
 
+    for spec in (*args.rewards, *filter(None, [args.features])):
+        find_reward(spec)
+    rewards = [_name(spec) for spec in args.rewards]
+    for name, source in adapters.items():
+        if not Path(source).expanduser().exists() and not _HUB_ID.fullmatch(source):
+            raise ValueError(f"`adapters`: {source!r} ({name}) is no folder here and no Hub id (owner/name).")
     unknown = set(args.trained_rewards or ()) - {"none"} - set(rewards)
     log = logging.getLogger("tgol_trainer.evaluate")
     if unknown:
@@ -315,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with plain_errors():
         disable_progress_bar()  # one bar a file, over ours
         adapters = named_adapters(args.adapters)
-        _check_before(args, adapters, [_name(spec) for spec in args.rewards])
+        _check_before(args, adapters)
         prompts, categories = _chosen_prompts(args)
         device = device_of(args.use_cpu)
         job = EvaluationJob(

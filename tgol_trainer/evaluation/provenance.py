@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -66,6 +67,11 @@ def _text(source: str, name: str) -> str | None:
     if folder.exists():
         path = folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return _hub_text(source, name)
+
+
+@functools.cache
+def _hub_text(source: str, name: str) -> str | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

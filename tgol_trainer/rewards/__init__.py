@@ -12,7 +12,7 @@ from .base import (
 )
 from .frames import MeanOverFrames
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
-from .loading import REWARDS, load_reward
+from .loading import REWARDS, find_reward, load_reward
 from .weighted import WeightedReward
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "RewardFacts",
     "RewardFunction",
     "WeightedReward",
+    "find_reward",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",

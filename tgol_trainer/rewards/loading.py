@@ -53,7 +53,7 @@ def load_reward(
         ValueError: if the name is unknown, or the module or the attribute cannot be found.
         TypeError: if what is found cannot be called, or options are given for a function.
     """
-    found = _find(spec)
+    found = find_reward(spec)
     if not callable(found):
         raise TypeError(f"`rewards`: {spec!r} is {type(found).__name__}, not a function of images and prompts.")
     if not isinstance(found, type):
@@ -67,7 +67,20 @@ def load_reward(
     return made
 
 
-def _find(spec: str) -> Any:
+def find_reward(spec: str) -> Any:
+    """
+    Find a reward without loading its model, so that a wrong name is known before the work.
+
+    Args:
+        spec (`str`):
+            As [`load_reward`] takes it.
+
+    Returns:
+        `Any`: the function or class that is named.
+
+    Raises:
+        ValueError: as [`load_reward`].
+    """
     module, separator, attribute = REWARDS.get(spec, spec).partition(":")
     if not separator:
         close = difflib.get_close_matches(spec, REWARDS, n=1)
