@@ -1,12 +1,16 @@
-"""Runs pushed to the loopback Hub: every family and strategy, what failed or was left out, and no token anywhere."""
+"""Runs and datasets pushed to the loopback Hub: every family and strategy, failures, cards, no token anywhere."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as parquet
 import pytest
+import yaml
 
 from tests.hub import LoopbackHub
 from tests.pipelines import FAMILIES
@@ -61,11 +65,29 @@ def test_every_family_is_pushed_with_card_picture_metrics_and_settings(results):
         assert results["families"][name]["commits"] == ["End of training", "initial commit"]
 
 
-def test_a_fresh_process_with_an_empty_cache_loads_exactly_what_was_trained(results, hub, folder):
+@pytest.fixture(scope="module")
+def loaded(results, made, hub, folder):
+    """What a fresh process with an empty cache finds on the Hub."""
     done = client(hub, folder / "other-home", "tests.hub.loads", folder / "runs", *PUSHED, "sd=refused")
     assert done.returncode == 0, done.stderr[-3000:]
-    loaded = json.loads(done.stdout.splitlines()[-1])
-    assert loaded == {name: [True, True] for name in (*PUSHED, "refused")}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def made(hub, folder):
+    """Exit codes and output of the commands."""
+    done = client(hub, folder / "home", "tests.hub.commands")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done
+
+
+def test_a_fresh_process_with_an_empty_cache_loads_exactly_what_was_trained(loaded):
+    assert loaded["equal"] == {name: [True, True] for name in (*PUSHED, "refused")}
+
+
+def test_no_program_of_a_repository_is_run(loaded):
+    assert set(loaded["others"]["said"]) == {"model", "dataset"}
+    assert not loaded["others"]["ran"]
 
 
 def test_each_strategy_pushes_its_saves_also_of_checkpoints_that_were_deleted_meanwhile(results):
@@ -130,32 +152,68 @@ def test_no_file_commit_log_or_message_of_a_run_holds_the_token(results, hub, fo
             assert hub.token.encode() not in content, path
 
 
-ROW = '{{"file_name": "{0}.png", "prompt": "a red circle", "score": {0}}}\n'
+# ---- By the commands ----
 
 
-def test_tgol_train_ends_with_3_where_a_push_failed_and_tgol_push_goes_on(results, hub, folder):
-    from PIL import Image
-
-    tgol = [sys.executable, "-c", "from tgol_trainer.cli import main; exit(main())"]
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for number in range(8):
-        Image.new("RGB", (32, 32), (number * 30, 0, 0)).save(pictures / f"{number}.png")
-    (pictures / "metadata.jsonl").write_text("".join(ROW.format(number) for number in range(8)))
-    options = "--model_name_or_path shapes --dataset_name pictures --output_dir run --hub_model_id tester/shell "
-    options += "--per_device_train_batch_size 4 --max_steps 2 --save_steps 1 --hub_strategy every_save --use_cpu "
-    options += "--hub_always_push --report_to none --disable_tqdm true --push_to_hub"
-    # The first two commits are those of the checkpoints, the third that of the end.
-    hub.fail("commit", status=403, times=None, skip=1)
-    done = client(hub, folder / "home", "train", *options.split(), command=tgol)
-    assert done.returncode == 3, done.stderr[-3000:]
-    assert done.stderr.count("The token may not write there (403)") == 2  # of checkpoint-2, and of the end
+def test_tgol_train_ends_with_3_where_a_push_failed_and_tgol_push_goes_on(made, hub, folder):
+    codes, done = made
+    assert (codes["train"], codes["push the run"]) == (3, 0)
+    assert done.stderr.count("to tester/shell. The token may not write there (403)") == 2  # checkpoint-2, and the end
     assert "`tgol push run --hub_model_id tester/shell` pushes run again" in done.stderr
     assert "Saved to run" in done.stdout and "Traceback" not in done.stderr
-    hub.faults.clear()
-    done = client(hub, folder / "home", "push", "run", "--hub_model_id", "tester/shell", command=tgol)
-    assert done.returncode == 0 and "Pushed and compared: http" in done.stdout
     weights = "pytorch_lora_weights.safetensors"
     assert hub.files("tester/shell")[weights] == (folder / "run" / weights).read_bytes()
     titles = [commit.title for commit in hub.repository("tester/shell").history("main")]
     assert titles == ["Push run", "Training in progress, step 1", "initial commit"]
+
+
+def test_a_token_on_the_command_line_is_refused_and_not_repeated(made):
+    codes, done = made
+    assert codes["token"] == 1
+    assert "error: --hub_token:" in done.stderr and "hf_0123" not in done.stderr
+
+
+def test_only_the_first_process_pushes_and_only_when_every_shard_is_there(made, hub):
+    codes, done = made
+    assert (codes["rank 1"], codes["half"], codes["generate"]) == (0, 1, 0)
+    assert "1 of 2 shards of pictures are not there, so nothing was pushed" in done.stderr
+    assert ("datasets", "tester/half") not in hub.store.repositories
+    titles = [commit.title for commit in hub.repository("tester/pictures", "datasets").history("main")]
+    assert titles == ["Pictures", "initial commit"]
+    shards = [f"data/train-0000{shard}-of-00002.parquet" for shard in (0, 1)]
+    assert sorted(hub.files("tester/pictures", "datasets")) == ["README.md", *shards]
+
+
+def test_a_push_that_failed_leaves_the_scores_and_goes_on_with_the_command(made, hub):
+    codes, done = made
+    assert (codes["refused"], codes["push"], codes["as a model"]) == (3, 0, 1)
+    assert "`tgol push scored --hub_dataset_id tester/scored` pushes scored again" in done.stderr
+    assert len(hub.files("tester/scored", "datasets")) == 3
+
+
+def test_the_card_states_columns_scores_source_and_making_and_keeps_what_a_person_wrote(made, hub):
+    files = hub.files("tester/scored", "datasets")
+    card = files["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*"}]
+    assert metadata["source_datasets"] == ["tester/pictures"] and "scored" in metadata["tags"]
+    shards = [parquet.read_table(io.BytesIO(files[name])) for name in sorted(files) if name.endswith(".parquet")]
+    scores = np.concatenate([shard["background_darkness"].to_numpy() for shard in shards])
+    for value in (scores.mean(), scores.std(), np.median(scores), scores.max()):
+        assert f"| {value:.5g} |" in card
+    # The counts of the histogram stand at the ends of its lines.
+    bars = card.split("```text\n")[1].split("```")[0].splitlines()
+    assert sum(int(line.split()[-1]) for line in bars) == len(scores) == 8
+    commit = hub.repository("tester/pictures", "datasets").branches["main"]
+    assert f"`tester/pictures`, revision `{commit}`" in card
+    assert "model `shapes`" in card and "license of the model: apache-2.0" in card
+    assert "My own note." in card
+    # Features in the file itself, from which the Hub's viewer knows that a column holds pictures.
+    assert json.loads(shards[0].schema.metadata[b"huggingface"])["info"]["features"]["image"]["_type"] == "Image"
+
+
+def test_a_dataset_of_the_hub_feeds_the_trainer_and_is_named_with_its_commit(loaded, hub):
+    found = loaded["used"]
+    assert (found["rows"], found["image"], found["size"], found["steps"]) == (8, "Image", [32, 32], 1)
+    assert found["columns"][:2] == ["prompt", "image"] and found["columns"][-1] == "background_darkness"
+    assert found["source"] == ["tester/scored", hub.repository("tester/scored", "datasets").branches["main"]]

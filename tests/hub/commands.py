@@ -1,11 +1,10 @@
-"""A client process of `tests/test_hub_datasets.py`: makes, scores and pushes datasets by the commands."""
+"""A client process of `tests/test_hub_training.py`: makes, scores, trains and pushes by the commands."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ def command(line: str) -> int:
     try:
         return main(line.split())
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):  # Python prints it and exits with 1
+            sys.stderr.write(f"{stop.code}\n")
+            return 1
+        return int(stop.code or 0)
 
 
 def make() -> dict[str, Any]:
@@ -46,37 +48,18 @@ def make() -> dict[str, Any]:
     return codes
 
 
-def use() -> dict[str, Any]:
-    """What another person does with an empty cache: load, train, name the source."""
-    from datasets import load_dataset
-
-    from tgol_trainer import TGOLConfig, TGOLTrainer
-    from tgol_trainer.data import load_scored_dataset
-
-    plain = load_dataset("tester/scored", split="train")
-    config = TGOLConfig(
-        output_dir="adapter",
-        score_column="background_darkness",
-        max_steps=1,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = TGOLTrainer("shapes", config, plain)
-    trainer.train()
-    named = TGOLTrainer("shapes", config, load_scored_dataset("tester/scored"))
-    return {
-        "rows": plain.num_rows,
-        "image": type(plain.features["image"]).__name__,
-        "size": plain[0]["image"].size,
-        "columns": plain.column_names,
-        "steps": trainer.state.global_step,
-        "source": [named.dataset_facts[0].name, named.dataset_facts[0].revision],
-    }
+def train() -> dict[str, int]:
+    """A run whose first background push arrives and whose others fail; then the command."""
+    options = "--model_name_or_path shapes --dataset_name scored --score_column background_darkness --output_dir run "
+    options += "--hub_model_id tester/shell --push_to_hub --hub_strategy every_save --hub_always_push --save_steps 1 "
+    options += "--per_device_train_batch_size 4 --max_steps 2 --use_cpu --report_to none --disable_tqdm true"
+    control("fail", route="commit", status=403, times=None, skip=1)
+    codes = {"train": command(f"train {options}")}
+    control("clear")
+    codes["push the run"] = command("push run --hub_model_id tester/shell")
+    codes["token"] = command(f"train {options} --hub_token hf_0123456789012345678901234567890123")
+    return codes
 
 
 if __name__ == "__main__":
-    part: Callable[[], dict[str, Any]] = {"make": make, "use": use}[sys.argv[1]]
-    sys.stdout.write(f"\n{json.dumps(part())}\n")
+    sys.stdout.write(f"\n{json.dumps(make() | train())}\n")
