@@ -42,7 +42,11 @@ VARIANTS = {
 }
 # Every variant on one family, the one that needs most on the others.
 CASES = [("sd", name) for name in VARIANTS] + [(family, "DoRA") for family in FAMILIES if family != "sd"]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) if case[0] in ("sdxl", "sd3", "flux") else case for case in CASES]
+
+
+def quick(cases, *kept):
+    """Cases of which all but those kept are slow tests: every family has its turn, though not every time."""
+    return [case if case in kept else pytest.param(*np.atleast_1d(case), marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +94,7 @@ def with_peft(pipe, name, folder):
     return pipe
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "sd", "flux", "wan", "amused"))
 def test_adapters_come_back_bit_for_bit_and_with_the_trained_output(family, bases, tmp_path):
     trained = adapter_run(tmp_path / "run", bases(family), VARIANTS["rank-stabilised"])
     output = trained.probe()
@@ -112,7 +116,7 @@ def test_adapters_come_back_bit_for_bit_and_with_the_trained_output(family, base
         assert torch.equal(wrap_pipeline(pipe).probe(), output)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "wan"])
+@pytest.mark.parametrize("family", quick(["sd", "sdxl", "flux", "wan"], "sd", "flux", "wan"))
 def test_the_file_for_comfyui_is_read_by_diffusers_own_converters_as_trained(family, bases, tmp_path):
     """Their readers of other programs' files know nothing of ours: names and alpha must be as those write them."""
     trained = adapter_run(tmp_path / "run", bases(family), VARIANTS["rank-stabilised"])
@@ -141,7 +145,10 @@ COMFYUI_NAMES = {
 }
 
 
-@pytest.mark.parametrize(("family", "variant"), [case for case in CASES if case[0] in COMFYUI_NAMES])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    quick([case for case in CASES if case[0] in COMFYUI_NAMES], ("sd", "DoRA"), ("sd3", "DoRA"), ("wan", "DoRA")),
+)
 def test_comfyui_files_have_the_loaders_names_and_give_the_trained_output(family, variant, bases, tmp_path):
     options, targets = VARIANTS[variant], None
     if family == "flux":
@@ -175,7 +182,7 @@ def test_the_magnitudes_of_dora_give_pefts_weight_in_comfyuis_formula(bases, tmp
     torch.testing.assert_close(comfyui, layer.get_base_layer().weight.detach().double(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "variant"), SLOW)
+@pytest.mark.parametrize(("family", "variant"), quick(CASES, ("sd", "DoRA"), ("amused", "DoRA"), ("wan", "DoRA")))
 def test_merged_pipelines_hold_no_adapter_and_give_the_trained_output(family, variant, bases, tmp_path):
     trained = adapter_run(tmp_path / "run", bases(family), VARIANTS[variant])
     row = export(tmp_path / "run", tmp_path / "out", "merged", model_name_or_path=str(bases(family)))
@@ -246,7 +253,13 @@ def test_meissonic_is_exported_with_its_authors_code_and_the_merged_snippet_runs
 
 
 @pytest.mark.parametrize("export_format", ["diffusers", "peft", "comfyui", "merged"])
-@pytest.mark.parametrize("options", [{"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_k": 3}}, VARIANTS["DoRA"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_k": 3}},
+        pytest.param(VARIANTS["DoRA"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_weight_is_that_of_set_adapters(export_format, options, bases, tmp_path):
     adapter_run(tmp_path / "run", bases("sd"), options)
     row = export(tmp_path / "run", tmp_path / "out", export_format, model_name_or_path=str(bases("sd")), weight=0.5)
@@ -266,7 +279,7 @@ def test_a_weight_is_that_of_set_adapters(export_format, options, bases, tmp_pat
     assert row.weight == 0.5
 
 
-@pytest.mark.parametrize("export_format", ["diffusers", "comfyui", "merged"])
+@pytest.mark.parametrize("export_format", quick(["diffusers", "comfyui", "merged"], "comfyui", "merged"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_written_and_said(export_format, dtype, bases, tmp_path):
     adapter_run(tmp_path / "run", bases("sd"))
@@ -365,7 +378,7 @@ def code_of(folder):
     return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("export_format", ["diffusers", "peft", "merged"])
+@pytest.mark.parametrize("export_format", quick(["diffusers", "peft", "merged"], "peft", "merged"))
 def test_the_command_exports_a_run_on_its_recorded_base_and_the_snippet_of_the_card_runs(
     export_format, tmp_path, monkeypatch, capsys
 ):
