@@ -198,10 +198,14 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
         return 0
     from .push import main as push
 
-    flags = {"--hub_model_id": training.hub_model_id, "--revision": training.hub_revision}
+    flags = {
+        "--hub_model_id": training.hub_model_id,
+        "--revision": training.hub_revision,
+        "--gated": training.hub_gated,
+    }
     given = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
     private = ["--private"] if training.hub_private_repo else []
-    return 3 if push([training.output_dir, *given, *private]) else 0
+    return PUSH_FAILED if push([training.output_dir, *given, *private]) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
