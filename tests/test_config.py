@@ -134,6 +134,7 @@ def test_a_choice_takes_each_of_its_values(make, name, value):
         "initial": {"adapter_name_or_path": "somewhere"},
         "fixed": {"threshold": 0.5},
         "dpo": {"group_size": 4},
+        "score_combination": {"score_columns": ["a", "b"]},
         "log_ratio_centering": {"group_size": 4},
     }
     others = needed.get(value, {}) | needed.get(name, {})

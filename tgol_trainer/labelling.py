@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ from .config import CONFIDENT_LOSSES, TGOLConfig
 from .data import (
     Collator,
     Columns,
+    DataError,
     Labelling,
     LabelSettings,
     ScoredDataset,
@@ -21,6 +23,8 @@ from .data import (
     fit_labelling,
     stream_scores,
 )
+from .data.combining import STREAMED_COLUMNS, check_combined, combine_columns
+from .data.scores import read_scores
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,6 +49,8 @@ def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset 
         ValueError: for a combination that would train something else than asked; with the remedy.
     """
     streamed = isinstance(train_dataset, datasets.IterableDataset)
+    for dataset, name in ((train_dataset, "train_dataset"), (proxy_dataset, "proxy_dataset")):
+        check_columns_of_stream(dataset, name, args)
     if proxy_dataset is not None and args.threshold is not None:
         raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
     if args.sync_ref_model == "epoch" and streamed:
@@ -78,13 +84,19 @@ def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset 
         )
 
 
+def check_columns_of_stream(dataset: Any, name: str, args: TGOLConfig) -> None:
+    """Raise ValueError for several columns of scores in a stream."""
+    if args.score_columns and isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(f"{name}: {STREAMED_COLUMNS}")
+
+
 def label_settings(args: TGOLConfig) -> LabelSettings:
     """Return the part of a configuration that decides labels and weights."""
     return LabelSettings(
         percentile=args.threshold_percentile,
-        fixed=args.threshold,
+        fixed=0.0 if args.score_combination == "min" else args.threshold,
         normalization=args.score_normalization,
-        strategy=args.threshold_strategy,
+        strategy="fixed" if args.score_combination == "min" else args.threshold_strategy,
         statistic=args.group_statistic,
         oracle_beta=args.oracle_beta,
         weighting=args.weighting,
@@ -100,6 +112,7 @@ def fit(
     *,
     proxy: AnyDataset | None = None,
     stream: datasets.IterableDataset | None = None,
+    combination: thresholds.ScoreCombination | None = None,
 ) -> Labelling:
     """
     Estimate normalisation, threshold and weights as the arguments ask.
@@ -115,6 +128,9 @@ def fit(
             Scores to estimate from instead of the training scores.
         stream (`datasets.IterableDataset`, *optional*):
             The user's stream that `rows` reads.
+        combination ([`thresholds.ScoreCombination`], *optional*):
+            That was fitted before, of several score columns; by default it is fitted here. The rows' scores are
+            combined with it.
 
     Returns:
         [`data.Labelling`]
@@ -126,7 +142,16 @@ def fit(
     source: np.ndarray | None = None
     source_groups: list[str] | None = None
     read = functools.partial(stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
-    if proxy is not None:
+    if args.score_columns and isinstance(rows, ScoredDataset) and rows.column_scores is not None:
+        given = rows.column_scores
+        if isinstance(proxy, datasets.Dataset):
+            given, source_groups = _proxy_columns(proxy, args, columns)
+        if combination is None:
+            rule = (args.score_columns, args.score_weights, args.score_combination)
+            combination = combine_columns(given, *rule, args.threshold_percentile)
+        rows.combine(combination)
+        source = combination(given)
+    elif proxy is not None:
         proxy = proxy.to_iterable_dataset() if isinstance(proxy, datasets.Dataset) else proxy
         source, source_groups = read(proxy, name="proxy_dataset")
     elif isinstance(rows, ScoredDataset):
@@ -136,7 +161,9 @@ def fit(
     # Of a stream, only what the first pass read is known.
     scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy is not None else source
     try:
-        return fit_labelling(
+        if combination is not None and scores is not None:
+            check_combined(scores, combination)
+        found = fit_labelling(
             source,
             scores,
             label_settings(args),
@@ -145,7 +172,25 @@ def fit(
             proxy=proxy is not None,
         )
     except thresholds.ThresholdError as error:
-        raise thresholds.ThresholdError(f"Column {args.score_column!r}: {error}") from None
+        raise thresholds.ThresholdError(f"Column {columns.score!r}: {error}") from None
+    return dataclasses.replace(found, combination=combination)
+
+
+def _proxy_columns(proxy: datasets.Dataset, args: TGOLConfig, columns: Columns) -> tuple[np.ndarray, list[str] | None]:
+    """(N, K) scores of the usable rows of a proxy set, and the names of their groups."""
+    if columns.group is not None and columns.group not in proxy.column_names:
+        raise DataError(f"proxy_dataset: no column {columns.group!r} of groups; its columns are {proxy.column_names}.")
+    found = read_scores(
+        *(proxy, columns),
+        score_columns=args.score_columns,
+        on_bad_sample=args.on_bad_sample,
+        scores_alone=True,
+        name="proxy_dataset",
+    )
+    if columns.group is None:
+        return found.scores, None
+    names = proxy.select_columns([columns.group]).with_format(None)[columns.group]
+    return found.scores, [str(names[int(row)]) for row in found.row_ids]
 
 
 def set_labels(

@@ -169,6 +169,10 @@ def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, imag
             "Rounds train an adapter, from the base model on, and move the reference between them: leave "
             "`full_finetuning`, `adapter_name_or_path` and `sync_ref_model` at their defaults."
         )
+    if args.score_columns:
+        raise ValueError(
+            "Rounds train on one score: leave out `score_columns`, and give a reward that adds others by weight."
+        )
     if not rewards:
         raise ValueError("Rounds score their own pictures: give `reward_funcs`.")
     if len(rewards) > 1 and args.score_column not in rewards:

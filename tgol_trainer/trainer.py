@@ -115,7 +115,10 @@ class TGOLTrainer(HubTrainer):
         args = args if args is not None else TGOLConfig(output_dir="tgol_output")
         _check_processes(args)
         self.args = args
-        self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=args.score_column)
+        score = args.score_column
+        if args.score_columns:
+            score = thresholds.combined_name(args.score_columns, args.score_combination)
+        self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=score)
         labelling.check_sources(train_dataset, proxy_dataset, args)
 
         self.backbone = self._load_backbone(model, quantization_config)
@@ -227,7 +230,8 @@ class TGOLTrainer(HubTrainer):
     # ---- Data and threshold ----
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
-        check_columns(dataset, self.columns, name)
+        labelling.check_columns_of_stream(dataset, name, self.args)
+        check_columns(dataset, self.columns, name, scored=not self.args.score_columns)
         if isinstance(dataset, datasets.IterableDataset):
             return ScoredStream(dataset, self.columns, on_bad_sample=self.args.on_bad_sample, name=name)
         with self.args.main_process_first(desc=f"checking {name}"):
@@ -235,6 +239,7 @@ class TGOLTrainer(HubTrainer):
                 dataset,
                 self.columns,
                 self.collator.resolution,
+                score_columns=self.args.score_columns,
                 on_bad_sample=self.args.on_bad_sample,
                 num_proc=self.args.dataset_num_proc,
                 name=name,
@@ -247,7 +252,9 @@ class TGOLTrainer(HubTrainer):
                 "cut off, in training as in generation.",
                 *(name, long, report.num_unique_prompts, limit),
             )
-        if self.labelling is not None and self.labelling.by_group is not None:  # of evaluation rows
+        if self.labelling is not None and self.labelling.combination is not None:  # of evaluation rows
+            rows.combine(self.labelling.combination)
+        if self.labelling is not None and self.labelling.by_group is not None:
             rows.thresholds = self.labelling.row_thresholds(rows.groups)
         return rows
 
@@ -257,7 +264,7 @@ class TGOLTrainer(HubTrainer):
         return self._prepare_dataset(dataset, "eval_dataset") if dataset is not None else None
 
     def _record_facts(self, dataset: AnyDataset, rows: ScoredDataset | ScoredStream) -> None:
-        facts = dataset_facts(dataset, self.columns.names)
+        facts = dataset_facts(dataset, [*self.columns.names[:2], *(self.args.score_columns or self.columns.names[2:])])
         if isinstance(rows, ScoredDataset):
             report = self.data_reports["train_dataset"]
             facts.num_rows, facts.num_dropped = report.num_kept, report.num_rows - report.num_kept
@@ -269,7 +276,9 @@ class TGOLTrainer(HubTrainer):
         proxy = self.proxy_dataset
         if callable(proxy):
             proxy = proxy(self.backbone.pipeline)
-        found = labelling.fit(rows, self.args, self.columns, proxy=proxy, stream=self._raw_stream)
+        before = self.labelling.combination if self.labelling else None
+        sources = {"proxy": proxy, "stream": self._raw_stream, "combination": before}
+        found = labelling.fit(rows, self.args, self.columns, **sources)
         if found.kept is not None and isinstance(rows, ScoredDataset):
             rows = rows.kept(found.kept)
         self.labelling = found
@@ -512,7 +521,15 @@ class TGOLTrainer(HubTrainer):
             )
         if state["threshold"] is not None and self.labelling is not None:
             self.labelling = self.labelling.restored(state)
+            if self.labelling.combination is not None:
+                self._combine(self.labelling.combination)
             labelling.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
+
+    def _combine(self, combination: thresholds.ScoreCombination) -> None:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for rows in (self.train_dataset, *evaluation.values()):
+            if isinstance(rows, ScoredDataset):
+                rows.combine(combination)
 
     def _load_policy(self, folder: Path) -> None:
         if self.reference_model is not None:

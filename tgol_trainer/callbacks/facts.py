@@ -15,6 +15,7 @@ from tgol_trainer.backbones import hub_license
 from tgol_trainer.card import CardFacts, DatasetFacts, Hyperparameter
 from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig
 from tgol_trainer.data import Labelling
+from tgol_trainer.thresholds import ScoreCombination
 
 if TYPE_CHECKING:
     import datasets
@@ -113,6 +114,14 @@ def _training(state: TrainerState) -> dict[str, Any]:
     return facts
 
 
+def _combination_facts(combination: ScoreCombination) -> dict[str, Any]:
+    columns = zip(combination.columns, combination.weights, combination.centers, combination.scales, strict=True)
+    rows = [dict(zip(("name", "weight", "mean", "std"), column, strict=True)) for column in columns]
+    for row, tau in zip(rows, combination.raw_thresholds, strict=False):
+        row["threshold"] = tau
+    return {"method": combination.method, "columns": rows}
+
+
 def _labelling_facts(labelling: Labelling | None) -> tuple[dict[str, Any], dict[str, Any]]:
     if labelling is None:
         return {}, {}
@@ -120,6 +129,7 @@ def _labelling_facts(labelling: Labelling | None) -> tuple[dict[str, Any], dict[
         **labelling.threshold.to_dict(),
         "num_negative": labelling.threshold.num_negative,
         "normalization": dataclasses.asdict(labelling.normalization),
+        **({"combination": _combination_facts(labelling.combination)} if labelling.combination else {}),
         **{name: value for name, value in labelling.strategy.items() if name != "name"},
     }
     weights = labelling.weights

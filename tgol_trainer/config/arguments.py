@@ -252,6 +252,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                 "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the "
                 "denoiser. Leave it False; columns that are not needed are ignored."
             )
+        if self.score_columns:
+            if self.score_column != "score":
+                raise ValueError("`score_column` and `score_columns` both name the scores: leave one out.")
+            for role in ("prompt_column", "image_column", "video_column", "group_column"):
+                if getattr(self, role) in self.score_columns:
+                    raise ValueError(f"`score_columns` names {getattr(self, role)!r}, which is the `{role}`.")
         if not self.sample_prompts and self.sample_steps is not None:
             raise ValueError("`sample_steps` says when `sample_prompts` are drawn, of which there are none.")
         seeds = self.sample_seeds

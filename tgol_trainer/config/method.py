@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from tgol_trainer.losses import ordinal_offsets
-from tgol_trainer.thresholds import Weighting
+from tgol_trainer.thresholds import Weighting, check_combination
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,23 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         metadata={
             "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T "
             "holds the policy less close to the reference. No effect on masked-token models."
+        },
+    )
+
+    # Score
+    score_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two or more columns whose scores make one, instead of `score_column`."},
+    )
+    score_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each of `score_columns`, once standardised. None: 1 each."}
+    )
+    score_combination: Literal["sum", "min"] = field(
+        default="sum",
+        metadata={
+            "help": "How `score_columns` are combined, each standardised by mean and standard deviation: 'sum' adds "
+            "them by weight; 'min' takes the smallest margin to each column's `threshold_percentile`, so that a row "
+            "is positive if all of its scores are and negative if any is."
         },
     )
 
@@ -227,8 +244,28 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
                 "`loss_type=%r` has no confidence weights: `weight_form` and `normalize_weights` have no effect.",
                 self.loss_type,
             )
+        self._check_columns()
         self._check_threshold()
         self._check_groups(batch_size)
+
+    def _check_columns(self) -> None:
+        check_combination(self.score_columns, self.score_weights, self.score_combination)
+        if self.score_combination != "min":
+            return
+        clashes = {
+            "threshold": self.threshold is not None,
+            "threshold_strategy": self.threshold_strategy != "global",
+            "threshold_update": self.threshold_update != "once",
+            "score_normalization": self.score_normalization != "none",
+            "log_ratio_centering": self.log_ratio_centering != "none",
+            "loss_type": self.loss_type == "ordinal",
+        }
+        for name in (name for name, clash in clashes.items() if clash):
+            raise ValueError(
+                f"`{name}={getattr(self, name)!r}` and `score_combination='min'`, whose threshold is 0 where every "
+                f"column reaches its `threshold_percentile`, cannot both decide on labels: leave `{name}` at its "
+                "default, or use `score_combination='sum'`."
+            )
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not math.isfinite(self.threshold):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -333,6 +334,34 @@ def _innermost(feature: Any) -> tuple[Any, int]:
     while isinstance(feature, (datasets.List, datasets.LargeList)):
         feature, depth = feature.feature, depth + 1
     return feature, depth
+
+
+def check_score_columns(
+    dataset: datasets.Dataset | datasets.IterableDataset, columns: Sequence[str], name: str
+) -> None:
+    """
+    Check that several columns of scores are there and hold numbers.
+
+    Args:
+        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
+            With known features.
+        columns (`Sequence[str]`):
+            Their names.
+        name (`str`):
+            The dataset's argument, for messages.
+
+    Raises:
+        DataError: for a missing column, or one that does not hold numbers.
+    """
+    present = list(dataset.features)
+    for column in columns:
+        if column not in present:
+            close = difflib.get_close_matches(column, present, n=1)
+            raise DataError(
+                f"{name}: no column {column!r} (score_columns); the columns are {present}."
+                + (f" Did you mean {close[0]!r}?" if close else "")
+            )
+        check_score_type(dataset, column, name)
 
 
 def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, column: str, name: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
@@ -16,6 +17,8 @@ import torch
 from tgol_trainer.data.checks import check_class, check_columns
 from tgol_trainer.data.images import DataError, cropped_share
 from tgol_trainer.data.rows import BadRows, Columns, read_row
+from tgol_trainer.data.scores import read_columns
+from tgol_trainer.thresholds import ScoreCombination
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +108,8 @@ def cell(column: pa.ChunkedArray, index: int) -> Any:
 def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, version: int) -> pa.Table:
     found = []
     for index in range(table.num_rows):  # one opened image or video at a time
-        prompt, visual, score = (cell(table.column(column), index) for column in names)
-        row = read_row(prompt, visual, score, num_frames)
+        prompt, visual, *score = (cell(table.column(column), index) for column in names)
+        row = read_row(prompt, visual, score[0] if score else 0.0, num_frames)  # several are read elsewhere
         width, height = row.visual.size if row.visual else (0, 0)
         causes, details = [cause for cause, _ in row.problems], [detail for _, detail in row.problems]
         found.append({"score": row.score, "width": width, "height": height, "causes": causes, "details": details})
@@ -114,7 +117,8 @@ def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, vers
 
 
 def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | None) -> pa.Table:
-    arguments: dict[str, Any] = {"names": columns.names, "num_frames": columns.num_frames, "version": _CHECK_VERSION}
+    names = [column for column in columns.names if column in rows.column_names]
+    arguments: dict[str, Any] = {"names": names, "num_frames": columns.num_frames, "version": _CHECK_VERSION}
     folders = {os.path.dirname(file["filename"]) for file in rows.cache_files}
     checked = rows.map(
         _check_batch,
@@ -145,6 +149,7 @@ def prepare_dataset(
     columns: Columns,
     resolution: tuple[int, int],
     *,
+    score_columns: Sequence[str] | None = None,
     on_bad_sample: OnBadSample = "raise",
     num_proc: int | None = None,
     name: str = "train_dataset",
@@ -159,6 +164,9 @@ def prepare_dataset(
             Their names.
         resolution (`tuple[int, int]`):
             (height, width) in pixels, for the warnings about small and cut images.
+        score_columns (`Sequence[str]`, *optional*):
+            K columns of scores instead of the one of `columns`, whose score names what is made of them by
+            [`ScoredDataset.combine`].
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists all bad rows in one error; `"skip"` leaves them out and warns.
         num_proc (`int`, *optional*):
@@ -178,10 +186,17 @@ def prepare_dataset(
         raise DataError(f"{name}: it is a stream, which is checked while it is read; use ScoredStream for it.")
     if not len(dataset):
         raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
-    check_columns(dataset, columns, name)
-    rows = dataset.select_columns(columns.read).with_format("arrow")
-    table = _checked_table(rows, columns, num_proc)
+    check_columns(dataset, columns, name, scored=score_columns is None)
     bad = BadRows(name, columns)
+    several = None if score_columns is None else read_columns(dataset, score_columns, bad)
+    read = columns.read if several is None else [column for column in columns.read if column != columns.score]
+    rows = dataset.select_columns(read).with_format("arrow")
+    table = _checked_table(rows, columns, num_proc)
+    good = table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False) == 0
+    if several is not None:
+        unscored = np.isnan(several).any(axis=1)
+        bad.num_rows += int((unscored & good).sum())
+        good &= ~unscored
     for index, causes in enumerate(table.column("causes").to_pylist()):
         if causes:
             bad.add(index, list(zip(causes, table.column("details")[index].as_py(), strict=True)))
@@ -189,8 +204,9 @@ def prepare_dataset(
         raise bad.error(f"{len(dataset)} rows", can_skip=on_bad_sample == "raise" and bad.num_rows < len(dataset))
     if bad.num_rows:
         logger.warning("%s: %d of %d rows are left out.\n%s", name, bad.num_rows, len(dataset), bad.listing())
-    kept = np.flatnonzero(table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False) == 0)
-    scored = ScoredDataset(rows, columns, table.column("score").to_numpy()[kept], kept)
+    kept = np.flatnonzero(good)
+    scores = table.column("score").to_numpy() if several is None else several
+    scored = ScoredDataset(rows, columns, scores[kept], kept)
     sizes = np.stack([table.column(side).to_numpy()[kept] for side in ("width", "height")], axis=1)
     num_smaller, mean_cropped_share = _size_facts(sizes, kept, resolution, name, columns.medium)
     report = DataReport(
@@ -263,11 +279,15 @@ class ScoredDataset(torch.utils.data.Dataset):
         columns ([`Columns`]):
             Its column names.
         scores (`numpy.ndarray`):
-            (N,) float64, of the usable rows.
+            (N,) float64, of the usable rows; (N, K) of several columns, of which [`combine`] makes one.
         row_ids (`numpy.ndarray`):
             (N,) int64, their numbers in `rows`.
 
     Attributes:
+        scores (`numpy.ndarray`):
+            (N,) as given or combined; NaN of several columns that are not combined yet.
+        column_scores (`numpy.ndarray`, *optional*):
+            (N, K) raw, where there are several columns.
         thresholds (`numpy.ndarray`, *optional*):
             (N,) τ of each row in normalised units, where rows differ.
     """
@@ -277,6 +297,9 @@ class ScoredDataset(torch.utils.data.Dataset):
         self._rows = rows.with_format("arrow")
         self._columns = columns
         self.scores = np.asarray(scores, dtype=np.float64)
+        self.column_scores: np.ndarray | None = None
+        if self.scores.ndim == 2:
+            self.column_scores, self.scores = self.scores, np.full(len(self.scores), np.nan)
         self.row_ids = np.asarray(row_ids, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -313,6 +336,17 @@ class ScoredDataset(torch.utils.data.Dataset):
         column = self._rows.select_columns([name])[:].column(0)
         return column.take(pa.array(self.row_ids)).to_pylist()
 
+    def combine(self, combination: ScoreCombination) -> None:
+        """
+        Make one score of the rows' several, anew from the raw ones at each call.
+
+        Args:
+            combination ([`thresholds.ScoreCombination`]):
+                Fitted to these rows or to others.
+        """
+        if self.column_scores is not None:
+            self.scores = combination(self.column_scores)
+
     def kept(self, mask: np.ndarray) -> ScoredDataset:
         """
         Return the rows where a mask is true, with their scores, ids and thresholds.
@@ -322,6 +356,7 @@ class ScoredDataset(torch.utils.data.Dataset):
                 (N,) bool.
         """
         part = ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
+        part.column_scores = None if self.column_scores is None else self.column_scores[mask]
         part.thresholds = None if self.thresholds is None else self.thresholds[mask]
         return part
 

@@ -45,6 +45,8 @@ class Labelling:
             (N,) those scores in normalised units, in the order in which they were read.
         kept (`numpy.ndarray`, *optional*):
             (M,) bool, the training rows outside the dead zone; `None` for all.
+        combination ([`thresholds.ScoreCombination`], *optional*):
+            Made the scores, before normalisation, of several columns.
     """
 
     threshold: thresholds.Threshold
@@ -57,6 +59,7 @@ class Labelling:
     score_std: float = 1.0
     source: np.ndarray | None = None
     kept: np.ndarray | None = None
+    combination: thresholds.ScoreCombination | None = None
 
     def row_thresholds(self, groups: Sequence[str]) -> np.ndarray | None:
         """Return the (N,) τ of rows of other data by their groups, or `None` where all rows have the global τ."""
@@ -75,6 +78,7 @@ class Labelling:
             "strategy": self.strategy,
             "score_std": self.score_std,
             "row_thresholds_blake2b": digest,
+            "combination": dataclasses.asdict(self.combination) if self.combination else None,
         }
 
     def restored(self, saved: Mapping[str, Any]) -> Labelling:
@@ -84,7 +88,11 @@ class Labelling:
         Args:
             saved (`Mapping[str, Any]`):
                 What `to_dict` returned then.
+
+        Raises:
+            ValueError: if scores were made of other columns, or by another rule, then.
         """
+        combination = self._restored_combination(saved.get("combination"))
         threshold = thresholds.Threshold(**saved["threshold"])
         if threshold.value != self.threshold.value:
             logger.warning(
@@ -104,7 +112,27 @@ class Labelling:
             weights=thresholds.WeightSummary(**saved["weights"]) if saved["weights"] else None,
             weighting=Weighting(**saved["weighting"]),
             score_std=saved["score_std"],
+            combination=combination,
         )
+
+    def _restored_combination(self, saved: Mapping[str, Any] | None) -> thresholds.ScoreCombination | None:
+        before = thresholds.ScoreCombination.from_dict(saved) if saved else None
+        rules = [(each.columns, each.weights, each.method) if each else None for each in (before, self.combination)]
+        if rules[0] != rules[1]:
+            then, now = (
+                "one score column" if rule is None else f"{rule[2]} of {rule[0]} by {rule[1]}" for rule in rules
+            )
+            raise ValueError(
+                f"The checkpoint was trained on {then}, this run asks for {now}. Resume with the `score_columns`, "
+                "`score_weights` and `score_combination` of the checkpoint, or start anew."
+            )
+        if before != self.combination:
+            logger.warning(
+                "The columns of scores of the data given now have other means, standard deviations or thresholds than "
+                "those of the checkpoint. Training resumes with the checkpoint's; start anew if the data were meant "
+                "to change."
+            )
+        return before
 
 
 @dataclasses.dataclass(frozen=True)

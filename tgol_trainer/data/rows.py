@@ -226,7 +226,7 @@ class BadRows:
         self.columns = columns
         self.counts: Counter[str] = Counter()
         self.num_rows = 0
-        self._examples: dict[str, list[str]] = {}
+        self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}  # by cause and column
 
     def add(self, row: int, problems: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> None:
         """
@@ -240,20 +240,26 @@ class BadRows:
         """
         self.num_rows += 1
         for cause, detail in problems:
-            self.counts[cause] += 1
-            shown = self._examples.setdefault(cause, [])
-            if len(shown) < _SHOWN_ROWS:
-                shown.append(f"row {row}: {detail}")
+            self._count(cause, self._column(cause), 1, [f"row {row}: {detail}"])
+
+    def _column(self, cause: str) -> str:
+        return str(getattr(self.columns, CAUSES[cause][0]))
+
+    def _count(self, cause: str, column: str, number: int, examples: list[str]) -> None:
+        self.counts[cause] += number
+        count, shown = self._found.get((cause, column), (0, []))
+        self._found[cause, column] = (count + number, [*shown, *examples][:_SHOWN_ROWS])
 
     def examples(self, cause: str) -> list[str]:
         """Return the first rows of a cause, each with a short text of its value."""
-        return list(self._examples.get(cause, []))
+        return list(self._found.get((cause, self._column(cause)), (0, []))[1])
 
-    def remedy(self, cause: str) -> str:
-        """Return the code or the advice that mends a cause."""
-        return CAUSES[cause][1].format(**dataclasses.asdict(self.columns), folder=os.getcwd())
+    def remedy(self, cause: str, column: str | None = None) -> str:
+        """Return the code or the advice that mends a cause, in a column where that is not the one of `columns`."""
+        names = dataclasses.asdict(self.columns) | ({CAUSES[cause][0]: column} if column is not None else {})
+        return CAUSES[cause][1].format(**names, folder=os.getcwd())
 
-    def add_rows(self, cause: str, rows: np.ndarray, value: Any) -> None:
+    def add_rows(self, cause: str, rows: np.ndarray, value: Any, column: str | None = None) -> None:
         """
         Take in many rows of one cause and value; the caller counts `num_rows`, since a row may have several causes.
 
@@ -264,23 +270,24 @@ class BadRows:
                 Their numbers, counted from 0.
             value (`Any`):
                 What stands in all of them.
+            column (`str`, *optional*):
+                Where there are several of scores; by default that of `columns`.
         """
-        self.counts[cause] += len(rows)
-        shown = self._examples.setdefault(cause, [])
-        shown += [f"row {row}: {describe(value)}" for row in rows[: _SHOWN_ROWS - len(shown)]]
+        shown = [f"row {row}: {describe(value)}" for row in rows[:_SHOWN_ROWS]]
+        self._count(cause, column or self._column(cause), len(rows), shown)
 
     def listing(self) -> str:
         """Return one line a cause: column, cause, count and the first rows."""
         lines = []
-        for cause, (role, _) in CAUSES.items():
-            if cause in self.counts:
-                shown = self._examples[cause]
-                more = ", ..." if self.counts[cause] > len(shown) else ""
-                lines.append(
-                    f"  column {getattr(self.columns, role)!r}, {cause}: {self.counts[cause]} "
-                    f"({', '.join(shown)}{more})"
-                )
+        for cause, column, count, shown in self._ordered():
+            more = ", ..." if count > len(shown) else ""
+            lines.append(f"  column {column!r}, {cause}: {count} ({', '.join(shown)}{more})")
         return "\n".join(lines)
+
+    def _ordered(self) -> list[tuple[str, str, int, list[str]]]:
+        order = list(CAUSES)
+        found = sorted(self._found.items(), key=lambda item: order.index(item[0][0]))
+        return [(cause, column, count, shown) for (cause, column), (count, shown) in found]
 
     def error(self, seen: str, *, can_skip: bool = True) -> DataError:
         """
@@ -293,9 +300,8 @@ class BadRows:
                 Whether to offer `on_bad_sample="skip"`.
         """
         remedies: dict[str, str] = {}  # a dictionary for its order: several causes share a remedy
-        for cause, (role, _) in CAUSES.items():
-            if cause in self.counts:
-                remedies.setdefault(self.remedy(cause), getattr(self.columns, role))
+        for cause, column, *_ in self._ordered():
+            remedies.setdefault(self.remedy(cause, column), column)
         fixes = "\n".join(f"# column {column!r}:\n{text}" for text, column in remedies.items())
         return DataError(
             f"{self.name}: {self.num_rows} of {seen} cannot be used (rows are counted from 0).\n{self.listing()}\n"

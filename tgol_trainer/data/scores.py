@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 
-from tgol_trainer.data.checks import check_class, check_columns, check_score_type
+from tgol_trainer.data.checks import check_class, check_columns, check_score_columns, check_score_type
 from tgol_trainer.data.images import DataError
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, prompt_problem, read_score
 
@@ -34,7 +34,7 @@ class ScoredRows:
 
     Args:
         scores (`numpy.ndarray`):
-            (N,) float64, raw.
+            (N,) float64, raw; (N, K) of several columns.
         row_ids (`numpy.ndarray`):
             (N,) integers, their numbers in the user's dataset.
         num_rows (`int`):
@@ -119,6 +119,7 @@ def read_scores(
     dataset: datasets.Dataset | datasets.IterableDataset,
     columns: Columns = DEFAULT_COLUMNS,
     *,
+    score_columns: Sequence[str] | None = None,
     group_column: str | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
     scores_alone: bool = False,
@@ -134,6 +135,8 @@ def read_scores(
             The column of images may be missing.
         columns ([`Columns`], *optional*):
             Names of the prompt and score columns.
+        score_columns (`Sequence[str]`, *optional*):
+            K columns of scores instead of the one of `columns`; a row is usable if all of them are.
         group_column (`str`, *optional*):
             Column of texts or numbers that groups rows.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
@@ -155,7 +158,7 @@ def read_scores(
     """
     texts = [] if scores_alone and name == "proxy_dataset" else [columns.prompt]
     texts += [group_column] if group_column and group_column not in texts else []
-    reader = _Reader(columns, texts, group_column, name, scores_alone)
+    reader = _Reader(columns, score_columns, texts, group_column, name, scores_alone)
     total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
     with tqdm(total=total, desc="Reading scores", unit=" rows", unit_scale=True, disable=not progress) as bar:
         for table in reader.tables(dataset):
@@ -173,12 +176,78 @@ def read_scores(
     return reader.result()
 
 
+def read_columns(dataset: datasets.Dataset, score_columns: Sequence[str], bad: BadRows) -> np.ndarray:
+    """
+    Read several columns of scores.
+
+    Args:
+        dataset ([`datasets.Dataset`]):
+            With these columns.
+        score_columns (`Sequence[str]`):
+            K names.
+        bad ([`BadRows`]):
+            Gets what cannot be used; its `num_rows` is left to the caller.
+
+    Returns:
+        `numpy.ndarray`: (N, K) float64, NaN for what cannot be used.
+    """
+    check_score_columns(dataset, score_columns, bad.name)
+    scores, start = np.empty((len(dataset), len(score_columns))), 0
+    for table in dataset.select_columns(list(score_columns)).with_format("arrow").iter(_BATCH):
+        scores[start : start + table.num_rows] = found = _matrix(table, score_columns)
+        _report_scores(bad, found, table, score_columns, start)
+        start += table.num_rows
+    return scores
+
+
+def _matrix(table: pa.Table, score_columns: Sequence[str]) -> np.ndarray:
+    scores = np.stack([_numbers(table.column(column)) for column in score_columns], axis=1)
+    scores[~np.isfinite(scores)] = np.nan
+    return scores
+
+
+def _report_scores(
+    bad: BadRows, scores: np.ndarray, table: pa.Table, score_columns: Sequence[str], start: int
+) -> None:
+    for index, column in enumerate(score_columns):
+        _report(bad, np.isnan(scores[:, index]), table.column(column), start, _score_problem, column)
+
+
+def _score_problem(value: Any) -> str | None:
+    return read_score(value)[1]
+
+
+def _report(
+    bad: BadRows,
+    wrong: np.ndarray,
+    cells: pa.ChunkedArray,
+    start: int,
+    cause: Callable[[Any], str | None],
+    column: str | None = None,
+) -> None:
+    """Count wrong values by cause: a value stands for its kind, so one of each is looked at."""
+    rows = np.flatnonzero(wrong)
+    if not rows.size:
+        return
+    values = pc.dictionary_encode(cells.take(pa.array(rows)).combine_chunks(), null_encoding="encode")
+    for code, value in enumerate(values.dictionary.to_pylist()):
+        found = rows[np.asarray(values.indices) == code]
+        bad.add_rows(cause(value) or "score is not a number", found + start, value, column)
+
+
 class _Reader:
     """What has been read so far."""
 
     def __init__(
-        self, columns: Columns, texts: list[str], group_column: str | None, name: str, scores_alone: bool
+        self,
+        columns: Columns,
+        score_columns: Sequence[str] | None,
+        texts: list[str],
+        group_column: str | None,
+        name: str,
+        scores_alone: bool,
     ) -> None:
+        self.several = list(score_columns or [])
         self.columns, self.names, self.name, self.scores_alone = columns, texts, name, scores_alone
         self.group_column = group_column
         self.bad, self.num_rows, self.num_kept = BadRows(name, columns), 0, 0
@@ -191,7 +260,7 @@ class _Reader:
     def tables(self, dataset: Any) -> Iterator[pa.Table]:
         """Yield the needed columns in pieces, after checking that they are there and of the right type."""
         check_class(dataset, self.name)
-        columns = [*self.names, self.columns.score]
+        columns = [*self.names, *(self.several or [self.columns.score])]
         if dataset.features is None:  # a stream of text files: its first piece tells
             pieces = dataset.with_format("arrow").iter(_BATCH)
             first = next(iter(pieces), None)
@@ -204,7 +273,11 @@ class _Reader:
         yield from dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow").iter(_BATCH)
 
     def _check(self, dataset: Any) -> None:
-        if self.columns.prompt in self.names or self.columns.score not in dataset.features:
+        if self.several:
+            check_score_columns(dataset, self.several, self.name)
+            if self.columns.prompt in self.names:
+                check_columns(dataset, self.columns, self.name, scored=False, shown=False)
+        elif self.columns.prompt in self.names or self.columns.score not in dataset.features:
             check_columns(dataset, self.columns, self.name, shown=False)
         else:
             check_score_type(dataset, self.columns.score, self.name)
@@ -225,21 +298,21 @@ class _Reader:
 
     def add(self, table: pa.Table, room: int | None) -> None:
         """Take in the rows of a table, of usable ones at most `room`."""
-        cells = table.column(self.columns.score)
-        scores = _numbers(cells)
-        good = np.isfinite(scores)
+        wanted = self.several or [self.columns.score]
+        scores = _matrix(table, wanted)
+        good = ~np.isnan(scores).any(axis=1)
         empty = np.zeros(len(scores), dtype=bool)
         if not self.scores_alone:
             empty = _blank(table.column(self.columns.prompt))
         if room is not None and np.count_nonzero(good & ~empty) > room:
             end = int(np.flatnonzero(good & ~empty)[room - 1]) + 1
             table, scores, good, empty = table.slice(0, end), scores[:end], good[:end], empty[:end]
-        self._report(~good, cells, lambda value: read_score(value)[1])
+        _report_scores(self.bad, scores, table, wanted, self.num_rows)
         if not self.scores_alone:
-            self._report(empty, table.column(self.columns.prompt), prompt_problem)
+            _report(self.bad, empty, table.column(self.columns.prompt), self.num_rows, prompt_problem)
         self.bad.num_rows += int(np.count_nonzero(~good | empty))
         kept = np.flatnonzero(good & ~empty)
-        self._scores.append(scores[kept])
+        self._scores.append(scores[kept] if self.several else scores[kept, 0])
         self._left_out.append(np.flatnonzero(~good | empty) + self.num_rows)
         texts = {column: self._as_text(table.column(column), column) for column in self.names}
         for column, array in texts.items():
@@ -249,16 +322,6 @@ class _Reader:
             self.texts.add(texts)
         self.num_rows += len(scores)
         self.num_kept += kept.size
-
-    def _report(self, wrong: np.ndarray, cells: pa.ChunkedArray, cause: Callable[[Any], str | None]) -> None:
-        """Count wrong values by cause: a value stands for its kind, so one of each is looked at."""
-        rows = np.flatnonzero(wrong)
-        if not rows.size:
-            return
-        values = pc.dictionary_encode(cells.take(pa.array(rows)).combine_chunks(), null_encoding="encode")
-        for code, value in enumerate(values.dictionary.to_pylist()):
-            found = rows[np.asarray(values.indices) == code]
-            self.bad.add_rows(cause(value) or "score is not a number", found + self.num_rows, value)
 
     def _as_text(self, column: pa.ChunkedArray, name: str) -> pa.Array:
         array = column.combine_chunks()
@@ -286,13 +349,13 @@ class _Reader:
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Concatenate, freeing each part as soon as it is copied."""
-    joined = np.empty(sum(part.size for part in parts), dtype=parts[0].dtype)
+    joined = np.empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=parts[0].dtype)
     start = 0
     parts.reverse()
     while parts:
         part = parts.pop()
-        joined[start : start + part.size] = part
-        start += part.size
+        joined[start : start + len(part)] = part
+        start += len(part)
     return joined
 
 

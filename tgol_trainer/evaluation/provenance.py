@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,9 @@ def score_column(source: str) -> str | None:
         `str`, *optional*: `score_column` in `training_args.json`, or that in the table of hyperparameters of a card
             that this library wrote; `None` where neither is there.
     """
-    text = _text(source, _ARGUMENTS)
-    if text is not None:
-        try:
-            column = json.loads(text).get("score_column")
-        except (ValueError, AttributeError):
-            column = None
-        if isinstance(column, str):
-            return column
+    column = _argument(source, "score_column")
+    if isinstance(column, str):
+        return column
     row = _COLUMN_ROW.search(_text(source, _CARD) or "")
     return row[1].strip() if row else None
 
@@ -52,14 +48,24 @@ def trained_scores(source: str, scores: Sequence[str]) -> frozenset[str] | None:
             Names of the scores.
 
     Returns:
-        `frozenset[str]`, *optional*: the score that was its column, or those that its card marks as trained on; `None`
+        `frozenset[str]`, *optional*: those that were its columns, or that its card marks as trained on; `None`
             where none of the scores is named there, since a column `score` may hold anything.
     """
+    several = _argument(source, "score_columns")
+    if isinstance(several, list) and set(several) & set(scores):
+        return frozenset(several) & frozenset(scores)
     column = score_column(source)
     if column is not None and column in scores:
         return frozenset({column})
     marked = {match.strip() for match in _TRAINED_ROW.findall(_text(source, _CARD) or "")} & set(scores)
     return frozenset(marked) if marked else None
+
+
+def _argument(source: str, name: str) -> Any:
+    try:
+        return json.loads(_text(source, _ARGUMENTS) or "{}").get(name)
+    except (ValueError, AttributeError):
+        return None
 
 
 def _text(source: str, name: str) -> str | None:

@@ -1,6 +1,13 @@
-"""Scores to thresholds: percentile, ties, groups, oracle, normalisation, weights, uncertainty. NumPy only."""
+"""Scores to thresholds: columns, percentile, ties, groups, oracle, normalisation, weights, uncertainty. NumPy only."""
 
 from .base import Threshold, ThresholdError
+from .combination import (
+    CombinationMethod,
+    ScoreCombination,
+    check_combination,
+    combined_name,
+    fit_combination,
+)
 from .counts import GroupCounts, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization
@@ -12,12 +19,14 @@ from .weights import WEIGHT_FORMS, WeightForm, Weighting, WeightSummary, confide
 
 __all__ = [
     "WEIGHT_FORMS",
+    "CombinationMethod",
     "GroupCounts",
     "GroupStatistic",
     "GroupThresholds",
     "NormalizationMethod",
     "OracleThresholds",
     "RunningPercentile",
+    "ScoreCombination",
     "ScoreNormalization",
     "Threshold",
     "ThresholdError",
@@ -28,11 +37,14 @@ __all__ = [
     "apply_threshold",
     "bootstrap_interval",
     "bootstrap_thresholds",
+    "check_combination",
+    "combined_name",
     "confidence_weights",
     "count_groups",
     "estimate_group_thresholds",
     "estimate_oracle_thresholds",
     "estimate_threshold",
+    "fit_combination",
     "fit_normalization",
     "group_ids",
     "summarize_weights",

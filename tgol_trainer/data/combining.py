@@ -1,0 +1,96 @@
+"""Several columns of scores of a dataset become one: fitted, said in the log, and checked for two sides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from tgol_trainer.thresholds import CombinationMethod, ScoreCombination, ThresholdError, fit_combination
+
+logger = logging.getLogger(__name__)
+
+STREAMED_COLUMNS = (
+    "`score_columns` are standardised by all of their scores, which are not known of a stream. Load it without "
+    "`streaming=True`, or add one column of combined scores yourself (`.map`) and name it as `score_column`."
+)
+
+
+def combine_columns(
+    scores: np.ndarray,
+    columns: Sequence[str],
+    weights: Sequence[float] | None,
+    method: CombinationMethod,
+    percentile: float,
+) -> ScoreCombination:
+    """
+    Fit a combination and say what it is.
+
+    Args:
+        scores (`np.ndarray`):
+            (N, K) finite raw scores.
+        columns (`Sequence[str]`):
+            Names of the K columns.
+        weights (`Sequence[float]`, *optional*):
+            One a column; by default 1 each.
+        method (`str`):
+            `"sum"` or `"min"`.
+        percentile (`float`):
+            Of each column, 0 to 100, that is its threshold under `"min"`.
+
+    Returns:
+        [`thresholds.ScoreCombination`]
+
+    Raises:
+        ThresholdError: for a column whose scores are all equal.
+    """
+    found = fit_combination(scores, columns, weights, method, percentile=percentile)
+    for line in combination_lines(found):
+        logger.info(line)
+    for column, moved in zip(columns, found.moved_from or (), strict=False):
+        if moved is not None:
+            logger.warning(
+                "Column %r: the %g-th percentile is the smallest score, which every row would reach, so the column's "
+                "threshold was moved halfway to the next score.",
+                *(column, percentile),
+            )
+    return found
+
+
+def combination_lines(combination: ScoreCombination) -> list[str]:
+    """Return a combination in words: the formula, then a line for each column."""
+    lines = [f"Score s = {combination.formula}, where z is standardised by mean and standard deviation:"]
+    taus = combination.raw_thresholds
+    for index, column in enumerate(combination.columns):
+        line = f"  {column}: mean {combination.centers[index]:.6g}, standard deviation {combination.scales[index]:.4g}"
+        lines.append(line + (f", threshold {taus[index]:.6g}" if taus else ""))
+    return lines
+
+
+def check_combined(scores: np.ndarray, combination: ScoreCombination) -> None:
+    """
+    Check that `"min"` leaves rows on both sides of 0; other combinations get their threshold from the scores.
+
+    Args:
+        scores (`np.ndarray`):
+            (N,) combined.
+        combination ([`thresholds.ScoreCombination`]):
+            That made them.
+
+    Raises:
+        ThresholdError: where no row, or every row, reaches the threshold in every column.
+    """
+    positive = int((scores >= 0).sum())
+    if combination.method == "min" and positive in (0, scores.size):
+        number = "every" if positive else "no"
+        remedy = "a higher" if positive else "a lower"
+        raise ThresholdError(
+            f"{number} one of the {scores.size} rows is at or above the threshold in all of "
+            f"{', '.join(combination.columns)}. Use {remedy} `threshold_percentile`"
+            + (
+                "."
+                if positive
+                else ", fewer columns, or `score_combination='sum'`, where one can make up for another."
+            )
+        )
