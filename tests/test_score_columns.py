@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tests.conftest import scored_dataset
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer
+from tgol_trainer.cli import main
 from tgol_trainer.data import DataError
 from tgol_trainer.thresholds import ThresholdError, fit_combination
 
@@ -28,6 +29,7 @@ def test_a_sum_adds_standardised_columns_by_their_weights():
     """
     scores = np.array([[1.0, 10.0], [2.0, 40.0], [3.0, 10.0]])
     found = fit_combination(scores, ["a", "b"], [2.0, -1.0])
+    assert found.formula == "2·z(a) - 1·z(b)"
     expected = [-2 * 1.5**0.5 + 0.5**0.5, -(2**0.5), 2 * 1.5**0.5 + 0.5**0.5]
     np.testing.assert_allclose(found(scores), expected, rtol=1e-14)
     # Other rows are standardised by these: (5 - 2)/√(2/3) is 3√1.5, and (20 - 20) is 0.
@@ -221,3 +223,33 @@ def test_a_checkpoint_keeps_the_combination_and_resumes_with_it(config, rows, tm
     other = build(config, rows, **{**settings, "score_combination": "sum"})
     with pytest.raises(ValueError, match="this run asks for sum of"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("method", ["sum", "min"])
+@pytest.mark.parametrize("with_proxy", [False, True], ids=["own", "proxy"])
+def test_tgol_label_shows_what_training_makes_of_several_columns(config, rows, tmp_path, capsys, method, with_proxy):
+    proxy = rows.remove_columns("image").select(range(20)) if with_proxy else None
+    rows.save_to_disk(tmp_path / "rows")
+    flags = ["--dataset_name", str(tmp_path / "rows"), "--output_dir", str(tmp_path / "out")]
+    if proxy is not None:
+        proxy.save_to_disk(tmp_path / "proxy")
+        flags += ["--proxy_dataset_name", str(tmp_path / "proxy")]
+    flags += ["--score_columns", "looks", "match", "--score_weights", "1", "2", "--score_combination", method]
+    assert main(["label", *flags, "--threshold_percentile", "40"]) == 0
+    shown = json.loads((tmp_path / "out" / "label.json").read_text())
+    settings = {"score_weights": [1.0, 2.0], "score_combination": method, "threshold_percentile": 40.0}
+    trainer = build(config, rows, None, proxy, **settings)
+    assert {name: shown["threshold"][name] for name in ("value", "num_positive", "num_ties")} == {
+        name: getattr(trainer.threshold, name) for name in ("value", "num_positive", "num_ties")
+    }
+    assert shown["weights"]["mean"] == pytest.approx(trainer.labelling.weights.mean, rel=1e-12)
+    assert shown["combination"]["centers"] == list(trainer.labelling.combination.centers)
+    assert f"{method}(looks, match): " in capsys.readouterr().out
+
+
+def test_tgol_label_refuses_what_training_refuses(tmp_path):
+    flags = ["label", "--dataset_name", "x.csv", "--score_combination", "min"]
+    with pytest.raises(SystemExit, match="error: `score_combination` says how"):
+        main(flags)
+    with pytest.raises(SystemExit, match="cannot both decide on labels"):
+        main([*flags, "--score_columns", "a", "b", "--threshold", "1"])

@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--proxy_dataset_name", help="dataset whose scores give the threshold instead")
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
     parser.add_argument("--score_column", default="score", help="default: %(default)s")
+    parser.add_argument("--score_columns", nargs="+", help="two or more columns that make one score, instead")
+    parser.add_argument("--score_weights", nargs="+", type=float, help="weight of each of them (default: 1)")
+    parser.add_argument("--score_combination", choices=("sum", "min"), default="sum", help="default: %(default)s")
     parser.add_argument("--group_column", help="column by which labels are counted as well, such as a style")
     parser.add_argument("--threshold", type=float, help="a fixed τ, in normalised score units")
     parser.add_argument("--threshold_percentile", type=float, default=50.0, help="default: %(default)s, the median")
@@ -90,7 +93,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise SystemExit("error: --proxy_dataset_name and a fixed --threshold both set τ: leave one out.")
     if args.max_threshold_samples is not None and args.max_threshold_samples < 1:
         raise SystemExit(f"error: --max_threshold_samples must be at least 1, got {args.max_threshold_samples}.")
+    _check_columns(args)
     return args
+
+
+def _check_columns(args: argparse.Namespace) -> None:
+    from tgol_trainer.thresholds import check_combination
+
+    try:
+        check_combination(args.score_columns, args.score_weights, args.score_combination)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if args.score_columns and args.score_column != "score":
+        raise SystemExit("error: --score_column and --score_columns both name the scores: leave one out.")
+    if args.score_combination == "min" and (args.threshold is not None or args.score_normalization != "none"):
+        name = "score_normalization" if args.threshold is None else "threshold"
+        raise SystemExit(
+            f"error: --{name} and --score_combination min cannot both decide on labels: leave --{name} out, or use "
+            "--score_combination sum."
+        )
 
 
 def _settings(path: Path, known: set[str]) -> dict[str, Any]:
@@ -134,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import logging
 
-    logging.getLogger("tgol_trainer.data.labels").setLevel(logging.ERROR)  # the report says the same, and more
+    # The report says the same, and more.
+    logging.getLogger("tgol_trainer.data.labels").setLevel(logging.ERROR)
+    logging.getLogger("tgol_trainer.data.combining").setLevel(logging.WARNING)
     with plain_errors():
         report, rows = _report(args)
     from tgol_trainer.data.advice import advise
@@ -152,13 +175,21 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
+    import dataclasses
+
     from tgol_trainer.data import Columns, LabelSettings, fit_labelling, load_scored_dataset
+    from tgol_trainer.data.combining import STREAMED_COLUMNS, check_combined, combine_columns
     from tgol_trainer.data.report import label_report
     from tgol_trainer.data.scores import read_scores
-    from tgol_trainer.thresholds import ThresholdError, Weighting
+    from tgol_trainer.thresholds import ThresholdError, Weighting, combined_name
 
-    columns = Columns(prompt=args.prompt_column, score=args.score_column)
-    wanted = [args.prompt_column, args.score_column, *([args.group_column] if args.group_column else [])]
+    if args.score_columns and args.dataset_streaming:
+        raise ValueError(STREAMED_COLUMNS)
+    several = args.score_columns
+    name = combined_name(several, args.score_combination) if several else args.score_column
+    columns = Columns(prompt=args.prompt_column, score=name)
+    scored = several or [args.score_column]
+    wanted = [args.prompt_column, *scored, *([args.group_column] if args.group_column else [])]
     dataset = load_scored_dataset(
         args.dataset_name,
         name=args.dataset_config,
@@ -170,6 +201,7 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
     rows = read_scores(
         dataset,
         columns,
+        score_columns=several,
         group_column=args.group_column,
         on_bad_sample=args.on_bad_sample,
         scores_alone=args.dataset_streaming,  # as training makes the threshold of a stream
@@ -182,30 +214,40 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
             name=args.dataset_config,
             streaming=args.dataset_streaming,
             columns=columns,
-            only=[args.score_column],
+            only=scored,
         )
         options: dict[str, Any] = {"on_bad_sample": args.on_bad_sample, "scores_alone": True, "name": "proxy_dataset"}
+        options["score_columns"] = several
         proxy = read_scores(source, columns, **options).scores
+    combination = None
+    if several:
+        rule = (several, args.score_weights, args.score_combination, args.threshold_percentile)
+        combination = combine_columns(rows.scores if proxy is None else proxy, *rule)
+        rows = dataclasses.replace(rows, scores=combination(rows.scores))
+        proxy = None if proxy is None else combination(proxy)
+    smallest = args.score_combination == "min"
     try:
+        if combination is not None:
+            check_combined(rows.scores, combination)
         labelling = fit_labelling(
             rows.scores if proxy is None else proxy,
             rows.scores,
             LabelSettings(
                 percentile=args.threshold_percentile,
-                fixed=args.threshold,
+                fixed=0.0 if smallest else args.threshold,
                 normalization=args.score_normalization,
-                strategy="global" if args.threshold is None else "fixed",
+                strategy="fixed" if smallest or args.threshold is not None else "global",
                 weighting=Weighting(scale=args.confidence_scale),
             ),
             proxy=proxy is not None,
         )
     except ThresholdError as error:
-        raise ThresholdError(f"Column {args.score_column!r}: {error}") from None
+        raise ThresholdError(f"Column {name!r}: {error}") from None
     report = label_report(
         rows,
-        labelling,
+        dataclasses.replace(labelling, combination=combination),
         prompt_column=args.prompt_column,
-        score_column=args.score_column,
+        score_column=name,
         group_column=args.group_column,
         confidence_scale=args.confidence_scale,
         source=proxy,
@@ -254,6 +296,10 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         f"Scores     {report.score_column}: {scores.min:.6g} to {scores.max:.6g}, mean {scores.mean:.6g}, standard "
         f"deviation {scores.std:.4g}, {scores.num_distinct:,} different values"
     )
+    if report.labelling.combination is not None:
+        from tgol_trainer.data.combining import combination_lines
+
+        lines += [f"           {line}" for line in combination_lines(report.labelling.combination)]
     lines.append(f"Threshold  τ = {threshold.value:.6g}{normalised} ({_origin(report)})")
     if report.interval is not None:
         lines.append(
@@ -288,6 +334,9 @@ def _counts(dropped: dict[str, int]) -> str:
 
 def _origin(report: LabelReport) -> str:
     threshold = report.labelling.threshold
+    combination = report.labelling.combination
+    if combination is not None and combination.method == "min":
+        return "reached where every column reaches its own"
     if threshold.percentile is None:
         return "fixed"
     which = "median" if threshold.percentile == 50 else f"{threshold.percentile:g}th percentile"

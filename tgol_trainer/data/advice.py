@@ -42,7 +42,21 @@ def advise(report: LabelReport) -> list[Advice]:
     found = [*_of_sides(report), *_of_weights(report), *_of_uncertainty(report)]
     for part in (report.prompts, report.groups):
         found += _of_groups(part) if part is not None else []
-    return found
+    combination = report.labelling.combination
+    return (
+        found if combination is None or combination.method != "min" else [_without_threshold(item) for item in found]
+    )
+
+
+def _without_threshold(item: Advice) -> Advice:
+    """Where every column has its own threshold, flags that set another one are refused."""
+    flags = {
+        "ties": "a higher --threshold_percentile makes them negative",
+        "imbalance": "--threshold_percentile, fewer columns, or --score_combination sum",
+    }
+    if "--threshold_strategy" in item.flag:
+        return dataclasses.replace(item, flag=f"{item.flag}, with --score_combination sum")
+    return dataclasses.replace(item, flag=flags.get(item.topic, item.flag))
 
 
 def _of_sides(report: LabelReport) -> list[Advice]:
@@ -87,7 +101,8 @@ def _of_weights(report: LabelReport) -> list[Advice]:
     weights, c = report.labelling.weights, report.confidence_scale
     if weights is None or c == 0:
         return []
-    normalized = report.labelling.normalization.method != "none"
+    unit, combination = report.labelling.normalization, report.labelling.combination
+    normalized = unit.method != "none" or combination is not None
     found = []
     if weights.mean > _LARGE_MEAN_WEIGHT:
         suited = c * 4 / (weights.mean - 1)  # a mean weight of 5

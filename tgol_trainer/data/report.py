@@ -112,7 +112,7 @@ class LabelReport:
         num_flips (`int`):
             Labels that differ between the ends of the interval.
         tie_breaker (`float`, *optional*):
-            A τ that makes the scores tied with it negative, where there are ties and scores above.
+            A τ that makes the scores tied with it negative, where there are ties and scores above; none of `"min"`.
         weight_percentiles (`dict[str, float]`):
             Percentile to weight.
         prompts ([`GroupReport`]):
@@ -142,7 +142,7 @@ class LabelReport:
 
     @property
     def raw_threshold(self) -> float:
-        """τ in the unit of the score column."""
+        """τ in the unit of the score column, or of the combined score."""
         unit, value = self.labelling.normalization, self.labelling.threshold.value
         return value if unit.method == "none" else value * unit.scale + unit.center
 
@@ -157,6 +157,7 @@ class LabelReport:
             "tie_breaker": values.pop("tie_breaker"),
         }
         values["normalization"] = labelling["normalization"]
+        values["combination"] = labelling["combination"]
         weights = {"confidence_scale": values.pop("confidence_scale")} | (labelling["weights"] or {})
         values["weights"] = weights | {"percentiles": values.pop("weight_percentiles")}
         return values
@@ -209,6 +210,8 @@ def label_report(
         )
         num_flips = int(np.diff(np.searchsorted(ordered, [interval.low, interval.high]))[0])
     above = int(np.searchsorted(ordered, tau, side="right"))
+    combination = labelling.combination
+    movable = threshold.num_ties and (combination is None or combination.method == "sum")
     distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     return LabelReport(
         score_column=score_column,
@@ -222,7 +225,7 @@ def label_report(
         confidence_scale=confidence_scale,
         interval=interval,
         num_flips=num_flips,
-        tie_breaker=tau + (float(ordered[above]) - tau) / 2 if threshold.num_ties and above < ordered.size else None,
+        tie_breaker=tau + (float(ordered[above]) - tau) / 2 if movable and above < ordered.size else None,
         weight_percentiles=_weight_percentiles(ordered, tau, confidence_scale),
         histogram=_histogram(ordered, distinct, unit),
         examples=_examples(rows, values, tau, confidence_scale, prompt_column),

@@ -58,9 +58,10 @@ class ScoreCombination:
     def formula(self) -> str:
         """The score written out, with z(a) the standardised column a."""
         if self.thresholds is None:
-            return " + ".join(f"{w:g}·z({c})" for w, c in zip(self.weights, self.columns, strict=True))
+            text = " ".join(f"{_signed(w)}·z({c})" for w, c in zip(self.weights, self.columns, strict=True))
+            return text.removeprefix("+ ")
         parts = zip(self.weights, self.columns, self.thresholds, strict=True)
-        return f"min({', '.join(f'{w:g}·(z({c}) - {tau:.4g})' for w, c, tau in parts)})"
+        return f"min({', '.join(f'{w:g}·(z({c}) {_signed(-tau)})' for w, c, tau in parts)})"
 
     @property
     def raw_thresholds(self) -> tuple[float, ...]:
@@ -89,6 +90,10 @@ class ScoreCombination:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         return cls(**read)
+
+
+def _signed(value: float) -> str:
+    return f"{'-' if value < 0 else '+'} {abs(value):.4g}"
 
 
 def combined_name(columns: Sequence[str], method: CombinationMethod) -> str:
