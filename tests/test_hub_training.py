@@ -188,7 +188,7 @@ def test_a_push_that_failed_leaves_the_scores_and_goes_on_with_the_command(made,
     codes, done = made
     assert (codes["refused"], codes["push"], codes["as a model"]) == (3, 0, 1)
     assert "`tgol push scored --hub_dataset_id tester/scored` pushes scored again" in done.stderr
-    assert len(hub.files("tester/scored", "datasets")) == 3
+    assert len(hub.files("tester/scored", "datasets")) == 4  # two shards, the card and the facts of the rewards
 
 
 def test_the_card_states_columns_scores_source_and_making_and_keeps_what_a_person_wrote(made, hub):

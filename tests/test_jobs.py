@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tgol_trainer import cli
@@ -77,6 +77,14 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(generated):
         generate(generated, guidance_scale=3.0)
     with pytest.raises(DataError, match="prompts_blake2b"):
         generate(generated, prompts=[*PROMPTS[:2], "a cow"])
+
+
+def test_an_adapter_that_changed_behind_its_path_does_not_continue_the_folder(generated, tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    generate(tmp_path / "out", adapter=str(tmp_path), share=(0, 3))
+    save_file({"w": torch.ones(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(DataError, match="weights_blake2b"):
+        generate(tmp_path / "out", adapter=str(tmp_path))
 
 
 def test_a_folder_with_files_of_something_else_is_refused(tmp_path):
@@ -165,8 +173,9 @@ def test_model_and_revision_of_a_reward_are_written_beside_its_scores(pictures, 
 
     reward.facts = RewardFacts("mine", "owner/model", "abc123", "0 to 1")
     score_dataset(pictures, {"mine": lambda: reward}, tmp_path, progress=False)
-    facts = json.loads((tmp_path / ".scores" / "mine" / "facts.json").read_text())
-    assert facts == {"name": "mine", "model_id": "owner/model", "revision": "abc123", "scale": "0 to 1"}
+    facts = json.loads((tmp_path / "rewards.json").read_text())
+    known = {"name": "mine", "model_id": "owner/model", "revision": "abc123", "scale": "0 to 1", "columns": ["mine"]}
+    assert facts == {"mine": known}
 
 
 @pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"num_workers": 1, "batch_size": 7}])
@@ -217,6 +226,18 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
         assert message in capsys.readouterr().err
 
 
+def test_pictures_that_are_still_being_made_are_not_scored(tmp_path, monkeypatch, capsys):
+    generate(tmp_path / "half", share=(0, 2))
+    arguments = ["score", str(tmp_path / "half"), "--rewards", "jpeg_compressibility"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--output_dir", str(tmp_path / "scored")])
+    message = capsys.readouterr().err
+    assert "1 of 3 shards" in message and not (tmp_path / "scored").exists()
+    arguments[1] = message.split("name the files: ")[1].strip()
+    assert cli.main([*arguments, "--output_dir", str(tmp_path / "scored")]) == 0
+    assert len(rows(tmp_path / "scored")["prompt"]) == 5
+
+
 def test_two_processes_score_the_rows_of_one(pictures, tmp_path):
     score(pictures, tmp_path / "a")
     for rank in (0, 1):
@@ -231,8 +252,9 @@ def test_a_reward_added_later_is_scored_alone(pictures, tmp_path):
         raise AssertionError("loaded again")
 
     score_dataset(pictures, {"jpeg": refuse, "length": lambda: length}, tmp_path, shard_size=3, progress=False)
+    score_dataset(pictures, {"again": lambda: length}, tmp_path, shard_size=3, progress=False)
     table = rows(tmp_path)
-    assert table["length"] == [2.0] * 7 and None not in table["jpeg"]
+    assert table["length"] == table["again"] == [2.0] * 7 and None not in table["jpeg"]
 
 
 def test_an_image_that_cannot_be_decoded_is_none_and_counted(pictures, tmp_path, caplog):

@@ -219,7 +219,7 @@ def test_a_reward_of_images_is_averaged_over_frames_when_asked_and_refused_when_
     for value, mid, mean in zip(encoded, middle, rows(tmp_path / "b")["redness"], strict=True):
         red = pixels(value)[..., 0]
         assert mean == pytest.approx(np.mean([red[0].mean(), red[mid].mean(), red[-1].mean()]))
-    facts = json.loads((tmp_path / "b" / ".scores" / "redness" / "facts.json").read_text())
+    facts = json.loads((tmp_path / "b" / "rewards.json").read_text())["redness"]
     assert facts["scale"] == "mean over 3 frames"
     with pytest.raises(DataError, match=r"mean_over_frames: 3 there, 4 now"):
         score(dataset_of(encoded), tmp_path / "b", [redness], mean_over_frames=4)

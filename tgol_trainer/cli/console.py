@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def open_dataset(args: argparse.Namespace) -> Repository | None:
     return dataclasses.replace(target, resume=resume)
 
 
-def push_complete_dataset(target: Repository | None, folder: Path, message: str, columns: Sequence[str] = ()) -> int:
+def push_complete_dataset(target: Repository | None, folder: Path, message: str) -> int:
     """Push the shards of all processes once they are there; return the exit code."""
     from tgol_trainer.data import DataError
     from tgol_trainer.hub import PushError
@@ -119,8 +119,8 @@ def push_complete_dataset(target: Repository | None, folder: Path, message: str,
     if target is None:
         return 0
     try:
-        wait_for_shards(folder, columns)
-        commit = push_dataset(target, folder, message, columns)
+        wait_for_shards(folder)
+        commit = push_dataset(target, folder, message)
     except (DataError, PushError) as error:
         print(f"error: {error}", file=sys.stderr)
         return PUSH_FAILED

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tgol_trainer.callbacks import dataset_facts
     from tgol_trainer.data import Columns, DataError, load_scored_dataset
-    from tgol_trainer.jobs import note_source, score_dataset
+    from tgol_trainer.jobs import check_source_complete, note_source, score_dataset
     from tgol_trainer.rewards import load_reward
 
     gpu = torch.cuda.is_available() and not args.use_cpu
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = sorted(options.keys() - set(args.rewards))
         if unknown:
             raise DataError(f"`reward_options`: {unknown[0]!r} is none of `rewards`: {', '.join(args.rewards)}.")
+        check_source_complete(args.source)
         target = open_dataset(args)
         rewards = {
             spec.rpartition(":")[2]: partial(
@@ -123,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")
     source = dataset_facts(dataset, [])
     note_source(args.output_dir, source.name, source.revision)
-    return push_complete_dataset(target, args.output_dir, f"Scores: {', '.join(missing)}", list(missing))
+    return push_complete_dataset(target, args.output_dir, f"Scores: {', '.join(missing)}")

@@ -2,19 +2,21 @@
 
 from .evaluate import EvaluationJob, run_evaluation
 from .generate import generate_dataset, image_seed
-from .publish import check_complete, note_source, push_dataset, wait_for_shards
-from .score import score_dataset
+from .publish import check_complete, check_source_complete, note_source, push_dataset, wait_for_shards
+from .score import read_rewards, score_dataset
 from .shards import Shards, process_share
 
 __all__ = [
     "EvaluationJob",
     "Shards",
     "check_complete",
+    "check_source_complete",
     "generate_dataset",
     "image_seed",
     "note_source",
     "process_share",
     "push_dataset",
+    "read_rewards",
     "run_evaluation",
     "score_dataset",
     "wait_for_shards",

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,15 +33,14 @@ from tgol_trainer.evaluation.measures import FRAMES_LOOKED_AT, SPREAD
 from tgol_trainer.rewards import RewardFunction
 
 from .generate import generate_dataset
-from .score import score_dataset
-from .shards import Shards, process_share, write_atomically
+from .score import note_rewards, read_rewards, score_dataset
+from .shards import Shards, process_share, weights_digest
 
 logger = logging.getLogger(__name__)
 
 RECORD = "tgol_evaluate.json"
 SHARD_SIZE = 64
 FEATURES = "feature_spread"
-_FACTS = "rewards.json"
 _OWN = ("prompt", "seed", "image_index", *MEASURES, *SPREADS, "thumbnail", "preview")
 
 
@@ -107,7 +105,7 @@ class EvaluationJob:
             name: Shards(
                 self.output_dir / "results" / name,
                 *(count, size, RECORD),
-                {**settings, "adapter": adapter, "weights_blake2b": _weights_digest(adapter)},
+                {**settings, "adapter": adapter, "weights_blake2b": weights_digest(adapter)},
             )
             for name, adapter in self.models.items()
         }
@@ -254,13 +252,13 @@ class EvaluationJob:
         if shards.path(shard).exists():
             before = pyarrow.parquet.read_table(shards.path(shard))
             content |= {column: before[column].to_pylist() for column in before.column_names if column not in _OWN}
-        facts = _read_facts(shards.folder)
+        facts: dict[str, Any] = {}
         for folder in sorted(self._work(name, shard).glob("*")):
             scored = pyarrow.parquet.read_table(next((folder / "data").glob("*.parquet")))
             for column in scored.column_names:
                 if column not in ("prompt", visual):
                     content[column] = scored[column].to_pylist()
-            facts[folder.name] = json.loads((folder / ".scores" / folder.name / "facts.json").read_text("utf-8"))
+            facts |= read_rewards(folder)
         content |= _looked_at(pictures[visual].to_pylist(), visual, features)
         kinds = {"prompt": "string", "seed": "int64", "image_index": "int64", "thumbnail": "binary"}
         kinds |= {"preview": "binary", SPREAD: "binary"}
@@ -268,7 +266,7 @@ class EvaluationJob:
         if FEATURES in content:
             types[FEATURES] = datasets.List(datasets.Value("float32"))  # type: ignore[assignment]
         shards.write(shard, datasets.Dataset.from_dict(content, features=datasets.Features(types)))
-        write_atomically(shards.folder / _FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        note_rewards(shards.folder, facts)
         shutil.rmtree(self._work(name, shard), ignore_errors=True)
         if not keep:
             path.unlink(missing_ok=True)
@@ -329,7 +327,7 @@ class EvaluationJob:
         """Return model, revision and scale of each reward that was computed here."""
         found: dict[str, dict[str, Any]] = {}
         for shards in self.shards.values():
-            found |= _read_facts(shards.folder)
+            found |= read_rewards(shards.folder)
         return found
 
     def score_columns(self, rewards: Sequence[str]) -> list[str]:
@@ -418,25 +416,6 @@ def _descriptor(value: Any) -> np.ndarray:
 
 def _names(path: Path) -> list[str]:
     return pyarrow.parquet.read_schema(path).names if path.exists() else []
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / _FACTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _weights_digest(adapter: str | None) -> str | None:
-    """Return a hash of the weights in a local folder: results of an adapter that was trained further are not its."""
-    folder = Path(adapter).expanduser() if adapter is not None else None
-    if folder is None or not folder.exists():
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*/*.safetensors")):
-        if not file.parent.name.startswith("checkpoint-"):
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _free_memory() -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tgol_trainer.data import DataError, encode_video
 from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos
 
-from .shards import Shards, process_share
+from .shards import Shards, process_share, weights_digest
 
 RECORD = "tgol_generate.json"
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
@@ -95,7 +95,7 @@ def generate_dataset(
         revision (`str`, *optional*):
             Its revision, written in every row.
         adapter (`str`, *optional*):
-            Name of the adapter, written in every row.
+            Its name, written in every row. Other weights in the same folder do not continue what these began.
         images_per_prompt (`int`, *optional*, defaults to 1):
             Pictures a prompt.
         seed (`int`, *optional*, defaults to 0):
@@ -145,6 +145,7 @@ def _shards(
 ) -> Shards:
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
     settings = {**settings, "images_per_prompt": images_per_prompt, "prompts_blake2b": digest}
+    settings["weights_blake2b"] = weights_digest(settings["adapter"])
     batch_size = settings["batch_size"]
     whole = -(-shard_size // batch_size) * batch_size if shard_size > 0 else shard_size
     return Shards(folder, len(prompts) * images_per_prompt, whole, RECORD, settings)

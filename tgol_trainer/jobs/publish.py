@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tgol_trainer.shapes import EMBEDDED
 
 from .generate import RECORD as GENERATED
 from .score import RECORD as SCORED
+from .score import REWARDS, read_rewards
 from .shards import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -49,20 +49,13 @@ def note_source(folder: str | Path, name: str | None, revision: str | None = Non
     write_atomically(Path(folder) / _SOURCE, json.dumps({"name": name, "revision": revision}) + "\n")
 
 
-def _rewards(folder: Path) -> list[Path]:
-    parts = folder / ".scores"
-    return sorted(path for path in parts.iterdir() if path.is_dir()) if parts.is_dir() else []
-
-
-def missing_shards(folder: str | Path, columns: Sequence[str] = ()) -> tuple[int, int]:
+def missing_shards(folder: str | Path) -> tuple[int, int]:
     """
     Count the shards that are not there yet, or lack a column of scores that another process still writes.
 
     Args:
         folder (`str` or `Path`):
             Of `tgol generate` or `tgol score`.
-        columns (`Sequence[str]`, *optional*):
-            Further columns that a complete shard has.
 
     Returns:
         `tuple[int, int]`: missing, and all.
@@ -78,19 +71,10 @@ def missing_shards(folder: str | Path, columns: Sequence[str] = ()) -> tuple[int
         )
     settings = json.loads(record.read_text(encoding="utf-8"))
     total = -(-settings["num_rows"] // settings["shard_size"])
-    wanted = {name for _, names in _reward_columns(folder) for name in names} | set(columns)
+    wanted = {name for facts in read_rewards(folder).values() for name in facts["columns"]}
     files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
     done = [file for file in files if file.is_file() and wanted <= set(pyarrow.parquet.read_schema(file).names)]
     return total - len(done), total
-
-
-def _reward_columns(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield the facts of each reward and the columns it wrote."""
-    for reward in _rewards(folder):
-        parts, facts = sorted(reward.glob("*.parquet")), reward / "facts.json"
-        if parts:
-            known = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
-            yield known, pyarrow.parquet.read_schema(parts[0]).names
 
 
 def check_complete(folder: str | Path) -> None:
@@ -103,17 +87,27 @@ def check_complete(folder: str | Path) -> None:
         )
 
 
-def wait_for_shards(
-    folder: str | Path, columns: Sequence[str] = (), patience: float = 1800.0, pause: float = 2.0
-) -> None:
+def check_source_complete(source: str) -> None:
+    """Raise a [`DataError`] for a folder here that `tgol generate` or `tgol score` is still to fill."""
+    folder = Path(source).expanduser()
+    if not any((folder / record).is_file() for record in (GENERATED, SCORED)):
+        return
+    missing, total = missing_shards(folder)
+    if missing:
+        raise DataError(
+            f"`source`: {missing} of {total} shards of {source} are not there, or lack a score: the command that "
+            "makes them still runs, or was stopped. Wait for it, or give it again, and then score. To score what is "
+            f"there and no more, name the files: {folder / 'data'}"
+        )
+
+
+def wait_for_shards(folder: str | Path, patience: float = 1800.0, pause: float = 2.0) -> None:
     """
     Wait until other processes have made their shards.
 
     Args:
         folder (`str` or `Path`):
             Of `tgol generate` or `tgol score`.
-        columns (`Sequence[str]`, *optional*):
-            Further columns that a complete shard has.
         patience (`float`, *optional*, defaults to 1800):
             Seconds without a new shard after which it gives up.
         pause (`float`, *optional*, defaults to 2):
@@ -122,7 +116,7 @@ def wait_for_shards(
     Raises:
         DataError: if no new shard comes; with the command that pushes later.
     """
-    missing, total = missing_shards(folder, columns)
+    missing, total = missing_shards(folder)
     since = time.monotonic()
     with tqdm(total=total, initial=total - missing, desc="Shards", unit="shard", disable=not missing) as bar:
         while missing:
@@ -132,14 +126,14 @@ def wait_for_shards(
                     f"the same command, then run `tgol push {folder}`."
                 )
             time.sleep(pause)
-            left, _ = missing_shards(folder, columns)
+            left, _ = missing_shards(folder)
             if left < missing:
                 since = time.monotonic()
             bar.update(missing - left)
             missing = left
 
 
-def push_dataset(target: Repository, folder: str | Path, message: str, columns: Sequence[str] = ()) -> CommitInfo:
+def push_dataset(target: Repository, folder: str | Path, message: str) -> CommitInfo:
     """
     Write the card of a complete folder of shards and push both; shards that are there already are not sent again.
 
@@ -150,8 +144,6 @@ def push_dataset(target: Repository, folder: str | Path, message: str, columns: 
             Of `tgol generate` or `tgol score`.
         message (`str`):
             Title of the commit.
-        columns (`Sequence[str]`, *optional*):
-            Columns of scores that no reward wrote, such as weighted sums.
 
     Returns:
         `huggingface_hub.CommitInfo`: the last commit.
@@ -163,19 +155,19 @@ def push_dataset(target: Repository, folder: str | Path, message: str, columns: 
     folder = Path(folder)
     check_complete(folder)
     shards = sorted((folder / "data").glob("train-*.parquet"))
-    write_dataset_card(_facts(target.id, folder, shards, columns), folder)
-    files = {path.relative_to(folder).as_posix(): path for path in [folder / "README.md", *shards]}
+    write_dataset_card(_facts(target.id, folder, shards), folder)
+    beside = [path for path in (folder / "README.md", folder / REWARDS) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path for path in [*beside, *shards]}
     return push_files(target, folder, files, message)
 
 
-def _facts(repository: str, folder: Path, shards: list[Path], further: Sequence[str]) -> DatasetCardFacts:
+def _facts(repository: str, folder: Path, shards: list[Path]) -> DatasetCardFacts:
     features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0]))
     kinds = {name: getattr(kind, "dtype", None) or type(kind).__name__.lower() for name, kind in features.items()}
     media = {name: type(kind).__name__ for name, kind in features.items()}
     kinds |= {name: kind.lower() for name, kind in media.items() if kind in ("Image", "Video")}
     rows = sum(pyarrow.parquet.read_metadata(shard).num_rows for shard in shards)
-    scored = {column: facts for facts, columns in _reward_columns(folder) for column in columns}
-    scored |= {column: {} for column in further if column not in scored}
+    scored = {column: facts for facts in read_rewards(folder).values() for column in facts["columns"]}
     source = folder / _SOURCE
     known = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     return DatasetCardFacts(

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
+from tgol_trainer.data.loading import AnyDataset
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
 
 from .shards import Shards, process_share, write_atomically, write_parquet
@@ -24,13 +25,26 @@ from .shards import Shards, process_share, write_atomically, write_parquet
 logger = logging.getLogger(__name__)
 
 RECORD = "tgol_score.json"
+REWARDS = "rewards.json"
 WEIGHTED = "weighted_sum"
 _BATCH_SIZES = {"image": 32, "video": 2}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
-    """The columns that are read, and how."""
+class Source:
+    """
+    The columns that are read, and how.
+
+    Args:
+        prompt (`str`):
+            Column of prompts.
+        visual (`str`):
+            Column of images or videos.
+        medium (`str`):
+            `"image"` or `"video"`.
+        mean_over_frames (`int`, *optional*):
+            As in [`score_dataset`].
+    """
 
     prompt: str
     visual: str
@@ -53,6 +67,7 @@ def score_dataset(
     video_column: str | None = None,
     mean_over_frames: int | None = None,
     weights: Mapping[str, float] | None = None,
+    report: bool = True,
 ) -> dict[str, int]:
     """
     Add one float64 column a reward and write the dataset as Parquet shards.
@@ -68,7 +83,8 @@ def score_dataset(
         rewards (`Mapping[str, Callable]`):
             Column name to a function without arguments that loads the reward; it is called when scores are missing.
         output_dir (`str` or `Path`):
-            Holds `data/train-*.parquet` and `tgol_score.json`; `datasets.load_dataset(output_dir)` reads it.
+            Holds `data/train-*.parquet`, `tgol_score.json` and `rewards.json` ([`read_rewards`]);
+            `datasets.load_dataset(output_dir)` reads it.
         columns ([`Columns`], *optional*):
             Names of the prompt and image columns.
         one_at_a_time (`bool`, *optional*, defaults to `False`):
@@ -89,6 +105,8 @@ def score_dataset(
             Score videos with rewards of images as well: the mean over so many frames ([`MeanOverFrames`]).
         weights (`Mapping[str, float]`, *optional*):
             Columns of these rewards to weights: adds the column `weighted_sum`, `None` where one of them is.
+        report (`bool`, *optional*, defaults to `True`):
+            Warn of rows without a score.
 
     Returns:
         `dict[str, int]`: column name to the number of this process's rows without a score.
@@ -98,31 +116,47 @@ def score_dataset(
             images and the rows hold videos or the other way round, or if `output_dir` was begun with another dataset
             or other shards.
     """
-    source, weights = _source(dataset, columns or Columns(), video_column, mean_over_frames), weights or {}
-    _check(dataset, list(rewards), source, weights)
+    source, weights = source_of(dataset, columns or Columns(), video_column, mean_over_frames), weights or {}
+    check_rewards(dataset, list(rewards), source, weights)
     batch_size = _BATCH_SIZES[source.medium] if batch_size is None else batch_size
     dataset = _undecoded(dataset, source)
     shards = _shards(dataset, Path(output_dir), source, shard_size)
     mine = list(shards.share(*(share or process_share())))
-    groups = [[name] for name in rewards] if one_at_a_time else [list(rewards)]
-    for group in groups:
-        if not (wanted := [x for x in mine if any(not _part(shards, name, x).exists() for name in group)]):
-            continue
-        group = [name for name in group if any(not _part(shards, name, shard).exists() for shard in wanted)]
-        loaded = {name: _fitting(name, rewards[name](), source) for name in group}
-        total = sum(len(shards.rows(shard)) for shard in wanted)
-        with tqdm(total=total, desc=f"Scoring ({', '.join(group)})", unit=source.medium, disable=not progress) as bar:
-            for shard in wanted:
-                _score_shard(dataset, loaded, shards, shard, source, batch_size, num_workers, bar)
-        del loaded
+    work = (dataset, shards, source, batch_size, num_workers, progress)
+    for group in [[name] for name in rewards] if one_at_a_time else [list(rewards)]:
+        _score_group({name: rewards[name] for name in group}, mine, *work)
         if one_at_a_time:
             gc.collect()  # the next group's models need the room
-    return _assemble(dataset, list(rewards), shards, mine, source, weights)
+    missing = _assemble(dataset, list(rewards), shards, mine, source, weights)
+    if report:
+        report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
+    return missing
 
 
-def _source(
-    dataset: datasets.Dataset, columns: Columns, video_column: str | None, mean_over_frames: int | None
-) -> _Source:
+def _score_group(
+    rewards: Mapping[str, Callable[[], RewardFunction]],
+    mine: Sequence[int],
+    dataset: datasets.Dataset,
+    shards: Shards,
+    source: Source,
+    batch_size: int,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Score the shards that lack one of the rewards, which are in memory together."""
+    wanted = [shard for shard in mine if any(not _part(shards, name, shard).exists() for name in rewards)]
+    missing = [name for name in rewards if any(not _part(shards, name, shard).exists() for shard in wanted)]
+    if not missing:
+        return
+    loaded = {name: _fitting(name, rewards[name](), source) for name in missing}
+    total = sum(len(shards.rows(shard)) for shard in wanted)
+    with tqdm(total=total, desc=f"Scoring ({', '.join(missing)})", unit=source.medium, disable=not progress) as bar:
+        for shard in wanted:
+            _score_shard(dataset, loaded, shards, shard, source, batch_size, num_workers, bar)
+
+
+def source_of(dataset: AnyDataset, columns: Columns, video_column: str | None, mean_over_frames: int | None) -> Source:
+    """Return what is read of a dataset."""
     video = video_column or columns.video
     if video is None and columns.image not in dataset.column_names and "video" in dataset.column_names:
         video = "video"
@@ -132,13 +166,13 @@ def _source(
                 f"`mean_over_frames`: the column {columns.image!r} holds images. Leave it out, or name a column of "
                 "videos (`video_column`)."
             )
-        return _Source(columns.prompt, columns.image, "image", None)
+        return Source(columns.prompt, columns.image, "image", None)
     if mean_over_frames is not None and mean_over_frames < 1:
         raise DataError(f"`mean_over_frames` is {mean_over_frames}; it must be at least 1.")
-    return _Source(columns.prompt, video, "video", mean_over_frames)
+    return Source(columns.prompt, video, "video", mean_over_frames)
 
 
-def _fitting(name: str, reward: RewardFunction, source: _Source) -> RewardFunction:
+def _fitting(name: str, reward: RewardFunction, source: Source) -> RewardFunction:
     """Return a reward that scores what the rows hold."""
     takes = reward_takes(reward)
     if takes == f"{source.medium}s":
@@ -157,7 +191,7 @@ def _fitting(name: str, reward: RewardFunction, source: _Source) -> RewardFuncti
     )
 
 
-def _undecoded(dataset: datasets.Dataset, source: _Source) -> datasets.Dataset:
+def _undecoded(dataset: datasets.Dataset, source: Source) -> datasets.Dataset:
     feature = dataset.features[source.visual]
     if source.medium == "image":
         return dataset.cast_column(source.visual, datasets.Image(decode=False))
@@ -168,7 +202,8 @@ def _undecoded(dataset: datasets.Dataset, source: _Source) -> datasets.Dataset:
     return dataset
 
 
-def _check(dataset: datasets.Dataset, rewards: Sequence[str], source: _Source, weights: Mapping[str, float]) -> None:
+def check_rewards(dataset: AnyDataset, rewards: Sequence[str], source: Source, weights: Mapping[str, float]) -> None:
+    """Raise a [`DataError`] for columns that are missing or taken, and for weights of no reward."""
     if not rewards:
         raise DataError("`rewards`: none is given. Name at least one, such as `jpeg_compressibility`.")
     absent = [name for name in (source.prompt, source.visual) if name not in dataset.column_names]
@@ -190,7 +225,7 @@ def _check(dataset: datasets.Dataset, rewards: Sequence[str], source: _Source, w
         raise DataError(f"`weights`: {unknown[0]!r} is no column of these rewards: {', '.join(rewards)}.")
 
 
-def _shards(dataset: datasets.Dataset, folder: Path, source: _Source, shard_size: int) -> Shards:
+def _shards(dataset: datasets.Dataset, folder: Path, source: Source, shard_size: int) -> Shards:
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.select_columns([source.prompt]).with_format("arrow").iter(10_000):
         digest.update("\0".join(str(prompt) for prompt in batch[source.prompt].to_pylist()).encode())
@@ -209,7 +244,7 @@ def _score_shard(
     rewards: dict[str, RewardFunction],
     shards: Shards,
     shard: int,
-    source: _Source,
+    source: Source,
     batch_size: int,
     num_workers: int,
     bar: tqdm,
@@ -245,6 +280,46 @@ def _score_shard(
         write_parquet(_part(shards, name, shard), datasets.Dataset.from_dict(columns, features=features))
         facts = json.dumps(dataclasses.asdict(reward_facts(rewards[name])), indent=2, ensure_ascii=False)
         write_atomically(_part(shards, name, shard).with_name("facts.json"), facts + "\n")
+        note_rewards(shards.folder, _facts(shards.folder))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    found = {}
+    for file in sorted((folder / ".scores").glob("*/facts.json")):
+        parts = sorted(file.parent.glob("*.parquet"))
+        names = pyarrow.parquet.read_schema(parts[0]).names if parts else []
+        found[file.parent.name] = {**json.loads(file.read_text(encoding="utf-8")), "columns": names}
+    return found
+
+
+def weighted_facts(weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return what [`read_rewards`] says of the weighted sum, nothing without weights."""
+    scale = " + ".join(f"{weight:g} * {name}" for name, weight in weights.items())
+    facts = {"name": WEIGHTED, "model_id": None, "revision": None, "scale": scale, "columns": [WEIGHTED]}
+    return {WEIGHTED: facts} if weights else {}
+
+
+def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """
+    Say what the scores in a folder are.
+
+    Args:
+        folder (`str` or `Path`):
+            Of [`score_dataset`].
+
+    Returns:
+        `dict[str, dict]`: of each reward, and of the weighted sum, the fields of [`RewardFacts`] and the `columns`
+        that it wrote; nothing where nothing was scored.
+    """
+    file = Path(folder) / REWARDS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def note_rewards(folder: Path, facts: dict[str, Any]) -> None:
+    """Add what is known of rewards to what [`read_rewards`] reads; every process writes the same."""
+    known = read_rewards(folder)
+    if known != (known := known | facts):
+        write_atomically(folder / REWARDS, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
 
 def _opened(value: Any) -> Any:
@@ -265,7 +340,8 @@ def _read_part(path: Path) -> dict[str, list[float | None]]:
     return pyarrow.parquet.read_table(path).to_pydict()  # `datasets` would keep a copy in its cache
 
 
-def _weighted(found: Mapping[str, list[float | None]], weights: Mapping[str, float]) -> list[float | None]:
+def weighted(found: Mapping[str, list[float | None]], weights: Mapping[str, float]) -> list[float | None]:
+    """Return the sum of columns times weights, `None` where one of them is."""
     absent = [name for name in weights if name not in found]
     if absent:
         raise DataError(f"`weights`: {absent[0]!r} is no column of these rewards: {', '.join(found)}.")
@@ -290,26 +366,33 @@ def _assemble(
     rewards: list[str],
     shards: Shards,
     mine: list[int],
-    source: _Source,
+    source: Source,
     weights: Mapping[str, float],
 ) -> dict[str, int]:
     """Write the shards that lack a column or have a sum of other weights; return how many rows have no score."""
+    note_rewards(shards.folder, _facts(shards.folder) | weighted_facts(weights))
     missing = dict.fromkeys(rewards, 0)
     for shard in mine:
         found: dict[str, list[float | None]] = {}
         for name in rewards:
             found |= _read_part(_part(shards, name, shard))
         if weights:
-            found[WEIGHTED] = _weighted(found, weights)
+            found[WEIGHTED] = weighted(found, weights)
         for name, values in found.items():
             missing[name] = missing.get(name, 0) + sum(value is None for value in values)
         if not _has_columns(shards.path(shard), found):
-            shards.write(shard, _assembled(dataset.select(shards.rows(shard)), found, source))
-    _report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
+            before = _other_columns(shards.path(shard), dataset.column_names)
+            shards.write(shard, _assembled(dataset.select(shards.rows(shard)), before | found, source))
     return missing
 
 
-def _assembled(rows: datasets.Dataset, scores: dict[str, list[float | None]], source: _Source) -> datasets.Dataset:
+def _other_columns(path: Path, known: Sequence[str]) -> dict[str, list[float | None]]:
+    """Return the scores of an earlier start that a shard holds."""
+    names = [name for name in pyarrow.parquet.read_schema(path).names if name not in known] if path.exists() else []
+    return pyarrow.parquet.read_table(path, columns=names).to_pydict() if names else {}
+
+
+def _assembled(rows: datasets.Dataset, scores: dict[str, list[float | None]], source: Source) -> datasets.Dataset:
     """Return the rows with their images or videos as bytes and the score columns behind."""
     features = datasets.Features({**rows.features, **{name: datasets.Value("float64") for name in scores}})
     if source.medium == "image":
@@ -324,11 +407,20 @@ def _with_bytes(value: Any) -> Any:
         return [_with_bytes(frame) for frame in value]
     if not isinstance(value, dict) or value.get("bytes") is not None:
         return value
+    if "://" in str(value.get("path")):
+        from datasets.utils.file_utils import xopen
+
+        try:
+            with xopen(value["path"], "rb") as file:  # reads hf://, https:// and zip://a.png::hf://...
+                return {"bytes": file.read(), "path": value["path"].rpartition("/")[2]}
+        except OSError:
+            return None
     path = Path(value.get("path") or "")
     return {"bytes": path.read_bytes(), "path": path.name} if path.is_file() else None
 
 
-def _report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:
+def report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:
+    """Warn of rows without a score, of each column."""
     for name, count in missing.items():
         if count:
             logger.warning(

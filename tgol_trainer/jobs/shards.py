@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,64 @@ def process_share() -> tuple[int, int]:
         `tuple[int, int]`: `RANK` and `WORLD_SIZE` of the environment, 0 and 1 without them.
     """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def claim_folder(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
+    """
+    Note what decides the content of a folder of shards, or refuse to mix it with something else.
+
+    Args:
+        folder (`Path`):
+            Made if missing; the shards go to `folder/data`.
+        record (`str`):
+            Name of the JSON file in `folder` that keeps the settings.
+        settings (`Mapping[str, Any]`):
+            What decides the content.
+
+    Raises:
+        DataError: if `folder` holds shards made with other settings, or other files where the shards should go.
+    """
+    path, data = folder / record, folder / "data"
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    if path.exists() and any(folder.rglob("*.parquet")):  # of a start that made nothing, nothing is kept
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in before.keys() | settings if before.get(name) != settings.get(name))
+        if changed:
+            lines = "\n".join(
+                f"  {name}: {str(before.get(name))[:80]} there, {str(settings.get(name))[:80]} now" for name in changed
+            )
+            raise DataError(
+                f"`output_dir`: {folder} was begun with other settings:\n{lines}\n"
+                "Give these again to continue it, or another `output_dir`."
+            )
+    elif not path.exists() and data.is_dir() and any(data.iterdir()):
+        raise DataError(f"`output_dir`: {data} holds files of something else. Give another `output_dir`.")
+    data.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_digest(adapter: str | None) -> str | None:
+    """
+    Return a hash of the weights in a local folder: what an adapter made before it was trained further is not its.
+
+    Args:
+        adapter (`str`, *optional*):
+            Folder or Hub id.
+
+    Returns:
+        `str`: BLAKE2b in hexadecimal; `None` for a Hub id and for none.
+    """
+    folder = Path(adapter).expanduser() if adapter is not None else None
+    if folder is None or not folder.exists():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*/*.safetensors"))
+    for file in [folder] if folder.is_file() else files:
+        if not file.parent.name.startswith("checkpoint-") or file.parent == folder:
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 class Shards:
@@ -54,26 +113,7 @@ class Shards:
         self.folder, self.num_rows, self.shard_size = folder, num_rows, shard_size
         self.num_shards = -(-num_rows // shard_size)
         self.data = folder / "data"
-        self._claim(folder / record, {**settings, "num_rows": num_rows, "shard_size": shard_size})
-
-    def _claim(self, record: Path, settings: dict[str, Any]) -> None:
-        settings = json.loads(json.dumps(settings))  # as it will be read back
-        if record.exists() and any(self.folder.rglob("*.parquet")):  # of a start that made nothing, nothing is kept
-            before = json.loads(record.read_text(encoding="utf-8"))
-            changed = sorted(name for name in before.keys() | settings if before.get(name) != settings.get(name))
-            if changed:
-                lines = "\n".join(
-                    f"  {name}: {str(before.get(name))[:80]} there, {str(settings.get(name))[:80]} now"
-                    for name in changed
-                )
-                raise DataError(
-                    f"`output_dir`: {self.folder} was begun with other settings:\n{lines}\n"
-                    "Give these again to continue it, or another `output_dir`."
-                )
-        elif not record.exists() and self.data.is_dir() and any(self.data.iterdir()):
-            raise DataError(f"`output_dir`: {self.data} holds files of something else. Give another `output_dir`.")
-        self.data.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        claim_folder(folder, record, {**settings, "num_rows": num_rows, "shard_size": shard_size})
 
     def rows(self, shard: int) -> range:
         """Return the rows of a shard."""
