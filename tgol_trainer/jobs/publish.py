@@ -213,11 +213,13 @@ def _generators(shards: list[Path], columns: set[str]) -> list[dict[str, Any]]:
     counted = table.group_by(names).aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
     found = [{name: row[name] for name in names} for row in counted.to_pylist()[:_SHOWN]]
     for made in found:
+        for name in {"model", "adapter"} & made.keys():
+            path = made[name] or ""
+            if path and path not in EMBEDDED and Path(path).expanduser().exists():
+                logger.warning("The column `%s` holds %r, a path of this machine, which becomes public.", name, path)
         model = made["model"] or ""
         if model in EMBEDDED:
             made["license"] = "apache-2.0"
-        elif Path(model).expanduser().exists():
-            logger.warning("The column `model` holds %r, a path of this machine, and becomes public with it.", model)
-        elif "/" in model:
+        elif "/" in model and not Path(model).expanduser().exists():
             made["license"] = hub_license(model, made.get("revision")).get("license")
     return found
