@@ -14,12 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tgol_trainer import cli
 from tgol_trainer.data import DataError, load_prompts
-from tgol_trainer.jobs import Shards, generate_dataset, image_seed, score_dataset
+from tgol_trainer.jobs import (
+    Shards,
+    check_complete,
+    generate_dataset,
+    image_seed,
+    read_rewards,
+    score_dataset,
+    score_stream,
+)
 from tgol_trainer.rewards import RewardFacts, jpeg_compressibility, load_reward
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
@@ -224,6 +233,60 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
         with pytest.raises(SystemExit):
             cli.main([*arguments, *wrong])
         assert message in capsys.readouterr().err
+
+
+def stream_of(dataset, folder):
+    """Two Parquet files, of four rows and of three."""
+    folder.mkdir(exist_ok=True)
+    for name, part in (("a", range(4)), ("b", range(4, 7))):
+        dataset.select(part).to_parquet(folder / f"{name}.parquet")
+    return datasets.load_dataset(str(folder), split="train", streaming=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"one_at_a_time": True}])
+def test_a_stream_is_scored_like_the_dataset_by_any_number_of_processes(pictures, tmp_path, options):
+    stream = stream_of(pictures, tmp_path / "source")
+    score(pictures, tmp_path / "whole", ["jpeg", "length"], weights={"length": 2})
+    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
+    options = {**options, "shard_size": 3, "progress": False, "weights": {"length": 2}}
+    for rank in (1, 0):
+        score_stream(stream, known, tmp_path / "out", share=(rank, 2), **options)
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+    assert [len(parquet.read_table(file)) for file in sorted((tmp_path / "out" / "data").iterdir())] == [3, 1, 3]
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert loaded["note"][:] == list("abcdefg") and isinstance(loaded.features["image"], datasets.Image)
+    assert read_rewards(tmp_path / "out") == read_rewards(tmp_path / "whole")
+
+
+def test_a_stream_continues_where_it_was_killed_and_opens_no_file_that_was_read(pictures, tmp_path, caplog):
+    seen = []
+
+    def counted(images, prompts):
+        seen.extend(prompts)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return [1.0 if prompt != "p1" else None for prompt in prompts]
+
+    options = {"shard_size": 2, "batch_size": 1, "progress": False, "share": (0, 1)}
+    stream, rewards = stream_of(pictures, tmp_path / "source"), {"one": lambda: counted}
+    with pytest.raises(KeyboardInterrupt):
+        score_stream(stream, rewards, tmp_path / "out", **options)
+    with pytest.raises(DataError, match="1 of 3 shards"):
+        check_complete(tmp_path / "out")
+    (tmp_path / "source" / "a.parquet").write_bytes(b"gone")  # was read to its end
+    assert score_stream(stream, rewards, tmp_path / "out", **options) == {"one": 1}
+    assert seen == ["p0", "p1", "p2", "p3", "p4", "p4", "p5", "p6"] and "1 of 7 rows have no score" in caplog.text
+    check_complete(tmp_path / "out")
+    last = sorted((tmp_path / "out" / "data").iterdir())[-1]
+    last.unlink()
+    with pytest.raises(DataError, match="1 of 4 shards"):
+        check_complete(tmp_path / "out")
+    score_stream(stream, rewards, tmp_path / "out", **options)
+    assert seen[8:] == ["p6"]
+    # A reward of later is scored on what was written; the source is not read.
+    (tmp_path / "source" / "b.parquet").write_bytes(b"gone")
+    assert score_stream(stream, {"length": lambda: length}, tmp_path / "out", **options) == {"length": 0}
+    assert rows(tmp_path / "out")["one"] == [1.0, None, *[1.0] * 5]
 
 
 def test_pictures_that_are_still_being_made_are_not_scored(tmp_path, monkeypatch, capsys):

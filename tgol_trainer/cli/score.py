@@ -46,6 +46,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--reward_options", type=json_object, help="JSON, by reward, of what load_reward takes: source, revision, ..."
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read Parquet files one by one, also of the Hub, without a copy"
+    )
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
     parser.add_argument("--image_column", default="image", help="default: %(default)s")
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tgol_trainer.callbacks import dataset_facts
     from tgol_trainer.data import Columns, DataError, load_scored_dataset
-    from tgol_trainer.jobs import check_source_complete, note_source, score_dataset
+    from tgol_trainer.jobs import check_source_complete, note_source, score_dataset, score_stream
     from tgol_trainer.rewards import load_reward
 
     gpu = torch.cuda.is_available() and not args.use_cpu
@@ -105,9 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for spec in args.rewards
         }
-        dataset = load_scored_dataset(args.source, split=args.split, columns=columns)
+        dataset = load_scored_dataset(args.source, split=args.split, streaming=args.streaming, columns=columns)
         disable_progress_bar()  # one bar a file, over ours
-        missing = score_dataset(
+        score = partial(score_stream, name=f"{args.source} ({args.split})") if args.streaming else score_dataset
+        missing = score(
             dataset,
             rewards,
             args.output_dir,

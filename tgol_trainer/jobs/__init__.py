@@ -4,6 +4,7 @@ from .evaluate import EvaluationJob, run_evaluation
 from .generate import generate_dataset, image_seed
 from .publish import check_complete, check_source_complete, note_source, push_dataset, wait_for_shards
 from .score import read_rewards, score_dataset
+from .score_stream import score_stream
 from .shards import Shards, process_share
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "read_rewards",
     "run_evaluation",
     "score_dataset",
+    "score_stream",
     "wait_for_shards",
 ]

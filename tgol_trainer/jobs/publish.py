@@ -24,6 +24,7 @@ from tgol_trainer.shapes import EMBEDDED
 from .generate import RECORD as GENERATED
 from .score import RECORD as SCORED
 from .score import REWARDS, read_rewards
+from .score_stream import unread_files
 from .shards import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,13 @@ def missing_shards(folder: str | Path) -> tuple[int, int]:
             f"{folder} is no folder of `tgol generate` or `tgol score`: it holds no {GENERATED}, {SCORED}."
         )
     settings = json.loads(record.read_text(encoding="utf-8"))
-    total = -(-settings["num_rows"] // settings["shard_size"])
     wanted = {name for facts in read_rewards(folder).values() for name in facts["columns"]}
-    files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
+    if "num_files" in settings:  # of a stream, whose rows nobody counted
+        unread, files = unread_files(folder, settings["num_files"]), sorted((folder / "data").glob("train-*.parquet"))
+        total = len(unread) + len(files)
+    else:
+        total = -(-settings["num_rows"] // settings["shard_size"])
+        files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
     done = [file for file in files if file.is_file() and wanted <= set(pyarrow.parquet.read_schema(file).names)]
     return total - len(done), total
 
