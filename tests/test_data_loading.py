@@ -231,10 +231,12 @@ def test_errors_of_the_hub_come_through_with_what_to_check(monkeypatch):
     reason = datasets.exceptions.DatasetNotFoundError("Dataset 'some/where' doesn't exist on the Hub")
 
     def load_dataset(*args, **options):
-        assert (args, options) == (("some/where", "fine"), {"split": "train[:5]", "streaming": True})
+        assert (args, options) == (("some/where", "fine"), {"split": "train", "streaming": True})
         raise reason
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"(?s)'some/where'.*doesn't exist on the Hub.*hf auth login") as caught:
-        load_scored_dataset("some/where", name="fine", split="train[:5]", streaming=True)
+        load_scored_dataset("some/where", name="fine", split="train", streaming=True)
     assert caught.value.__cause__ is reason
+    with pytest.raises(DataError, match=r"a stream takes no slice such as 'train\[:5\]'"):
+        load_scored_dataset("some/where", split="train[:5]", streaming=True)

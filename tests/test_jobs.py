@@ -481,7 +481,9 @@ def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path):
         # Of pictures that are all there: a process would not wait for those that the other still makes.
         score = ["score", str(tmp_path / "one" / "pictures"), "--rewards", "background_darkness", "--use_cpu"]
         score += ["--output_dir", str(tmp_path / way / "scored"), "--shard_size", "5", "--batch_size", "2"]
-        return [generate, score]
+        streamed = [*score[:-4], "--shard_size", "3", "--batch_size", "2", "--streaming"]
+        streamed[streamed.index("--output_dir") + 1] = str(tmp_path / way / "streamed")
+        return [generate, score, streamed]
 
     for arguments in steps("one"):
         assert cli.main(arguments) == 0
@@ -491,7 +493,8 @@ def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path):
     done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("of 2") == 2
-    for made in ("pictures", "scored"):
+    for made in ("pictures", "scored", "streamed"):
         assert rows(tmp_path / "two" / made) == rows(tmp_path / "one" / made)
         files = [{file.name for file in (tmp_path / way / made / "data").iterdir()} for way in ("one", "two")]
         assert files[0] == files[1] and len(files[0]) > 3
+    assert rows(tmp_path / "one" / "streamed") == rows(tmp_path / "one" / "scored")

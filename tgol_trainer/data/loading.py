@@ -72,6 +72,8 @@ def load_scored_dataset(
         DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
     """
     path = Path(source).expanduser()
+    if streaming and split != _base_split(split):
+        raise DataError(f"`split`: a stream takes no slice such as {split!r}. Name the split alone, or do not stream.")
     if path.is_file():
         return _load_file(path, split, streaming, columns, only)
     if path.is_dir():

@@ -89,8 +89,9 @@ def score_stream(
     if shard_size < 1:
         raise DataError(f"`shard_size` is {shard_size}; it must be at least 1.")
     folder, num_files = Path(output_dir), dataset.num_shards
-    facts = {"source": name, "num_files": num_files, "shard_size": shard_size, "mean_over_frames": mean_over_frames}
-    claim_folder(folder, RECORD, {"columns": [source.prompt, source.visual], **facts})
+    facts: dict[str, Any] = {"streaming": True, "source": name, "num_files": num_files, "shard_size": shard_size}
+    facts |= {"columns": [source.prompt, source.visual], "mean_over_frames": mean_over_frames}
+    claim_folder(folder, RECORD, facts)
     rank, world_size = share or process_share()
     if num_files < world_size and rank == 0:
         idle = world_size - num_files

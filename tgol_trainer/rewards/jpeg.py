@@ -6,6 +6,8 @@ import io
 
 from PIL import Image
 
+from .base import RewardFacts
+
 
 def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """
@@ -48,3 +50,8 @@ def _jpeg_bytes(image: Image.Image) -> int:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=95)
     return buffer.tell()
+
+
+_SCALE = "kilobytes (1000 bytes) as a JPEG file of quality 95"
+jpeg_compressibility.facts = RewardFacts("jpeg_compressibility", scale=f"minus {_SCALE}")  # type: ignore[attr-defined]
+jpeg_incompressibility.facts = RewardFacts("jpeg_incompressibility", scale=_SCALE)  # type: ignore[attr-defined]
