@@ -11,14 +11,13 @@ from tgol_trainer.losses import (
     kto_loss,
     nft_loss,
     ordinal_loss,
-    ordinal_offsets,
     preference_loss,
     quantile_regression_loss,
     regression_loss,
     supervised_loss,
     threshold_guided_loss,
 )
-from tgol_trainer.thresholds import confidence_weights
+from tgol_trainer.thresholds import confidence_weights, ordinal_offsets
 
 LN3 = math.log(3)  # σ(ln 3) = 3/4
 

@@ -10,48 +10,52 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import datasets
 import numpy as np
 
-from . import thresholds
-from .config import CONFIDENT_LOSSES, TGOLConfig
-from .data import (
-    Collator,
-    Columns,
-    DataError,
-    Labelling,
-    LabelSettings,
-    ScoredDataset,
-    ScoredStream,
-    fit_labelling,
-    stream_scores,
-)
+from . import data, thresholds
+from .config import CONFIDENT_LOSSES, MethodArguments
+from .data import Columns, DataError, Labelling, LabelSettings, fit_labelling
 from .data.combining import STREAMED_COLUMNS, check_combined, combine_columns
 from .data.scores import read_scores
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .config import TGOLConfig
+    from .data import Collator, ScoredDataset, ScoredStream
+
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
 
 
-def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset | None, args: TGOLConfig) -> None:
+def check_sources(
+    args: MethodArguments,
+    *,
+    streamed: bool | None,
+    proxy: bool = False,
+    regenerated: bool = False,
+    proxy_streamed: bool = False,
+) -> None:
     """
     Check that the data can give the threshold that the arguments ask for.
 
     Args:
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            As the user gave it.
-        proxy_dataset (the same, or a callable, *optional*):
-            As the user gave it.
-        args ([`TGOLConfig`]):
+        args ([`MethodArguments`]):
             The configuration.
+        streamed (`bool`, *optional*):
+            Whether the training data are a stream; `None` where there are none.
+        proxy (`bool`, *optional*, defaults to `False`):
+            Whether there is a proxy set.
+        regenerated (`bool`, *optional*, defaults to `False`):
+            Whether a function makes the proxy set anew after the reference moves.
+        proxy_streamed (`bool`, *optional*, defaults to `False`):
+            Whether the proxy set is a stream.
 
     Raises:
         ValueError: for a combination that would train something else than asked; with the remedy.
     """
-    streamed = isinstance(train_dataset, datasets.IterableDataset)
-    for dataset, name in ((train_dataset, "train_dataset"), (proxy_dataset, "proxy_dataset")):
-        check_columns_of_stream(dataset, name, args)
-    if proxy_dataset is not None and args.threshold is not None:
+    for stream, name in ((streamed, "train_dataset"), (proxy_streamed, "proxy_dataset")):
+        if args.score_columns and stream:
+            raise ValueError(f"{name}: {STREAMED_COLUMNS}")
+    if proxy and args.threshold is not None:
         raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
     if args.sync_ref_model == "epoch" and streamed:
         raise ValueError(
@@ -61,18 +65,18 @@ def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset 
     if streamed and (args.uses_groups or args.dead_zone):
         what = "a dead zone" if args.dead_zone else "groups (thresholds of groups, `group_size`, 'dpo')"
         raise ValueError(f"{what} need a dataset with a length: load it without `streaming=True`.")
-    if train_dataset is not None and not streamed and args.threshold_strategy == "running":
+    if streamed is False and args.threshold_strategy == "running":
         raise ValueError(
             "`threshold_strategy='running'` follows a stream; a dataset with a length has one percentile: use "
             "'global'."
         )
-    if args.threshold_strategy == "oracle" and proxy_dataset is None and not args.reference_samples:
+    if args.threshold_strategy == "oracle" and not proxy and not args.reference_samples:
         raise ValueError(
             "`threshold_strategy='oracle'` is estimated from samples of the reference model. Give them as "
             "`proxy_dataset`, or say with `reference_samples=True` that the training images are such samples."
         )
-    regenerated = callable(proxy_dataset) and args.sync_ref_model == "epoch"
-    if args.threshold_update == "epoch" and not streamed and not regenerated:
+    remade = regenerated and args.sync_ref_model == "epoch"
+    if args.threshold_update == "epoch" and not streamed and not remade:
         raise ValueError(
             "`threshold_update='epoch'` would give the same τ each time: the scores do not change between "
             "epochs. It means something for a streamed train_dataset, or for a `proxy_dataset` given as a "
@@ -84,13 +88,13 @@ def check_sources(train_dataset: AnyDataset | None, proxy_dataset: ProxyDataset 
         )
 
 
-def check_columns_of_stream(dataset: Any, name: str, args: TGOLConfig) -> None:
+def check_columns_of_stream(dataset: Any, name: str, args: MethodArguments) -> None:
     """Raise ValueError for several columns of scores in a stream."""
     if args.score_columns and isinstance(dataset, datasets.IterableDataset):
         raise ValueError(f"{name}: {STREAMED_COLUMNS}")
 
 
-def label_settings(args: TGOLConfig) -> LabelSettings:
+def label_settings(args: MethodArguments) -> LabelSettings:
     """Return the part of a configuration that decides labels and weights."""
     return LabelSettings(
         percentile=args.threshold_percentile,
@@ -102,7 +106,22 @@ def label_settings(args: TGOLConfig) -> LabelSettings:
         weighting=args.weighting,
         unit_mean_weight=args.normalize_weights and args.loss_type in CONFIDENT_LOSSES,
         dead_zone=args.dead_zone,
+        keep_source=args.loss_type in ("ordinal", "qrpo") or args.threshold_strategy == "running",
     )
+
+
+def cut_points(labelling: Labelling, args: MethodArguments) -> list[float] | None:
+    """Return the cut points of the ordinal loss in normalised units, increasing; `None` for other losses."""
+    if labelling.source is None or args.loss_type != "ordinal":
+        return None
+    found: list[float] = np.percentile(labelling.source, args.ordinal_percentiles).tolist()
+    return found
+
+
+def running_percentile(labelling: Labelling, args: MethodArguments) -> thresholds.RunningPercentile:
+    """Return the running threshold as it stands before the first row of training."""
+    initial = [] if labelling.source is None else labelling.source[-args.threshold_window :].tolist()
+    return thresholds.RunningPercentile(args.threshold_percentile, args.threshold_window, initial)
 
 
 def fit(
@@ -141,8 +160,8 @@ def fit(
     """
     source: np.ndarray | None = None
     source_groups: list[str] | None = None
-    read = functools.partial(stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
-    if args.score_columns and isinstance(rows, ScoredDataset) and rows.column_scores is not None:
+    read = functools.partial(data.stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
+    if args.score_columns and isinstance(rows, data.ScoredDataset) and rows.column_scores is not None:
         given = rows.column_scores
         if isinstance(proxy, datasets.Dataset):
             given, source_groups = _proxy_columns(proxy, args, columns)
@@ -154,12 +173,12 @@ def fit(
     elif proxy is not None:
         proxy = proxy.to_iterable_dataset() if isinstance(proxy, datasets.Dataset) else proxy
         source, source_groups = read(proxy, name="proxy_dataset")
-    elif isinstance(rows, ScoredDataset):
+    elif isinstance(rows, data.ScoredDataset):
         source = rows.scores
     elif args.threshold is None or args.score_normalization != "none":
         source, _ = read(stream, limit=args.max_threshold_samples)
     # Of a stream, only what the first pass read is known.
-    scores = rows.scores if isinstance(rows, ScoredDataset) else None if proxy is not None else source
+    scores = rows.scores if isinstance(rows, data.ScoredDataset) else None if proxy is not None else source
     try:
         if combination is not None and scores is not None:
             check_combined(scores, combination)
@@ -167,7 +186,7 @@ def fit(
             source,
             scores,
             label_settings(args),
-            groups=rows.groups if isinstance(rows, ScoredDataset) and columns.group else None,
+            groups=rows.groups if isinstance(rows, data.ScoredDataset) and columns.group else None,
             source_groups=source_groups,
             proxy=proxy is not None,
         )
@@ -211,17 +230,15 @@ def set_labels(
     """
     collator.normalization = labelling.normalization
     collator.threshold = labelling.threshold.value
-    if labelling.source is not None and args.loss_type == "ordinal":
-        collator.cut_points = np.percentile(labelling.source, args.ordinal_percentiles).tolist()
+    collator.cut_points = cut_points(labelling, args) or ()
     if labelling.source is not None and args.loss_type == "qrpo":
         collator.reference_scores = np.sort(labelling.source)
-    if isinstance(rows, ScoredDataset):
+    if isinstance(rows, data.ScoredDataset):
         rows.thresholds = labelling.rows
     elif rows is not None and args.threshold_strategy == "running":
-        rows.running = functools.partial(_running, labelling, args.threshold_percentile, args.threshold_window)
+        rows.running = functools.partial(_running, labelling, args)
 
 
-def _running(labelling: Labelling, percentile: float, window: int) -> Callable[[float], float]:
-    initial = [] if labelling.source is None else labelling.source[-window:].tolist()
-    percentile_of = thresholds.RunningPercentile(percentile, window, initial)
+def _running(labelling: Labelling, args: TGOLConfig) -> Callable[[float], float]:
+    percentile_of = running_percentile(labelling, args)
     return lambda score: percentile_of.add(float(labelling.normalization(np.float64(score))))

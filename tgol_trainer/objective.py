@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import losses
+from . import losses, thresholds
 from .config import MethodArguments
 from .data import Labelling
 from .losses import LossRecord
@@ -66,7 +66,7 @@ def training_loss(scored: Scored, args: MethodArguments, labelling: Labelling | 
     if args.loss_type == "tgol":
         return losses.threshold_guided_loss(log_ratio, margin, 0.0, beta=beta, weight=weight)
     if args.loss_type == "ordinal":
-        margins, offsets = batch["cut_margins"], losses.ordinal_offsets(args.ordinal_percentiles)
+        margins, offsets = batch["cut_margins"], thresholds.ordinal_offsets(args.ordinal_percentiles)
         return losses.ordinal_loss(log_ratio, margins, offsets, weighting(margins), beta=beta)
     if args.loss_type == "kto":
         return losses.kto_loss(log_ratio, margin, beta=beta, weight=weight)

@@ -119,7 +119,13 @@ class TGOLTrainer(HubTrainer):
         if args.score_columns:
             score = thresholds.combined_name(args.score_columns, args.score_combination)
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=score)
-        labelling.check_sources(train_dataset, proxy_dataset, args)
+        labelling.check_sources(
+            args,
+            streamed=None if train_dataset is None else isinstance(train_dataset, datasets.IterableDataset),
+            proxy=proxy_dataset is not None,
+            regenerated=callable(proxy_dataset),
+            proxy_streamed=isinstance(proxy_dataset, datasets.IterableDataset),
+        )
 
         self.backbone = self._load_backbone(model, quantization_config)
         if self.backbone.num_frames is not None:

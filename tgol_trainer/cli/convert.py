@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import plain_errors, set_up_logging
+from .label_text import histogram_lines
 
 if TYPE_CHECKING:
     import datasets
@@ -148,16 +148,18 @@ def _rows_per_shard(dataset: datasets.Dataset) -> int:
 def _report(kind: str, conversion: Conversion) -> list[str]:
     import numpy as np
 
+    from tgol_trainer.data.report import score_bars
     from tgol_trainer.thresholds import ThresholdError, estimate_threshold
 
     scores = np.array(conversion.dataset["score"], dtype=np.float64)
     what = {"pairs": "comparisons", "ratings": "ratings", "thumbs": "votes"}[kind]
     ties = f" ({conversion.num_ties} ties)" if kind == "pairs" else ""
     skipped = sum(conversion.dropped.values())
+    ordered = np.sort(scores)
     lines = [
         f"{conversion.num_rows} rows, {skipped} left out; {conversion.num_used} {what}{ties} of {len(scores)} images.",
         "Scores:",
-        *_histogram(scores),
+        *histogram_lines(score_bars(ordered)),
     ]
     try:
         threshold = estimate_threshold(scores)
@@ -170,19 +172,4 @@ def _report(kind: str, conversion: Conversion) -> list[str]:
         *lines,
         f"The median equals the minimum, {median:.6g}. Training moves τ to {threshold.value:.6g}, the midpoint:",
         f"  {threshold.num_positive} positive, {threshold.num_negative} negative.",
-    ]
-
-
-def _histogram(scores: Any) -> list[str]:
-    import numpy as np
-
-    values, counts = np.unique(scores, return_counts=True)
-    labels = [f"{value:.6g}" for value in values]
-    if len(values) > 12:
-        counts, edges = np.histogram(scores, bins=10)
-        labels = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)]
-    width, largest = max(map(len, labels)), max(counts)
-    return [
-        f"  {label:>{width}}  {count:>8}  {'#' * round(40 * count / largest)}".rstrip()
-        for label, count in zip(labels, counts, strict=True)
     ]

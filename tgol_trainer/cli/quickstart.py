@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import plain_errors, set_up_logging
+from .label import make_report, save_label_histogram
+from .label_text import report_lines
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
     from tgol_trainer.evaluation import Evaluation
-    from tgol_trainer.thresholds import Threshold
     from tgol_trainer.trainer import TGOLTrainer
 
 SAMPLING: dict[str, Any] = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 96}
@@ -226,28 +226,20 @@ def _progress_callback() -> Any:
     return CompactProgress
 
 
-def _show_labels(scores: np.ndarray, prompts: Sequence[str], threshold: Threshold) -> None:
-    """Print a histogram in text with the threshold, the counts, and the rows nearest to and farthest from it."""
-    import numpy as np
+def _show_labels(folder: Path, dataset: Dataset) -> None:
+    """Print what `tgol label` prints of the dataset, and draw the histogram."""
+    from tgol_trainer.config import MethodArguments
+    from tgol_trainer.data import Columns
+    from tgol_trainer.data.advice import advise
+    from tgol_trainer.data.scores import read_scores
 
-    from tgol_trainer.thresholds import confidence_weights, summarize_weights
-
-    counts, edges = np.histogram(scores, bins=16)
-    print(f"\n{TRAINED_SCORE} of {len(scores)} pictures; τ = {threshold.value:.4f}, the median")
-    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-        mark = " ← τ" if low <= threshold.value < high else ""
-        print(f"  {low:.3f} {'█' * round(48 * count / counts.max()):<48} {count:4d}{mark}")
-    weights = summarize_weights(confidence_weights(scores - threshold.value))
-    print(
-        f"  {threshold.num_positive} positive, {threshold.num_negative} negative; weights 1 + c·|s - τ|: mean "
-        f"{weights.mean:.3f}, max {weights.max:.3f}"
-    )
-    order = np.argsort(scores)
-    nearest = np.argsort(np.abs(scores - threshold.value))
-    for title, rows in (("lowest", order[:2]), ("nearest to τ", nearest[:2]), ("highest", order[-2:])):
-        for row in rows:
-            label = "positive" if scores[row] >= threshold.value else "negative"
-            print(f"  {title:<13} row {row:<5} {scores[row]:.4f}  {label}  {prompts[row]}")
+    columns = Columns(score=TRAINED_SCORE)
+    rows = read_scores(dataset, columns, progress=False)
+    report = make_report(rows, MethodArguments(), columns)
+    save_label_histogram(folder / "score_histogram.png", report, rows.scores)
+    print()
+    for line in report_lines(report, advise(report)):
+        print(line)
     print()
 
 
@@ -263,11 +255,8 @@ def _train(trainer: TGOLTrainer) -> None:
 
 def run(quickstart: Quickstart) -> Evaluation:
     """Run every step and print what a user wants to see of it."""
-    import numpy as np
-
-    from tgol_trainer.evaluation import format_measures, format_table, save_score_histogram
+    from tgol_trainer.evaluation import format_measures, format_table
     from tgol_trainer.shapes import load_pipeline
-    from tgol_trainer.thresholds import estimate_threshold
 
     start = time.time()
     folder = quickstart.output_dir
@@ -277,10 +266,7 @@ def run(quickstart: Quickstart) -> Evaluation:
     before = quickstart.evaluation_images(pipeline, "Pictures before")
 
     print("2/4  Labelling")
-    scores = np.asarray(dataset[TRAINED_SCORE])
-    threshold = estimate_threshold(scores)
-    save_score_histogram(folder / "score_histogram.png", scores, threshold.value, name=TRAINED_SCORE)
-    _show_labels(scores, dataset["prompt"], threshold)
+    _show_labels(folder, dataset)
 
     print(f"3/4  Training a LoRA for {quickstart.num_steps} updates")
     training_start = time.time()

@@ -1,7 +1,14 @@
 """`TGOLConfig`: one dataclass on `transformers.TrainingArguments`; the method's fields have a file of their own."""
 
-from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .method import CONFIDENT_LOSSES, MethodArguments
+
+if TYPE_CHECKING:
+    from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
 
 __all__ = [
     "CHANGED_DEFAULTS",
@@ -11,3 +18,10 @@ __all__ = [
     "MethodArguments",
     "TGOLConfig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import; `tgol label` needs the method's fields alone.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.arguments"), name)

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from tgol_trainer.losses import ordinal_offsets
-from tgol_trainer.thresholds import Weighting, check_combination
+from tgol_trainer.thresholds import Weighting, check_combination, ordinal_offsets
 
 logger = logging.getLogger(__name__)
 

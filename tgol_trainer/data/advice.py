@@ -41,7 +41,7 @@ def advise(report: LabelReport) -> list[Advice]:
     """
     found = [*_of_sides(report), *_of_weights(report), *_of_uncertainty(report)]
     for part in (report.prompts, report.groups):
-        found += _of_groups(part) if part is not None else []
+        found += _of_groups(part, report.labelling.rows is not None) if part is not None else []
     combination = report.labelling.combination
     return (
         found if combination is None or combination.method != "min" else [_without_threshold(item) for item in found]
@@ -73,7 +73,7 @@ def _of_sides(report: LabelReport) -> list[Advice]:
             )
         )
     ties = threshold.num_ties / threshold.num_scores
-    if ties > _TIE_SHARE:
+    if ties > _TIE_SHARE and report.labelling.rows is None:
         below = f"{share - ties:.1%} would be positive"
         flag = f"--threshold {_number(report.tie_breaker)} makes them negative: {below}" if report.tie_breaker else ""
         found.append(
@@ -98,13 +98,15 @@ def _of_sides(report: LabelReport) -> list[Advice]:
 
 
 def _of_weights(report: LabelReport) -> list[Advice]:
-    weights, c = report.labelling.weights, report.confidence_scale
-    if weights is None or c == 0:
+    weights, weighting = report.labelling.weights, report.labelling.weighting
+    if weights is None or weighting.form == "none" or (weighting.form != "abs" and weighting.scale == 0):
         return []
+    c = weighting.scale
+    plain = weighting.form == "linear" and weighting.divisor == weighting.desirable == weighting.undesirable == 1
     unit, combination = report.labelling.normalization, report.labelling.combination
     normalized = unit.method != "none" or combination is not None
     found = []
-    if weights.mean > _LARGE_MEAN_WEIGHT:
+    if plain and weights.mean > _LARGE_MEAN_WEIGHT:
         suited = c * 4 / (weights.mean - 1)  # a mean weight of 5
         found.append(
             Advice(
@@ -116,7 +118,7 @@ def _of_weights(report: LabelReport) -> list[Advice]:
                 else f"--score_normalization zscore, or --confidence_scale {suited:.2g}",
             )
         )
-    elif weights.mean < _SMALL_MEAN_WEIGHT:
+    elif plain and weights.mean < _SMALL_MEAN_WEIGHT:
         suited = c * 4 / max(weights.mean - 1, 1e-12)
         found.append(
             Advice(
@@ -134,7 +136,9 @@ def _of_weights(report: LabelReport) -> list[Advice]:
                 "heavy rows",
                 f"The heaviest 1 % of the rows carry {weights.top_1_percent_share:.0%} of the weight: a few outliers "
                 "lead the training. Look at the lowest and highest rows above.",
-                "remove wrong scores, or a smaller --confidence_scale",
+                "remove wrong scores, or --weight_form clipped"
+                if weighting.form == "abs"
+                else "remove wrong scores, a smaller --confidence_scale, or --weight_form clipped",
             )
         )
     return found
@@ -142,20 +146,29 @@ def _of_weights(report: LabelReport) -> list[Advice]:
 
 def _of_uncertainty(report: LabelReport) -> list[Advice]:
     total = report.labelling.threshold.num_scores
-    flips = report.num_flips / total
-    if report.interval is None or flips <= _FLIP_SHARE:
+    unsure = report.uncertainty
+    flips = unsure.num_flips / total if unsure else 0.0
+    if unsure is None or unsure.of == "running" or flips <= _FLIP_SHARE:
         return []
+    if unsure.of == "groups":
+        return [
+            Advice(
+                "uncertain threshold",
+                f"Groups are small for thresholds of their own: within their intervals {flips:.1%} of the labels "
+                "change.",
+                "more images each, or --threshold_strategy global",
+            )
+        ]
     return [
         Advice(
             "uncertain threshold",
-            f"{total:,} rows are few for this threshold: within its {report.interval.level:.0%} interval {flips:.1%} "
-            "of the labels change.",
+            f"{total:,} rows are few for this threshold: within its 95% interval {flips:.1%} of the labels change.",
             "more rows, --proxy_dataset_name with a larger scored set, or --threshold from elsewhere",
         )
     ]
 
 
-def _of_groups(part: GroupReport) -> list[Advice]:
+def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
     found = []
     what = f"values of {part.column!r}"
     if part.num_groups == 1:
@@ -166,12 +179,12 @@ def _of_groups(part: GroupReport) -> list[Advice]:
                 "rows with more variety, unless that one is what the model is for",
             )
         ]
-    if part.between_share is not None and part.between_share > _BETWEEN_SHARE:
+    if not own and part.between_share is not None and part.between_share > _BETWEEN_SHARE:
         found.append(
             Advice(
                 "variance between groups",
                 f"{part.between_share:.0%} of the variance of the scores lies between {what}, so one threshold mostly "
-                " separates those and not better from worse images.",
+                "separates those and not better from worse images.",
                 _group_flags(part),
             )
         )
@@ -183,7 +196,7 @@ def _of_groups(part: GroupReport) -> list[Advice]:
                 f"Of {part.num_several:,} {what} with several rows, {part.num_positive_only:,} have positive labels "
                 f"alone and {part.num_negative_only:,} negative alone ({part.one_sided_share:.0%}; by chance "
                 f"{part.one_sided_by_chance:.0%}): nothing contrasts within them.",
-                f"more images each, or {_group_flags(part)}",
+                "more images each" if own else f"more images each, or {_group_flags(part)}",
             )
         )
     return found

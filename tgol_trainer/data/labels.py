@@ -42,7 +42,7 @@ class Labelling:
         score_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the scores τ was estimated from, in normalised units.
         source (`numpy.ndarray`, *optional*):
-            (N,) those scores in normalised units, in the order in which they were read.
+            (N,) those scores in normalised units, in the order in which they were read, where they were to be kept.
         kept (`numpy.ndarray`, *optional*):
             (M,) bool, the training rows outside the dead zone; `None` for all.
         combination ([`thresholds.ScoreCombination`], *optional*):
@@ -160,6 +160,9 @@ class LabelSettings:
             Divide the weights by their mean over the training rows.
         dead_zone (`float`, *optional*, defaults to 0.0):
             Rows closer to their τ than this, in normalised units, are not kept; counts and weights are of the kept.
+        keep_source (`bool`, *optional*, defaults to `False`):
+            Keep the scores that τ was estimated from, which the losses `"ordinal"` and `"qrpo"` and the strategy
+            `"running"` need.
     """
 
     percentile: float = 50.0
@@ -171,6 +174,7 @@ class LabelSettings:
     weighting: Weighting = dataclasses.field(default_factory=Weighting)
     unit_mean_weight: bool = False
     dead_zone: float = 0.0
+    keep_source: bool = False
 
 
 def fit_labelling(
@@ -178,8 +182,8 @@ def fit_labelling(
     scores: np.ndarray | None,
     settings: LabelSettings,
     *,
-    groups: Sequence[str] | None = None,
-    source_groups: Sequence[str] | None = None,
+    groups: Sequence[str] | np.ndarray | None = None,
+    source_groups: Sequence[str] | np.ndarray | None = None,
     proxy: bool = False,
 ) -> Labelling:
     """
@@ -192,10 +196,10 @@ def fit_labelling(
             (M,) raw training scores; `None` for a stream that was not read.
         settings ([`LabelSettings`]):
             Strategy, percentile, weights.
-        groups (`Sequence[str]`, *optional*):
-            M names of the training rows' groups, for the strategies `"group"` and `"oracle"`.
-        source_groups (`Sequence[str]`, *optional*):
-            N names of the source rows' groups, where the source is a proxy set.
+        groups (`Sequence[str]` or `np.ndarray`, *optional*):
+            M names or keys of the training rows' groups, for the strategies `"group"` and `"oracle"`.
+        source_groups (`Sequence[str]` or `np.ndarray`, *optional*):
+            N names or keys of the source rows' groups, where the source is a proxy set.
         proxy (`bool`, *optional*, defaults to `False`):
             Whether the source is a proxy set, not the training scores.
 
@@ -205,12 +209,12 @@ def fit_labelling(
     Raises:
         ThresholdError: for scores that the threshold does not divide in two.
     """
-    unit = thresholds.ScoreNormalization()
+    unit, same = thresholds.ScoreNormalization(), scores is source
     if source is not None:
         unit = thresholds.fit_normalization(source, settings.normalization)
         source = unit(source)
     if scores is not None:
-        scores = unit(scores)
+        scores = source if same else unit(scores)
     facts: dict[str, Any] = {"name": settings.strategy}
     grouped: _Grouped | None = None
     rows: np.ndarray | None = None
@@ -242,7 +246,7 @@ def fit_labelling(
         rows=rows,
         strategy=facts,
         score_std=float(source.std()) if source is not None else 1.0,
-        source=source,
+        source=source if settings.keep_source else None,
         kept=kept,
     )
     return labelling if scores is None else _weighed(labelling, scores, settings.unit_mean_weight)
@@ -252,7 +256,7 @@ def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Label
     """Summarise the weights of the training rows, whose normalised scores are given, and say what was found."""
     threshold = labelling.threshold
     tau: np.ndarray | float = threshold.value if labelling.rows is None else labelling.rows
-    values = labelling.weighting(scores - tau)
+    values = labelling.weighting.replace(scores - tau)
     if unit_mean and values.mean() > 0:
         labelling = dataclasses.replace(
             labelling, weighting=dataclasses.replace(labelling.weighting, divisor=float(values.mean()))
@@ -271,13 +275,13 @@ def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Label
 class _Grouped(NamedTuple):
     """Thresholds of groups: τ by group, τ of each source row, the pooled τ, and facts."""
 
-    by_group: dict[str, float]
+    by_group: dict[Any, float]
     rows: np.ndarray
     pooled: float
     facts: dict[str, Any]
 
 
-def _of_groups(source: np.ndarray, names: Sequence[str], settings: LabelSettings) -> _Grouped:
+def _of_groups(source: np.ndarray, names: Sequence[str] | np.ndarray, settings: LabelSettings) -> _Grouped:
     numbers, groups = thresholds.group_ids(names)
     found = thresholds.estimate_group_thresholds(
         source, numbers, percentile=settings.percentile, statistic=settings.statistic
@@ -300,7 +304,7 @@ def _of_groups(source: np.ndarray, names: Sequence[str], settings: LabelSettings
     return _Grouped(values, found.values[numbers], found.pooled, facts)
 
 
-def _of_oracle(source: np.ndarray, names: Sequence[str], settings: LabelSettings) -> _Grouped:
+def _of_oracle(source: np.ndarray, names: Sequence[str] | np.ndarray, settings: LabelSettings) -> _Grouped:
     numbers, groups = thresholds.group_ids(names)
     found = thresholds.estimate_oracle_thresholds(
         source, numbers, beta=settings.oracle_beta, percentile=settings.percentile

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer.data.images import DataError
+from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -42,7 +44,6 @@ def load_scored_dataset(
     split: str = "train",
     streaming: bool = False,
     columns: Columns = DEFAULT_COLUMNS,
-    only: Sequence[str] | None = None,
 ) -> AnyDataset:
     """
     Load a dataset of prompts, images or videos, and scores. Rows are not checked here, see [`prepare_dataset`].
@@ -61,16 +62,50 @@ def load_scored_dataset(
             Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
             Its image column, and its video column or else `"video"`, are those whose paths are resolved.
-        only (`Sequence[str]`, *optional*):
-            Columns that are wanted, for a look at the scores: paths are not resolved, and of Parquet files with all
-            of them nothing else is read and nothing copied to the cache, so that the result is a stream.
 
     Returns:
-        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming` or `only`.
+        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
 
     Raises:
         DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
     """
+    dataset: AnyDataset = _find(source, name, split, streaming, columns, None)
+    return dataset
+
+
+def load_columns(
+    source: str, only: Sequence[str], *, name: str | None = None, split: str = "train", streaming: bool = False
+) -> AnyDataset | ParquetColumns:
+    """
+    Load some columns of a dataset, for a look at its scores: paths are not resolved, and of Parquet files with all of
+    them nothing else is read and nothing copied to the cache.
+
+    Args:
+        source (`str`):
+            As for [`load_scored_dataset`]; so are the last three.
+        only (`Sequence[str]`):
+            Columns that are wanted. The result may have more.
+        name (`str`, *optional*):
+            Configuration.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return a stream, or [`ParquetColumns`].
+
+    Returns:
+        [`ParquetColumns`] of local Parquet files with all the columns, a stream of other Parquet files, else what
+        [`load_scored_dataset`] returns.
+
+    Raises:
+        DataError: as [`load_scored_dataset`].
+    """
+    dataset: AnyDataset | ParquetColumns = _find(source, name, split, streaming, DEFAULT_COLUMNS, only)
+    return dataset
+
+
+def _find(
+    source: str, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
+) -> Any:
     path = Path(source).expanduser()
     if streaming and split != _base_split(split):
         raise DataError(f"`split`: a stream takes no slice such as {split!r}. Name the split alone, or do not stream.")
@@ -111,7 +146,9 @@ def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any
         ) from error
 
 
-def _load(*args: Any, split: str, streaming: bool, only: Sequence[str] | None, **kwargs: Any) -> AnyDataset:
+def _load(
+    *args: Any, split: str, streaming: bool, only: Sequence[str] | None, **kwargs: Any
+) -> AnyDataset | ParquetColumns:
     if only is None:
         return datasets.load_dataset(*args, split=split, streaming=streaming, **kwargs)
     builder = datasets.load_dataset_builder(*args, **kwargs)
@@ -120,6 +157,10 @@ def _load(*args: Any, split: str, streaming: bool, only: Sequence[str] | None, *
     )  # Parquet; a stream takes no slice
     if not (streaming or by_column):
         return datasets.load_dataset(*args, split=split, **kwargs)
+    files = (builder.config.data_files or {}).get(split, [])
+    local = bool(files) and all(os.path.isfile(file) for file in files)
+    if by_column and local and set(only) <= set(pq.read_schema(files[0]).names):
+        return ParquetColumns(files, only)
     dataset = builder.as_streaming_dataset(split=split)
     if by_column and set(only) <= set(dataset.features or ()):
         builder.config.columns = list(only)
@@ -129,7 +170,7 @@ def _load(*args: Any, split: str, streaming: bool, only: Sequence[str] | None, *
     return dataset
 
 
-def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None) -> AnyDataset:
+def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None) -> Any:
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise DataError(
@@ -175,7 +216,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 def _load_folder(
     path: Path, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
-) -> AnyDataset:
+) -> Any:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, split, streaming)
     for folder in (path / split, path):

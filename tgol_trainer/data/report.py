@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tgol_trainer import thresholds
-from tgol_trainer.data.labels import Labelling
+from tgol_trainer.data.labels import Labelling, LabelSettings
 from tgol_trainer.data.scores import ScoredRows
 
 _SHOWN_GROUPS = 20
 _BINS = 16
+_FIRST_ROWS = 20_000  # of a stream, that the running threshold is followed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,33 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Uncertainty:
+    """
+    How sure labels are.
+
+    Args:
+        of (`str`):
+            What the interval is of: `"threshold"` (bootstrap of τ), `"groups"` (each group resampled within itself) or
+            `"running"` (the τ that the first rows meet while training).
+        interval ([`thresholds.ThresholdInterval`], *optional*):
+            Of τ, in normalised units; `None` where groups have their own.
+        num_flips (`int`):
+            Labels that differ between the ends of the interval, of groups each its own; estimated from 2,000 groups
+            where there are more.
+        median_width (`float`, *optional*):
+            Of the intervals of groups, in normalised units.
+    """
+
+    of: str
+    interval: thresholds.ThresholdInterval | None
+    num_flips: int
+    median_width: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LabelReport:
     """
-    The dry run of a dataset. τ and its interval are in the unit that `confidence_scale` acts on (normalised scores).
+    The dry run of a dataset. τ and its interval are in the unit that weights act on (normalised scores).
 
     Args:
         score_column (`str`):
@@ -105,20 +131,19 @@ class LabelReport:
             Of the rows labelled.
         labelling ([`Labelling`]):
             What [`TGOLTrainer`] makes of the same data: τ, counts, normalisation, weights.
-        confidence_scale (`float`):
-            c.
-        interval ([`thresholds.ThresholdInterval`], *optional*):
+        uncertainty ([`Uncertainty`], *optional*):
             Of τ; `None` for a fixed one.
-        num_flips (`int`):
-            Labels that differ between the ends of the interval.
         tie_breaker (`float`, *optional*):
-            A τ that makes the scores tied with it negative, where there are ties and scores above; none of `"min"`.
+            A τ that makes the scores tied with it negative, where there are ties, scores above, and one τ for all;
+            none of `"min"`.
         weight_percentiles (`dict[str, float]`):
             Percentile to weight.
         prompts ([`GroupReport`]):
             By prompt.
         groups ([`GroupReport`], *optional*):
             By the column asked for.
+        levels (`list[tuple[float, int]]`, *optional*):
+            Of the ordinal loss: each cut point in normalised units, and the rows from there up.
         histogram (`list[tuple[float, float, int]]`):
             (low, high, count) of raw scores; low equals high where each value has its own.
         examples (`list[Example]`):
@@ -130,13 +155,12 @@ class LabelReport:
     dropped: dict[str, int]
     scores: ScoreSummary
     labelling: Labelling
-    confidence_scale: float
-    interval: thresholds.ThresholdInterval | None
-    num_flips: int
+    uncertainty: Uncertainty | None
     tie_breaker: float | None
     weight_percentiles: dict[str, float]
     prompts: GroupReport
     groups: GroupReport | None
+    levels: list[tuple[float, int]] | None
     histogram: list[tuple[float, float, int]]
     examples: list[Example]
 
@@ -152,13 +176,14 @@ class LabelReport:
         labelling = values.pop("labelling")
         values["threshold"] = labelling["threshold"] | {
             "raw_value": self.raw_threshold,
-            "interval": values.pop("interval"),
-            "num_flips": values.pop("num_flips"),
+            "strategy": self.labelling.strategy,
+            "uncertainty": values.pop("uncertainty"),
             "tie_breaker": values.pop("tie_breaker"),
+            "cut_points": values.pop("levels"),
         }
         values["normalization"] = labelling["normalization"]
         values["combination"] = labelling["combination"]
-        weights = {"confidence_scale": values.pop("confidence_scale")} | (labelling["weights"] or {})
+        weights = {"weighting": labelling["weighting"]} | (labelling["weights"] or {})
         values["weights"] = weights | {"percentiles": values.pop("weight_percentiles")}
         return values
 
@@ -170,8 +195,8 @@ def label_report(
     prompt_column: str = "prompt",
     score_column: str = "score",
     group_column: str | None = None,
-    confidence_scale: float = 5.0,
-    source: np.ndarray | None = None,
+    uncertainty: Uncertainty | None = None,
+    cut_points: Sequence[float] | None = None,
 ) -> LabelReport:
     """
     Describe what labels and weights a dataset's scores get.
@@ -187,65 +212,142 @@ def label_report(
             As read.
         group_column (`str`, *optional*):
             As read.
-        confidence_scale (`float`, *optional*, defaults to 5.0):
-            c.
-        source (`np.ndarray`, *optional*):
-            Raw scores of the proxy set that τ comes from; by default those of `rows`.
+        uncertainty ([`Uncertainty`], *optional*):
+            See [`label_uncertainty`].
+        cut_points (`Sequence[float]`, *optional*):
+            Of the ordinal loss, in normalised units.
 
     Returns:
         [`LabelReport`]
     """
     unit, threshold = labelling.normalization, labelling.threshold
-    tau = threshold.value
-    values = rows.scores if unit.method == "none" else unit(rows.scores)
+    num_rows = rows.num_rows
+    if labelling.kept is not None:
+        rows = rows.kept(labelling.kept)
+    values = unit(rows.scores)
+    tau = threshold.value if labelling.rows is None else labelling.rows
     prompts = _group_report(rows, values, tau, prompt_column, unit)
     groups = prompts if group_column == prompt_column else None
     if group_column and groups is None:
         groups = _group_report(rows, values, tau, group_column, unit)
+    margins = values - tau
+    examples = _examples(rows, margins, labelling.weighting, prompt_column)
+    labelling.weighting.replace(margins)
+    points = (1, 25, 50, 75, 99)
+    spread = np.percentile(margins, points, overwrite_input=True)
+    del margins
     ordered = np.sort(values)
-    interval, num_flips = None, 0
-    if threshold.percentile is not None:
-        interval = thresholds.bootstrap_interval(
-            ordered if source is None else unit(source), percentile=threshold.percentile
-        )
-        num_flips = int(np.diff(np.searchsorted(ordered, [interval.low, interval.high]))[0])
-    above = int(np.searchsorted(ordered, tau, side="right"))
+    above = int(np.searchsorted(ordered, threshold.value, side="right"))
     combination = labelling.combination
-    movable = threshold.num_ties and (combination is None or combination.method == "sum")
+    movable = labelling.rows is None and (combination is None or combination.method == "sum")
+    breaks = movable and threshold.num_ties and above < ordered.size
     distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     return LabelReport(
         score_column=score_column,
-        num_rows=rows.num_rows,
+        num_rows=num_rows,
         dropped=rows.dropped,
         scores=ScoreSummary(
             *(float(rows.scores.min()), float(rows.scores.max()), float(rows.scores.mean()), float(rows.scores.std())),
             num_distinct=int(np.count_nonzero(distinct)),
         ),
         labelling=labelling,
-        confidence_scale=confidence_scale,
-        interval=interval,
-        num_flips=num_flips,
-        tie_breaker=tau + (float(ordered[above]) - tau) / 2 if movable and above < ordered.size else None,
-        weight_percentiles=_weight_percentiles(ordered, tau, confidence_scale),
-        histogram=_histogram(ordered, distinct, unit),
-        examples=_examples(rows, values, tau, confidence_scale, prompt_column),
+        uncertainty=uncertainty,
+        tie_breaker=threshold.value + (float(ordered[above]) - threshold.value) / 2 if breaks else None,
+        weight_percentiles={str(point): float(value) for point, value in zip(points, spread, strict=True)},
+        histogram=score_bars(ordered, distinct, unit),
+        examples=examples,
         prompts=prompts,
         groups=groups,
+        levels=None
+        if cut_points is None
+        else [(float(cut), ordered.size - int(np.searchsorted(ordered, cut))) for cut in cut_points],
     )
 
 
-def _weight_percentiles(ordered: np.ndarray, tau: float, confidence_scale: float) -> dict[str, float]:
-    # Distances from τ have their percentiles at the same places as the weights.
-    distances = np.abs(ordered - tau)
-    points = (1, 25, 50, 75, 99)
-    found = np.percentile(distances, points, overwrite_input=True)
-    return {str(point): float(1 + confidence_scale * value) for point, value in zip(points, found, strict=True)}
+def label_uncertainty(
+    rows: ScoredRows,
+    labelling: Labelling,
+    settings: LabelSettings,
+    *,
+    source: np.ndarray | None = None,
+    group_column: str | None = None,
+    source_keys: np.ndarray | None = None,
+    running: thresholds.RunningPercentile | None = None,
+) -> Uncertainty | None:
+    """
+    Say how far τ could lie from where it does, and how many labels would change; the normalisation is held fixed.
+
+    Args:
+        rows ([`ScoredRows`]):
+            The scores.
+        labelling ([`Labelling`]):
+            Of these scores.
+        settings ([`LabelSettings`]):
+            It was made with.
+        source (`np.ndarray`, *optional*):
+            Raw scores of the proxy set that τ comes from; by default those of `rows`.
+        group_column (`str`, *optional*):
+            Column of `rows.keys` that groups are of, for the strategies `"group"` and `"oracle"`.
+        source_keys (`np.ndarray`, *optional*):
+            Keys of the groups of `source`.
+        running ([`thresholds.RunningPercentile`], *optional*):
+            As it stands before training, for the strategy `"running"`.
+
+    Returns:
+        [`Uncertainty`]; `None` for a fixed τ.
+    """
+    unit, threshold, facts = labelling.normalization, labelling.threshold, labelling.strategy
+    scores = unit(rows.scores)
+    if settings.strategy in ("group", "oracle") and group_column is not None:
+        draw = (
+            thresholds.group_draw(
+                *(threshold.value, facts["within_variance"], facts["between_variance"]),
+                percentile=settings.percentile,
+                statistic=settings.statistic,
+            )
+            if settings.strategy == "group"
+            else thresholds.oracle_draw(threshold.value, facts["beta"])
+        )
+        keys = rows.keys[group_column]
+        own = (scores, keys) if source is None or source_keys is None else (unit(source), source_keys)
+        found = thresholds.bootstrap_groups(*own, draw)
+        kept = slice(None) if labelling.kept is None else labelling.kept
+        share = found.flip_share(scores[kept], keys[kept])
+        width = float(np.median(found.high - found.low))
+        return Uncertainty("groups", None, round(share * threshold.num_scores), width)
+    if threshold.percentile is None:
+        return None
+    if running is not None:
+        met = [running.add(score) for score in scores[:_FIRST_ROWS].tolist()]
+        low, high = np.quantile(met, [0.025, 0.975], method="inverted_cdf")
+        interval = thresholds.ThresholdInterval(float(low), float(high), 0.95)
+    else:
+        interval = thresholds.bootstrap_interval(
+            scores if source is None else unit(source), percentile=threshold.percentile
+        )
+    kept = slice(None) if labelling.kept is None else labelling.kept
+    return Uncertainty("threshold" if running is None else "running", interval, interval.num_flips(scores[kept]))
 
 
-def _histogram(
-    ordered: np.ndarray, distinct: np.ndarray, unit: thresholds.ScoreNormalization
+def score_bars(
+    ordered: np.ndarray, distinct: np.ndarray | None = None, unit: thresholds.ScoreNormalization | None = None
 ) -> list[tuple[float, float, int]]:
-    """Count one bar a value where there are few, else in equal bins, the outermost of which hold outliers too."""
+    """
+    Count one bar a value where there are few, else in equal bins, the outermost of which hold outliers too.
+
+    Args:
+        ordered (`np.ndarray`):
+            (N,) scores in ascending order.
+        distinct (`np.ndarray`, *optional*):
+            (N,) bool, where a score differs from the one before.
+        unit ([`thresholds.ScoreNormalization`], *optional*):
+            That of the scores; bars are in raw units.
+
+    Returns:
+        `list[tuple[float, float, int]]`: (low, high, count); low equals high where each value has its own.
+    """
+    distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if distinct is None else distinct
+    unit = unit or thresholds.ScoreNormalization()
     if np.count_nonzero(distinct) <= _BINS:
         starts = np.flatnonzero(distinct)
         counts = np.diff(starts, append=ordered.size)
@@ -265,28 +367,29 @@ def _histogram(
 
 
 def _examples(
-    rows: ScoredRows, values: np.ndarray, tau: float, confidence_scale: float, prompt_column: str, count: int = 3
+    rows: ScoredRows, margins: np.ndarray, weighting: thresholds.Weighting, prompt_column: str, count: int = 3
 ) -> list[Example]:
-    positive = values >= tau
+    positive = margins >= 0
     places = {
-        "lowest": _smallest(values, count),
-        "just below τ": _smallest(np.where(positive, np.inf, -values), count)[::-1],
-        "at or above τ": _smallest(np.where(positive, values, np.inf), count),
-        "highest": _smallest(-values, count)[::-1],
+        "lowest": _smallest(rows.scores, count),
+        "just below τ": _smallest(np.where(positive, np.inf, -margins), count)[::-1],
+        "at or above τ": _smallest(np.where(positive, margins, np.inf), count),
+        "highest": _smallest(-rows.scores, count)[::-1],
     }
     index = np.concatenate(list(places.values()))
     prompts = rows.texts(prompt_column, rows.row_ids[index])
     names = [place for place, found in places.items() for _ in found]
+    weights = weighting(margins[index])
     return [
         Example(
             place=place,
             row=int(rows.row_ids[i]),
             score=float(rows.scores[i]),
             positive=bool(positive[i]),
-            weight=float(1 + confidence_scale * abs(values[i] - tau)),
+            weight=float(weight),
             prompt=prompt,
         )
-        for place, i, prompt in zip(names, index, prompts, strict=True)
+        for place, i, weight, prompt in zip(names, index, weights, prompts, strict=True)
     ]
 
 
@@ -301,11 +404,11 @@ def _smallest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _group_report(
-    rows: ScoredRows, values: np.ndarray, tau: float, column: str, unit: thresholds.ScoreNormalization
+    rows: ScoredRows, values: np.ndarray, tau: float | np.ndarray, column: str, unit: thresholds.ScoreNormalization
 ) -> GroupReport:
     groups, first = rows.groups(column)
-    counts = thresholds.count_groups(groups, values, tau)
     within, between = thresholds.variance_components(values, groups)
+    counts = thresholds.count_groups(groups, values, tau)
     spare = values.size - len(counts)
     share = between / (between + within) if spare >= 10 and between + within > 0 else None
     largest = _smallest(-counts.num_rows, _SHOWN_GROUPS)

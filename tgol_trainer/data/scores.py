@@ -16,6 +16,7 @@ from datasets.utils import tqdm
 
 from tgol_trainer.data.checks import check_class, check_columns, check_score_columns, check_score_type
 from tgol_trainer.data.images import DataError
+from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, prompt_problem, read_score
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,21 @@ class ScoredRows:
         groups[order] = np.cumsum(new) - 1
         return groups, order[new]
 
+    def kept(self, mask: np.ndarray) -> ScoredRows:
+        """
+        Return the rows where a mask is true.
+
+        Args:
+            mask (`numpy.ndarray`):
+                (N,) bool.
+        """
+        return dataclasses.replace(
+            self,
+            scores=self.scores[mask],
+            row_ids=self.row_ids[mask],
+            keys={column: keys[mask] for column, keys in self.keys.items()},
+        )
+
 
 class Texts:
     """Text columns of the rows read, in a file without a name, so that memory does not grow with the dataset."""
@@ -116,7 +132,7 @@ class Texts:
 
 
 def read_scores(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: datasets.Dataset | datasets.IterableDataset | ParquetColumns,
     columns: Columns = DEFAULT_COLUMNS,
     *,
     score_columns: Sequence[str] | None = None,
@@ -131,7 +147,7 @@ def read_scores(
     Read the scores, prompts and groups of a dataset or stream that Arrow can read, with the checks of training.
 
     Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
+        dataset ([`datasets.Dataset`], [`datasets.IterableDataset`] or [`ParquetColumns`]):
             The column of images may be missing.
         columns ([`Columns`], *optional*):
             Names of the prompt and score columns.
@@ -159,7 +175,7 @@ def read_scores(
     texts = [] if scores_alone and name == "proxy_dataset" else [columns.prompt]
     texts += [group_column] if group_column and group_column not in texts else []
     reader = _Reader(columns, score_columns, texts, group_column, name, scores_alone)
-    total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
+    total = None if isinstance(dataset, datasets.IterableDataset) else len(dataset)
     with tqdm(total=total, desc="Reading scores", unit=" rows", unit_scale=True, disable=not progress) as bar:
         for table in reader.tables(dataset):
             reader.add(table, None if limit is None else limit - reader.num_kept)
@@ -259,8 +275,14 @@ class _Reader:
 
     def tables(self, dataset: Any) -> Iterator[pa.Table]:
         """Yield the needed columns in pieces, after checking that they are there and of the right type."""
+        columns = list(dict.fromkeys([*self.names, *(self.several or [self.columns.score])]))
+        if isinstance(dataset, ParquetColumns):
+            for number, table in enumerate(dataset.tables(_BATCH)):
+                if not number:
+                    self._check(dataset.head(table))
+                yield table
+            return
         check_class(dataset, self.name)
-        columns = [*self.names, *(self.several or [self.columns.score])]
         if dataset.features is None:  # a stream of text files: its first piece tells
             pieces = dataset.with_format("arrow").iter(_BATCH)
             first = next(iter(pieces), None)
@@ -270,7 +292,7 @@ class _Reader:
                 yield from (pa.table(piece).select(columns) for piece in pieces)
             return
         self._check(dataset)
-        yield from dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow").iter(_BATCH)
+        yield from dataset.select_columns(columns).with_format("arrow").iter(_BATCH)
 
     def _check(self, dataset: Any) -> None:
         if self.several:
@@ -334,7 +356,7 @@ class _Reader:
     def _text_keys(self, array: pa.Array, column: str) -> np.ndarray:
         if column != self.group_column:
             return text_keys(array)
-        encoded = array.dictionary_encode(null_encoding="encode")  # few different values
+        encoded = pc.fill_null(array, "None").dictionary_encode()  # as training names it; few different values
         return text_keys(encoded.dictionary)[encoded.indices.to_numpy()]
 
     def result(self) -> ScoredRows:

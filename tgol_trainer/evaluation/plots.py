@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ def save_score_histogram(
     *,
     name: str = "score",
     labels: tuple[str, str] = ("positive", "negative"),
-    confidence_scale: float | None = None,
+    margins: np.ndarray | None = None,
+    weighting: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """
     Draw how the threshold divides the scores.
@@ -56,8 +57,12 @@ def save_score_histogram(
             Name of the score, for the axis.
         labels (`tuple[str, str]`, *optional*, defaults to `("positive", "negative")`):
             Names in the legend of the scores from the threshold up and of those below.
-        confidence_scale (`float`, *optional*):
-            c; given, an outline counts the samples by their weight `1 + c·|s - τ|`, relative to the mean weight.
+        margins (`numpy.ndarray`, *optional*):
+            (N,) s - τ, whose sign is the label, where rows have their own τ or were labelled in another unit; by
+            default the scores less the threshold.
+        weighting (`Callable`, *optional*):
+            Margins to weights, elementwise, which may overwrite them; given, an outline counts the samples by weight,
+            relative to the mean.
 
     Raises:
         ValueError: if there are no scores, or one of them or the threshold is NaN or infinite.
@@ -66,36 +71,39 @@ def save_score_histogram(
     threshold = float(threshold)
     if not math.isfinite(threshold):
         raise ValueError(f"The threshold is {threshold}; it must be a finite number.")
-    values = np.sort(values)
+    if margins is None:
+        values = np.sort(values)
+        split = int(np.searchsorted(values, threshold))
+        below, above, ties = values[:split], values[split:], int((values == threshold).sum())
+    else:
+        order = np.argsort(values, kind="stable")
+        values, margins = values[order], margins[order]
+        below, above, ties = values[margins < 0], values[margins >= 0], int((margins == 0).sum())
     distinct = values[np.concatenate([[True], values[1:] != values[:-1]])]
     few = _bar_each(distinct)
     edges, outside = ([], 0) if few else _edges(values, threshold)
-    split = int(np.searchsorted(values, threshold))
     with _figure(path, 1, 1, (6.4, 3.6)) as (_, (axes,)):
         handles: list[Artist] = []
-        for side, label, sign, colour in (
-            (values[:split], labels[1], "<", _ORANGE),
-            (values[split:], labels[0], "≥", _BLUE),
-        ):
+        for side, label, sign, colour in ((below, labels[1], "<", _ORANGE), (above, labels[0], "≥", _BLUE)):
             counts = np.diff(_cuts(side, distinct, edges))
             if few:
                 axes.bar(distinct, counts, width=0.8 * _spacing(distinct), color=colour)
             else:
                 axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colour)
             share = 100 * side.size / values.size
-            text = f"{_escaped(label)} (score {sign} τ): {side.size:,} ({share:.1f} %)"
-            handles.append(_swatch(colour, text))
-        if confidence_scale:
-            weights = np.cumsum(1 + confidence_scale * np.abs(values - threshold))
+            handles.append(_swatch(colour, f"{_escaped(label)} (score {sign} τ): {side.size:,} ({share:.1f} %)"))
+        if weighting is not None:
+            weights = weighting(values - threshold if margins is None else margins)
+            np.cumsum(weights, out=weights)
             sums = np.diff(np.concatenate([[0], weights])[_cuts(values, distinct, edges)]) * values.size / weights[-1]
             handles.append(_draw_outline(axes, sums, distinct, edges))
-        ties = int((values == threshold).sum())
         text = f"threshold τ = {threshold:.6g}" + (f" ({ties:,} tied with it)" if ties else "")
         handles.append(axes.axvline(threshold, color=_INK, linestyle="--", linewidth=1.5, label=text))
         if few and distinct.size <= 10:
             axes.set_xticks(distinct)
-        note = f"\n(end bars also count values beyond them: {outside:,})" if outside else ""
-        axes.set_xlabel(_escaped(name) + note)
+        axes.set_xlabel(
+            _escaped(name) + (f"\n(end bars also count values beyond them: {outside:,})" if outside else "")
+        )
         axes.set_ylabel("samples")
         axes.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, frameon=False, fontsize=9

@@ -2,7 +2,7 @@
 
 from .base import LossRecord
 from .groups import group_mates_mean, preference_loss
-from .ordinal import ordinal_loss, ordinal_offsets
+from .ordinal import ordinal_loss
 from .rivals import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
 from .threshold import threshold_guided_loss
 
@@ -12,7 +12,6 @@ __all__ = [
     "kto_loss",
     "nft_loss",
     "ordinal_loss",
-    "ordinal_offsets",
     "preference_loss",
     "quantile_regression_loss",
     "regression_loss",

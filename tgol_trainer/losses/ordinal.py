@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,31 +9,6 @@ import torch.nn.functional as F
 
 from .base import LossRecord
 from .threshold import threshold_guided_loss
-
-
-def ordinal_offsets(percentiles: Sequence[float]) -> list[float]:
-    """
-    Offsets b_k of the cut points of [`ordinal_loss`]: logits of the percentiles, centred.
-
-    An example at percentile p is above the cut points below p; `b_k = g_k - mean(g)` with `g_k = logit(p_k/100)` is
-    the implicit reward at which being above the k-th is as likely as not under a logistic model of the scores.
-
-    Args:
-        percentiles (`Sequence[float]`):
-            m increasing values in (0, 100).
-
-    Returns:
-        `list[float]`: m numbers of mean 0; `[0.0]` for one percentile.
-
-    Raises:
-        ValueError: for none, or values that do not increase within (0, 100).
-    """
-    inside = all(0 < p < 100 for p in percentiles)
-    if not percentiles or not inside or any(a >= b for a, b in itertools.pairwise(percentiles)):
-        raise ValueError(f"The percentiles must increase and lie between 0 and 100, got {list(percentiles)}.")
-    logits = [math.log(p / (100 - p)) for p in percentiles]
-    mean = sum(logits) / len(logits)
-    return [logit - mean for logit in logits] if len(logits) > 1 else [0.0]
 
 
 def ordinal_loss(
@@ -56,7 +29,7 @@ def ordinal_loss(
         margins (`torch.Tensor`):
             (B, m) s - τ_k.
         offsets (`Sequence[float]`):
-            m numbers b_k, from [`ordinal_offsets`].
+            m numbers b_k, from [`thresholds.ordinal_offsets`].
         weights (`torch.Tensor`):
             (B, m) weights w_k.
         beta (`float`, *optional*, defaults to 1.0):

@@ -12,15 +12,25 @@ from .counts import GroupCounts, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization
 from .oracle import OracleThresholds, estimate_oracle_thresholds
+from .ordinal import ordinal_offsets
 from .percentile import apply_threshold, estimate_threshold
 from .running import RunningPercentile
-from .uncertainty import ThresholdInterval, bootstrap_interval, bootstrap_thresholds
+from .uncertainty import (
+    GroupIntervals,
+    ThresholdInterval,
+    bootstrap_groups,
+    bootstrap_interval,
+    bootstrap_thresholds,
+    group_draw,
+    oracle_draw,
+)
 from .weights import WEIGHT_FORMS, WeightForm, Weighting, WeightSummary, confidence_weights, summarize_weights
 
 __all__ = [
     "WEIGHT_FORMS",
     "CombinationMethod",
     "GroupCounts",
+    "GroupIntervals",
     "GroupStatistic",
     "GroupThresholds",
     "NormalizationMethod",
@@ -35,6 +45,7 @@ __all__ = [
     "WeightSummary",
     "Weighting",
     "apply_threshold",
+    "bootstrap_groups",
     "bootstrap_interval",
     "bootstrap_thresholds",
     "check_combination",
@@ -46,7 +57,10 @@ __all__ = [
     "estimate_threshold",
     "fit_combination",
     "fit_normalization",
+    "group_draw",
     "group_ids",
+    "oracle_draw",
+    "ordinal_offsets",
     "summarize_weights",
     "variance_components",
 ]

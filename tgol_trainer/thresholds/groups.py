@@ -83,7 +83,10 @@ def variance_components(scores: np.ndarray, groups: np.ndarray) -> tuple[float, 
     if total <= count:
         return math.nan, 0.0
     means = np.bincount(groups, weights=scores) / sizes
-    within = float(((scores - means[groups]) ** 2).sum() / (total - count))
+    squares = means[groups]
+    np.subtract(scores, squares, out=squares)
+    within = float(np.square(squares, out=squares).sum() / (total - count))
+    del squares
     if count < 2:
         return within, 0.0
     mean_square = float((sizes * (means - scores.mean()) ** 2).sum() / (count - 1))
@@ -138,21 +141,29 @@ def estimate_group_thresholds(
     ordered, starts = values[order], np.concatenate(([0], np.cumsum(sizes)[:-1]))
     lowest, highest = ordered[starts], ordered[starts + sizes - 1]
     if statistic == "mean":
-        pooled, inflation = float(values.mean()), 1.0
+        pooled = float(values.mean())
         own = np.bincount(groups, weights=values) / sizes
     else:
         pooled = estimate_threshold(values, percentile=percentile).value
         share = percentile / 100
-        inflation = share * (1 - share) / NormalDist().pdf(NormalDist().inv_cdf(share)) ** 2
         own = _moved_off_minimum(_percentiles(ordered, starts, sizes, share), ordered, starts, sizes, groups[order])
     within, between = variance_components(values, groups)
     reliability = np.zeros(len(sizes))
     informative = highest > lowest
     if between > 0:
-        reliability[informative] = between / (between + inflation * within / sizes[informative])
+        variance = sampling_variance(percentile, statistic) * within
+        reliability[informative] = between / (between + variance / sizes[informative])
     thresholds = pooled + reliability * (own - pooled)
     one_sided = int(((lowest >= thresholds) | (highest < thresholds)).sum())
     return GroupThresholds(thresholds, pooled, reliability, within, between, one_sided)
+
+
+def sampling_variance(percentile: float, statistic: GroupStatistic) -> float:
+    """Return v: the sampling variance of a group's statistic over σ²/n, for normal scores."""
+    if statistic == "mean":
+        return 1.0
+    share = percentile / 100
+    return share * (1 - share) / NormalDist().pdf(NormalDist().inv_cdf(share)) ** 2
 
 
 def _percentiles(ordered: np.ndarray, starts: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:

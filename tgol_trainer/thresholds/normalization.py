@@ -33,7 +33,8 @@ class ScoreNormalization:
 
     def __call__(self, scores: np.ndarray | np.floating) -> np.ndarray:
         """Return the scores (N,) in normalised units, float64."""
-        return (np.asarray(scores, dtype=np.float64) - self.center) / self.scale
+        values = np.asarray(scores, dtype=np.float64)
+        return values if self.method == "none" else (values - self.center) / self.scale
 
 
 def fit_normalization(scores: Sequence[float] | np.ndarray, method: NormalizationMethod) -> ScoreNormalization:

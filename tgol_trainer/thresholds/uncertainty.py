@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import numpy as np
 
 from .base import ThresholdError, checked_scores
+from .groups import GroupStatistic, sampling_variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +120,154 @@ def bootstrap_interval(
     Raises:
         ThresholdError: for no scores, NaN or infinite ones, or all equal.
     """
-    values = np.sort(checked_scores(scores))
+    values = checked_scores(scores)
+    values = values if (values[1:] >= values[:-1]).all() else np.sort(values)
     drawn = bootstrap_thresholds(values, percentile=percentile, seed=seed)
     if not drawn.size:
         raise ThresholdError(f"No resample of the {values.size} scores held two different ones.")
     # Ends that occur: between two replicates there may be no score at all.
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return ThresholdInterval(float(low), float(high), level)
+
+
+Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+_REPLICATES, _LARGE_GROUP = 400, 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupIntervals:
+    """
+    Bootstrap intervals of the τ of groups, of all or of a random part of them.
+
+    Args:
+        keys (`numpy.ndarray`):
+            (M,) of the groups, ascending.
+        low (`numpy.ndarray`):
+            (M,) float64.
+        high (`numpy.ndarray`):
+            (M,) float64.
+    """
+
+    keys: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def flip_share(self, scores: np.ndarray, keys: np.ndarray) -> float:
+        """
+        Share of the rows of these groups, 0 to 1, whose label differs between the ends of their group's interval.
+
+        Args:
+            scores (`numpy.ndarray`):
+                (N,) of any rows, in the unit of the intervals.
+            keys (`numpy.ndarray`):
+                (N,) their groups.
+        """
+        place, inside = _among(keys, self.keys)
+        place, scores = place[inside], scores[inside]
+        return float(np.mean((scores >= self.low[place]) & (scores < self.high[place]))) if scores.size else 0.0
+
+
+def bootstrap_groups(
+    scores: np.ndarray, keys: np.ndarray, draw: Draw, *, level: float = 0.95, max_groups: int = 2000, seed: int = 0
+) -> GroupIntervals:
+    """
+    Return percentile bootstrap intervals of the τ of groups, each resampled within itself.
+
+    Args:
+        scores (`numpy.ndarray`):
+            (N,) finite scores that the thresholds come from.
+        keys (`numpy.ndarray`):
+            (N,) integers, equal for rows of a group.
+        draw (`Callable`):
+            The sorted scores of a group and a generator to replicates of its τ: [`group_draw`] or [`oracle_draw`].
+        level (`float`, *optional*, defaults to 0.95):
+            Share of the bootstrap distribution inside, 0 to 1.
+        max_groups (`int`, *optional*, defaults to 2000):
+            Of more groups, so many are taken at random.
+        seed (`int`, *optional*, defaults to 0):
+            Of that choice and of the draws.
+
+    Returns:
+        [`GroupIntervals`]
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.unique(keys)
+    if chosen.size > max_groups:
+        chosen = np.sort(rng.choice(chosen, max_groups, replace=False))
+    place, inside = _among(keys, chosen)
+    place, scores = place[inside], scores[inside]
+    order = np.lexsort((scores, place))
+    parts = np.split(scores[order], np.cumsum(np.bincount(place, minlength=chosen.size))[:-1])
+    ends = np.array(
+        [np.quantile(draw(part, rng), [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf") for part in parts]
+    )
+    return GroupIntervals(chosen, ends[:, 0], ends[:, 1])
+
+
+def _among(keys: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where in ascending `chosen` each key stands, and whether it does."""
+    place = np.minimum(np.searchsorted(chosen, keys), chosen.size - 1)
+    return place, chosen[place] == keys
+
+
+def group_draw(
+    pooled: float, within: float, between: float, *, percentile: float = 50.0, statistic: GroupStatistic = "percentile"
+) -> Draw:
+    """
+    Return what draws the τ of a group under partial pooling, see [`estimate_group_thresholds`].
+
+    Args:
+        pooled (`float`):
+            The global τ, held fixed.
+        within (`float`):
+            σ², held fixed.
+        between (`float`):
+            ω², held fixed.
+        percentile (`float`, *optional*, defaults to 50.0):
+            Of a group.
+        statistic (`str`, *optional*, defaults to `"percentile"`):
+            Or `"mean"`.
+    """
+
+    def draw(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if values[0] == values[-1] or not between > 0:
+            return np.full(_REPLICATES, pooled)
+        reliability = between / (between + sampling_variance(percentile, statistic) * within / values.size)
+        if statistic == "mean":
+            own = _means(values, rng)
+        else:
+            seed = int(rng.integers(2**31))
+            own = bootstrap_thresholds(values, percentile=percentile, num_replicates=_REPLICATES, seed=seed)
+        # A resample of equal scores takes the pooled τ.
+        return np.concatenate([pooled + reliability * (own - pooled), np.full(_REPLICATES - own.size, pooled)])
+
+    return draw
+
+
+def oracle_draw(pooled: float, beta: float) -> Draw:
+    """
+    Return what draws the log-mean-exp of a group's samples, see [`estimate_oracle_thresholds`].
+
+    Args:
+        pooled (`float`):
+            τ of a group that says nothing, held fixed.
+        beta (`float`):
+            β_r, held fixed.
+    """
+
+    def draw(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if values[0] == values[-1]:
+            return np.full(_REPLICATES, pooled)
+        means = _means(np.exp((values - values[-1]) / beta), rng)
+        found: np.ndarray = values[-1] + beta * np.log(np.maximum(means, np.finfo(float).tiny))
+        return found
+
+    return draw
+
+
+def _means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return means of resamples; of a large group, from the normal distribution that they then have."""
+    if values.size > _LARGE_GROUP:
+        return values.mean() + values.std() / math.sqrt(values.size) * rng.normal(size=_REPLICATES)
+    found: np.ndarray = values[rng.integers(values.size, size=(_REPLICATES, values.size))].mean(axis=1)
+    return found

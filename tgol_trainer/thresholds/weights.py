@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Values = TypeVar("Values", "np.ndarray", "torch.Tensor")
 WeightForm = Literal["linear", "none", "abs", "power", "clipped"]
 WEIGHT_FORMS: tuple[str, ...] = get_args(WeightForm)
+_BLOCK = 100_000
 
 
 def confidence_weights(
@@ -105,6 +106,12 @@ class Weighting:
             positive = margin >= 0
             weights = weights * (positive * self.desirable + ~positive * self.undesirable)
         return weights if self.divisor == 1.0 else weights / self.divisor
+
+    def replace(self, margins: np.ndarray) -> np.ndarray:
+        """Overwrite margins (N,) with their weights, so that memory holds one number a row, and return them."""
+        for start in range(0, margins.size, _BLOCK):
+            margins[start : start + _BLOCK] = self(margins[start : start + _BLOCK])
+        return margins
 
 
 @dataclasses.dataclass(frozen=True)
