@@ -185,7 +185,7 @@ def test_a_proxy_set_and_a_limited_stream_give_the_threshold_that_the_trainer_ta
 )
 def test_ten_million_scores_take_seconds_and_about_a_gigabyte(tmp_path, per_prompt, limit):
     """
-    CPU time of one process stands for wall time, which other work on the machine would change: 10 s are the aim, 13 the
+    CPU time of one process stands for wall time, which other work would change: 10 s are the aim, 13 the
     limit. Where every prompt is another the aim of 1 GB is not met (docs/labelling.md).
     """
     path, rng = tmp_path / "rows.parquet", np.random.default_rng(0)
