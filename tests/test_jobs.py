@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -459,6 +460,16 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
     assert any(tensor.any() for name, tensor in adapters["whole"].items() if "lora_B" in name or "lora.up" in name)
     assert adapters["whole"].keys() == adapters["killed"].keys()
     assert all(torch.equal(tensor, adapters["killed"][name]) for name, tensor in adapters["whole"].items())
+
+
+def test_the_three_commands_of_the_page_lead_to_an_adapter_as_they_stand(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle on white\n")
+    commands = [shlex.split(line) for line in page.split("```\n")[1].splitlines()]
+    assert [words[:2] for words in commands] == [["tgol", name] for name in ("generate", "score", "train")]
+    assert [cli.main(words[1:]) for words in commands] == [0, 0, 0]
+    assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
 PROGRAM = """

@@ -173,6 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             fps=args.fps,
             **({} if args.num_frames is None else {"num_frames": args.num_frames}),
         )
-    print(f"{len(files)} shards of this process are complete in {args.output_dir / 'data'}.")
+    print(f"This process's shards ({len(files)}) are complete in {args.output_dir / 'data'}.")
     note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts)
     return push_complete_dataset(target, args.output_dir, "Pictures")
