@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
@@ -189,6 +190,18 @@ def test_a_push_that_failed_leaves_the_scores_and_goes_on_with_the_command(made,
     assert (codes["refused"], codes["push"], codes["as a model"]) == (3, 0, 1)
     assert "`tgol push scored --hub_dataset_id tester/scored` pushes scored again" in done.stderr
     assert len(hub.files("tester/scored", "datasets")) == 4  # two shards, the card and the facts of the rewards
+
+
+def test_a_hub_dataset_is_scored_as_a_stream_into_another_row_for_row(made, hub):
+    codes, _ = made
+    assert codes["streamed"] == 0
+    source, streamed, whole = (hub.files(f"tester/{name}", "datasets") for name in ("pictures", "streamed", "scored"))
+    tables = [
+        [parquet.read_table(io.BytesIO(files[name])) for name in sorted(files) if name.endswith(".parquet")]
+        for files in (streamed, whole)
+    ]
+    assert pa.concat_tables(tables[0]).equals(pa.concat_tables(tables[1]))
+    assert len(tables[0]) == sum(name.endswith(".parquet") for name in source)
 
 
 def test_the_card_states_columns_scores_source_and_making_and_keeps_what_a_person_wrote(made, hub):

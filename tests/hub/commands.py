@@ -37,6 +37,8 @@ def make() -> dict[str, Any]:
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
     codes["half"] = command("push pictures --hub_dataset_id tester/half")
     codes["generate"] = command(f"{generate} --push_to_hub --hub_dataset_id tester/pictures")
+    streamed = "score tester/pictures --streaming --rewards background_darkness --output_dir streamed --use_cpu"
+    codes["streamed"] = command(f"{streamed} --push_to_hub")
     control("fail", route="commit", status=403, times=None)
     score = "score tester/pictures --rewards background_darkness --output_dir scored --shard_size 4 --use_cpu"
     codes["refused"] = command(f"{score} --push_to_hub")

@@ -127,5 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = ", ".join(f"{name} {count}" for name, count in missing.items())
     print(f"Wrote this process's shards to {args.output_dir / 'data'}; rows without a score: {counts}.")
     source = dataset_facts(dataset, [])
-    note_source(args.output_dir, source.name, source.revision)
+    known = source.name or (None if Path(args.source).expanduser().exists() else args.source)
+    note_source(args.output_dir, known, source.revision)
     return push_complete_dataset(target, args.output_dir, f"Scores: {', '.join(missing)}")

@@ -165,6 +165,11 @@ def image_key(image: pa.StructScalar, uid: Any = None) -> tuple[bytes, str | Non
     return hashlib.blake2b(content, digest_size=16, person=kind).digest(), None
 
 
+def image_path(image: pa.StructScalar) -> str | None:
+    """Return the path of an image of a column of [`datasets.Image`], to name it in a message."""
+    return image["path"].as_py() if image.is_valid else None
+
+
 def pick(present: Sequence[str], given: str | None, known: Sequence[str], role: str, name: str) -> str:
     """
     Return the column of a role: the one given, or the first known one that is there.

@@ -23,6 +23,7 @@ from tgol_trainer.data.convert import (
     batches,
     check_source,
     image_key,
+    image_path,
     one_row_per_image,
     pick,
     usable_prompt,
@@ -206,9 +207,9 @@ def convert_pairs(
                 continue
             uids = [row[column] for column in layout.uids] if layout.uids else [None, None]
             keys = [image_key(column[offset], uid) for column, uid in zip(images, uids, strict=True)]
-            for column, (_, problem) in zip(layout.images, keys, strict=True):
-                if problem is not None:
-                    cause, value = cause or f"{problem} in {column!r}", value
+            for column, image, (_, problem) in zip(layout.images, images, keys, strict=True):
+                if cause is None and problem is not None:
+                    cause, value = f"{problem} in {column!r}", image_path(image[offset])
             if cause is None and keys[0] == keys[1]:
                 cause, value = "an image compared with itself", uids[0]
             if cause is not None:

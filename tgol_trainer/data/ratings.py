@@ -19,6 +19,7 @@ from tgol_trainer.data.convert import (
     batches,
     check_source,
     image_key,
+    image_path,
     one_row_per_image,
     pick,
     usable_prompt,
@@ -174,12 +175,13 @@ def convert_ratings(
             values = _read_all(cells[rating][offset], read)
             who = cells[annotator][offset] if annotator else None
             people = who if isinstance(who, list) else [who] * len(values[0])
+            shown = cells[rating][offset] if cause is None else image_path(table.column(image)[offset])
             if cause is None:
                 cause = values[1]
             if cause is None and len(people) != len(values[0]):
                 cause = "as many ratings as annotators are needed"
             if cause is not None:
-                dropped.add(cause, row, cells[rating][offset])
+                dropped.add(cause, row, shown)
                 continue
             number = index.add(text, key, row, 0)
             for value, person in zip(values[0], people, strict=True):
