@@ -30,6 +30,7 @@ def test_groups_are_numbered_in_order_of_first_appearance():
     numbers, names = group_ids(["b", "a", "b", "c", "a"])
     assert numbers.tolist() == [0, 1, 0, 2, 1]
     assert names.tolist() == ["b", "a", "c"]
+    assert group_ids(["a", "a\0", "a" * 1_000_000] * 1000)[0].tolist() == [0, 1, 2] * 1000
 
 
 def test_variance_components_of_groups_of_one_size_are_those_of_a_one_way_analysis_of_variance():

@@ -4,8 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 
-from tgol_trainer.data import GroupSampler
+from tgol_trainer.data import GroupSampler, innermost_sampler
 
 
 def groups_of(seed=0, num_groups=30, sizes=(1, 11)):
@@ -48,3 +50,17 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 def test_no_rows_give_no_order():
     assert list(GroupSampler(np.array([], dtype=np.int64), 2)) == []
+
+
+def test_a_process_of_two_that_resumes_inside_the_second_epoch_goes_on_with_that_epochs_order():
+    """accelerate's own `set_epoch` stops at the wrappers that this loader has, and would give the first epoch's."""
+    groups = np.tile(np.arange(6), 4)
+    expected = GroupSampler(groups, 4, seed=5)
+    expected.set_epoch(1)
+    order = list(expected)
+    loader = DataLoader(range(24), batch_size=4, sampler=GroupSampler(groups, 4, seed=5))
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
+    loader = skip_first_batches(loader, 1)
+    loader.set_epoch(1)
+    innermost_sampler(loader).set_epoch(1)
+    assert [batch.tolist() for batch in loader] == [order[12:16], order[20:24]]

@@ -112,11 +112,11 @@ def alone(folder, flags):
 # ---- Data and runs ----
 
 
-def write_parquet(file, scores, seed=0):
+def write_parquet(file, scores, seed=0, prompts=PROMPTS):
     rng = np.random.default_rng(seed)
     pictures = rng.integers(0, 256, (len(scores), 32, 32, 3), dtype=np.uint8)
     rows = {
-        "prompt": [PROMPTS[index % len(PROMPTS)] for index in range(len(scores))],
+        "prompt": [prompts[index % len(prompts)] for index in range(len(scores))],
         "image": [Image.fromarray(picture) for picture in pictures],
         "score": [float(score) for score in scores],
     }
@@ -154,7 +154,13 @@ def place(tmp_path_factory):
     write_parquet(folder / "data" / "test.parquet", [9.0] * 4 + [-9.0] * 7, seed=2)
     # Rank 0 reads the rows 0-3, 8-11, ..., rank 1 the others.
     write_parquet(folder / "one_sided" / "train.parquet", [2.0, 2.1, 2.2, 2.3, 1.0, 1.1, 1.2, 1.3] * 3)
+    # Four pictures of each of eight prompts: two updates of 16 rows an epoch, by halves of two groups.
+    write_parquet(folder / "groups" / "train.parquet", np.random.default_rng(2).normal(size=32), prompts=PROMPTS[:8])
     return folder
+
+
+PAIRED = {"loss_type": "dpo", "group_size": 4, "share_group_noise": "true"}
+PAIRED |= {"gradient_accumulation_steps": 2, "max_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +181,15 @@ def one(place):
 
 @pytest.fixture(scope="module")
 def others(place):
-    """Two processes on data with one class a process, then on a stream; one launch for both."""
+    """Two processes on data with one class a process, then on a stream, then on pairs; one launch for all."""
     records = place / "others_records"
     records.mkdir()
     one_sided = flags_for(place / "one_sided", place / "sided", 4, max_steps=3, train_sampling_strategy="sequential")
+    pairs = flags_for(place / "groups", place / "pairs", 4, **PAIRED)
     stream = flags_for(place / "data", place / "stream", 4, max_steps=4, dataset_streaming="true")
-    succeed(torchrun(PROGRAM, records, 2, *one_sided, "--", *stream), place)
-    return SimpleNamespace(one_sided=records_of(records, run=0), stream=records_of(records, run=1))
+    succeed(torchrun(PROGRAM, records, 2, *one_sided, "--", *stream, "--", *pairs), place)
+    runs = [records_of(records, run=number) for number in range(3)]
+    return SimpleNamespace(one_sided=runs[0], stream=runs[1], pairs=runs[2])
 
 
 def lines(record, key="loss"):
@@ -342,6 +350,17 @@ def test_a_process_that_sees_one_class_only_does_not_stop_the_others(place, othe
 def test_one_sided_processes_log_what_one_process_with_both_classes_logs(place, others):
     flags = flags_for(place / "one_sided", place / "both", 8, max_steps=3, train_sampling_strategy="sequential")
     assert_same_log(lines(alone(place / "both_records", flags)), lines(others.one_sided[0]))
+
+
+def test_two_processes_train_on_the_pairs_of_one(place, others):
+    """Diffusion-DPO with accumulation, into the second epoch: the same whole groups, the same losses."""
+    whole = alone(place / "pairs_records", flags_for(place / "groups", place / "pairs_alone", 8, **PAIRED))
+    left, right = others.pairs
+    assert all(len({row % 8 for row in rows}) == 1 for rows in left["row_ids"] + right["row_ids"])
+    halves = [sorted(a + b) for a, b in zip(left["row_ids"], right["row_ids"], strict=True)]
+    assert halves == [sorted(rows) for rows in whole["row_ids"]]
+    assert halves[:2] != halves[4:6]
+    assert_same_log(lines(whole), lines(left))
 
 
 def test_a_stream_is_divided_between_the_processes(others):

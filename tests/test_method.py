@@ -181,6 +181,83 @@ def test_oracle_thresholds_come_from_the_prompts_of_a_proxy_set(config, grouped)
         assert trainer.train_dataset[row]["threshold"] == pytest.approx(own, abs=1e-3)
 
 
+def test_cut_points_on_ties_divide_the_rows_and_weights_have_mean_one_over_them(config, grouped, tmp_path):
+    """Stars with half at the lowest: the cuts at 25 and 50 % move to 1.5, as Eq. 10's threshold does."""
+    stars = np.array(([1] * 5 + [2, 3, 5]) * 8, dtype=float)
+    rows = grouped.remove_columns("score").add_column("score", stars)
+    settings = {"loss_type": "ordinal", "normalize_weights": True, "per_device_train_batch_size": 64, "max_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    trainer = trained(config, rows, **settings)
+    assert list(trainer.collator.cut_points) == [1.5, 1.5, 2.25]
+    assert first_line(trainer)["weights/mean"] == pytest.approx(1.0, rel=1e-5)
+    assert trainer.labelling.weights.mean == pytest.approx(1.0)
+    again = TGOLTrainer(stable_diffusion(), config(**settings), rows, peft_config=LORA)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert list(again.collator.cut_points) == [1.5, 1.5, 2.25]
+
+
+@pytest.mark.parametrize("loss_type", ["qrpo", "nft"])
+def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_needs(config, grouped, loss_type):
+    settings = {"loss_type": loss_type, "threshold": 0.0, "max_steps": 1, "per_device_train_batch_size": 8}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.to_iterable_dataset(), peft_config=LORA)
+    trainer.train()
+    scores = np.asarray(grouped["score"])
+    assert trainer.labelling.score_std == pytest.approx(scores.std())
+    if loss_type == "qrpo":
+        quantile = ((scores[:, None] > scores).sum(1) + 0.5)[:8] / 64
+        expected = ((quantile - math.log(math.e - 1)) ** 2).mean()
+        assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "dpo"}, {"log_ratio_centering": "group"}])
+def test_groups_without_two_different_scores_are_refused(config, grouped, settings):
+    """They would give a loss of 0 for ever, or train without the centring that was asked for."""
+    rows = grouped.remove_columns("prompt").add_column("prompt", [f"prompt {index // 2}" for index in range(64)])
+    rows = rows.remove_columns("score").add_column("score", [float(index // 2) for index in range(64)])
+    with pytest.raises(ValueError, match="none of the 32 groups"):
+        TGOLTrainer(stable_diffusion(), config(group_size=2, **settings), rows, peft_config=LORA)
+
+
+def test_the_sampler_is_told_each_epoch_by_the_trainer_itself(config, grouped):
+    trainer = TGOLTrainer(stable_diffusion(), config(loss_type="dpo", group_size=4), grouped, peft_config=LORA)
+    loader = trainer.get_train_dataloader()
+    trainer._on_epoch_begin(1.25, True)
+    assert loader.batch_sampler.sampler.epoch == 1
+
+
+def test_a_proxy_set_of_the_moved_reference_labels_training_and_evaluation_and_is_made_again_on_resume(
+    config, grouped, tmp_path
+):
+    """The scores say how far the network that the pipeline holds lies from the first one: 0 at the first call."""
+    weights = []
+
+    def proxy(pipeline):
+        active = [module for module in pipeline.unet.modules() if getattr(module, "lora_B", None)]
+        disabled = active[0].disable_adapters
+        name = active[0].active_adapters[0]
+        size = 0.0 if disabled else sum(module.lora_B[name].weight.abs().sum().item() for module in active)
+        weights.append(size)
+        return grouped.map(lambda row: {"score": row["score"] + 0.2 * size / (1 + size)})
+
+    settings = {"sync_ref_model": "epoch", "threshold_update": "epoch", "threshold_strategy": "group"}
+    settings |= {"max_steps": 14, "save_strategy": "steps", "save_steps": 12, "learning_rate": 1e-3}
+    settings |= {"output_dir": str(tmp_path)}
+
+    def trainer_of():
+        train, evaluation = grouped.select(range(64)), grouped.select(range(8))
+        return TGOLTrainer(stable_diffusion(), config(**settings), train, evaluation, proxy, peft_config=LORA)
+
+    whole = trainer_of()
+    whole.train()
+    assert weights[0] == 0 < weights[1]
+    np.testing.assert_allclose(whole.eval_dataset.thresholds, whole.train_dataset.thresholds[:8])
+    again = trainer_of()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert weights[2:] == [0, pytest.approx(weights[1], rel=1e-6)]
+    np.testing.assert_allclose(again.train_dataset.thresholds, whole.train_dataset.thresholds, rtol=1e-6)
+    assert losses(again)[-2:] == losses(whole)[-2:]
+
+
 def test_an_oracle_without_samples_of_the_reference_is_refused(config, grouped):
     with pytest.raises(ValueError, match="reference_samples=True"):
         TGOLTrainer(stable_diffusion(), config(threshold_strategy="oracle"), grouped)
@@ -290,6 +367,13 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
         ({"ordinal_percentiles": [50.0, 20.0]}, "increase"),
         ({"csft_suffixes": ["one"]}, "two texts"),
         ({"oracle_beta": -1.0}, "larger than 0"),
+        ({"loss_type": "ordinal", "threshold_strategy": "group"}, "do not change"),
+        ({"threshold_strategy": "running", "threshold_update": "epoch"}, "follows the scores"),
+        (
+            {"threshold_strategy": "group", "threshold_update": "epoch", "dataloader_persistent_workers": True}
+            | {"dataloader_num_workers": 1},
+            "thresholds of groups",
+        ),
     ],
 )
 def test_contradictions_are_refused_with_the_remedy(config, settings, words):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tgol_trainer.losses import (
+    group_differences,
     group_mates_mean,
     kto_loss,
     nft_loss,
@@ -100,6 +101,15 @@ def test_the_mean_of_group_mates_leaves_the_row_itself_out():
     mean, has = group_mates_mean(torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0]), torch.tensor([7, 3, 7, 3, 4]))
     close(mean, [2.0, 9.0, 1.0, 5.0, 0.0])
     assert has.tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("count", [3, 7, 8, 11])
+def test_equal_scores_of_a_group_differ_by_exactly_nothing(count):
+    """0.1 is no float32: the mean of the others, subtracted, would leave ±1e-8 and with it a label at random."""
+    values, groups = torch.full((count,), 0.1), torch.zeros(count, dtype=torch.int64)
+    assert group_differences(values, groups).tolist() == [0.0] * count
+    some = torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0, 3.0])
+    close(group_differences(some, torch.tensor([7, 3, 7, 3, 4, 7])), [-1.5, -4.0, 0.0, 4.0, 0.0, 1.5])
 
 
 def test_a_centred_pair_under_the_threshold_loss_is_dpo():

@@ -106,16 +106,9 @@ def label_settings(args: MethodArguments) -> LabelSettings:
         weighting=args.weighting,
         unit_mean_weight=args.normalize_weights and args.loss_type in CONFIDENT_LOSSES,
         dead_zone=args.dead_zone,
-        keep_source=args.loss_type in ("ordinal", "qrpo") or args.threshold_strategy == "running",
+        keep_source=args.loss_type == "qrpo" or args.threshold_strategy == "running",
+        cut_percentiles=args.ordinal_percentiles if args.loss_type == "ordinal" else (),
     )
-
-
-def cut_points(labelling: Labelling, args: MethodArguments) -> list[float] | None:
-    """Return the cut points of the ordinal loss in normalised units, increasing; `None` for other losses."""
-    if labelling.source is None or args.loss_type != "ordinal":
-        return None
-    found: list[float] = np.percentile(labelling.source, args.ordinal_percentiles).tolist()
-    return found
 
 
 def running_percentile(labelling: Labelling, args: MethodArguments) -> thresholds.RunningPercentile:
@@ -160,6 +153,8 @@ def fit(
     """
     source: np.ndarray | None = None
     source_groups: list[str] | None = None
+    if args.threshold_strategy not in ("group", "oracle"):
+        columns = dataclasses.replace(columns, group=None)  # of a proxy set, scores are enough
     read = functools.partial(data.stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
     if args.score_columns and isinstance(rows, data.ScoredDataset) and rows.column_scores is not None:
         given = rows.column_scores
@@ -175,7 +170,7 @@ def fit(
         source, source_groups = read(proxy, name="proxy_dataset")
     elif isinstance(rows, data.ScoredDataset):
         source = rows.scores
-    elif args.threshold is None or args.score_normalization != "none":
+    elif args.threshold is None or args.score_normalization != "none" or args.loss_type in ("qrpo", "nft"):
         source, _ = read(stream, limit=args.max_threshold_samples)
     # Of a stream, only what the first pass read is known.
     scores = rows.scores if isinstance(rows, data.ScoredDataset) else None if proxy is not None else source
@@ -212,6 +207,34 @@ def _proxy_columns(proxy: datasets.Dataset, args: TGOLConfig, columns: Columns) 
     return found.scores, [str(names[int(row)]) for row in found.row_ids]
 
 
+def check_pairs(rows: ScoredDataset, args: TGOLConfig) -> None:
+    """
+    Check that there is something to compare within groups, where the arguments ask for that.
+
+    Args:
+        rows ([`data.ScoredDataset`]):
+            The rows that are trained on.
+        args ([`TGOLConfig`]):
+            The configuration.
+
+    Raises:
+        ValueError: if no group has two rows with different scores.
+    """
+    if args.loss_type != "dpo" and args.log_ratio_centering != "group":
+        return
+    numbers, _ = thresholds.group_ids(rows.groups)
+    lowest, highest = np.full(numbers.max() + 1, np.inf), np.full(numbers.max() + 1, -np.inf)
+    np.minimum.at(lowest, numbers, rows.scores)
+    np.maximum.at(highest, numbers, rows.scores)
+    if not (highest > lowest).any():
+        what = "`loss_type='dpo'`" if args.loss_type == "dpo" else "`log_ratio_centering='group'`"
+        raise ValueError(
+            f"{what} compares images of one group, and none of the {len(lowest)} groups (equal values of "
+            f"{args.group_column or args.prompt_column!r}) has two with different scores. Score several images a "
+            "prompt, name another `group_column`, or train with `loss_type='tgol'` without centring."
+        )
+
+
 def set_labels(
     labelling: Labelling, args: TGOLConfig, collator: Collator, rows: ScoredDataset | ScoredStream | None
 ) -> None:
@@ -230,7 +253,7 @@ def set_labels(
     """
     collator.normalization = labelling.normalization
     collator.threshold = labelling.threshold.value
-    collator.cut_points = cut_points(labelling, args) or ()
+    collator.cut_points = labelling.cut_points
     if labelling.source is not None and args.loss_type == "qrpo":
         collator.reference_scores = np.sort(labelling.source)
     if isinstance(rows, data.ScoredDataset):

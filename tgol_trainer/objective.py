@@ -58,8 +58,7 @@ def training_loss(scored: Scored, args: MethodArguments, labelling: Labelling | 
     log_ratio, margin = scored.log_ratio, batch["margin"]
     if args.log_ratio_centering == "group":
         others, has = losses.group_mates_mean(log_ratio, batch["group"])
-        score = batch["score"]
-        among = score - losses.group_mates_mean(score, batch["group"])[0]
+        among = losses.group_differences(batch["score"], batch["group"])
         log_ratio = log_ratio - args.centering_strength * others
         margin = torch.where(has, margin + args.centering_strength * (among - margin), margin)
     weight = weighting(margin)

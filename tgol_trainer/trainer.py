@@ -36,6 +36,7 @@ from .data import (
     ScoredStream,
     check_columns,
     decode_prompts,
+    innermost_sampler,
     prepare_dataset,
 )
 from .families import RowGenerators, log_likelihood
@@ -150,6 +151,7 @@ class TGOLTrainer(HubTrainer):
             train_rows = self._fit_threshold(train_rows)
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
+        self._train_sampler: Any = None
         self._reference_epoch = 0
         self.card_extras: dict[str, Any] = {}
         self.samples = SampleCallback(self, reward_funcs, gather_object)
@@ -287,9 +289,21 @@ class TGOLTrainer(HubTrainer):
         found = labelling.fit(rows, self.args, self.columns, **sources)
         if found.kept is not None and isinstance(rows, ScoredDataset):
             rows = rows.kept(found.kept)
+        if isinstance(rows, ScoredDataset):
+            labelling.check_pairs(rows, self.args)
         self.labelling = found
         labelling.set_labels(found, self.args, self.collator, rows)
+        for evaluated in self._evaluation_rows():
+            evaluated.thresholds = found.row_thresholds(evaluated.groups) if found.by_group is not None else None
         return rows
+
+    def _evaluation_rows(self) -> list[ScoredDataset]:
+        found = getattr(self, "eval_dataset", None)  # none yet while the trainer is set up
+        return [
+            rows
+            for rows in (found.values() if isinstance(found, dict) else [found])
+            if isinstance(rows, ScoredDataset)
+        ]
 
     @property
     def threshold(self) -> thresholds.Threshold | None:
@@ -307,7 +321,9 @@ class TGOLTrainer(HubTrainer):
                     "`per_device_train_batch_size`."
                 )
         if not isinstance(self.train_dataset, ScoredStream):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            self._train_sampler = innermost_sampler(loader)
+            return loader
         from accelerate.data_loader import prepare_data_loader
 
         args = self.args
@@ -347,6 +363,8 @@ class TGOLTrainer(HubTrainer):
         # At the beginning of an epoch rather than at the end of the one before, so that a checkpoint written on the
         # last step resumes into the same state. A resume in mid-epoch finds `_reference_epoch` already there.
         current = math.floor(epoch + 1e-6)
+        if hasattr(self._train_sampler, "set_epoch"):
+            self._train_sampler.set_epoch(current)
         if self._raw_stream is not None:
             if self.args.threshold_update == "epoch" and not first:
                 self._fit_threshold(self.train_dataset)
@@ -525,15 +543,26 @@ class TGOLTrainer(HubTrainer):
             adapters.load_adapter(
                 self.backbone.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
             )
+        if self._reference_epoch and self.args.threshold_update == "epoch" and callable(self.proxy_dataset):
+            self._fit_to_reference()
         if state["threshold"] is not None and self.labelling is not None:
             self.labelling = self.labelling.restored(state)
             if self.labelling.combination is not None:
                 self._combine(self.labelling.combination)
             labelling.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
 
+    def _fit_to_reference(self) -> None:
+        """Make the proxy set of the last sync again, from the reference that the checkpoint holds."""
+        pipeline, name, policy = self.backbone.pipeline, self.backbone.denoiser_name, self.backbone.denoiser
+        with self.reference_policy() as reference:
+            setattr(pipeline, name, reference)
+            try:
+                self._fit_threshold(self.train_dataset)
+            finally:
+                setattr(pipeline, name, policy)
+
     def _combine(self, combination: thresholds.ScoreCombination) -> None:
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for rows in (self.train_dataset, *evaluation.values()):
+        for rows in (self.train_dataset, *self._evaluation_rows()):
             if isinstance(rows, ScoredDataset):
                 rows.combine(combination)
 

@@ -236,7 +236,7 @@ def make_report(
     from tgol_trainer.data import fit_labelling
     from tgol_trainer.data.combining import check_combined
     from tgol_trainer.data.report import label_report, label_uncertainty
-    from tgol_trainer.labelling import cut_points, label_settings, running_percentile
+    from tgol_trainer.labelling import label_settings, running_percentile
     from tgol_trainer.thresholds import ThresholdError
 
     settings = label_settings(method)
@@ -264,7 +264,6 @@ def make_report(
         source_keys=source_keys,
         running=running_percentile(labelling, method) if settings.strategy == "running" else None,
     )
-    cuts = cut_points(labelling, method)
     labelling = dataclasses.replace(labelling, source=None, by_group=None, combination=combination)
     return label_report(
         rows,
@@ -273,7 +272,7 @@ def make_report(
         score_column=columns.score,
         group_column=group_column,
         uncertainty=uncertainty,
-        cut_points=cuts,
+        cut_points=labelling.cut_points or None,
     )
 
 

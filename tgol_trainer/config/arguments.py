@@ -241,11 +241,14 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.check_method(self.per_device_train_batch_size)
 
     def _check_combinations(self) -> None:
-        again = self.threshold_update == "epoch" and self.score_normalization != "none"
+        # Running workers see a new τ, and nothing else that labels rows.
+        kept = self.threshold_strategy in ("group", "oracle") or self.loss_type in ("ordinal", "qrpo")
+        again = self.threshold_update == "epoch" and (kept or self.score_normalization != "none")
         if again and self.dataloader_persistent_workers:
             raise ValueError(
-                "`dataloader_persistent_workers=True` keeps the first epoch's score normalisation in the workers, "
-                "while `threshold_update='epoch'` fits it again. Set one of the two back."
+                "`dataloader_persistent_workers=True` keeps the first epoch's score normalisation, thresholds of "
+                "groups and quantiles in the workers, while `threshold_update='epoch'` fits them again. Set one of "
+                "the two back."
             )
         if self.remove_unused_columns:
             raise ValueError(

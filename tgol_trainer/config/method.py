@@ -243,6 +243,12 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
                 "`loss_type=%r` has no confidence weights: `weight_form` and `normalize_weights` have no effect.",
                 self.loss_type,
             )
+        by_class = (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0)
+        if by_class and self.loss_type in ("sft", "csft", "dpo", "nft"):
+            logger.warning(
+                "`loss_type=%r` takes no weights: `desirable_weight` and `undesirable_weight` have no effect.",
+                self.loss_type,
+            )
         self._check_columns()
         self._check_threshold()
         self._check_groups(batch_size)
@@ -274,6 +280,13 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError(f"`threshold_strategy={self.threshold_strategy!r}` and `threshold`: {remedy}.")
         if self.threshold is not None and self.threshold_update == "epoch":
             raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
+        if self.threshold_strategy == "running" and self.threshold_update == "epoch":
+            raise ValueError("`threshold_strategy='running'` follows the scores anyway: leave `threshold_update`.")
+        if self.loss_type == "ordinal" and self.threshold_strategy != "global":
+            raise ValueError(
+                f"`loss_type='ordinal'` cuts at the `ordinal_percentiles` of all scores, which "
+                f"`threshold_strategy={self.threshold_strategy!r}` and `threshold` do not change: leave them out."
+            )
         if self.oracle_beta is not None and not (math.isfinite(self.oracle_beta) and self.oracle_beta > 0):
             raise ValueError(f"`oracle_beta` must be larger than 0 and finite, got {self.oracle_beta}.")
         if self.threshold_strategy == "group" and self.threshold_percentile in (0, 100):

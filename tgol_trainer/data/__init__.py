@@ -27,7 +27,7 @@ from tgol_trainer.data.videos import (
 if TYPE_CHECKING:
     from tgol_trainer.data.collator import Collator, decode_prompts
     from tgol_trainer.data.datasets import DataReport, ScoredDataset, prepare_dataset
-    from tgol_trainer.data.grouping import GroupSampler
+    from tgol_trainer.data.grouping import GroupSampler, innermost_sampler
     from tgol_trainer.data.streams import ScoredStream, stream_scores
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "encode_video",
     "fit_labelling",
     "frame_rate",
+    "innermost_sampler",
     "load_prompts",
     "load_scored_dataset",
     "open_image",
@@ -71,7 +72,7 @@ __all__ = [
 _WITH_TORCH = {
     **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
     **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),
-    "GroupSampler": "grouping",
+    **dict.fromkeys(("GroupSampler", "innermost_sampler"), "grouping"),
     **dict.fromkeys(("ScoredStream", "stream_scores"), "streams"),
 }
 

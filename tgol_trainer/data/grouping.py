@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):
@@ -14,8 +16,9 @@ class GroupSampler(torch.utils.data.Sampler[int]):
 
     Each group's rows are shuffled and cut into blocks. What is left of a group, fewer rows than a block, stays
     together too: rests of several groups fill blocks of their own, largest first, and rows that no block can take
-    close the epoch. Blocks are shuffled. Batches whose size is a multiple of `group_size` therefore never cut a block,
-    on any number of processes, and the order depends on seed and epoch alone, so that a resumed run goes on with it.
+    close the epoch, where a batch's end may part them. Blocks are shuffled. Batches whose size is a multiple of
+    `group_size` never cut a whole block, on any number of processes, and the order depends on seed and epoch alone, so
+    that a resumed run goes on with it.
 
     Args:
         groups (`numpy.ndarray`):
@@ -54,6 +57,23 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         blocks += full
         for index in [*rng.permutation(len(blocks)), *range(len(blocks), len(blocks) + len(last))]:
             yield from (blocks[index] if index < len(blocks) else last[index - len(blocks)]).tolist()
+
+
+def innermost_sampler(loader: DataLoader) -> Any:
+    """
+    Return the sampler of rows under whatever wraps the batches of a loader.
+
+    accelerate's `set_epoch` does not pass two wrappers, which a loader of several processes has after a resume in
+    mid-epoch: the sampler would then give the order of another epoch.
+
+    Args:
+        loader (`torch.utils.data.DataLoader`):
+            With batches of rows.
+    """
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
 
 
 def _packed(rests: list[np.ndarray], size: int) -> list[np.ndarray]:

@@ -47,6 +47,8 @@ class Labelling:
             (M,) bool, the training rows outside the dead zone; `None` for all.
         combination ([`thresholds.ScoreCombination`], *optional*):
             Made the scores, before normalisation, of several columns.
+        cut_points (`Sequence[float]`, *optional*):
+            Thresholds of the ordinal loss in normalised units; none without it.
     """
 
     threshold: thresholds.Threshold
@@ -60,6 +62,7 @@ class Labelling:
     source: np.ndarray | None = None
     kept: np.ndarray | None = None
     combination: thresholds.ScoreCombination | None = None
+    cut_points: Sequence[float] = ()
 
     def row_thresholds(self, groups: Sequence[str]) -> np.ndarray | None:
         """Return the (N,) τ of rows of other data by their groups, or `None` where all rows have the global τ."""
@@ -78,6 +81,7 @@ class Labelling:
             "strategy": self.strategy,
             "score_std": self.score_std,
             "row_thresholds_blake2b": digest,
+            "cut_points": list(self.cut_points),
             "combination": dataclasses.asdict(self.combination) if self.combination else None,
         }
 
@@ -113,6 +117,7 @@ class Labelling:
             weighting=Weighting(**saved["weighting"]),
             score_std=saved["score_std"],
             combination=combination,
+            cut_points=saved["cut_points"],
         )
 
     def _restored_combination(self, saved: Mapping[str, Any] | None) -> thresholds.ScoreCombination | None:
@@ -161,8 +166,11 @@ class LabelSettings:
         dead_zone (`float`, *optional*, defaults to 0.0):
             Rows closer to their τ than this, in normalised units, are not kept; counts and weights are of the kept.
         keep_source (`bool`, *optional*, defaults to `False`):
-            Keep the scores that τ was estimated from, which the losses `"ordinal"` and `"qrpo"` and the strategy
-            `"running"` need.
+            Keep the scores that τ was estimated from, which the loss `"qrpo"` and the strategy `"running"`
+            need.
+        cut_percentiles (`Sequence[float]`, *optional*):
+            Of the source scores, which become the cut points of the ordinal loss, each by the rule for ties of
+            [`thresholds.estimate_threshold`]; weights are then the means over cut points.
     """
 
     percentile: float = 50.0
@@ -175,6 +183,7 @@ class LabelSettings:
     unit_mean_weight: bool = False
     dead_zone: float = 0.0
     keep_source: bool = False
+    cut_percentiles: Sequence[float] = ()
 
 
 def fit_labelling(
@@ -248,6 +257,9 @@ def fit_labelling(
         score_std=float(source.std()) if source is not None else 1.0,
         source=source if settings.keep_source else None,
         kept=kept,
+        cut_points=[]
+        if source is None
+        else [thresholds.estimate_threshold(source, percentile=each).value for each in settings.cut_percentiles],
     )
     return labelling if scores is None else _weighed(labelling, scores, settings.unit_mean_weight)
 
@@ -256,7 +268,12 @@ def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Label
     """Summarise the weights of the training rows, whose normalised scores are given, and say what was found."""
     threshold = labelling.threshold
     tau: np.ndarray | float = threshold.value if labelling.rows is None else labelling.rows
-    values = labelling.weighting.replace(scores - tau)
+    if labelling.cut_points:
+        values = np.zeros(scores.shape)
+        for each in labelling.cut_points:
+            values += labelling.weighting.replace(scores - each) / len(labelling.cut_points)
+    else:
+        values = labelling.weighting.replace(scores - tau)
     if unit_mean and values.mean() > 0:
         labelling = dataclasses.replace(
             labelling, weighting=dataclasses.replace(labelling.weighting, divisor=float(values.mean()))

@@ -1,13 +1,14 @@
 """Loss mathematics: tensors in, per-example tensors out. No model, no configuration, no logging."""
 
 from .base import LossRecord
-from .groups import group_mates_mean, preference_loss
+from .groups import group_differences, group_mates_mean, preference_loss
 from .ordinal import ordinal_loss
 from .rivals import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
 from .threshold import threshold_guided_loss
 
 __all__ = [
     "LossRecord",
+    "group_differences",
     "group_mates_mean",
     "kto_loss",
     "nft_loss",

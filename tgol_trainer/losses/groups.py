@@ -36,6 +36,24 @@ def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.
     return (mates.to(values.dtype) @ values) / count.clamp(min=1), count > 0
 
 
+def group_differences(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """
+    Mean difference to the other rows of each row's group: `v_i - mean_{j≠i} v_j`, exactly 0 where all are equal.
+
+    Args:
+        values (`torch.Tensor`):
+            (B,) with or without gradient, which passes through.
+        groups (`torch.Tensor`):
+            (B,) integers; equal ones form a group.
+
+    Returns:
+        `torch.Tensor`: (B,), 0 for a row that is alone.
+    """
+    check_vectors(values=values, groups=groups)
+    mates = _mates(groups)
+    return torch.where(mates, values[:, None] - values[None, :], 0.0).sum(1) / mates.sum(1).clamp(min=1)
+
+
 def preference_loss(
     log_ratio: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, *, beta: float = 1.0
 ) -> LossRecord:

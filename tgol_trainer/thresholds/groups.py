@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,11 +55,12 @@ def group_ids(keys: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64 numbers 0 .. G - 1, and the (G,) names.
     """
-    names, first, inverse = np.unique(np.asarray(keys), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank[inverse.reshape(-1)], names[order]
+    # Not np.unique: an array of texts gives each the room of the longest one.
+    seen: dict[Any, int] = {}
+    numbers = np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64, count=len(keys))
+    names = np.empty(len(seen), dtype=object)
+    names[:] = list(seen)
+    return numbers, names
 
 
 def variance_components(scores: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
