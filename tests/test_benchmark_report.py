@@ -50,5 +50,13 @@ def test_the_report_has_a_row_a_method_and_an_interval_over_seeds(report, tmp_pa
     text = report.write_report([*lines, line(3, 1, regime="stars")], tmp_path)
     rows = [row for row in text.splitlines() if row.startswith("| dpo | 2 | 5.50 [5.00, 6.00]")]
     assert len(rows) == 1
+    # Drifts 1 and 20 of each seed, gains 5 and 6: the mean of 5·ln 20 and 6·ln 20, each less its last step of 0.
+    assert rows[0].endswith(f"| {5.5 * math.log(20):.2f} |")
     assert "| stars | tgo | 1 | 1.00 | 3.00 |" in text
     assert (tmp_path / "benchmarks_alignment.png").stat().st_size > 10_000
+
+
+def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(report, tmp_path):
+    """One of two seeds stays below drift 5: a mean over the other one alone must not pass for both."""
+    text = report.write_report([line(1, 1), line(20, 1), line(1, 3, seed=1), line(4, 3, seed=1)], tmp_path)
+    assert "| 2.00 [1.00, 3.00] | 1.00 (1 of 2 seeds) |" in text

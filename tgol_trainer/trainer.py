@@ -253,7 +253,9 @@ class TGOLTrainer(HubTrainer):
                 name=name,
             )
         self.data_reports[name] = report
-        long, limit = self.backbone.count_long_prompts(list(dict.fromkeys(rows.prompts)))
+        suffix = max(self.args.csft_suffixes, key=len) if self.args.loss_type == "csft" else ""
+        prompts = [prompt + suffix for prompt in dict.fromkeys(rows.prompts)]
+        long, limit = self.backbone.count_long_prompts(prompts)
         if long:
             logger.warning(
                 "%s: %d of %d different prompts are longer than the text encoder's %d tokens; the rest of them is "
