@@ -94,9 +94,9 @@ def score_stream(
     claim_folder(folder, RECORD, facts)
     rank, world_size = share or process_share()
     if num_files < world_size and rank == 0:
-        idle = world_size - num_files
         logger.warning(
-            "The stream has %d files for %d processes: %d of them have nothing to do.", num_files, world_size, idle
+            "Processes without work: %d of %d. A stream is shared by files, and this one has %d: start as many.",
+            *(world_size - num_files, world_size, num_files),
         )
     files = [_File(dataset, folder, index, shard_size) for index in range(rank, num_files, world_size)]
     options |= {"columns": columns, "video_column": video_column, "mean_over_frames": mean_over_frames}
