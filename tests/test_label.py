@@ -180,13 +180,11 @@ def test_a_proxy_set_and_a_limited_stream_give_the_threshold_that_the_trainer_ta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("per_prompt", "limit"), [(4, 1.0), (1, 1.1)], ids=["four images a prompt", "every prompt another"]
-)
-def test_ten_million_scores_take_seconds_and_about_a_gigabyte(tmp_path, per_prompt, limit):
+@pytest.mark.parametrize("per_prompt", [4, 1], ids=["four images a prompt", "every prompt another"])
+def test_ten_million_scores_take_seconds_and_less_than_a_gigabyte(tmp_path, per_prompt):
     """
-    CPU time of one process stands for wall time, which other work would change: 10 s are the aim, 13 the
-    limit. Where every prompt is another the aim of 1 GB is not met (docs/labelling.md).
+    CPU time of one process stands for wall time, which other work would change; reading runs beside the rest, so
+    the wall time of an idle machine is shorter (docs/labelling.md).
     """
     path, rng = tmp_path / "rows.parquet", np.random.default_rng(0)
     schema = pa.schema([("prompt", pa.string()), ("score", pa.float64())])
@@ -206,7 +204,7 @@ def test_ten_million_scores_take_seconds_and_about_a_gigabyte(tmp_path, per_prom
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     seconds, gigabytes = map(float, done.stdout.splitlines()[-1].split())
     assert json.loads((tmp_path / "out" / "label.json").read_text())["num_rows"] == 10_000_000
-    assert gigabytes <= limit
+    assert gigabytes <= 1.0
     assert seconds <= 13.0
 
 

@@ -409,6 +409,7 @@ def _group_report(
     groups, first = rows.groups(column)
     within, between = thresholds.variance_components(values, groups)
     counts = thresholds.count_groups(groups, values, tau)
+    del groups
     spare = values.size - len(counts)
     share = between / (between + within) if spare >= 10 and between + within > 0 else None
     largest = _smallest(-counts.num_rows, _SHOWN_GROUPS)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import datasets
@@ -72,8 +73,11 @@ class ScoredRows:
         ordered = keys[order]
         new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
         del ordered, keys
-        groups = np.empty(order.size, dtype=np.int64)
-        groups[order] = np.cumsum(new) - 1
+        numbers = np.cumsum(new, dtype=np.int64)
+        numbers -= 1
+        groups = np.empty_like(numbers)
+        groups[order] = numbers
+        del numbers
         return groups, order[new]
 
     def kept(self, mask: np.ndarray) -> ScoredRows:
@@ -177,7 +181,7 @@ def read_scores(
     reader = _Reader(columns, score_columns, texts, group_column, name, scores_alone)
     total = None if isinstance(dataset, datasets.IterableDataset) else len(dataset)
     with tqdm(total=total, desc="Reading scores", unit=" rows", unit_scale=True, disable=not progress) as bar:
-        for table in reader.tables(dataset):
+        for table in _read_ahead(reader.tables(dataset)):
             reader.add(table, None if limit is None else limit - reader.num_kept)
             bar.update(table.num_rows)
             if limit is not None and reader.num_kept >= limit:
@@ -190,6 +194,15 @@ def read_scores(
     if bad.num_rows:
         logger.warning("%s: %d of %d rows are left out.\n%s", name, bad.num_rows, seen, bad.listing())
     return reader.result()
+
+
+def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield each table while another thread reads the next one; Arrow does so without Python's lock."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, tables, None)
+        while (table := pending.result()) is not None:
+            pending = pool.submit(next, tables, None)
+            yield table
 
 
 def read_columns(dataset: datasets.Dataset, score_columns: Sequence[str], bad: BadRows) -> np.ndarray:

@@ -14,9 +14,9 @@ class GroupCounts:
 
     Args:
         num_rows (`np.ndarray`):
-            (G,) int64.
+            (G,) integers.
         num_positive (`np.ndarray`):
-            (G,) int64, rows at or above the threshold.
+            (G,) integers, rows at or above the threshold.
         mean (`np.ndarray`):
             (G,) float64, mean score.
         threshold (`np.ndarray`):
@@ -65,12 +65,17 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
     Returns:
         [`GroupCounts`]
     """
-    num_rows = np.bincount(groups)
+    # No more than two arrays of eight bytes a group at a time: there may be ten million groups.
+    kind = np.int32 if groups.size < 2**31 else np.int64
+    num_rows = np.bincount(groups).astype(kind)
+    num_positive = np.bincount(groups[scores >= threshold], minlength=num_rows.size).astype(kind)
+    mean = np.bincount(groups, weights=scores)
+    mean /= num_rows
     own = np.ndim(threshold) > 0
     return GroupCounts(
         num_rows=num_rows,
-        num_positive=np.bincount(groups[scores >= threshold], minlength=num_rows.size),
-        mean=np.bincount(groups, weights=scores) / num_rows,
+        num_positive=num_positive,
+        mean=mean,
         threshold=np.bincount(groups, weights=threshold) / num_rows
         if own
         else np.broadcast_to(np.float64(threshold), num_rows.shape),
