@@ -69,14 +69,14 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
     kind = np.int32 if groups.size < 2**31 else np.int64
     num_rows = np.bincount(groups).astype(kind)
     num_positive = np.bincount(groups[scores >= threshold], minlength=num_rows.size).astype(kind)
-    mean = np.bincount(groups, weights=scores)
-    mean /= num_rows
+    mean = np.bincount(groups, weights=scores).astype(np.float64, copy=False)
+    np.divide(mean, num_rows, out=mean)
     own = np.ndim(threshold) > 0
     return GroupCounts(
         num_rows=num_rows,
         num_positive=num_positive,
         mean=mean,
-        threshold=np.bincount(groups, weights=threshold) / num_rows
+        threshold=np.divide(np.bincount(groups, weights=threshold), num_rows)
         if own
         else np.broadcast_to(np.float64(threshold), num_rows.shape),
     )
