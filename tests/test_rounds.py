@@ -101,6 +101,14 @@ def test_rounds_go_on_after_a_stop_as_if_there_had_been_none(two, tmp_path):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+def test_rounds_that_are_all_there_are_neither_trained_again_nor_forgotten(two):
+    folder, _ = two
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    assert rounds_in(folder, 1, threshold_strategy="oracle") is None
+    assert rounds_in(folder, 2, threshold_strategy="oracle") is None
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"full_finetuning": True}, "full_finetuning"), ({"sync_ref_model": "epoch"}, "sync_ref_model")],

@@ -43,7 +43,7 @@ def train_rounds(
     sampling: Mapping[str, Any] | None = None,
     peft_config: PeftConfig | None = None,
     quantization_config: Any = None,
-) -> TGOLTrainer:
+) -> TGOLTrainer | None:
     """
     Train in rounds on pictures of the policy itself (paper, Algorithm 1, with line 15 after each round).
 
@@ -77,7 +77,7 @@ def train_rounds(
             As in [`TGOLTrainer`].
 
     Returns:
-        [`TGOLTrainer`]: of the last round.
+        [`TGOLTrainer`]: of the last round; `None` where all rounds were there.
 
     Raises:
         ValueError: for settings that rounds cannot have, with the remedy.
@@ -86,9 +86,10 @@ def train_rounds(
     output = Path(args.output_dir)
     records = _recorded(output)
     policy: Path | None = None
+    trainer: TGOLTrainer | None = None
     for number in range(num_rounds):
         folder = output / f"round-{number}"
-        if number < len(records) and number < num_rounds - 1:
+        if number < len(records):
             policy = folder / "adapter"
             continue
         start = time.time()
@@ -101,12 +102,14 @@ def train_rounds(
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None or None)
         policy = folder / "adapter"
         trainer.save_model(str(policy))
-        records[number:] = [
-            {"round": number, **_facts(trainer, rows, score), "seconds": round(time.time() - start, 1)}
-        ]
+        if number == num_rounds - 1:
+            trainer.create_model_card(model_name=output.name)
+            trainer.save_model(str(output))
+        facts = {**_facts(trainer, rows, score), "seconds": round(time.time() - start, 1)}
+        records.append({"round": number, **facts})
         write_json(output / RECORD, records)
-    trainer.create_model_card(model_name=output.name)
-    trainer.save_model(str(output))
+    if trainer is None:
+        logger.info("All %d rounds are there; a larger number adds to them.", num_rounds)
     return trainer
 
 
