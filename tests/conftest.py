@@ -1,7 +1,9 @@
 """What every test needs: no network, one thread, quiet libraries."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when huggingface_hub and datasets are imported.
@@ -24,6 +26,21 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_imported() -> Iterator[None]:
+    """What a command sets up for a terminal, in this process, would take the log from the tests after it."""
+
+    def reset() -> None:
+        for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "tgol_trainer"]:
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)
+
+    reset()
+    yield
+    reset()
 
 
 def scored_dataset(num_rows: int = 32, num_prompts: int = 5, seed: int = 0, side: int = 16) -> Dataset:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import logging
 import os
 import re
 import resource
@@ -58,15 +57,6 @@ def squeezed(text):
     return "".join(text.split())
 
 
-@pytest.fixture
-def _logging_as_before():
-    """A command sets up logging for its process; the tests after it have their own idea."""
-    logger = logging.getLogger("tgol_trainer")
-    before = (logger.handlers, logger.level, logger.propagate)
-    yield
-    logger.handlers, logger.level, logger.propagate = before
-
-
 def refused(capsys, *arguments):
     """The message and the exit code with which a command line is refused in this process, as the shell sees them."""
     capsys.readouterr()
@@ -88,7 +78,12 @@ def test_help_lists_every_command_and_each_has_a_module_with_a_main(capsys):
     for name, text in COMMANDS.items():
         assert any(re.fullmatch(rf"  {name} +{re.escape(text)}", line) for line in lines), name
         assert callable(importlib.import_module(f"tgol_trainer.cli.{name}").main)
-    modules = {file.stem for file in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "__main__", "console"}
+    modules = {file.stem for file in Path(cli.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "console",
+        "label_text",
+    }
     assert modules == set(COMMANDS)
 
 
@@ -120,22 +115,27 @@ def test_light_commands_take_at_most_2_seconds_and_import_neither_torch_nor_tran
     assert min(seconds) <= 2
 
 
+def processor_seconds(action):
+    """What an action returns, and the processor time of its children: wall time measures the whole machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = action()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.fixture(scope="module")
 def help_of_train(tmp_path_factory):
-    """The output, and the least processor seconds of two tries: wall time also measures the rest of the machine."""
-    seconds = []
-    while len(seconds) < 2 and not (seconds and seconds[-1] <= 10):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run_command(["train", "--help"], tmp_path_factory.mktemp("help"))
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0, done.stderr
-    return done, min(seconds)
+    done, seconds = processor_seconds(lambda: run_command(["train", "--help"], tmp_path_factory.mktemp("help")))
+    assert done.returncode == 0, done.stderr
+    return done, seconds
 
 
-def test_help_of_train_takes_at_most_10_seconds_and_comes_without_noise(help_of_train):
+def test_help_of_train_takes_three_seconds_more_than_transformers_own_arguments_and_comes_without_noise(help_of_train):
+    """Importing `TrainingArguments` alone takes 6 to 9 s of this kind of processor, which is not ours to mend."""
     done, seconds = help_of_train
-    assert 0 < seconds <= 10
+    program = [sys.executable, "-c", "from transformers import TrainingArguments"]
+    _, least = processor_seconds(lambda: subprocess.run(program, check=True, timeout=120))
+    assert seconds - least <= 3
     assert not [phrase for phrase in NOISE if phrase in done.stderr]
 
 
@@ -204,7 +204,6 @@ MODEL = ("--model_name_or_path", "some/model")
 DATA = ("--dataset_name", "some/data")
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -298,10 +297,7 @@ def images(tmp_path_factory):
 def trained(images, tmp_path_factory):
     """A run in this process; the pair of its folder and what it printed."""
     output = tmp_path_factory.mktemp("runs") / "flags"
-    logger = logging.getLogger("tgol_trainer")
-    before = (logger.handlers, logger.level, logger.propagate)
     assert main(["train", *flags_for(images, output)]) == 0
-    logger.handlers, logger.level, logger.propagate = before
     return output
 
 
@@ -363,7 +359,6 @@ def test_a_yaml_file_trains_the_same_and_the_process_says_nothing_a_user_cannot_
     np.testing.assert_allclose(losses, check_run(trained, steps=3), rtol=1e-6)
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 def test_a_flag_wins_over_the_yaml_file_in_a_real_run(images, tmp_path):
     settings = {"model_name_or_path": "shapes", "dataset_name": str(images), "max_steps": 1, "beta": 7.0}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
@@ -373,7 +368,6 @@ def test_a_flag_wins_over_the_yaml_file_in_a_real_run(images, tmp_path):
     assert (arguments["beta"], arguments["max_steps"]) == (2.0, 1)
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 def test_resuming_by_flag_continues_the_last_checkpoint_to_what_an_unbroken_run_gives(images, tmp_path):
     settings = {"save_steps": 2, "lr_scheduler_type": "constant"}
     assert main(["train", *flags_for(images, tmp_path / "whole", max_steps=5, **settings)]) == 0
@@ -394,7 +388,6 @@ def cut_short(folder):
     (folder / "007.png").write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 @pytest.mark.parametrize(
     ("scores", "spoil", "parts"),
     [
@@ -420,7 +413,6 @@ def test_bad_data_end_in_a_message_that_names_column_and_rows_and_in_exit_code_1
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 def test_a_bad_row_can_be_left_out_and_is_counted_in_the_card(capsys, tmp_path):
     folder = write_images(tmp_path / "images")
     cut_short(folder)
@@ -431,7 +423,6 @@ def test_a_bad_row_can_be_left_out_and_is_counted_in_the_card(capsys, tmp_path):
     assert "| 63 | 1 | `prompt`, `image`, `score` |" in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 @pytest.mark.parametrize("source", ["no_such_folder/", "empty"])
 def test_a_dataset_that_is_not_there_is_an_error_with_its_name(capsys, tmp_path, source):
     (tmp_path / "empty").mkdir()

@@ -27,17 +27,6 @@ RATINGS = [1, 2, 4, 4, 4, 5, 3, 4, 2, 5, 4, 1]
 WINS = [0, 0, 0, 3, 0, 0, 1, 0, 0, 2, 0, 0]
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_before():
-    import logging
-
-    names = ("tgol_trainer", "tgol_trainer.data.labels")
-    before = [(logging.getLogger(n), logging.getLogger(n).handlers, logging.getLogger(n).level) for n in names]
-    yield
-    for logger, handlers, level in before:
-        logger.handlers, logger.level, logger.propagate = handlers, level, True
-
-
 def label(folder, *options):
     """Run the command in this process; what it wrote."""
     assert main(["label", *map(str, options), "--output_dir", str(folder / "out")]) == 0

@@ -1,7 +1,6 @@
 """Two real processes on a CPU train what one process trains, and nothing is done twice."""
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -99,13 +98,8 @@ def records_of(folder, run=0, processes=2):
 
 def alone(folder, flags):
     """The same program in this process."""
-    logger = logging.getLogger("tgol_trainer")
-    before = (logger.handlers, logger.level, logger.propagate)
     folder.mkdir()
-    try:
-        program.run(folder, 1, flags)
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
+    program.run(folder, 1, flags)
     return records_of(folder, processes=1)[0]
 
 
