@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.tiny import clip_tokenizer
-from tgol_trainer.rewards import REWARDS, RewardFacts, load_reward, score_images
+from tgol_trainer.rewards import REWARDS, RewardFacts, find_reward, load_reward, score_images
 from tgol_trainer.rewards.aesthetic import AestheticScore
 from tgol_trainer.rewards.checkpoints import build, find_file, read_weights
 from tgol_trainer.rewards.clip import ClipScore, PickScore
@@ -311,7 +311,7 @@ def test_the_full_size_configuration_has_the_published_number_of_weights():
 
 # ---- ImageReward ----
 
-WIDTH, BERT, BERT_HEADS, BERT_VOCABULARY = 32, 48, 4, 66
+WIDTH, BERT, BERT_HEADS, BERT_VOCABULARY = 32, 48, 4, 65  # its tokenizer's 63 and two more
 HEAD = {0: (None, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
 
 
@@ -534,7 +534,7 @@ def test_a_missing_an_extra_and_a_misshapen_weight_are_refused(vision_folder, tm
 
 
 @pytest.mark.parametrize("kind", ["clip", "pickscore", "aesthetic"])
-def test_a_folder_of_transformers_without_a_weight_or_with_one_too_many_is_refused(vision_folder, tmp_path, kind):
+def test_a_folder_of_transformers_that_holds_other_weights_is_refused(vision_folder, tmp_path, kind):
     shutil.copytree(vision_folder, tmp_path / "model")
     head = tmp_path / "head.safetensors"
     save_file(head_weights(EMBED), head)
@@ -553,6 +553,73 @@ def test_a_folder_of_transformers_without_a_weight_or_with_one_too_many_is_refus
     save_file({**weights, "surprise": torch.zeros(1)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 unexpected \(surprise\)"):
         load(tmp_path / "model")
+    name = "visual_projection.weight"
+    save_file({**weights, name: torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 of another shape \({name} \(3, 3\) instead of \({EMBED}, {VISION}\)\)"):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["clip", "aesthetic"])
+def test_a_folder_of_transformers_as_it_was_saved_years_ago_is_read(vision_folder, tmp_path, kind):
+    shutil.copytree(vision_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    # Transformers up to 4.30 kept these in the file, as those of the published repositories do.
+    positions = {"text": torch.arange(CONTEXT)[None], "vision": torch.arange((SIDE // PATCH) ** 2 + 1)[None]}
+    old = {f"{tower}_model.embeddings.position_ids": ids for tower, ids in positions.items()}
+    save_file({**load_file(file), **old}, file, metadata={"format": "pt"})
+    save_file(head_weights(EMBED), tmp_path / "head.safetensors")
+    load = {
+        "clip": ClipScore.from_pretrained,
+        "aesthetic": lambda folder: AestheticScore.from_pretrained(tmp_path / "head.safetensors", backbone=folder),
+    }[kind]
+    assert load(tmp_path / "model")(pictures(), PROMPTS) == load(vision_folder)(pictures(), PROMPTS)
+
+
+def test_weights_of_transformers_that_cannot_be_read_are_refused_in_words(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"model were not read: .*Git-LFS pointer"):
+        ClipScore.from_pretrained(tmp_path / "model")
+    file.unlink()
+    torch.save({"a": os.getcwd}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle that means to run code") as error:
+        ClipScore.from_pretrained(tmp_path / "model")
+    assert "weights_only" not in str(error.value)  # torch would advise to switch it off
+
+
+def test_a_tokenizer_that_is_not_there_or_anothers_is_refused(folder, tmp_path):
+    """Transformers makes an empty one, with which every prompt of a length scores the same."""
+    load = {
+        "hps": lambda place: HPSv2.from_pretrained(folder, tokenizer=place, config=tiny_clip_config()),
+        "clip": ClipScore.from_pretrained,
+        "image_reward": lambda place: ImageReward.from_pretrained(
+            tmp_path, tokenizer=place, configs=image_reward_configs()
+        ),
+    }
+    image_reward(tmp_path)
+    shutil.copytree(folder, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    for kind, size in (("hps", "514"), ("clip", "514"), ("image_reward", "63 or 65")):
+        argument = "source" if kind == "clip" else "tokenizer"
+        with pytest.raises(ValueError, match=rf"has \d tokens, the weights are for {size}: .*`{argument}=`"):
+            load[kind](tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has \d+ tokens, the weights are for 514"):
+        load["hps"](tmp_path)
+    with pytest.raises(ValueError, match=r"The tokenizer of owner/absent has 2 tokens.*could not be had"):
+        load["hps"]("owner/absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("pickscore", "source"), ("clip", "source"), ("aesthetic", "backbone")]
+)
+def test_without_a_network_a_repository_is_named_with_what_to_pass(name, argument, tmp_path):
+    save_file(head_weights(EMBED), tmp_path / "head.safetensors")
+    options = {"source": tmp_path / "head.safetensors"} if name == "aesthetic" else {}
+    repository = "openai/clip-vit-large-patch14" if options else find_reward(name).default_source
+    with pytest.raises(OSError, match=rf"of {repository} could not be had.*\(`{argument}=`"):
+        load_reward(name, **options)
 
 
 def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(tmp_path):

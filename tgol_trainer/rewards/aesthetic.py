@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
-from .checkpoints import build, find_file, linear_head, load_strictly, read_weights
+from .checkpoints import build, find_file, from_pretrained, linear_head, load_strictly, read_weights
 from .clip import clip_image_processor, rgb, same_number
 
 
@@ -95,6 +95,7 @@ class AestheticScore:
 
         Raises:
             ValueError: if a file does not hold exactly the weights of the head, or of the tower.
+            OSError: if a file cannot be had.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -104,12 +105,13 @@ class AestheticScore:
         vision = load_strictly(
             CLIPVisionModelWithProjection,
             backbone,
+            argument="backbone",
             unused=r"text_model\.|text_projection\.|logit_scale$",
             revision=backbone_revision,
             dtype=dtype or torch.float32,
         )
         head = build(lambda: linear_head(vision.config.projection_dim), weights, path).to(device, torch.float32)
-        processor = clip_image_processor().from_pretrained(backbone, revision=backbone_revision)
+        processor = from_pretrained(clip_image_processor(), backbone, argument="backbone", revision=backbone_revision)
         commits = [commit, getattr(vision.config, "_commit_hash", None) or backbone_revision]
         facts = RewardFacts(
             cls.name,

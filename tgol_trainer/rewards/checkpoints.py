@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,8 +56,8 @@ def find_file(source: str | Path, filename: str, *, revision: str | None = None)
     except OSError as error:
         raise OSError(
             f"The file {filename} of {source} could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file "
-            "(`source=`; `tgol score` takes it in `--reward_options`)."
+            f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file or "
+            "folder (`source=`; `tgol score` takes it in `--reward_options`)."
         ) from error
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", found)
     return Path(found), commit[1] if commit else revision
@@ -96,7 +96,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no plain file of weights: to read it means to run code that is inside, or it is damaged. "
-            f"It was not read ({str(error).splitlines()[0]:.120})."
+            "It was not read."
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged or no file of weights ({error}). Download it again.") from error
@@ -134,18 +134,11 @@ def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], sourc
         module = make()
     expected = module.state_dict()
     shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        (name, tuple(weights[name].shape), tuple(tensor.shape))
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    found = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - expected.keys()),
-        "of another shape": shapes,
-    }
-    wrong = [f"{len(names)} {kind} ({_few(names)})" for kind, names in found.items() if names]
-    if wrong:
-        raise ValueError(f"{source} does not hold the weights of this reward: {'; '.join(wrong)}.")
+    _refuse(source, expected.keys() - weights.keys(), weights.keys() - expected.keys(), shapes)
     module.load_state_dict(dict(weights), strict=True, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
@@ -154,6 +147,80 @@ def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], sourc
                 raise ValueError(f"{source}: the buffer {name} is not part of the weights and not known here.")
             setattr(module.get_submodule(parent), leaf, torch.arange(buffer.shape[-1]).expand(1, -1))
     return module
+
+
+def from_pretrained(kind: Any, source: str, *, argument: str = "source", **options: Any) -> Any:
+    """
+    Load a part of a reward in the format of transformers, or say which part failed and what can be passed instead.
+
+    Args:
+        kind (`type`):
+            Class with `from_pretrained`.
+        source (`str`):
+            Hub repository or folder.
+        argument (`str`, *optional*, defaults to `"source"`):
+            Name of the argument that `source` comes from, for messages.
+        options:
+            Passed to `from_pretrained`.
+
+    Returns:
+        `Any`: what `kind.from_pretrained` returns.
+
+    Raises:
+        ValueError: if the file of weights is damaged, a Git-LFS pointer, or a pickle that needs code to be read, or a
+            file holds something else.
+        OSError: if the files cannot be had.
+    """
+    try:
+        return kind.from_pretrained(source, **options)
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The weights of {source} were not read: the file is damaged, a Git-LFS pointer (`git lfs pull`), or a "
+            "pickle that means to run code. Download it again."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{kind.__name__} of {source} cannot be loaded: {_first_line(error)}") from error
+    except OSError as error:
+        raise OSError(
+            f"{kind.__name__} of {source} could not be had, here or from the Hugging Face Hub: {_first_line(error)} "
+            f"Where there is no network, pass the path of a downloaded folder (`{argument}=`; `tgol score` takes it "
+            "in `--reward_options`)."
+        ) from error
+
+
+def load_tokenizer(kind: Any, source: str | Path, sizes: Sequence[int], **options: Any) -> Any:
+    """
+    Load a tokenizer and refuse one that does not fit the weights.
+
+    Without its files transformers makes an empty tokenizer instead of an error; its scores would know no words.
+
+    Args:
+        kind (`type`):
+            Class of the tokenizer.
+        source (`str` or `Path`):
+            Hub repository or folder.
+        sizes (`Sequence[int]`):
+            Numbers of tokens that fit.
+        options:
+            Passed to [`from_pretrained`], with `argument="tokenizer"` by default.
+
+    Returns:
+        `transformers.PreTrainedTokenizerBase`
+
+    Raises:
+        ValueError: if it has another number of tokens.
+        OSError: if it cannot be had.
+    """
+    tokenizer = from_pretrained(kind, str(source), **{"argument": "tokenizer", **options})
+    if len(tokenizer) not in sizes:
+        argument = options.get("argument", "tokenizer")
+        raise ValueError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, the weights are for "
+            f"{' or '.join(map(str, sizes))}: it is another model's, or its files could not be had, here or from the "
+            "Hugging Face Hub. Where there is no network, pass the path of a folder with them "
+            f"(`{argument}=`; `tgol score` takes it in `--reward_options`)."
+        )
+    return tokenizer
 
 
 def load_strictly(model_class: Any, source: str, *, unused: str = "", **options: Any) -> Any:
@@ -168,13 +235,13 @@ def load_strictly(model_class: Any, source: str, *, unused: str = "", **options:
         unused (`str`, *optional*, defaults to `""`):
             Pattern of names that the file may hold beside, such as those of the other tower.
         options:
-            Passed to `from_pretrained`.
+            Passed to [`from_pretrained`].
 
     Returns:
         `transformers.PreTrainedModel`
 
     Raises:
-        ValueError: if a weight is missing or left over.
+        ValueError: if a weight is missing, left over or of another shape, or the file cannot be read.
         OSError: if the model cannot be had.
     """
     from transformers.utils import logging
@@ -182,15 +249,32 @@ def load_strictly(model_class: Any, source: str, *, unused: str = "", **options:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of what is missing or left over: the towers that are not used
     try:
-        model, found = model_class.from_pretrained(source, output_loading_info=True, **options)
+        model, found = from_pretrained(
+            model_class, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     finally:
         logging.set_verbosity(verbosity)
     extra = [name for name in found["unexpected_keys"] if not (unused and re.match(unused, name))]
-    kinds = {"missing": sorted(found["missing_keys"]), "unexpected": sorted(extra)}
+    shapes = [(name, tuple(shape), tuple(wanted)) for name, shape, wanted in sorted(found["mismatched_keys"])]
+    _refuse(source, found["missing_keys"], extra, shapes)
+    return model
+
+
+def _refuse(
+    source: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise a `ValueError` unless all are empty; `shapes` are names with what is there and what should be."""
+    kinds = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "of another shape": [f"{name} {shape} instead of {wanted}" for name, shape, wanted in shapes],
+    }
     wrong = [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names]
     if wrong:
         raise ValueError(f"{source} does not hold the weights of this reward: {'; '.join(wrong)}.")
-    return model
 
 
 def linear_head(width: int) -> torch.nn.Sequential:
@@ -220,3 +304,7 @@ def linear_head(width: int) -> torch.nn.Sequential:
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
-from .checkpoints import load_strictly
+from .checkpoints import from_pretrained, load_strictly, load_tokenizer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -99,15 +99,17 @@ class ClipReward:
             The reward.
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of a CLIP.
+            ValueError: if the file does not hold exactly the weights of a CLIP, or the tokenizer does not fit them.
+            OSError: if a file cannot be had.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         source = str(source or cls.default_source)
         model = load_strictly(CLIPModel, source, revision=revision, dtype=dtype or torch.float32)
         commit = getattr(model.config, "_commit_hash", None) or revision
-        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
-        processor = clip_image_processor().from_pretrained(source, revision=revision)
+        words = [model.config.text_config.vocab_size]
+        tokenizer = load_tokenizer(CLIPTokenizer, source, words, argument="source", revision=revision)
+        processor = from_pretrained(clip_image_processor(), source, revision=revision)
         return cls(model.to(device), tokenizer, processor, facts=RewardFacts(cls.name, source, commit, cls.scale))
 
     @torch.no_grad()

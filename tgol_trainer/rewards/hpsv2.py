@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
-from .checkpoints import build, find_file, read_weights
+from .checkpoints import build, find_file, load_tokenizer, read_weights
 from .clip import MEAN, STD, ClipReward
 
 logger = logging.getLogger(__name__)
@@ -170,18 +170,18 @@ class HPSv2(ClipReward):
             [`HPSv2`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model.
+            ValueError: if the file does not hold exactly the weights of this model, or the tokenizer does not fit.
+            OSError: if a file cannot be had.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         source = str(source or cls.default_source)
         path, commit = find_file(source, filename, revision=revision)
         sizes = config or vit_h_14()
+        words = load_tokenizer(CLIPTokenizer, tokenizer, [sizes.text_config.vocab_size])
         model = build(lambda: CLIPModel(sizes), open_clip_to_transformers(read_weights(path)), path)
         facts = RewardFacts(cls.name, source, commit, cls.scale)
-        return cls(
-            model.to(device, dtype or torch.float32), CLIPTokenizer.from_pretrained(str(tokenizer)), facts=facts
-        )
+        return cls(model.to(device, dtype or torch.float32), words, facts=facts)
 
     def _clean(self, prompt: str) -> str:
         fixed = self._fix_text(prompt) if self._fix_text is not None else prompt

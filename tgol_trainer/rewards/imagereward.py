@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .base import RewardFacts
-from .checkpoints import build, find_file, linear_head, read_weights
+from .checkpoints import build, find_file, linear_head, load_tokenizer, read_weights
 from .clip import clip_image_processor, rgb, same_number
 
 # Mean and standard deviation of the head's output on the authors' calibration data.
@@ -202,20 +202,23 @@ class ImageReward:
             [`ImageReward`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model.
+            ValueError: if the file does not hold exactly the weights of this model, or the tokenizer does not fit.
+            OSError: if a file cannot be had.
         """
         from transformers import BertTokenizer
 
         source = str(source or cls.default_source)
         path, commit = find_file(source, filename, revision=revision)
         sizes = configs or blip_configs()
+        # The authors add two tokens to BERT's that no prompt uses.
+        words = load_tokenizer(BertTokenizer, tokenizer, [sizes[1].vocab_size - 2, sizes[1].vocab_size])
         weights = image_reward_to_transformers(read_weights(path))
         model = build(lambda: ImageRewardModel(*sizes), weights, path).to(device)
         model.vision.to(dtype or torch.float32)
         model.text.to(dtype or torch.float32)
         model.mlp.float()
         facts = RewardFacts(cls.name, source, commit, cls.scale)
-        return cls(model, BertTokenizer.from_pretrained(str(tokenizer)), facts=facts)
+        return cls(model, words, facts=facts)
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:

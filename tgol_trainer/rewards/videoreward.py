@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from .base import Medium, RewardFacts
-from .checkpoints import build, find_file, read_weights
+from .checkpoints import build, find_file, from_pretrained, read_weights
 from .clip import rgb, same_number
 from .video_patches import chosen_frames, frame_size, patches_of
 
@@ -322,7 +322,7 @@ class VideoReward:
             raise ValueError(f"`source`: {source} is a file; give the folder with model_config.json and {filename}.")
         settings = _read_settings(find_file(source, "model_config.json", revision=revision)[0])
         path, commit = find_file(source, filename, revision=revision)
-        words = AutoTokenizer.from_pretrained(str(tokenizer))
+        words = from_pretrained(AutoTokenizer, str(tokenizer), argument="tokenizer")
         words.add_tokens(list(_TOKENS), special_tokens=True)
         question = read_template(template or _find_template(source))
         lora = settings["peft_lora_config"]
