@@ -1,5 +1,6 @@
 """Reward models at tiny sizes: weights under their published names against forward passes written out here."""
 
+import hashlib
 import logging
 import math
 import os
@@ -297,6 +298,26 @@ def test_hpsv2_resizes_the_longest_side_with_antialiasing():
     expected = torch.tensor(list(resized.tobytes())).view(height, SIDE, 3).permute(2, 0, 1) / 255
     assert (shown[:, top : top + height] - expected).abs().max() < 0.01
     assert shown[:, :top].abs().max() < 1e-6 and shown[:, top + height :].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("width", "height", "rows"), [(768, 420, 123), (1280, 180, 31), (640, 330, 115)])
+def test_hpsv2_rounds_half_pixels_as_its_reference(width, height, rows):
+    """Multiplied by a factor, which is not exact: one row more, or less, than rounding half to even gives."""
+    pixels = padded_pixels([Image.new("RGB", (width, height), "white")], 224)[0].double() * STD + MEAN
+    assert (pixels[0, :, 0] > 0.5).sum() == rows == round(height * (224 / float(width)))
+
+
+def test_weights_of_version_2_0_are_refused_under_any_name(folder, tmp_path, monkeypatch):
+    shutil.copy(folder / "HPS_v2.1_compressed.pt", tmp_path / "HPS_v2_1.pt")
+    content = (tmp_path / "HPS_v2_1.pt").read_bytes()
+    place = tmp_path / "HPS_v2_1.pt"
+    load = lambda: HPSv2.from_pretrained(place, tokenizer=folder, config=tiny_clip_config())  # noqa: E731
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr("tgol_trainer.rewards.hpsv2._VERSION_2_0", (len(content), digest[:8]))
+    with pytest.raises(ValueError, match=r"HPS_v2_1\.pt holds HPSv2\.0"):
+        load()
+    monkeypatch.setattr("tgol_trainer.rewards.hpsv2._VERSION_2_0", (len(content), digest[1:9]))
+    assert load()
 
 
 def test_the_full_size_configuration_has_the_published_number_of_weights():

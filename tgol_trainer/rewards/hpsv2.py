@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import logging
 import re
@@ -17,6 +18,9 @@ from .checkpoints import build, find_file, load_tokenizer, read_weights
 from .clip import MEAN, STD, ClipReward
 
 logger = logging.getLogger(__name__)
+
+# Bytes and first digits of the SHA-256 of HPS_v2_compressed.pt, and of HPS_v2_1.pt in the authors' Space.
+_VERSION_2_0 = (1_972_484_501, "07cb0d20")
 
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _NAMES = {
@@ -170,13 +174,15 @@ class HPSv2(ClipReward):
             [`HPSv2`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model, or the tokenizer does not fit.
+            ValueError: if the file does not hold exactly the weights of this model, or those of version 2.0, or the
+                tokenizer does not fit.
             OSError: if a file cannot be had.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         source = str(source or cls.default_source)
         path, commit = find_file(source, filename, revision=revision)
+        _refuse_version_2_0(path)
         sizes = config or vit_h_14()
         words = load_tokenizer(CLIPTokenizer, tokenizer, [sizes.text_config.vocab_size])
         model = build(lambda: CLIPModel(sizes), open_clip_to_transformers(read_weights(path)), path)
@@ -190,6 +196,22 @@ class HPSv2(ClipReward):
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         return padded_pixels(images, self.model.config.vision_config.image_size)
+
+
+def _refuse_version_2_0(path: Path) -> None:
+    """Raise a `ValueError` for the weights of HPSv2.0, which load as well; a page of the authors calls them v2_1."""
+    size, digest = _VERSION_2_0
+    if path.stat().st_size != size:
+        return
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    if found.hexdigest().startswith(digest):
+        raise ValueError(
+            f"{path} holds HPSv2.0 by its checksum, whatever its name: its scores are on another scale. Take "
+            "HPS_v2.1_compressed.pt of xswu/HPSv2."
+        )
 
 
 def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
@@ -210,9 +232,9 @@ def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
     for square, image in zip(squares, images, strict=True):
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = values.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
-        longest = max(image.size)
-        height, width = (max(1, round(side * size / longest)) for side in (image.height, image.width))
-        if longest != size:
+        scale = size / max(image.size)  # first, as in the reference: halves are rounded as they come out so
+        height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
+        if scale != 1:
             pixels = torch.nn.functional.interpolate(
                 pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False
             )
