@@ -101,6 +101,7 @@ class Weights:
 
 VISION, TEXT, EMBED, LAYERS, CONTEXT, VOCABULARY = 32, 24, 16, 2, 77, 514
 VISION_HEADS, TEXT_HEADS = 4, 3
+LOGIT_SCALE = 4.6052  # 4.59375 in bfloat16
 
 
 def open_clip_block(prefix, width):
@@ -133,7 +134,7 @@ def open_clip_weights():
         shapes |= open_clip_block(f"visual.transformer.resblocks.{layer}", VISION)
         shapes |= open_clip_block(f"transformer.resblocks.{layer}", TEXT)
     weights = weights_of(shapes)
-    weights["logit_scale"] = torch.tensor(4.25)
+    weights["logit_scale"] = torch.tensor(LOGIT_SCALE)
     return weights
 
 
@@ -204,7 +205,7 @@ def test_hpsv2_is_the_cosine_of_an_open_clip_forward_from_the_published_names(fo
 def test_clip_score_and_pickscore_scale_the_same_cosine(folder):
     cosines = open_clip_cosines(open_clip_weights(), normalised(pictures()), PROMPTS)
     assert ClipScore.from_pretrained(folder)(pictures(), PROMPTS) == close(100 * cosines, 2e-3)
-    assert PickScore.from_pretrained(folder)(pictures(), PROMPTS) == close(math.exp(4.25) * cosines, 2e-3)
+    assert PickScore.from_pretrained(folder)(pictures(), PROMPTS) == close(math.exp(LOGIT_SCALE) * cosines, 2e-3)
 
 
 def test_weights_in_half_precision_are_computed_with_in_the_dtype_asked_for(folder, tmp_path):
@@ -215,6 +216,10 @@ def test_weights_in_half_precision_are_computed_with_in_the_dtype_asked_for(fold
     assert made(pictures(), PROMPTS) == close(open_clip_cosines(halves, normalised(pictures()), PROMPTS))
     low = hps(folder, dtype=torch.bfloat16)(pictures(), PROMPTS)
     assert low == close(hps(folder)(pictures(), PROMPTS), 0.05)
+    cosines, scaled = low, PickScore.from_pretrained(folder, dtype=torch.bfloat16)(pictures(), PROMPTS)
+    assert [b / a for a, b in zip(cosines, scaled, strict=True)] == pytest.approx(
+        [math.exp(LOGIT_SCALE)] * 3, rel=1e-4
+    )
     # Normalised and multiplied in fp32: the results are not numbers that bfloat16 can hold.
     assert any(score != torch.tensor(score).bfloat16().item() for score in low)
 
@@ -709,6 +714,30 @@ def test_a_file_of_the_hub_comes_with_its_commit(tmp_path, monkeypatch):
     (repository / "snapshots" / commit / "w.pt").write_bytes(b"x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_file("owner/name", "w.pt") == (repository / "snapshots" / commit / "w.pt", commit)
+
+
+def test_the_commit_of_a_folder_of_the_hub_is_recorded_and_none_of_a_folder_here(vision_folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    shutil.copytree(vision_folder, repository / "snapshots" / commit)
+    head = tmp_path / "head.safetensors"
+    save_file(head_weights(EMBED), head)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for load in (ClipScore.from_pretrained, PickScore.from_pretrained):
+        assert load("owner/name", revision="v1").facts == RewardFacts(
+            load.__self__.name, "owner/name", commit, load.__self__.scale
+        )
+        assert load(vision_folder, revision="v1").facts.revision is None
+    made = AestheticScore.from_pretrained(head, backbone="owner/name", backbone_revision="v1")
+    assert made.facts.revision == f"unknown on {commit}"
+    assert aesthetic(vision_folder, head, backbone_revision="v1").facts.revision is None
+
+
+def test_a_folder_of_the_home_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert ClipScore.from_pretrained(f"~/{folder.name}")([noise()], ["a"])
 
 
 def test_a_buffer_that_the_weights_do_not_hold_is_not_left_empty():

@@ -102,6 +102,8 @@ class AestheticScore:
         source, backbone = str(source or cls.default_source), str(backbone)
         path, commit = find_file(source, filename, revision=revision)
         weights = without_prefix(read_weights(path))
+        _, of_backbone = find_file(backbone, "config.json", revision=backbone_revision, argument="backbone")
+        backbone_revision = of_backbone or backbone_revision
         vision = load_strictly(
             CLIPVisionModelWithProjection,
             backbone,
@@ -112,11 +114,10 @@ class AestheticScore:
         )
         head = build(lambda: linear_head(vision.config.projection_dim), weights, path).to(device, torch.float32)
         processor = from_pretrained(clip_image_processor(), backbone, argument="backbone", revision=backbone_revision)
-        commits = [commit, getattr(vision.config, "_commit_hash", None) or backbone_revision]
         facts = RewardFacts(
             cls.name,
             f"{source} on {backbone}",
-            " on ".join(known or "unknown" for known in commits) if any(commits) else None,
+            f"{commit or 'unknown'} on {of_backbone or 'unknown'}" if commit or of_backbone else None,
             cls.scale,
         )
         return cls(vision.to(device), head, processor, facts=facts)

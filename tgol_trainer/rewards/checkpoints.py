@@ -19,7 +19,9 @@ _SHOWN = 5
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def find_file(source: str | Path, filename: str, *, revision: str | None = None) -> tuple[Path, str | None]:
+def find_file(
+    source: str | Path, filename: str, *, revision: str | None = None, argument: str = "source"
+) -> tuple[Path, str | None]:
     """
     Find a file of weights: on this machine, or on the Hugging Face Hub.
 
@@ -30,6 +32,8 @@ def find_file(source: str | Path, filename: str, *, revision: str | None = None)
             Name in the folder or the repository.
         revision (`str`, *optional*):
             Branch, tag or commit of the repository; its default branch otherwise. Not used for local files.
+        argument (`str`, *optional*, defaults to `"source"`):
+            Name of the argument that `source` comes from, for messages.
 
     Returns:
         `tuple[Path, str | None]`: the file, and the commit it belongs to; `None` for a local file.
@@ -57,7 +61,7 @@ def find_file(source: str | Path, filename: str, *, revision: str | None = None)
         raise OSError(
             f"The file {filename} of {source} could not be had from the Hugging Face Hub "
             f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file or "
-            "folder (`source=`; `tgol score` takes it in `--reward_options`)."
+            f"folder (`{argument}=`; `tgol score` takes it in `--reward_options`)."
         ) from error
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", found)
     return Path(found), commit[1] if commit else revision
@@ -171,8 +175,9 @@ def from_pretrained(kind: Any, source: str, *, argument: str = "source", **optio
             file holds something else.
         OSError: if the files cannot be had.
     """
+    folder = Path(source).expanduser()
     try:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(str(folder) if folder.is_dir() else source, **options)
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"The weights of {source} were not read: the file is damaged, a Git-LFS pointer (`git lfs pull`), or a "
