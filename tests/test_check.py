@@ -68,14 +68,14 @@ FOUND = {
     ("truncated image", "problem", 1): [24],
     ("missing score", "problem", 1): [26],
     ("NaN score", "problem", 1): [27],
-    ("prompt length", "warning", 1): [],
+    ("prompt length", "warning", 1): [28],
     ("small", "warning", 1): [29],
     ("extreme crop", "warning", 1): [30],
     ("duplicates with different scores", "warning", 1): [0, 20],
     ("near duplicates", "warning", 1): [1, 21],
-    ("colour mode", "note", 2): [],
+    ("colour mode", "note", 2): [30, 31],
     ("duplicates", "note", 1): [2, 22],
-    ("several prompts", "note", 1): [],
+    ("several prompts", "note", 1): [4, 28],
 }
 
 
@@ -97,7 +97,7 @@ def test_every_flaw_of_a_folder_is_found_in_its_row_and_nothing_else(flawed, tmp
     assert "skip` leaves the 5 unusable rows out" in text
     assert report["facts"]["modes"] == {"RGB": 25, "RGBA": 1, "L": 1}
     assert report["facts"]["sizes"]["most_common"][0] == {"width": 64, "height": 64, "count": 25}
-    assert report["facts"]["scores"]["min"] == 0 and report["facts"]["scores"]["max"] == 19
+    assert report["facts"]["scores"]["score"]["min"] == 0 and report["facts"]["scores"]["score"]["max"] == 19
 
 
 def test_a_stream_and_several_processes_find_the_same(flawed):
@@ -136,6 +136,14 @@ def rows(**more):
         (rows().rename_column("score", "stars"), (), 1, "`--score_column stars`"),
         (rows().rename_column("score", "stars"), ("--score_column", "stars"), 0, "no problems"),
         (rows(score=[2.0, 2.0, 2.0, 3.0]), (), 0, "moves the threshold to 2.5: 1 positive, 3 negative"),
+        (
+            rows(score=["bad", "good", "bad", "best"]).cast_column(
+                "score", datasets.ClassLabel(names=["good", "bad", "best"])
+            ),
+            ("--strict",),
+            1,
+            "from 0 for 'good' to 2 for 'best'",
+        ),
     ],
 )
 def test_the_exit_code_is_1_for_what_stops_training_and_for_warnings_if_strict(
@@ -145,6 +153,68 @@ def test_the_exit_code_is_1_for_what_stops_training_and_for_warnings_if_strict(
     found, text = check(capsys, tmp_path / "data", *arguments)
     assert found == code
     assert said in text
+
+
+def test_several_columns_are_checked_in_one_pass_as_training_takes_them_together(tmp_path, capsys):
+    """Rows 0 and 1 are one picture: `a` agrees, `b` has both labels; row 3 lacks `b`, so training cannot use it."""
+    picture = cloudy(0)
+    several = {"a": [1.0, 1.0, 2.0, 3.0, 0.0], "b": [5.0, 1.0, 2.0, None, 4.0], "c": [7.0] * 5}
+    images = [picture, picture, cloudy(1), cloudy(2), cloudy(3)]
+    data = datasets.Dataset.from_dict({"prompt": ["p"] * 5, "image": images, **several})
+    data.save_to_disk(tmp_path / "data")
+    code, out = check(capsys, tmp_path / "data", "--score_columns", "a", "b", "c", "--json", "-")
+    report = json.loads(out)
+    found = {item["check"]: item for item in report["findings"]}
+    assert code == 1 and report["num_usable"] == 4
+    assert found["missing score"]["rows"] == [3] and "column 'b', row 3" in found["missing score"]["text"]
+    assert found["constant scores"]["text"].startswith("column 'c': All 4")
+    assert "rows 0 and 1 (b 5 and 1)" in found["duplicates with different scores"]["text"]
+    assert report["facts"]["scores"]["a"]["median"] == 1 and report["facts"]["scores"]["b"]["median"] == 3
+    alone = {name: diagnose(data, Columns(score=name), progress=False).facts["scores"] for name in "ac"}
+    assert alone["a"]["a"]["num_distinct"] == 4 and alone["c"]["c"]["num_distinct"] == 1
+    assert check(capsys, tmp_path / "data", "--score_columns", "a", "d")[1].count("no column 'd'") == 1
+
+
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(tmp_path, capsys):
+    rows().save_to_disk(tmp_path / "data")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--json.*cannot be written"):
+        main(["check", str(tmp_path / "data"), "--num_proc", "1", "--json", str(tmp_path / "file" / "report.json")])
+    assert "no problems, no warnings." in capsys.readouterr().out
+
+
+def test_scores_near_the_largest_number_give_valid_json(tmp_path, capsys):
+    rows(score=[1e308, -1e308, 1.0, 2.0]).save_to_disk(tmp_path / "data")
+    _, out = check(capsys, tmp_path / "data", "--json", "-")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    facts = json.loads(out, parse_constant=refuse)["facts"]["scores"]["score"]
+    assert facts["std"] is None and facts["max"] == 1e308
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model_name_or_path", "no/such/model"), "no/such/model does not exist, and it is no Hub id"),
+        (("--model_name_or_path", "{data}"), "holds no model_index.json"),
+        (("--video_column", "clip"), "Give `--num_frames`, or a model of videos"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_with_the_remedy(tmp_path, capsys, arguments, said):
+    rows().save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit) as stopped:
+        check(capsys, tmp_path / "data", *(argument.format(data=tmp_path) for argument in arguments))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and said in error and "Traceback" not in error
+
+
+def test_videos_without_a_model_are_met_with_the_flags_that_read_them(tmp_path, capsys):
+    (tmp_path / "metadata.csv").write_text("file_name,prompt,score\n0.mp4,a,1\n1.mp4,b,2\n")
+    with pytest.raises(SystemExit):
+        check(capsys, tmp_path)
+    assert "--video_column video --num_frames N" in capsys.readouterr().err
 
 
 def test_a_dataset_without_rows_is_a_problem():
@@ -265,7 +335,7 @@ def test_a_spreadsheet_export_with_ties_blanks_and_a_missing_file_is_read_as_mea
     problems = {item["check"]: item["rows"] for item in report["findings"] if item["level"] == "problem"}
     assert code == 1
     assert problems == {"image file not found": [6], "missing score": [5]}
-    assert report["facts"]["scores"]["min"] == 1.5 and report["facts"]["scores"]["mean"] == 3.2
+    assert report["facts"]["scores"]["rating"]["min"] == 1.5 and report["facts"]["scores"]["rating"]["mean"] == 3.2
     assert report["facts"]["prompts"]["num_distinct"] == 1
 
 

@@ -181,6 +181,20 @@ def test_text_between_numbers_is_listed_and_left_out_by_the_remedy():
     assert prepare_dataset(mended, Columns(), SIZE)[0].scores.tolist() == [4, 5]
 
 
+def test_decimal_commas_between_words_are_kept_by_the_remedy():
+    dataset = with_scores(["1,5", "n/a", None, "2", "3,25"])
+    message = refusal(dataset)
+    assert "with decimal commas and other text that reads as no number, 1 of 5 rows (row 0: '1,5'" in message
+    mended = run_remedy(message, dataset)
+    assert prepare_dataset(mended, Columns(), SIZE)[0].scores.tolist() == [1.5, 2, 3.25]
+
+
+@pytest.mark.parametrize(("column", "written"), [("image", "filename"), ("image", "File_Name"), ("prompt", "Prompt")])
+def test_a_usual_name_in_other_letters_is_proposed(column, written):
+    message = refusal(good().rename_column(column, written))
+    assert f"`--{column}_column {written}`" in message
+
+
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [

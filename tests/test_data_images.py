@@ -3,6 +3,7 @@
 import io
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -208,8 +209,23 @@ def test_an_animation_gives_its_first_frame():
 
 def test_a_decompression_bomb_is_an_image_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match="DecompressionBombError"):
+    with pytest.raises(ImageError, match=r"DecompressionBombError.*fewer pixels"):
         open_image(encoded(noise(20, 20)))
+
+
+class ClientError(Exception):
+    """As that of aiohttp, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [ImportError("it is not installed"), ClientError("403, message='Forbidden'")])
+def test_what_a_client_of_urls_raises_concerns_one_image(monkeypatch, error):
+    def decode_example(*arguments):
+        raise error
+
+    monkeypatch.setattr(datasets.Image, "decode_example", decode_example)
+    with pytest.raises(ImageError, match=str(error)) as caught:
+        open_image("https://nowhere.invalid/a.png")
+    assert caught.value.cause == "undecodable image"
 
 
 def test_resizing_equals_resizing_everything_and_then_cutting_out_the_centre():

@@ -98,6 +98,22 @@ def test_a_score_column_with_words_is_kept_for_the_check_that_names_the_rows(fol
         prepare_dataset(load_scored_dataset(str(folder / "a.csv")), Columns(), SIZE)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_comma_in_a_prompt_without_quotes_is_refused_with_its_line(folder, first):
+    """In the first row, pandas would make the file names row names, and pictures of the prompts."""
+    lines = ["pics/0.png,a dog, running,4", "pics/1.png,a cat,2"]
+    text = "\n".join(["image,prompt,score", *(lines if first else reversed(lines))])
+    (folder / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=rf"line {2 if first else 3} of .*a\.csv' has 4 values.*3 columns.*quotation"):
+        load_scored_dataset(str(folder / "a.csv"))
+
+
+def test_a_comma_at_the_end_of_every_row_moves_no_column(folder):
+    (folder / "a.csv").write_text("image,prompt,score\npics/0.png,a dog,4,\npics/1.png,a cat,2,\n")
+    dataset, _ = prepare_dataset(load_scored_dataset(str(folder / "a.csv")), Columns(), SIZE)
+    assert dataset.prompts == ["a dog", "a cat"] and dataset.scores.tolist() == [4, 2]
+
+
 @pytest.mark.parametrize(("name", "sign"), [("a.csv", ";"), ("a.tsv", "\t"), ("a.csv", "\t")])
 def test_other_separators_of_spreadsheets_are_seen(folder, name, sign):
     lines = [("prompt", "image", "score"), ("a, b", "pics/3.png", "2")]

@@ -105,8 +105,20 @@ def _check_supported(name: str) -> None:
         )
 
 
-def _checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline's `model_index.json`, read before any weights are: they can be tens of gigabytes."""
+def checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    Read a pipeline's `model_index.json`, before any weights are: they can be tens of gigabytes.
+
+    Args:
+        model (`str`):
+            Hub id or folder.
+        options (`dict[str, Any]`):
+            Of `from_pretrained`; `revision`, `token` and the like say where it is read.
+
+    Raises:
+        FileNotFoundError: for a folder that holds no pipeline, and for what is neither a folder nor a Hub id.
+        ValueError: for a pipeline class without a backbone.
+    """
     if Path(model).exists():
         file = Path(model) / "model_index.json"
         if not file.is_file():
@@ -195,7 +207,7 @@ def load_backbone(
         origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
         return wrap_pipeline(load_meissonic(model, **options), origin, settings)
     source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
-    index = _checked_index(source, options)
+    index = checked_index(source, options)
     if "quantization_config" in options:
         options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
     pipeline = DiffusionPipeline.from_pretrained(source, **options)

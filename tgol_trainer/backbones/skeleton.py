@@ -35,15 +35,16 @@ def load_skeleton(
         [`Backbone`]
 
     Raises:
+        FileNotFoundError: for a folder that holds no pipeline, and for what is neither a folder nor a Hub id.
         ValueError: for an unsupported pipeline, Meissonic among them, whose classes are not in diffusers, and for
             tokenizers without files.
     """
     import diffusers
 
-    from . import wrap_pipeline
+    from . import checked_index, wrap_pipeline
 
     options = {"revision": revision} if revision is not None else {}
-    index = diffusers.DiffusionPipeline.load_config(str(model), **options)
+    index = checked_index(str(model), options)
     kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
         raise ValueError(f"{str(model)!r} is of the class {index['_class_name']}, which diffusers does not have.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import os
 import sys
 import time
@@ -14,7 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from .console import plain_errors, set_up_logging
 
 if TYPE_CHECKING:
+    from tgol_trainer.backbones import Backbone
+    from tgol_trainer.data import Columns
     from tgol_trainer.data.doctor import Diagnosis, Finding
+    from tgol_trainer.data.loading import AnyDataset
 
 # Where a CLIP tokenizer often lies on a machine that has run diffusers: (repository, vocabulary).
 _CLIP = (
@@ -44,6 +49,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
     parser.add_argument("--image_column", default="image", help="default: %(default)s")
     parser.add_argument("--score_column", default="score", help="default: %(default)s")
+    parser.add_argument(
+        "--score_columns", nargs="+", metavar="COLUMN", help="several columns of scores, in place of it"
+    )
     parser.add_argument("--video_column", help="column of videos, which are read instead of images")
     parser.add_argument("--num_frames", type=int, help="frames of a training clip (default: the model's)")
     parser.add_argument("--model_name_or_path", help="Hub id, folder, or `shapes`: its token limit and resolution")
@@ -58,6 +66,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too; `-` prints it instead")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     args = parser.parse_args(argv)
+    several = args.score_columns or []
+    if several and (args.score_column != "score" or len(set(several)) < len(several)):
+        parser.error("--score_columns: name each column once, and leave out --score_column")
+    if args.num_frames is not None and args.num_frames < 1:
+        parser.error("--num_frames must be at least 1")
     if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
         parser.error("--resolution: give a side, or a height and a width, in pixels")
     if not 0 <= args.max_distance < 32:
@@ -80,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
+    logging.getLogger("tgol_trainer.data.checks").setLevel(logging.ERROR)  # the report says the same
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.data import Columns, DataError, load_scored_dataset
     from tgol_trainer.data.doctor import diagnose
 
     start = time.monotonic()
@@ -92,15 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.resolution is not None:
             native = (args.resolution[0], args.resolution[-1])
         num_frames = args.num_frames or (backbone.num_frames if backbone is not None else None)
-        video = args.video_column or ("video" if backbone is not None and backbone.num_frames else None)
-        columns = Columns(args.prompt_column, args.image_column, args.score_column, video, num_frames)
+        video = args.video_column or ("video" if num_frames else None)
+        if video and not num_frames:
+            raise DataError(
+                "`--video_column`: how many frames a clip has is not known. Give `--num_frames`, or a model of videos "
+                "by `--model_name_or_path`."
+            )
+        scores = args.score_columns or [args.score_column]
+        columns, *_ = [Columns(args.prompt_column, args.image_column, score, video, num_frames) for score in scores]
         disable_progress_bar()  # ours is the only one
         dataset = load_scored_dataset(
             args.source, name=args.dataset_config, split=args.split, streaming=args.streaming, columns=columns
         )
+        _refuse_unnamed_videos(dataset, columns, backbone)
         diagnosis = diagnose(
             dataset,
             columns,
+            score_columns=args.score_columns,
             name=args.source,
             resolution=native,
             count_long_prompts=backbone.count_long_prompts if backbone is not None else _clip_counter(),
@@ -108,35 +130,66 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_distance=args.max_distance,
         )
     code = diagnosis.exit_code(strict=args.strict)
-    text = json.dumps(
-        {"source": args.source, "exit_code": code, "seconds": round(time.monotonic() - start, 1)}
-        | diagnosis.to_dict(),
-        indent=2,
-        ensure_ascii=False,
-    )
+    report = {"source": args.source, "exit_code": code, "seconds": round(time.monotonic() - start, 1)}
+    text = json.dumps(_plain(report | diagnosis.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
     if args.json == Path("-"):
         print(text)
         return code
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n", encoding="utf-8")
     for line in _report(diagnosis):
         print(line)
+    if args.json is not None:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SystemExit(f"error: `--json`: {args.json} cannot be written: {error}") from error
     return code
 
 
-def _skeleton(args: argparse.Namespace) -> Any:
+def _plain(value: Any) -> Any:
+    """Return a value without infinite numbers (of scores beyond 1e150), which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse_unnamed_videos(dataset: AnyDataset, columns: Columns, backbone: Backbone | None) -> None:
+    from datasets import Video
+
+    from tgol_trainer.data import DataError
+
+    features = dataset.features or {}
+    if backbone is None and columns.video is None and columns.image not in features:
+        found = next((name for name, feature in features.items() if isinstance(feature, Video)), None)
+        if found is not None:
+            raise DataError(
+                f"The column {found!r} holds videos. Give `--video_column {found} --num_frames N`, N the frames of a "
+                "training clip, or a model of videos by `--model_name_or_path`."
+            )
+
+
+def _skeleton(args: argparse.Namespace) -> Backbone | None:
     if args.model_name_or_path is None:
         return None
     from tgol_trainer.backbones import BackboneSettings
     from tgol_trainer.backbones.skeleton import load_skeleton
+    from tgol_trainer.data import DataError
     from tgol_trainer.shapes import MASKED_PIPELINE_DIR, PIPELINE_DIR
 
     embedded = {"shapes": PIPELINE_DIR, "shapes-masked": MASKED_PIPELINE_DIR}
     model = args.model_name_or_path
     source = model if Path(model).exists() else embedded.get(model, model)
     settings = BackboneSettings(num_frames=args.num_frames)
-    return load_skeleton(source, revision=args.model_revision, settings=settings)
+    try:
+        return load_skeleton(source, revision=args.model_revision, settings=settings)
+    except OSError as error:
+        raise DataError(
+            f"`--model_name_or_path`: configs and tokenizers of {model!r} could not be read: {error}\nCheck the name "
+            "and the network; log in with `hf auth login` for a gated model. `--resolution` says without a model what "
+            "sizes are compared with."
+        ) from error
 
 
 def _clip_counter() -> Callable[[Sequence[str]], tuple[int, int]] | None:
@@ -168,7 +221,8 @@ def _report(diagnosis: Diagnosis) -> list[str]:
         lines += ["", title] if findings else []
         for finding in findings:
             first, *others = finding.text.splitlines()
-            lines += [f"- {finding.check} ({finding.count}): {first}", *(f"    {line}" for line in others)]
+            count = f" ({finding.count})" if finding.count else ""
+            lines += [f"- {finding.check}{count}: {first}", *(f"    {line}" for line in others)]
             if finding.remedy and finding.remedy not in said:  # two causes may share one
                 said.add(finding.remedy)
                 lines += [f"    {line}" for line in finding.remedy.splitlines()]
@@ -176,7 +230,8 @@ def _report(diagnosis: Diagnosis) -> list[str]:
     lines += ["", f"{_number(problems, 'problem')}, {_number(warnings, 'warning')}."]
     if problems and all(finding.check in CAUSES for finding in problems):
         unusable = diagnosis.num_rows - diagnosis.num_usable
-        lines[-1] += f" `tgol train --on_bad_sample skip` leaves the {unusable} unusable rows out."
+        rows = f"{unusable} unusable row{'s' if unusable > 1 else ''}"
+        lines[-1] += f" `tgol train --on_bad_sample skip` leaves the {rows} out."
     return lines
 
 
@@ -189,11 +244,15 @@ def _facts(facts: dict[str, Any]) -> list[str]:
         return []
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
     common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
-    labels = f"; {scores['num_positive']} at or above the threshold" if "threshold" in scores else ""
     limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
-    extent = f"{scores['min']:g} to {scores['max']:g}, median {scores['median']:g}"
     return [
-        f"  scores   {extent}, {scores['num_distinct']} different{labels}",
+        *(f"  {'scores' if len(scores) == 1 else column:<7}  {_extent(found)}" for column, found in scores.items()),
         f"  prompts  {prompts['num_distinct']} different, up to {prompts['most_rows_of_one']} rows each{limit}",
         f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",
     ]
+
+
+def _extent(scores: dict[str, Any]) -> str:
+    labels = f"; {scores['num_positive']} at or above the threshold" if "threshold" in scores else ""
+    extent = f"{scores['min']:g} to {scores['max']:g}, median {scores['median']:g}"
+    return f"{extent}, {scores['num_distinct']} different{labels}"

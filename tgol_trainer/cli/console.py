@@ -34,6 +34,8 @@ def set_up_logging() -> None:
     # a second adapter is what a frozen reference policy is
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
+    # Pillow opens such a picture all the same; one of twice the size is an error that names the row.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
 def json_object(text: str) -> dict[str, Any]:

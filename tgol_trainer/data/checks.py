@@ -16,8 +16,32 @@ logger = logging.getLogger(__name__)
 
 _SYNONYMS = {
     "prompt": ("prompt", "caption", "text", "prompts", "captions", "instruction"),
-    "image": ("image", "img", "picture", "jpg", "png", "file_name", "image_path", "path", "images"),
-    "video": ("video", "clip", "mp4", "webm", "file_name", "video_path", "path", "videos", "frames"),
+    "image": (
+        "image",
+        "img",
+        "picture",
+        "jpg",
+        "png",
+        "file_name",
+        "filename",
+        "image_path",
+        "path",
+        "file",
+        "images",
+    ),
+    "video": (
+        "video",
+        "clip",
+        "mp4",
+        "webm",
+        "file_name",
+        "filename",
+        "video_path",
+        "path",
+        "file",
+        "videos",
+        "frames",
+    ),
     "score": ("score", "rating", "reward", "stars", "aesthetic_score", "scores", "preference", "label"),
 }
 _PAIRS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
@@ -190,10 +214,11 @@ def _refuse_other_medium(present: list[str], features: Any, columns: Columns, na
 
 def _missing_columns(present: list[str], roles: dict[str, str], missing: list[str], name: str) -> DataError:
     free = [column for column in present if column not in roles.values()]
+    named_so = {column.lower(): column for column in reversed(free)}
     lines, fields, flags = [], [], []
     for role in missing:
         guess = next(
-            (column for column in _SYNONYMS[role] if column in free),
+            (named_so[column] for column in _SYNONYMS[role] if column in named_so),
             next(iter(difflib.get_close_matches(roles[role], free, n=1)), None),
         )
         source = guess or f"your_{role}_column"
@@ -411,9 +436,16 @@ def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, colum
             "number, so a cast mends it:\n" + CAST_SCORE.format(score=column)
         )
     shown = ", ".join(f"row {row}: {describe(text)}" for row, text in bad[:5]) + (", ..." if len(bad) > 5 else "")
-    if all(_is_number(text.replace(",", ".")) for _, text in bad if text and text.strip()):
+    commas = [_is_number(text.replace(",", ".")) for _, text in bad if text and text.strip()]
+    if any(commas):
+        others = (
+            ""
+            if all(commas)
+            else f" and other text that reads as no number, {commas.count(False)} of {len(texts)} rows"
+        )
+        remedy = "To mend it" + (", leaving those rows out" if others else "")
         raise DataError(
-            f"{head} with decimal commas ({shown}; rows are counted from 0). To mend it:\n"
+            f"{head} with decimal commas{others} ({shown}; rows are counted from 0). {remedy}:\n"
             + CAST_SCORE_WITH_BLANKS.replace("float(score)", 'float(str(score).replace(",", "."))').format(
                 score=column
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 
-from tgol_trainer.data.checks import check_columns
+from tgol_trainer.data.checks import check_columns, check_score_columns
 from tgol_trainer.data.duplicates import DEFAULT_DISTANCE, group_marks
 from tgol_trainer.data.images import DataError, cropped_share
 from tgol_trainer.data.rows import CAUSES, Columns
@@ -94,6 +96,7 @@ def diagnose(
     dataset: datasets.Dataset | datasets.IterableDataset,
     columns: Columns,
     *,
+    score_columns: Sequence[str] | None = None,
     name: str = "dataset",
     resolution: tuple[int, int] | None = None,
     count_long_prompts: CountLongPrompts | None = None,
@@ -109,6 +112,8 @@ def diagnose(
             With one prompt, image or video, and score a row.
         columns ([`Columns`]):
             Their names.
+        score_columns (`Sequence[str]`, *optional*):
+            Several columns of scores, as in [`TGOLConfig`], in place of that of `columns`.
         name (`str`, *optional*, defaults to `"dataset"`):
             What messages call it.
         resolution (`tuple[int, int]`, *optional*):
@@ -128,10 +133,13 @@ def diagnose(
         [`Diagnosis`]
     """
     try:
-        check_columns(dataset, columns, name)
+        check_columns(dataset, columns, name, scored=not score_columns)
+        if score_columns and dataset.features is not None:
+            check_score_columns(dataset, score_columns, name)
         survey = survey_rows(
             dataset,
             columns,
+            score_columns=score_columns,
             name=name,
             count_long_prompts=count_long_prompts,
             num_proc=num_proc,
@@ -146,10 +154,11 @@ def diagnose(
     elif not len(survey.rows):
         findings.append(Finding("rows", "problem", survey.num_rows, "No row can be used."))
     else:
-        threshold, about_scores, facts["scores"] = _scores(survey)
+        findings += _classes(survey, dataset.features)
+        thresholds, about_scores, facts["scores"] = _scores(survey)
         about_prompts, facts["prompts"] = _prompts(survey, count_long_prompts is not None)
         about_sizes, facts["sizes"] = _sizes(survey, resolution)
-        about_copies, facts["duplicates"] = _duplicates(survey, threshold, max_distance)
+        about_copies, facts["duplicates"] = _duplicates(survey, thresholds, max_distance)
         findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
         facts["modes"] = dict(survey.modes.most_common())
     order = {"problem": 0, "warning": 1, "note": 2}
@@ -160,32 +169,61 @@ def diagnose(
 def _bad_rows(survey: Survey) -> list[Finding]:
     findings = []
     for cause, (role, _) in CAUSES.items():
-        if cause in survey.bad_rows:
-            rows, examples = survey.bad_rows[cause].tolist(), survey.bad.examples(cause)
-            more = ", ..." if len(rows) > len(examples) else ""
-            text = f"column {getattr(survey.columns, role)!r}, {', '.join(examples)}{more}"
-            findings.append(Finding(cause, "problem", len(rows), text, rows, survey.bad.remedy(cause)))
+        for column in survey.score_columns if role == "score" else [getattr(survey.columns, role)]:
+            if (cause, column) in survey.bad_rows:
+                rows, examples = survey.bad_rows[cause, column].tolist(), survey.bad.examples(cause, column)
+                more = ", ..." if len(rows) > len(examples) else ""
+                text = f"column {column!r}, {', '.join(examples)}{more}"
+                findings.append(Finding(cause, "problem", len(rows), text, rows, survey.bad.remedy(cause, column)))
     return findings
 
 
-def _scores(survey: Survey) -> tuple[Threshold | None, list[Finding], dict[str, Any]]:
-    scores, findings = survey.scores, []
+def _classes(survey: Survey, features: datasets.Features | None) -> list[Finding]:
+    findings = []
+    for column in survey.score_columns:
+        feature = (features or {}).get(column)
+        if isinstance(feature, datasets.ClassLabel):
+            first, last = feature.names[0], feature.names[-1]
+            text = (
+                f"column {column!r} holds classes; their numbers are used as scores, from 0 for {first!r} to "
+                f"{len(feature.names) - 1} for {last!r}."
+            )
+            remedy = "If that order is not from worst to best, store numbers instead."
+            findings.append(Finding("classes as scores", "warning", len(survey.rows), text, remedy=remedy))
+    return findings
+
+
+def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict[str, Any]]:
+    """Return the threshold of each column, `None` where all of its scores are equal, findings, and facts by column."""
+    thresholds: list[Threshold | None] = []
+    findings, facts = [], {}
+    for column, scores in zip(survey.score_columns, survey.scores.T, strict=True):
+        facts[column], threshold = _score_facts(scores), None
+        try:
+            threshold = estimate_threshold(scores)
+        except ThresholdError as error:
+            findings.append(Finding("constant scores", "problem", len(scores), f"column {column!r}: {error}"))
+        thresholds.append(threshold)
+        if threshold is None:
+            continue
+        facts[column] |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
+        facts[column]["num_negative"] = threshold.num_negative
+        if threshold.moved_from is not None:
+            text = (
+                f"column {column!r}: the median score equals the smallest, {threshold.moved_from:g}; training moves "
+                f"the threshold to {threshold.value:g}: {threshold.num_positive} positive, {threshold.num_negative} "
+                "negative."
+            )
+            findings.append(Finding("tied scores", "note", threshold.num_scores, text))
+    return thresholds, findings, facts
+
+
+def _score_facts(scores: np.ndarray) -> dict[str, Any]:
     values = np.unique(scores)
     facts: dict[str, Any] = {"min": float(values[0]), "max": float(values[-1]), "num_distinct": len(values)}
-    facts |= {"mean": float(scores.mean()), "median": float(np.median(scores)), "std": float(scores.std())}
-    try:
-        threshold = estimate_threshold(scores)
-    except ThresholdError as error:
-        return None, [Finding("constant scores", "problem", len(scores), str(error))], facts
-    facts |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
-    facts["num_negative"] = threshold.num_negative
-    if threshold.moved_from is not None:
-        text = (
-            f"the median score equals the smallest, {threshold.moved_from:g}; training moves the threshold to "
-            f"{threshold.value:g}: {threshold.num_positive} positive, {threshold.num_negative} negative."
-        )
-        findings.append(Finding("tied scores", "note", threshold.num_scores, text))
-    return threshold, findings, facts
+    with np.errstate(over="ignore"):  # of scores beyond 1e150
+        facts |= {"mean": float(scores.mean()), "median": float(np.median(scores)), "std": float(scores.std())}
+    return facts
 
 
 def _prompts(survey: Survey, counted: bool) -> tuple[list[Finding], dict[str, Any]]:
@@ -201,12 +239,14 @@ def _prompts(survey: Survey, counted: bool) -> tuple[list[Finding], dict[str, An
     if not survey.num_long_prompts:
         return [], facts
     text = (
-        f"of {survey.num_prompts} prompts, {survey.num_long_prompts} have more than {survey.token_limit} tokens; the "
-        f"text encoder does not see the end: {', '.join(survey.long_prompts)}"
+        f"the text encoder takes {survey.token_limit} tokens and does not see the end of {survey.num_long_prompts} of "
+        f"{survey.num_prompts} prompts: "
+        + ", ".join(f"row {row}: {prompt}" for row, prompt in survey.long_prompts.items())
     )
     text += ", ..." if survey.num_long_prompts > len(survey.long_prompts) else ""
     remedy = "Shorten them, with what matters first."
-    return [Finding("prompt length", "warning", survey.num_long_prompts, text, remedy=remedy)], facts
+    rows = list(survey.long_prompts)
+    return [Finding("prompt length", "warning", survey.num_long_prompts, text, rows, remedy)], facts
 
 
 def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:
@@ -234,10 +274,13 @@ def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Fin
     if small.any():
         worst = np.flatnonzero(small)[np.argsort(sizes[small].min(axis=1), kind="stable")]
         text = (
-            f"of {len(sizes)} {medium}s, {small.sum()} are smaller than {target} and will be enlarged, which blurs "
-            f"them; {tiny.sum()} by more than a factor of 2. The smallest: {_with_sizes(rows, sizes, worst)}"
+            f"smaller than {target}, so that training enlarges and blurs them: {small.sum()} of {len(sizes)} "
+            f"{medium}s, {tiny.sum()} of them by more than a factor of 2. The smallest: "
+            f"{_with_sizes(rows, sizes, worst)}"
         )
         remedy = "Leave them out, or lower `resolution`."
+        if resolution is None:
+            remedy = "What is trained on is named by --model_name_or_path, or by --resolution."
         findings.append(Finding("small", level, int(small.sum()), text, rows[worst[:_SHOWN]].tolist(), remedy))
     if mean > _CROPPED_SHARE_LIMIT:
         text = f"the centre crop to {target} cuts away {100 * mean:.0f} % of the {medium} area on average."
@@ -246,8 +289,8 @@ def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Fin
     if extreme.any():
         cut = np.flatnonzero(extreme)
         text = (
-            f"of {len(sizes)} {medium}s, {cut.size} will lose more than half of their area to the centre crop to "
-            f"{target}: {_with_sizes(rows, sizes, cut)}"
+            f"the centre crop to {target} cuts away more than half of the area of {cut.size} of {len(sizes)} "
+            f"{medium}s: {_with_sizes(rows, sizes, cut)}"
         )
         remedy = "Training sees a part of what was scored: leave them out, or crop and score them yourself."
         findings.append(Finding("extreme crop", level, cut.size, text, rows[cut[:_SHOWN]].tolist(), remedy))
@@ -263,9 +306,12 @@ def _modes(survey: Survey) -> list[Finding]:
     other = Counter({mode: count for mode, count in survey.modes.items() if mode not in ("RGB", "unknown")})
     if not other:
         return []
-    shares = ", ".join(f"{mode} {100 * n / survey.modes.total():.3g} %" for mode, n in other.most_common())
+    total, rows = survey.modes.total(), {mode: survey.mode_rows[mode] for mode in other}
+    shares = ", ".join(
+        f"{mode} {100 * n / total:.3g} % ({_numbered(rows[mode], n)})" for mode, n in other.most_common()
+    )
     text = f"images that are not RGB: {shares}. Transparency is laid over white, grey becomes three equal channels."
-    return [Finding("colour mode", "note", other.total(), text)]
+    return [Finding("colour mode", "note", other.total(), text, sorted(chain(*rows.values())))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +327,13 @@ class _Copies:
         return {**sizes, "different_scores": len(self.different), "opposite_labels": len(self.opposite)}
 
 
-def _copies(pictures: np.ndarray, survey: Survey, threshold: Threshold | None) -> _Copies:
+def _two_labels(scores: np.ndarray, thresholds: list[Threshold | None]) -> list[bool]:
+    """Say of each column whether the scores (n, K) of a group lie on both sides of its threshold."""
+    sides = zip(scores.T, thresholds, strict=True)
+    return [bool(t is not None and (column >= t.value).any() and (column < t.value).any()) for column, t in sides]
+
+
+def _copies(pictures: np.ndarray, survey: Survey, thresholds: list[Threshold | None]) -> _Copies:
     scores, prompts = survey.scores, survey.prompt_ids
     order = np.lexsort((prompts, pictures))
     new = (np.diff(pictures[order]) != 0) | (np.diff(prompts[order]) != 0)
@@ -289,44 +341,44 @@ def _copies(pictures: np.ndarray, survey: Survey, threshold: Threshold | None) -
     lengths = np.diff(np.append(starts, len(order)))
     several = lengths > 1
     groups = [order[start : start + n] for start, n in zip(starts[several], lengths[several], strict=True)]
-    different = [group for group in groups if np.ptp(scores[group]) > 0]
-    opposite = []
-    if threshold is not None:
-        opposite = [group for group in different if 0 < (scores[group] >= threshold.value).sum() < len(group)]
+    different = [group for group in groups if np.ptp(scores[group], axis=0).any()]
+    opposite = [group for group in different if any(_two_labels(scores[group], thresholds))]
     return _Copies(groups, different, opposite)
 
 
 def _duplicates(
-    survey: Survey, threshold: Threshold | None, max_distance: int
+    survey: Survey, thresholds: list[Threshold | None], max_distance: int
 ) -> tuple[list[Finding], dict[str, Any]]:
     medium, findings = survey.columns.medium, []
     pixels = np.unique(survey.digests, axis=0, return_inverse=True)[1].reshape(-1)
-    exact = _copies(pixels, survey, threshold)
+    exact = _copies(pixels, survey, thresholds)
     facts: dict[str, Any] = {"exact": exact.facts()}
     if exact.different:
         text = (
-            f"the same {medium} with the same prompt has different scores; {len(exact.opposite)} of "
-            f"{len(exact.different)} times on both sides of the threshold: "
-            f"{_with_scores(survey, exact.opposite or exact.different)}"
+            f"the same {medium} with the same prompt has different scores; in {len(exact.opposite)} of "
+            f"{len(exact.different)} groups they lie on both sides of the threshold: "
+            f"{_with_scores(survey, exact.opposite or exact.different, thresholds)}"
         )
         remedy = "Give each one score; `tgol convert ratings` makes one row an image with the mean."
         rows = _first_rows(survey, exact.different)
         findings.append(
             Finding("duplicates with different scores", "warning", len(exact.different), text, rows, remedy)
         )
-    same = [group for group in exact.groups if np.ptp(survey.scores[group]) == 0]
+    same = [group for group in exact.groups if not np.ptp(survey.scores[group], axis=0).any()]
     if same:
-        text = f"the same {medium} with the same prompt and score, several times; each counts as often."
+        text = f"the same {medium} with the same prompt and score, several times; each counts as often: "
+        text += _listed(survey, same)
         findings.append(Finding("duplicates", "note", len(same), text, _first_rows(survey, same)))
     pairs = np.unique(np.stack([pixels, survey.prompt_ids], axis=1), axis=0)
-    shared = int((np.bincount(pairs[:, 0]) > 1).sum())
-    facts["several_prompts"] = shared
-    if shared:
-        text = f"the same {medium} with more than one prompt."
-        findings.append(Finding("several prompts", "note", shared, text))
+    shared = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
+    facts["several_prompts"] = len(shared)
+    if shared.size:
+        groups = [np.flatnonzero(pixels == picture) for picture in shared[: _SHOWN + 1]]
+        text = f"the same {medium} with more than one prompt: {_listed(survey, groups)}"
+        findings.append(Finding("several prompts", "note", len(shared), text, _first_rows(survey, groups)))
     if survey.marks is None:
         return findings, facts
-    near = _copies(group_marks(survey.marks, max_distance), survey, threshold)
+    near = _copies(group_marks(survey.marks, max_distance), survey, thresholds)
     keep = {
         name: [group for group in getattr(near, name) if np.ptp(pixels[group])] for name in _Copies.__annotations__
     }
@@ -336,7 +388,7 @@ def _duplicates(
         text = (
             f"images that look nearly the same, with the same prompt ({sum(map(len, near.groups))} rows); in "
             f"{len(near.opposite)} of {len(near.groups)} groups the scores lie on both sides of the threshold: "
-            f"{_with_scores(survey, near.opposite or near.groups)}"
+            f"{_with_scores(survey, near.opposite or near.groups, thresholds)}"
         )
         remedy = "Look at them: one picture saved twice needs one score, different pictures may stay."
         level: Level = "warning" if near.opposite else "note"
@@ -345,16 +397,32 @@ def _duplicates(
     return findings, facts
 
 
-def _with_scores(survey: Survey, groups: list[np.ndarray]) -> str:
-    rows, scores = survey.rows, survey.scores
-    shown = []
+def _with_scores(survey: Survey, groups: list[np.ndarray], thresholds: list[Threshold | None]) -> str:
+    """Name of each group the rows with the lowest and the highest score, in the column that says most against them."""
+    rows, shown = survey.rows, []
     for group in groups[:_SHOWN]:
-        ends = sorted({int(group[np.argmin(scores[group])]), int(group[np.argmax(scores[group])])})
+        found = survey.scores[group]
+        strength = np.sign(np.ptp(found, axis=0)) + _two_labels(found, thresholds)
+        column = int(np.argmax(strength))
+        scores = dict(zip(group.tolist(), found[:, column].tolist(), strict=True))
+        ends = sorted({min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)})
         ends = ends if len(ends) > 1 else sorted(group[:2].tolist())
+        name = "scores" if len(thresholds) == 1 else survey.score_columns[column]
         shown.append(
-            f"rows {' and '.join(str(rows[i]) for i in ends)} (scores {' and '.join(f'{scores[i]:g}' for i in ends)})"
+            f"rows {' and '.join(str(rows[i]) for i in ends)} ({name} {' and '.join(f'{scores[i]:g}' for i in ends)})"
         )
     return ", ".join(shown) + (", ..." if len(groups) > _SHOWN else "")
+
+
+def _listed(survey: Survey, groups: list[np.ndarray]) -> str:
+    """Name the first groups by their rows, of each a few."""
+    shown = [_numbered(np.sort(survey.rows[group]).tolist(), len(group)) for group in groups[:_SHOWN]]
+    return "; ".join(shown) + ("; ..." if len(groups) > _SHOWN else "")
+
+
+def _numbered(rows: list[int], count: int) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if count > _SHOWN else "")
+    return f"row{'s' if count > 1 else ''} {shown}"
 
 
 def _first_rows(survey: Survey, groups: list[np.ndarray]) -> list[int]:

@@ -83,6 +83,8 @@ def open_image(value: Any) -> Image.Image:
         raise ImageError("no such file", cause="image file not found") from error
     except _PILLOW_ERRORS as error:
         message = f"{type(error).__name__}: {error}"
+        if isinstance(error, Image.DecompressionBombError):
+            message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
             message = "cannot identify image file"  # without Pillow's own ending, the address of a buffer
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
@@ -125,8 +127,14 @@ def _decode(source: str | Path | io.BytesIO) -> Image.Image:
 def _decode_remote(url: str) -> Image.Image:
     from datasets import Image as ImageFeature
 
-    # Reads hf://, https:// and zip://a.png::hf://..., with the user's token.
-    return _to_rgb(_upright(ImageFeature().decode_example({"path": url, "bytes": None})))
+    try:
+        # Reads hf://, https:// and zip://a.png::hf://..., with the user's token.
+        image = ImageFeature().decode_example({"path": url, "bytes": None})
+    except _PILLOW_ERRORS:
+        raise
+    except Exception as error:  # each client has errors of its own, and one that is not installed is an ImportError
+        raise ImageError(f"{type(error).__name__}: {error}") from error
+    return _to_rgb(_upright(image))
 
 
 def stored_mode(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from tgol_trainer.data.images import DataError
+from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
@@ -190,28 +191,49 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: 
         split=split,
         streaming=streaming,
         only=only,
-        **(_csv_options(path) if builder == "csv" else {}),
+        **(_csv_options([path]) if builder == "csv" else {}),
     )
     return dataset if only is not None else _resolve_files(dataset, path.parent, columns)
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Return the options of the CSV reader for files as spreadsheets write them."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = file.readline()
-        beginning = file.read(_SAMPLE)
-    # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
-    separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
-    cells = [cell for row in csv.reader(beginning.splitlines(), delimiter=separator) for cell in row]
+def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the options of the CSV reader for files as spreadsheets write them; the first one decides."""
+    for path in paths[1:]:
+        _read_sample(path)  # refuses rows that are too long
+    separator, cells = _read_sample(paths[0])
     decimal_comma = separator != "," and any(_DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells)
     return {
         "sep": separator,
         "decimal": "," if decimal_comma else ".",
+        # Where the first row has more values than the header, the reader would take its first column for row names,
+        # and every other column for the one beside it; a separator at the end of each row is enough.
+        "index_col": False,
         "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
         # In one piece: else a word in a later piece of a column that began with numbers stops the reader, where the
         # check of the rows can say which row it is.
         "chunksize": 2**31 - 1,
     }
+
+
+def _read_sample(path: Path) -> tuple[str, list[str]]:
+    """Return the separator of a CSV file and the cells of its beginning."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline()
+        beginning = header + file.read(_SAMPLE)
+    # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
+    separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
+    rows = csv.reader(io.StringIO(beginning, newline=""), delimiter=separator, skipinitialspace=True)
+    columns, cells = next(rows, []), []
+    for row in rows:
+        cells += row
+        if any(cell.strip() for cell in row[len(columns) :]):
+            sign = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
+            raise DataError(
+                f"`source`: line {rows.line_num} of {str(path)!r} has {len(row)} values, and the header names "
+                f"{len(columns)} columns: {columns}. A text that holds a {sign} must stand in double quotation marks: "
+                f'"one{separator} two". The line: {describe(separator.join(row), 100)}'
+            )
+    return separator, cells
 
 
 def _load_folder(
@@ -240,7 +262,7 @@ def _load_folder(
         # `datasets` takes a folder for what most of its files are, here pictures, and would leave the tables unread.
         builder, options = _tables_of(path, tables, split)
     elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
-        options |= _csv_options(tables[0])
+        options |= _csv_options(tables)
     dataset = _attempt(path, hint, _load, builder, split=split, streaming=streaming, only=only, **options)
     return dataset if only is not None else _resolve_files(dataset, path, columns)
 
@@ -259,7 +281,7 @@ def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[st
         raise DataError(f"`split`: of the tables {names} in {str(path)!r}, none belongs to the split {base!r}.")
     options = {"data_files": {base: [str(file) for file in sorted(tables)]}}
     builder = builders.pop()
-    return builder, options | (_csv_options(tables[0]) if builder == "csv" else {})
+    return builder, options | (_csv_options(tables) if builder == "csv" else {})
 
 
 def _base_split(split: str) -> str:

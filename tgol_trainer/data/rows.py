@@ -250,9 +250,9 @@ class BadRows:
         count, shown = self._found.get((cause, column), (0, []))
         self._found[cause, column] = (count + number, [*shown, *examples][:_SHOWN_ROWS])
 
-    def examples(self, cause: str) -> list[str]:
-        """Return the first rows of a cause, each with a short text of its value."""
-        return list(self._found.get((cause, self._column(cause)), (0, []))[1])
+    def examples(self, cause: str, column: str) -> list[str]:
+        """Return the first rows of a cause in a column, each with a short text of its value."""
+        return list(self._found.get((cause, column), (0, []))[1])
 
     def remedy(self, cause: str, column: str | None = None) -> str:
         """Return the code or the advice that mends a cause, in a column where that is not the one of `columns`."""

@@ -19,24 +19,29 @@ from tqdm.auto import tqdm
 from tgol_trainer.data.datasets import cell
 from tgol_trainer.data.duplicates import MARK_BYTES, picture_mark
 from tgol_trainer.data.images import describe, stored_mode
-from tgol_trainer.data.rows import BadRows, Columns, read_row
+from tgol_trainer.data.rows import CAUSES, BadRows, Columns, read_row, read_score
 from tgol_trainer.data.streams import undecoded
 
 _CHUNK = 16
 """Rows a task: so many encoded images are in memory for each task that waits."""
 _PROMPTS_AT_ONCE = 512
+_SHOWN = 5
 
-_Values = tuple[Any, Any, Any]
+_Values = tuple[Any, Any, tuple[Any, ...]]
 CountLongPrompts = Callable[[Sequence[str]], tuple[int, int]]
 """Prompts to (how many are cut, the limit in tokens), as `Backbone.count_long_prompts`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What one row holds; the last four are of a usable row."""
+    """
+    What one row holds: causes and texts of what is wrong with prompt and image, number of the column, cause and value
+    of scores that are none; the last four are of a usable row.
+    """
 
-    score: float
+    scores: tuple[float, ...]
     problems: tuple[tuple[str, str], ...]
+    bad_scores: tuple[tuple[int, str, Any], ...]
     size: tuple[int, int] = (0, 0)
     mode: str | None = None
     digest: bytes = b""
@@ -50,23 +55,32 @@ class Survey:
     Args:
         columns ([`Columns`]):
             Of the dataset.
+        score_columns (`Sequence[str]`):
+            K columns of scores, in place of that of `columns`.
         name (`str`):
             What messages call the dataset.
         count_long_prompts (`Callable`, *optional*):
             Counts prompts that the text encoder cuts; `None` counts none.
     """
 
-    def __init__(self, columns: Columns, name: str, count_long_prompts: CountLongPrompts | None) -> None:
-        self.columns = columns
+    def __init__(
+        self,
+        columns: Columns,
+        score_columns: Sequence[str],
+        name: str,
+        count_long_prompts: CountLongPrompts | None,
+    ) -> None:
+        self.columns, self.score_columns = columns, list(score_columns)
         self.num_rows = 0
         self.bad = BadRows(name, columns)
-        self.bad_rows: dict[str, array] = {}
+        self.bad_rows: dict[tuple[str, str], array] = {}  # by cause and column
         self.modes: Counter[str] = Counter()
+        self.mode_rows: dict[str, list[int]] = {}  # the first of each mode
         self.token_limit: int | None = None
-        self.long_prompts: list[str] = []
+        self.long_prompts: dict[int, str] = {}  # the first, by the row they come in first
         self.num_long_prompts = 0
         self._count_long_prompts = count_long_prompts
-        self._new_prompts: list[str] = []
+        self._new_prompts: list[tuple[int, str]] = []
         self._prompts: dict[bytes, int] = {}
         self._rows, self._prompt_ids, self._scores = array("q"), array("q"), array("d")
         self._sizes, self._digests, self._marks = array("i"), bytearray(), bytearray()
@@ -83,34 +97,41 @@ class Survey:
         """
         row = self.num_rows
         self.num_rows += 1
-        if facts.problems:
+        if facts.problems or facts.bad_scores:
             self.bad.add(row, facts.problems)
-            for cause, _ in facts.problems:
-                self.bad_rows.setdefault(cause, array("q")).append(row)
+            found = [(cause, getattr(self.columns, CAUSES[cause][0])) for cause, _ in facts.problems]
+            for index, cause, value in facts.bad_scores:
+                self.bad.add_rows(cause, np.array([row]), value, self.score_columns[index])
+                found.append((cause, self.score_columns[index]))
+            for cause_and_column in found:
+                self.bad_rows.setdefault(cause_and_column, array("q")).append(row)
             return
         key = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         if key not in self._prompts:
-            self._new_prompts.append(prompt)
+            self._new_prompts.append((row, prompt))
             if len(self._new_prompts) == _PROMPTS_AT_ONCE:
                 self.count_prompts()
         self._prompt_ids.append(self._prompts.setdefault(key, len(self._prompts)))
         self._rows.append(row)
-        self._scores.append(facts.score)
+        self._scores.extend(facts.scores)
         self._sizes.extend(facts.size)
         self._digests += facts.digest
         self._marks += facts.mark
-        self.modes[facts.mode or "unknown"] += 1
+        mode = facts.mode or "unknown"
+        self.modes[mode] += 1
+        if self.modes[mode] <= _SHOWN:
+            self.mode_rows.setdefault(mode, []).append(row)
 
     def count_prompts(self) -> None:
         """Count the long ones among the prompts that are new since the last time."""
-        prompts, self._new_prompts = self._new_prompts, []
-        if self._count_long_prompts is None or not prompts:
+        new, self._new_prompts = self._new_prompts, []
+        if self._count_long_prompts is None or not new:
             return
-        number, self.token_limit = self._count_long_prompts(prompts)
+        number, self.token_limit = self._count_long_prompts([prompt for _, prompt in new])
         self.num_long_prompts += number
-        if number and len(self.long_prompts) < 5:
-            long = (prompt for prompt in prompts if self._count_long_prompts([prompt])[0])
-            self.long_prompts += [describe(prompt) for prompt in islice(long, 5 - len(self.long_prompts))]
+        if number and len(self.long_prompts) < _SHOWN:
+            long = ((row, describe(prompt)) for row, prompt in new if self._count_long_prompts([prompt])[0])
+            self.long_prompts.update(islice(long, _SHOWN - len(self.long_prompts)))
 
     @property
     def rows(self) -> np.ndarray:
@@ -129,8 +150,8 @@ class Survey:
 
     @property
     def scores(self) -> np.ndarray:
-        """(N,) float64."""
-        return np.array(self._scores, dtype=np.float64)
+        """(N, K) float64."""
+        return np.array(self._scores, dtype=np.float64).reshape(-1, len(self.score_columns))
 
     @property
     def sizes(self) -> np.ndarray:
@@ -154,6 +175,7 @@ def survey_rows(
     dataset: datasets.Dataset | datasets.IterableDataset,
     columns: Columns,
     *,
+    score_columns: Sequence[str] | None = None,
     name: str = "dataset",
     count_long_prompts: CountLongPrompts | None = None,
     num_proc: int = 1,
@@ -169,6 +191,8 @@ def survey_rows(
             With the columns, of fitting types.
         columns ([`Columns`]):
             Their names.
+        score_columns (`Sequence[str]`, *optional*):
+            Several columns of scores, in place of that of `columns`; a row needs a score in each.
         name (`str`, *optional*, defaults to `"dataset"`):
             What messages call it.
         count_long_prompts (`Callable`, *optional*):
@@ -181,9 +205,9 @@ def survey_rows(
     Returns:
         [`Survey`]
     """
-    survey = Survey(columns, name, count_long_prompts)
+    survey = Survey(columns, score_columns or [columns.score], name, count_long_prompts)
     total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
-    chunks = _chunks(_values(dataset, columns))
+    chunks = _chunks(_values(dataset, [columns.prompt, columns.visual, *survey.score_columns]))
     with tqdm(total=total, desc="Checking", unit=columns.medium, disable=not progress) as bar:
         for prompts, found in _examined(chunks, columns.num_frames, num_proc):
             for prompt, facts in zip(prompts, found, strict=True):
@@ -193,16 +217,17 @@ def survey_rows(
     return survey
 
 
-def _values(dataset: datasets.Dataset | datasets.IterableDataset, columns: Columns) -> Iterator[_Values]:
-    prompt, visual, score = columns.names
+def _values(dataset: datasets.Dataset | datasets.IterableDataset, names: list[str]) -> Iterator[_Values]:
+    prompt, visual, *scores = names
     if isinstance(dataset, datasets.IterableDataset):
-        for row in undecoded(dataset, columns.names):
-            yield row.get(prompt), row.get(visual), row.get(score)
+        for row in undecoded(dataset, names):
+            yield row.get(prompt), row.get(visual), tuple(row.get(score) for score in scores)
         return
-    for table in dataset.select_columns(columns.names).with_format("arrow").iter(_CHUNK):
-        parts = [table.column(column) for column in columns.names]
+    for table in dataset.select_columns(names).with_format("arrow").iter(_CHUNK):
+        parts = [table.column(column) for column in names]
         for index in range(table.num_rows):
-            yield cell(parts[0], index), cell(parts[1], index), cell(parts[2], index)
+            first, second, *others = (cell(part, index) for part in parts)
+            yield first, second, tuple(others)
 
 
 def _chunks(values: Iterable[_Values]) -> Iterator[list[_Values]]:
@@ -237,14 +262,17 @@ def _examined(
 
 def _examine(chunk: list[_Values], num_frames: int | None) -> list[_Facts]:
     found = []
-    for prompt, visual, score in chunk:
-        row = read_row(prompt, visual, score, num_frames)
-        if row.problems or row.visual is None:
-            found.append(_Facts(row.score, row.problems))
+    for prompt, visual, values in chunk:
+        row = read_row(prompt, visual, 0.0, num_frames)  # the scores come after it
+        read = [read_score(value) for value in values]
+        bad = tuple((index, cause, values[index]) for index, (_, cause) in enumerate(read) if cause is not None)
+        scores = tuple(score for score, _ in read)
+        if row.problems or bad or row.visual is None:
+            found.append(_Facts(scores, row.problems, bad))
             continue
         digest = hashlib.blake2b(repr(row.visual.size).encode(), digest_size=16)
         digest.update(row.visual.tobytes())
         picture = row.visual if isinstance(row.visual, Image.Image) else None
         mode, mark = (stored_mode(visual), picture_mark(picture)) if picture else ("RGB", b"")
-        found.append(_Facts(row.score, (), row.visual.size, mode, digest.digest(), mark))
+        found.append(_Facts(scores, (), (), row.visual.size, mode, digest.digest(), mark))
     return found
