@@ -204,6 +204,13 @@ def test_a_hub_dataset_is_scored_as_a_stream_into_another_row_for_row(made, hub)
     assert len(tables[0]) == sum(name.endswith(".parquet") for name in source)
 
 
+def test_what_a_score_of_a_hub_dataset_is_goes_along_into_the_folder_of_the_next_one(made, folder):
+    codes, _ = made
+    first, second = (json.loads((folder / name / "rewards.json").read_text()) for name in ("scored", "again"))
+    assert codes["again"] == 0 and set(second) == {"background_darkness", "jpeg_compressibility"}
+    assert second["background_darkness"] == first["background_darkness"]
+
+
 def test_the_card_states_columns_scores_source_and_making_and_keeps_what_a_person_wrote(made, hub):
     files = hub.files("tester/scored", "datasets")
     card = files["README.md"].decode()

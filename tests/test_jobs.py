@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tgol_trainer.jobs import (
     score_dataset,
     score_stream,
 )
+from tgol_trainer.jobs.score import note_rewards
 from tgol_trainer.rewards import RewardFacts, jpeg_compressibility, load_reward
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
@@ -300,6 +302,49 @@ def test_pictures_that_are_still_being_made_are_not_scored(tmp_path, monkeypatch
     arguments[1] = message.split("name the files: ")[1].strip()
     assert cli.main([*arguments, "--output_dir", str(tmp_path / "scored")]) == 0
     assert len(rows(tmp_path / "scored")["prompt"]) == 5
+
+
+@pytest.mark.parametrize("command", ["check", "label"])
+def test_a_folder_that_lacks_shards_or_scores_is_read_with_a_warning(tmp_path, capsys, command):
+    """Shard 1 of 3 is another process's, still at work; then a reward that stands in the first shard alone."""
+    folder = tmp_path / "half"
+    generate(folder, share=(0, 2))
+    asked = {"check": ["check", str(folder), "--num_proc", "1"], "label": ["label", "--dataset_name", str(folder)]}
+    asked["label"] += ["--output_dir", str(tmp_path / "label")]
+    assert cli.main([*asked[command], "--score_column", "seed"]) == 0
+    printed = capsys.readouterr()
+    assert f"1 of 3 shards of {folder} are not there" in printed.err and "give it again" in printed.err
+    assert "5 rows" in printed.out
+    generate(folder)
+    assert cli.main([*asked[command], "--score_column", "seed"]) == 0
+    assert "shards" not in capsys.readouterr().err
+    (folder / "rewards.json").write_text(json.dumps({"later": {"columns": ["later"]}}))
+    cli.main([*asked[command], "--score_column", "seed"])
+    assert f"3 of 3 shards of {folder} are not there, or lack a score" in capsys.readouterr().err
+    for shard in (folder / "data").iterdir():
+        shard.unlink()
+    with pytest.raises(SystemExit):
+        cli.main(asked[command])
+    assert "error: `source`: 3 of 3 shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [(), ("--streaming",), ("data",)], ids=["folder", "stream", "its files"])
+def test_what_a_score_is_goes_along_into_the_next_folder(generated, tmp_path, way):
+    """Of two rewards in the first folder, one is taken out of the rows before they are scored again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    cli.main(["score", str(generated), "--rewards", "background_darkness", "--output_dir", str(first)])
+    known = read_rewards(first)
+    note_rewards(first, {"gone": {**known["background_darkness"], "columns": ["gone"]}})
+    shutil.rmtree(first / ".scores")
+    source = first / "data" if "data" in way else first
+    (first / "tgol_score.json").unlink()  # else the folder counts as unfinished: `gone` is in no shard
+    flags = [flag for flag in way if flag.startswith("--")]
+    asked = ["score", str(source), "--rewards", "jpeg_compressibility", "--output_dir", str(second), *flags]
+    assert cli.main(asked) == 0
+    found = read_rewards(second)
+    assert set(found) == {"background_darkness", "jpeg_compressibility"}
+    assert found["background_darkness"] == known["background_darkness"]
+    check_complete(second)
 
 
 def test_two_processes_score_the_rows_of_one(pictures, tmp_path):

@@ -46,6 +46,7 @@ def make() -> dict[str, Any]:
     readme = Path("scored") / "README.md"
     readme.write_text(readme.read_text() + "\nMy own note.\n")
     codes["push"] = command("push scored")
+    codes["again"] = command("score tester/scored --rewards jpeg_compressibility --output_dir again --use_cpu")
     codes["as a model"] = command("push scored --hub_model_id tester/wrong")
     return codes
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tgol_trainer.callbacks import dataset_facts
     from tgol_trainer.data import Columns, DataError, load_scored_dataset
-    from tgol_trainer.jobs import check_source_complete, note_source, score_dataset, score_stream
+    from tgol_trainer.jobs import carry_rewards, check_source_complete, note_source, score_dataset, score_stream
     from tgol_trainer.rewards import load_reward
 
     gpu = torch.cuda.is_available() and not args.use_cpu
@@ -129,4 +129,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = dataset_facts(dataset, [])
     known = source.name or (None if Path(args.source).expanduser().exists() else args.source)
     note_source(args.output_dir, known, source.revision)
+    carry_rewards(args.output_dir, args.source, source.revision, dataset.column_names)
     return push_complete_dataset(target, args.output_dir, f"Scores: {', '.join(missing)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
+from tgol_trainer.data.shards import incomplete
+
+logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -239,6 +243,11 @@ def _read_sample(path: Path) -> tuple[str, list[str]]:
 def _load_folder(
     path: Path, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
 ) -> Any:
+    lacking = incomplete(path)
+    if lacking is not None and not any((path / "data").glob("*.parquet")):
+        raise DataError(f"`source`: {lacking}")  # what is there are settings
+    if lacking is not None:
+        logger.warning("%s Until then the rows that are there are read, and no others.", lacking)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, split, streaming)
     for folder in (path / split, path):

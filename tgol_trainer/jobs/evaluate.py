@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, ImageError, VideoError, open_image, read_video
+from tgol_trainer.data.shards import read_rewards
 from tgol_trainer.evaluation import (
     MEASURES,
     SPREADS,
@@ -33,7 +34,7 @@ from tgol_trainer.evaluation.measures import FRAMES_LOOKED_AT, SPREAD
 from tgol_trainer.rewards import RewardFunction
 
 from .generate import generate_dataset
-from .score import note_rewards, read_rewards, score_dataset
+from .score import note_rewards, score_dataset
 from .shards import Shards, process_share, weights_digest
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ import datasets
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, encode_video
+from tgol_trainer.data.shards import GENERATED
 from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos
 
 from .shards import Shards, process_share, weights_digest
 
-RECORD = "tgol_generate.json"
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
 
 
@@ -148,7 +148,7 @@ def _shards(
     settings["weights_blake2b"] = weights_digest(settings["adapter"])
     batch_size = settings["batch_size"]
     whole = -(-shard_size // batch_size) * batch_size if shard_size > 0 else shard_size
-    return Shards(folder, len(prompts) * images_per_prompt, whole, RECORD, settings)
+    return Shards(folder, len(prompts) * images_per_prompt, whole, GENERATED, settings)
 
 
 def _options(sampling: dict[str, Any], medium: _Medium) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,18 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
 from tgol_trainer.backbones import hub_license
 from tgol_trainer.card import DatasetCardFacts, ScoreFacts, write_dataset_card
 from tgol_trainer.data import DataError
+from tgol_trainer.data.shards import REWARDS, incomplete, missing_shards, read_rewards
 from tgol_trainer.hub import Repository, push_files
 from tgol_trainer.shapes import EMBEDDED
 
-from .generate import RECORD as GENERATED
-from .score import RECORD as SCORED
-from .score import REWARDS, read_rewards
-from .score_stream import unread_files
+from .score import note_rewards
 from .shards import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -50,36 +50,31 @@ def note_source(folder: str | Path, name: str | None, revision: str | None = Non
     write_atomically(Path(folder) / _SOURCE, json.dumps({"name": name, "revision": revision}) + "\n")
 
 
-def missing_shards(folder: str | Path) -> tuple[int, int]:
+def carry_rewards(folder: str | Path, source: str, revision: str | None, columns: Sequence[str]) -> None:
     """
-    Count the shards that are not there yet, or lack a column of scores that another process still writes.
+    Add to `rewards.json` what the source of the rows says there of the scores that came with them.
 
     Args:
         folder (`str` or `Path`):
-            Of `tgol generate` or `tgol score`.
-
-    Returns:
-        `tuple[int, int]`: missing, and all.
-
-    Raises:
-        DataError: for another folder.
+            Of the shards.
+        source (`str`):
+            Folder of `tgol score`, its folder `data`, or Hub id of a dataset; of any other nothing is known.
+        revision (`str`, *optional*):
+            Commit, on the Hub.
+        columns (`Sequence[str]`):
+            Columns of the rows; of others nothing is added.
     """
-    folder = Path(folder)
-    record = next((folder / name for name in (GENERATED, SCORED) if (folder / name).is_file()), None)
-    if record is None:
-        raise DataError(
-            f"{folder} is no folder of `tgol generate` or `tgol score`: it holds no {GENERATED}, {SCORED}."
-        )
-    settings = json.loads(record.read_text(encoding="utf-8"))
-    wanted = {name for facts in read_rewards(folder).values() for name in facts["columns"]}
-    if "num_files" in settings:  # of a stream, whose rows nobody counted
-        unread, files = unread_files(folder, settings["num_files"]), sorted((folder / "data").glob("train-*.parquet"))
-        total = len(unread) + len(files)
+    path = Path(source).expanduser()
+    if path.exists():
+        found = read_rewards(path.resolve().parent if path.resolve().name == "data" else path)
     else:
-        total = -(-settings["num_rows"] // settings["shard_size"])
-        files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
-    done = [file for file in files if file.is_file() and wanted <= set(pyarrow.parquet.read_schema(file).names)]
-    return total - len(done), total
+        try:
+            file = hf_hub_download(source, REWARDS, repo_type="dataset", revision=revision)
+        except EntryNotFoundError:
+            return
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    kept = {name: [column for column in facts["columns"] if column in columns] for name, facts in found.items()}
+    note_rewards(Path(folder), {name: {**found[name], "columns": names} for name, names in kept.items() if names})
 
 
 def check_complete(folder: str | Path) -> None:
@@ -95,14 +90,10 @@ def check_complete(folder: str | Path) -> None:
 def check_source_complete(source: str) -> None:
     """Raise a [`DataError`] for a folder here that `tgol generate` or `tgol score` is still to fill."""
     folder = Path(source).expanduser()
-    if not any((folder / record).is_file() for record in (GENERATED, SCORED)):
-        return
-    missing, total = missing_shards(folder)
-    if missing:
+    lacking = incomplete(folder)
+    if lacking is not None:
         raise DataError(
-            f"`source`: {missing} of {total} shards of {source} are not there, or lack a score: the command that "
-            "makes them still runs, or was stopped. Wait for it, or give it again, and then score. To score what is "
-            f"there and no more, name the files: {folder / 'data'}"
+            f"`source`: {lacking} Then score. To score what is there and no more, name the files: {folder / 'data'}"
         )
 
 

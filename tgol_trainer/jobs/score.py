@@ -18,14 +18,13 @@ from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
 from tgol_trainer.data.loading import AnyDataset
+from tgol_trainer.data.shards import REWARDS, SCORED, read_rewards
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
 
 from .shards import Shards, process_share, write_atomically, write_parquet
 
 logger = logging.getLogger(__name__)
 
-RECORD = "tgol_score.json"
-REWARDS = "rewards.json"
 WEIGHTED = "weighted_sum"
 _BATCH_SIZES = {"image": 32, "video": 2}
 
@@ -232,7 +231,7 @@ def _shards(dataset: datasets.Dataset, folder: Path, source: Source, shard_size:
     settings: dict[str, Any] = {"columns": [source.prompt, source.visual], "prompts_blake2b": digest.hexdigest()}
     if source.medium == "video":
         settings["mean_over_frames"] = source.mean_over_frames
-    return Shards(folder, len(dataset), shard_size, RECORD, settings)
+    return Shards(folder, len(dataset), shard_size, SCORED, settings)
 
 
 def _part(shards: Shards, name: str, shard: int) -> Path:
@@ -297,22 +296,6 @@ def weighted_facts(weights: Mapping[str, float]) -> dict[str, Any]:
     scale = " + ".join(f"{weight:g} * {name}" for name, weight in weights.items())
     facts = {"name": WEIGHTED, "model_id": None, "revision": None, "scale": scale, "columns": [WEIGHTED]}
     return {WEIGHTED: facts} if weights else {}
-
-
-def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """
-    Say what the scores in a folder are.
-
-    Args:
-        folder (`str` or `Path`):
-            Of [`score_dataset`].
-
-    Returns:
-        `dict[str, dict]`: of each reward, and of the weighted sum, the fields of [`RewardFacts`] and the `columns`
-        that it wrote; nothing where nothing was scored.
-    """
-    file = Path(folder) / REWARDS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def note_rewards(folder: Path, facts: dict[str, Any]) -> None:

@@ -17,14 +17,13 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError
+from tgol_trainer.data.shards import READ, SCORED, is_whole, read_rewards
 from tgol_trainer.rewards import RewardFunction
 
 from .score import (
-    RECORD,
     WEIGHTED,
     check_rewards,
     note_rewards,
-    read_rewards,
     report_missing,
     score_dataset,
     source_of,
@@ -34,8 +33,6 @@ from .score import (
 from .shards import claim_folder, process_share, write_atomically, write_parquet
 
 logger = logging.getLogger(__name__)
-
-_READ = ".read"
 
 
 def score_stream(
@@ -91,7 +88,7 @@ def score_stream(
     folder, num_files = Path(output_dir), dataset.num_shards
     facts: dict[str, Any] = {"streaming": True, "source": name, "num_files": num_files, "shard_size": shard_size}
     facts |= {"columns": [source.prompt, source.visual], "mean_over_frames": mean_over_frames}
-    claim_folder(folder, RECORD, facts)
+    claim_folder(folder, SCORED, facts)
     rank, world_size = share or process_share()
     if num_files < world_size and rank == 0:
         logger.warning(
@@ -133,7 +130,7 @@ class _File:
 
     def __init__(self, dataset: datasets.IterableDataset, folder: Path, index: int, shard_size: int) -> None:
         self.dataset, self.folder, self.index, self.shard_size = dataset, folder, index, shard_size
-        self.end = folder / _READ / f"{index:05d}.json"
+        self.end = folder / READ / f"{index:05d}.json"
 
     def path(self, part: int) -> Path:
         return self.folder / "data" / f"train-{self.index:05d}-of-{self.dataset.num_shards:05d}-{part:05d}.parquet"
@@ -149,7 +146,7 @@ class _File:
         """Yield each shard with its rows, or with None where it is there; at the end, note how many there are."""
         done = self.done()
         yield from ((path, None) for path in done)
-        if _is_whole(self.end, len(done)):
+        if is_whole(self.end, len(done)):
             return
         part, features = len(done), self.dataset.features
         rows = self.dataset.decode(False).shard(num_shards=self.dataset.num_shards, index=self.index)
@@ -214,22 +211,3 @@ def _count_missing(paths: Sequence[Path], columns: Sequence[str], medium: str) -
             missing[column] += table[column].null_count
     report_missing(missing, num_rows, medium)
     return missing
-
-
-def _is_whole(end: Path, num_parts: int) -> bool:
-    """Return whether a source file was read to its end and all shards of it are still there."""
-    return end.exists() and json.loads(end.read_text(encoding="utf-8"))["parts"] <= num_parts
-
-
-def unread_files(folder: Path, num_files: int) -> list[int]:
-    """
-    Return the files of a stream's source that were not read to their end, or lack a shard.
-
-    Args:
-        folder (`Path`):
-            Of [`score_stream`].
-        num_files (`int`):
-            Files of the source.
-    """
-    counts = [len(list((folder / "data").glob(f"train-{index:05d}-of-*"))) for index in range(num_files)]
-    return [index for index, count in enumerate(counts) if not _is_whole(folder / _READ / f"{index:05d}.json", count)]

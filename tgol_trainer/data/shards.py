@@ -1,0 +1,107 @@
+"""Folders that `tgol generate` and `tgol score` fill: what they say of their scores, and which shards are missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tgol_trainer.data.images import DataError
+
+GENERATED = "tgol_generate.json"
+SCORED = "tgol_score.json"
+REWARDS = "rewards.json"
+READ = ".read"
+"""Of a scored stream: a file for each file of its source that was read to its end."""
+
+
+def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """
+    Say what the scores in a folder are.
+
+    Args:
+        folder (`str` or `Path`):
+            Of `tgol score`.
+
+    Returns:
+        `dict[str, dict]`: of each reward, and of the weighted sum, the fields of [`RewardFacts`] and the `columns`
+        that it wrote; nothing where nothing was scored.
+    """
+    file = Path(folder) / REWARDS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def missing_shards(folder: str | Path) -> tuple[int, int]:
+    """
+    Count the shards that are not there yet, or lack a column of scores that another process still writes.
+
+    Args:
+        folder (`str` or `Path`):
+            Of `tgol generate` or `tgol score`.
+
+    Returns:
+        `tuple[int, int]`: missing, and all.
+
+    Raises:
+        DataError: for another folder.
+    """
+    folder = Path(folder)
+    record = next((folder / name for name in (GENERATED, SCORED) if (folder / name).is_file()), None)
+    if record is None:
+        raise DataError(
+            f"{folder} is no folder of `tgol generate` or `tgol score`: it holds no {GENERATED}, {SCORED}."
+        )
+    settings = json.loads(record.read_text(encoding="utf-8"))
+    wanted = {name for facts in read_rewards(folder).values() for name in facts["columns"]}
+    if "num_files" in settings:  # of a stream, whose rows nobody counted
+        unread, files = unread_files(folder, settings["num_files"]), sorted((folder / "data").glob("train-*.parquet"))
+        total = len(unread) + len(files)
+    else:
+        total = -(-settings["num_rows"] // settings["shard_size"])
+        files = [folder / "data" / f"train-{shard:05d}-of-{total:05d}.parquet" for shard in range(total)]
+    done = [file for file in files if file.is_file() and (not wanted or wanted <= set(pq.read_schema(file).names))]
+    return total - len(done), total
+
+
+def incomplete(folder: Path) -> str | None:
+    """
+    Say what a folder lacks.
+
+    Args:
+        folder (`Path`):
+            Any folder.
+
+    Returns:
+        `str`, *optional*: how many shards are missing, why, and what to do; `None` where nothing is, or where
+        neither `tgol generate` nor `tgol score` made the folder.
+    """
+    if not any((folder / record).is_file() for record in (GENERATED, SCORED)):
+        return None
+    missing, total = missing_shards(folder)
+    if not missing:
+        return None
+    return (
+        f"{missing} of {total} shards of {folder} are not there, or lack a score: the command that makes them still "
+        "runs, or was stopped. Wait for it, or give it again."
+    )
+
+
+def unread_files(folder: Path, num_files: int) -> list[int]:
+    """
+    Return the files of a scored stream's source that were not read to their end, or lack a shard.
+
+    Args:
+        folder (`Path`):
+            Of `tgol score --streaming`.
+        num_files (`int`):
+            Files of the source.
+    """
+    counts = [len(list((folder / "data").glob(f"train-{index:05d}-of-*"))) for index in range(num_files)]
+    return [index for index, count in enumerate(counts) if not is_whole(folder / READ / f"{index:05d}.json", count)]
+
+
+def is_whole(end: Path, num_parts: int) -> bool:
+    """Return whether a source file was read to its end, as the file `end` says, and its shards are still there."""
+    return end.exists() and json.loads(end.read_text(encoding="utf-8"))["parts"] <= num_parts
