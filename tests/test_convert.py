@@ -318,13 +318,18 @@ def test_zero_is_no_vote_beside_minus_one_and_several_votes_are_their_share():
 # ---- The command ----
 
 
-def test_the_command_writes_shards_that_load_dataset_and_training_read(tmp_path, capsys):
+def test_the_command_writes_shards_that_load_dataset_and_training_read(tmp_path, capsys, monkeypatch):
     pickapic().to_parquet(tmp_path / "pairs.parquet")
+    bars_of_datasets = sys.modules["datasets.utils.tqdm"]  # `datasets.utils.tqdm` is a class of it
+    monkeypatch.setattr(bars_of_datasets, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars_of_datasets, "_hf_datasets_progress_bars_disabled", False)
+    capsys.readouterr()
     out = tmp_path / "out"
     arguments = ["convert", "pairs", str(tmp_path / "pairs.parquet"), "--output_dir", str(out)]
     assert main([*arguments, "--rows_per_shard", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "5 rows, 0 left out; 5 comparisons (1 ties) of 5 images." in printed
+    printed, bars = capsys.readouterr()
+    assert set(re.findall(r"([A-Z][\w ]+):", bars)) == {"Reading", "Writing"}  # none of `datasets`
+    assert "5 rows, 0 left out; 5 comparisons (1 tie) of 5 images." in printed
     assert re.search(r"  2\.5  █+ +1\n", printed) and "The median is 1, above the minimum 0" in printed
     names = [f"train-0000{i}-of-00003.parquet" for i in range(3)]
     assert sorted(file.name for file in (out / "data").iterdir()) == names

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .console import plain_errors, set_up_logging
+from .console import counted, hide_local_bars, plain_errors, set_up_logging
 
 if TYPE_CHECKING:
     from tgol_trainer.backbones import Backbone
     from tgol_trainer.data import Columns
-    from tgol_trainer.data.doctor import Diagnosis, Finding
+    from tgol_trainer.data.doctor import Diagnosis
     from tgol_trainer.data.loading import AnyDataset
 
 # Where a CLIP tokenizer often lies on a machine that has run diffusers: (repository, vocabulary).
@@ -114,10 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         scores = args.score_columns or [args.score_column]
         columns, *_ = [Columns(args.prompt_column, args.image_column, score, video, num_frames) for score in scores]
-        disable_progress_bar()  # ours is the only one
+        hide_local_bars(args.source)
         dataset = load_scored_dataset(
             args.source, name=args.dataset_config, split=args.split, streaming=args.streaming, columns=columns
         )
+        disable_progress_bar()  # ours follows
         _refuse_unnamed_videos(dataset, columns, backbone)
         diagnosis = diagnose(
             dataset,
@@ -214,7 +215,10 @@ def _clip_counter() -> Callable[[Sequence[str]], tuple[int, int]] | None:
 def _report(diagnosis: Diagnosis) -> list[str]:
     from tgol_trainer.data.rows import CAUSES
 
-    lines = [f"{diagnosis.name}: {diagnosis.num_rows} rows, {diagnosis.num_usable} usable", *_facts(diagnosis.facts)]
+    lines = [
+        f"{diagnosis.name}: {counted(diagnosis.num_rows, 'row')}, {diagnosis.num_usable} usable",
+        *_facts(diagnosis.facts),
+    ]
     said = set()
     for level, title in _TITLES.items():
         findings = diagnosis.of_level(level)
@@ -227,16 +231,12 @@ def _report(diagnosis: Diagnosis) -> list[str]:
                 said.add(finding.remedy)
                 lines += [f"    {line}" for line in finding.remedy.splitlines()]
     problems, warnings = diagnosis.of_level("problem"), diagnosis.of_level("warning")
-    lines += ["", f"{_number(problems, 'problem')}, {_number(warnings, 'warning')}."]
+    lines += ["", f"{counted(len(problems) or 'no', 'problem')}, {counted(len(warnings) or 'no', 'warning')}."]
     if problems and all(finding.check in CAUSES for finding in problems):
         unusable = diagnosis.num_rows - diagnosis.num_usable
-        rows = f"{unusable} unusable row{'s' if unusable > 1 else ''}"
+        rows = counted(unusable, "unusable row")
         lines[-1] += f" `tgol train --on_bad_sample skip` leaves the {rows} out."
     return lines
-
-
-def _number(findings: list[Finding], word: str) -> str:
-    return f"{len(findings) or 'no'} {word}{'' if len(findings) == 1 else 's'}"
 
 
 def _facts(facts: dict[str, Any]) -> list[str]:
@@ -245,9 +245,10 @@ def _facts(facts: dict[str, Any]) -> list[str]:
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
     common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
     limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
+    most = counted(prompts["most_rows_of_one"], "row")
     return [
         *(f"  {'scores' if len(scores) == 1 else column:<7}  {_extent(found)}" for column, found in scores.items()),
-        f"  prompts  {prompts['num_distinct']} different, up to {prompts['most_rows_of_one']} rows each{limit}",
+        f"  prompts  {prompts['num_distinct']} different, up to {most} each{limit}",
         f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",
     ]
 

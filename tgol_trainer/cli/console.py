@@ -38,6 +38,19 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
+def hide_local_bars(source: str) -> None:
+    """Hide the bars of `datasets`, one a file and a step, for a source of this machine; a download keeps its own."""
+    from datasets.utils.logging import disable_progress_bar
+
+    if Path(source).expanduser().exists():
+        disable_progress_bar()
+
+
+def counted(number: int | str, noun: str) -> str:
+    """Return a number with its noun, such as 1 row, 2 rows."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def json_object(text: str) -> dict[str, Any]:
     """
     Read an option that is a JSON object, as `type=` of an argument.

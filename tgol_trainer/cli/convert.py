@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import plain_errors, set_up_logging
+from .console import counted, hide_local_bars, plain_errors, set_up_logging
 from .label_text import histogram_lines
 
 if TYPE_CHECKING:
@@ -80,19 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_files = _write(conversion.dataset, data, args.rows_per_shard)
     for line in _report(args.kind, conversion):
         print(line)
-    print(
-        f"Wrote {num_files} file{'s' if num_files > 1 else ''} to {data}. Train: `--dataset_name {args.output_dir}`."
-    )
+    print(f"Wrote {counted(num_files, 'file')} to {data}. Train: `--dataset_name {args.output_dir}`.")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> Conversion:
+    from datasets.utils.logging import disable_progress_bar
+
     from tgol_trainer.data import Columns, load_scored_dataset
     from tgol_trainer.data.pairs import pairs_conversion
     from tgol_trainer.data.ratings import convert_ratings
 
+    hide_local_bars(args.source)
     columns = Columns(image=args.image_column) if args.kind != "pairs" and args.image_column != "prompt" else Columns()
     dataset = load_scored_dataset(args.source, name=args.dataset_config, split=args.split, columns=columns)
+    disable_progress_bar()  # ours follow, one after the other
     root = _image_root(Path(args.source).expanduser(), args.split)
     if args.kind == "pairs":
         roles = ("prompt_column", "first_column", "second_column", "choice_column", "choice_numbers")
@@ -117,18 +119,25 @@ def _image_root(source: Path, split: str) -> Path | None:
 
 def _write(dataset: datasets.Dataset, folder: Path, rows_per_shard: int | None) -> int:
     """Write the shards, images embedded, and return how many there are."""
+    import pyarrow as pa
+    from datasets import Dataset
     from datasets.table import embed_table_storage
+    from tqdm.auto import tqdm
 
     rows = rows_per_shard or _rows_per_shard(dataset)
     num_shards = -(-len(dataset) // rows)
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(num_shards):
-        part = dataset.select(range(shard * rows, min((shard + 1) * rows, len(dataset)))).with_format("arrow")
-        part = part.map(embed_table_storage, batched=True, batch_size=16, keep_in_memory=True, desc="Embedding images")
-        path = folder / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        part.with_format(None).to_parquet(draft)
-        os.replace(draft, path)  # a file appears whole
+    with tqdm(total=len(dataset), desc="Writing", unit="image") as bar:
+        for shard in range(num_shards):
+            part = dataset.select(range(shard * rows, min((shard + 1) * rows, len(dataset))))
+            embedded = []
+            for table in part.with_format("arrow").iter(16):
+                embedded.append(embed_table_storage(table.cast(part.features.arrow_schema)))
+                bar.update(table.num_rows)
+            path = folder / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
+            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            Dataset(pa.concat_tables(embedded)).to_parquet(draft)
+            os.replace(draft, path)  # a file appears whole
     return num_shards
 
 
@@ -152,12 +161,12 @@ def _report(kind: str, conversion: Conversion) -> list[str]:
     from tgol_trainer.thresholds import ThresholdError, estimate_threshold
 
     scores = np.array(conversion.dataset["score"], dtype=np.float64)
-    what = {"pairs": "comparisons", "ratings": "ratings", "thumbs": "votes"}[kind]
-    ties = f" ({conversion.num_ties} ties)" if kind == "pairs" else ""
+    used = counted(conversion.num_used, {"pairs": "comparison", "ratings": "rating", "thumbs": "vote"}[kind])
+    ties = f" ({counted(conversion.num_ties, 'tie')})" if kind == "pairs" else ""
     skipped = sum(conversion.dropped.values())
     ordered = np.sort(scores)
     lines = [
-        f"{conversion.num_rows} rows, {skipped} left out; {conversion.num_used} {what}{ties} of {len(scores)} images.",
+        f"{counted(conversion.num_rows, 'row')}, {skipped} left out; {used}{ties} of {counted(len(scores), 'image')}.",
         "Scores:",
         *histogram_lines(score_bars(ordered)),
     ]

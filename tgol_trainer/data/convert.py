@@ -15,6 +15,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from tgol_trainer.data.checks import check_class
 from tgol_trainer.data.images import DataError, describe
@@ -263,11 +264,13 @@ def _below(path: str, root: str | Path) -> str:
 
 
 def batches(dataset: datasets.Dataset) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (number of the first row, rows as Arrow) in small batches; nothing is decoded."""
+    """Yield (number of the first row, rows as Arrow) in small batches, under a bar; nothing is decoded."""
     start = 0
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-        yield start, table
-        start += table.num_rows
+    with tqdm(total=len(dataset), desc="Reading", unit=" rows", leave=False) as bar:
+        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
+            yield start, table
+            start += table.num_rows
+            bar.update(table.num_rows)
 
 
 def usable_prompt(prompt: Any, row: int, dropped: Dropped) -> bool:
