@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -188,6 +189,16 @@ def test_model_and_revision_of_a_reward_are_written_beside_its_scores(pictures, 
     facts = json.loads((tmp_path / "rewards.json").read_text())
     known = {"name": "mine", "model_id": "owner/model", "revision": "abc123", "scale": "0 to 1", "columns": ["mine"]}
     assert facts == {"mine": known}
+
+
+def test_a_score_that_is_no_number_names_its_row_in_the_dataset(pictures, tmp_path):
+    def reward(images, prompts):
+        return [math.nan if prompt == prompts_seen[5] else 0.0 for prompt in prompts]
+
+    prompts_seen = [f"prompt {index}" for index in range(7)]
+    dataset = pictures.remove_columns("prompt").add_column("prompt", prompts_seen)
+    with pytest.raises(ValueError, match=r"NaN or infinity for row 5 \(nan, prompt 'prompt 5'\)"):
+        score_dataset(dataset, {"r": lambda: reward}, tmp_path, shard_size=3, batch_size=2, progress=False)
 
 
 @pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"num_workers": 1, "batch_size": 7}])

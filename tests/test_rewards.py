@@ -20,6 +20,7 @@ from tgol_trainer.rewards import (
     load_reward,
     reward_facts,
     reward_name,
+    score_columns,
     score_images,
 )
 
@@ -74,6 +75,28 @@ def test_no_pictures_give_no_scores_and_no_call():
     assert score_images(None, [], []) == []
 
 
+def test_a_picture_that_is_not_there_has_no_score_and_is_not_shown_to_the_reward():
+    class Both:
+        def __call__(self, images, prompts):
+            return self.columns(images, prompts)[""]
+
+        def columns(self, images, prompts):
+            return {"": [float(prompt) for prompt in prompts], "_red": redness(images, prompts)}
+
+    images = pictures(5)
+    images[1] = images[3] = images[4] = None
+    expected = {"": [10.0, None, 12.0, None, None], "_red": [0.0, None, 2.0, None, None]}
+    prompts = ["10", "11", "12", "13", "14"]
+    assert score_columns(Both(), images, prompts, batch_size=2) == expected
+    assert score_images(Both(), images, prompts, batch_size=2) == expected[""]
+    assert score_columns(redness, images, prompts, batch_size=2) == {"": expected["_red"]}
+
+
+def test_rows_are_counted_past_pictures_that_are_not_there_and_from_the_number_given():
+    with pytest.raises(ValueError, match=r"row 102 \(nan, prompt 'c'\)"):
+        score_images(returning([math.nan]), [None, None, *pictures(1)], ["a", "b", "c"], first_row=100)
+
+
 def test_a_wrong_number_of_scores_names_the_reward_and_the_rows():
     def forgetful(images, prompts):
         return [1.0] * min(len(images), 1)
@@ -115,6 +138,15 @@ def test_arguments_that_do_not_fit_are_refused():
         score_images(redness, pictures(1), ["p"], batch_size=0)
     with pytest.raises(TypeError, match="is one string"):
         score_images(redness, pictures(2), "ab")
+
+    class Several:
+        def columns(self, images, prompts):
+            return {"": [0.0] * len(images)}
+
+    with pytest.raises(ValueError, match="2 images and 3 prompts"):
+        score_columns(Several(), pictures(2), ["p", "q", "r"])
+    with pytest.raises(ValueError, match="`batch_size` is 0"):
+        score_columns(Several(), pictures(1), ["p"], batch_size=0)
 
 
 def test_names_of_functions_partials_and_objects():

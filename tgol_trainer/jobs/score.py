@@ -251,23 +251,16 @@ def _score_shard(
     rows = dataset.select(shards.rows(shard))
     wanted = [name for name in rewards if not _part(shards, name, shard).exists()]
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in wanted}
+    row = shards.rows(shard).start
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         for batch in rows.select_columns([source.prompt, source.visual]).iter(batch_size):
             prompts = [prompt or "" for prompt in batch[source.prompt]]
             images = list(pool.map(_opened if source.medium == "image" else _opened_video, batch[source.visual]))
-            good = [index for index, image in enumerate(images) if image is not None]
             for name in wanted:
-                returned = score_columns(
-                    rewards[name],
-                    [images[index] for index in good],
-                    [prompts[index] for index in good],
-                    batch_size=batch_size,
-                )
-                for ending, found in returned.items():
-                    values: list[float | None] = [None] * len(images)
-                    for index, value in zip(good, found, strict=True):
-                        values[index] = value
+                found = score_columns(rewards[name], images, prompts, batch_size=batch_size, first_row=row)
+                for ending, values in found.items():
                     scores[name].setdefault(name + ending, []).extend(values)
+            row += len(images)
             bar.update(len(images))
     for name, columns in scores.items():
         taken = [column for column in columns if column in rows.column_names or column in {*rewards} - {name}]

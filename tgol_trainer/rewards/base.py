@@ -129,7 +129,13 @@ def reward_takes(reward: Callable[..., Any]) -> Medium:
 
 
 def score_columns(
-    reward: RewardFunction, images: Sequence[Any], prompts: Sequence[str], *, batch_size: int = 64
+    reward: RewardFunction,
+    images: Sequence[Any],
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    first_row: int = 0,
 ) -> dict[str, list[float | None]]:
     """
     Score pictures or clips, and return all numbers that the reward finds.
@@ -137,12 +143,8 @@ def score_columns(
     Args:
         reward (`RewardFunction`):
             As in [`score_images`], with or without a method `columns`.
-        images (`Sequence`):
-            Pictures, or clips for a reward that takes videos.
-        prompts (`Sequence[str]`):
-            One prompt each.
-        batch_size (`int`, *optional*, defaults to 64):
-            Largest number a call.
+        images, prompts, batch_size, progress, first_row:
+            As in [`score_images`].
 
     Returns:
         `dict[str, list[float | None]]`: `""` to what [`score_images`] returns, and the ending of each further column
@@ -154,19 +156,9 @@ def score_columns(
     """
     columns = getattr(reward, "columns", None)
     if columns is None:
-        return {"": score_images(reward, images, prompts, batch_size=batch_size)}
-    name = reward_name(reward)
-    found: dict[str, list[float | None]] = {}
-    for start in range(0, max(1, len(images)), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        returned = columns(list(images[start : start + batch_size]), batch)
-        if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
-            raise ValueError(
-                f"`columns` of the reward {name!r} must return a dictionary with always the same keys, '' among them."
-            )
-        for ending, values in returned.items():
-            found.setdefault(ending, []).extend(_checked(values, batch, start, name + ending))
-    return found
+        scores = score_images(reward, images, prompts, batch_size=batch_size, progress=progress, first_row=first_row)
+        return {"": scores}
+    return _score(columns, reward_name(reward), images, prompts, batch_size, progress, first_row)
 
 
 def score_images(
@@ -176,6 +168,7 @@ def score_images(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    first_row: int = 0,
 ) -> list[float | None]:
     """
     Score pictures batch by batch and check what comes back.
@@ -185,40 +178,70 @@ def score_images(
             Called as `reward(images, prompts)` with lists of at most `batch_size`. A one-dimensional array or tensor
             is accepted as a result too.
         images (`Sequence[PIL.Image.Image]`):
-            The pictures, or clips (lists of frames) for a reward that takes videos.
+            The pictures, or clips (lists of frames) for a reward that takes videos. `None` stands for one that could
+            not be had; the reward does not see it.
         prompts (`Sequence[str]`):
             One prompt a picture.
         batch_size (`int`, *optional*, defaults to 64):
             Largest number of pictures a call.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar over the pictures.
+        first_row (`int`, *optional*, defaults to 0):
+            Number of the first picture in messages.
 
     Returns:
-        `list[float | None]`: one score a picture, in order; `None` where the reward gave none.
+        `list[float | None]`: one score a picture, in order; `None` where there is no picture or the reward gave none.
 
     Raises:
         ValueError: if the lengths differ, if `batch_size` is below 1, if the reward returned a wrong number of scores,
             or a NaN or infinite one.
         TypeError: if the reward returned something other than a list of numbers and `None`.
     """
+
+    def alone(batch: list[Any], texts: list[str]) -> dict[str, Any]:
+        return {"": reward(batch, texts) if batch else []}
+
+    return _score(alone, reward_name(reward), images, prompts, batch_size, progress, first_row)[""]
+
+
+def _score(
+    call: Callable[[list[Any], list[str]], Any],
+    name: str,
+    images: Sequence[Any],
+    prompts: Sequence[str],
+    batch_size: int,
+    progress: bool,
+    first_row: int,
+) -> dict[str, list[float | None]]:
     if isinstance(prompts, str):
         raise TypeError("`prompts` is one string; pass a list with one prompt a picture.")
     if len(images) != len(prompts):
         raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    name = reward_name(reward)
-    scores: list[float | None] = []
+    found: dict[str, list[float | None]] = {}
     with tqdm(total=len(images), desc=f"Scoring ({name})", unit="image", disable=not progress) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            returned = reward(list(images[start : start + batch_size]), batch)
-            scores.extend(_checked(returned, batch, start, name))
+        for start in range(0, max(1, len(images)), batch_size):
+            batch = images[start : start + batch_size]
+            there = [index for index, image in enumerate(batch) if image is not None]
+            texts = [prompts[start + index] for index in there]
+            returned = call([batch[index] for index in there], texts)
+            if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
+                raise ValueError(
+                    f"`columns` of the reward {name!r} must return a dictionary with always the same keys, '' among "
+                    "them."
+                )
+            rows = [first_row + start + index for index in there]
+            for ending, values in returned.items():
+                scores: list[float | None] = [None] * len(batch)
+                for index, score in zip(there, _checked(values, texts, rows, name + ending), strict=True):
+                    scores[index] = score
+                found.setdefault(ending, []).extend(scores)
             bar.update(len(batch))
-    return scores
+    return found
 
 
-def _checked(returned: Any, prompts: list[str], start: int, name: str) -> list[float | None]:
+def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> list[float | None]:
     """Return the scores of one batch as floats, or raise an error that names the reward and the first bad rows."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
@@ -227,27 +250,28 @@ def _checked(returned: Any, prompts: list[str], start: int, name: str) -> list[f
             "a picture."
         )
     if len(values) != len(prompts):
+        where = f" (rows {rows[0]} to {rows[-1]})" if rows else ""
         raise ValueError(
-            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} pictures (rows {start} to "
-            f"{start + len(prompts) - 1}). It must return one a picture: None for one that cannot be scored."
+            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} pictures{where}. It must return "
+            "one a picture: None for one that cannot be scored."
         )
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     wrong = [i for i, value in enumerate(values) if not (value is None or isinstance(value, numbers.Real))]
     if wrong:
         raise TypeError(
-            f"The reward {name!r} returned something that is no number for {_shown(wrong, values, prompts, start)}. "
+            f"The reward {name!r} returned something that is no number for {_shown(wrong, values, prompts, rows)}. "
             "It must return a float, or None, a picture."
         )
     wrong = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
     if wrong:
         raise ValueError(
-            f"The reward {name!r} returned NaN or infinity for {_shown(wrong, values, prompts, start)}. "
+            f"The reward {name!r} returned NaN or infinity for {_shown(wrong, values, prompts, rows)}. "
             "Return None for a picture that cannot be scored."
         )
     return [None if value is None else float(value) for value in values]
 
 
-def _shown(wrong: list[int], values: Sequence[Any], prompts: list[str], start: int) -> str:
-    rows = [f"row {start + i} ({values[i]!r:.40}, prompt {prompts[i]!r:.60})" for i in wrong[:_ROWS_SHOWN]]
-    rest = len(wrong) - len(rows)
-    return ", ".join(rows) + (f" and {rest} more" if rest else "")
+def _shown(wrong: list[int], values: Sequence[Any], prompts: list[str], rows: list[int]) -> str:
+    shown = [f"row {rows[i]} ({values[i]!r:.40}, prompt {prompts[i]!r:.60})" for i in wrong[:_ROWS_SHOWN]]
+    rest = len(wrong) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
