@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests.tiny import clip_tokenizer
-from tgol_trainer.rewards import REWARDS, RewardFacts, find_reward, load_reward, score_images
+from tgol_trainer.rewards import RewardFacts, find_reward, load_reward, score_images
 from tgol_trainer.rewards.aesthetic import AestheticScore
 from tgol_trainer.rewards.checkpoints import build, find_file, read_weights
 from tgol_trainer.rewards.clip import ClipScore, PickScore
@@ -766,11 +766,3 @@ def test_a_model_of_the_catalogue_is_loaded_with_device_dtype_and_options(folder
     )
     assert isinstance(made, HPSv2)
     assert made.model.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", [name for name, place in REWARDS.items() if "rewards.jpeg" not in place])
-def test_every_name_of_the_catalogue_leads_to_something_callable(name):
-    module, attribute = REWARDS[name].split(":")
-    found = getattr(__import__(module, fromlist=[attribute]), attribute)
-    assert callable(found)
-    assert getattr(found, "name", name) == name

@@ -15,11 +15,13 @@ from tgol_trainer.rewards import (
     REWARDS,
     RewardFacts,
     WeightedReward,
+    find_reward,
     jpeg_compressibility,
     jpeg_incompressibility,
     load_reward,
     reward_facts,
     reward_name,
+    reward_takes,
     score_columns,
     score_images,
 )
@@ -220,6 +222,15 @@ def test_facts_come_from_the_attribute_and_name_the_reward():
     assert reward_facts(redness) == RewardFacts("redness", None, None, "")
 
 
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_of_the_catalogue_states_its_name_and_scale(name):
+    found = find_reward(name)
+    if isinstance(found, type):
+        assert (found.name, bool(found.scale)) == (name, True)
+    else:
+        assert (reward_facts(found).name, bool(reward_facts(found).scale)) == (name, True)
+
+
 # ---- By name ----
 
 
@@ -279,6 +290,26 @@ def test_a_weighted_reward_is_the_sum_and_none_where_a_part_is_none():
     assert score_images(both, pictures(3), ["p"] * 3) == [-5.0, None, 4.0 - 15.0]
     assert reward_name(both) == "2*red + -0.5*other"
     assert both([], []) == []
+
+
+def test_a_weighted_reward_says_what_its_parts_are_and_takes_what_they_take():
+    class Model:
+        def __init__(self, facts, takes="images"):
+            self.facts, self.takes = facts, takes
+
+        def __call__(self, images, prompts):
+            return [0.0] * len(images)
+
+    a = Model(RewardFacts("a", "owner/a", "abc", "0 to 1"))
+    b = Model(RewardFacts("b", "here/b", None, "in kB"))
+    facts = WeightedReward({"x": (a, 1), "y": (b, -2), "z": (redness, 1)}).facts
+    scale = "weighted sum (x: 0 to 1; y: in kB)"
+    assert facts == RewardFacts("1*x + -2*y + 1*z", "x: owner/a; y: here/b", "x: abc", scale)
+    assert WeightedReward({"z": (redness, 1)}).facts.model_id is None
+    film = Model(RewardFacts("film"), "videos")
+    assert [reward_takes(WeightedReward({"x": (part, 1)})) for part in (a, film)] == ["images", "videos"]
+    with pytest.raises(ValueError, match="x scores images, y scores videos"):
+        WeightedReward({"x": (a, 1), "y": (film, 1)})
 
 
 def test_a_weighted_reward_checks_its_parts():

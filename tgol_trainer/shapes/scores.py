@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tgol_trainer.rewards import RewardFacts
+
 from .world import colour_of
 
 if TYPE_CHECKING:
@@ -70,3 +72,11 @@ def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -
         else:
             scores.append(float(1 - np.abs(centre - target).mean()))
     return scores
+
+
+background_darkness.facts = RewardFacts(  # type: ignore[attr-defined]
+    "background_darkness", scale="1 minus the mean brightness of the two outermost rows and columns; 0 to 1"
+)
+colour_faithfulness.facts = RewardFacts(  # type: ignore[attr-defined]
+    "colour_faithfulness", scale="1 minus the mean distance of the middle from the named colour; 0 to 1"
+)
