@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, layer_norm
 from transformers import (
     BertTokenizer,
-    BlipTextConfig,
-    BlipVisionConfig,
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionModelWithProjection,
 )
@@ -165,15 +162,22 @@ def open_clip_cosines(weights, pixels, prompts):
     return torch.cosine_similarity(pictures, torch.stack(texts), dim=-1)
 
 
+def shrunk(config, **sizes):
+    """A configuration with other sizes and all else as it was."""
+    for name, value in sizes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
 def tiny_clip_config():
-    sizes = {"num_hidden_layers": LAYERS, "hidden_act": "gelu", "projection_dim": EMBED}
+    config = vit_h_14()
+    sizes = {"num_hidden_layers": LAYERS, "projection_dim": EMBED}
     vision = {"hidden_size": VISION, "intermediate_size": 4 * VISION, "num_attention_heads": VISION_HEADS}
     text = {"hidden_size": TEXT, "intermediate_size": 4 * TEXT, "num_attention_heads": TEXT_HEADS}
-    return CLIPConfig(
-        vision_config={**sizes, **vision, "patch_size": PATCH, "image_size": SIDE},
-        text_config={**sizes, **text, "vocab_size": VOCABULARY, "bos_token_id": 512, "eos_token_id": 513},
-        projection_dim=EMBED,
-    )
+    shrunk(config.vision_config, **sizes, **vision, patch_size=PATCH, image_size=SIDE)
+    shrunk(config.text_config, **sizes, **text, vocab_size=VOCABULARY, bos_token_id=512, eos_token_id=513)
+    return shrunk(config, projection_dim=EMBED)
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +336,9 @@ def test_the_full_size_configuration_has_the_published_number_of_weights():
     assert sum(parameter.numel() for parameter in clip.parameters()) == 986_109_441
     # The checkpoint's 446.67 M less what is dropped: two projections to 256 and 512 position ids.
     counted = sum(parameter.numel() for parameter in blip.parameters())
+    # Heads leave no trace in the weights. OpenCLIP's and BLIP's are 64 wide, those of ViT-H's pictures 80.
+    for part, width in ((clip.vision_model, 80), (clip.text_model, 64), (blip.vision, 64), (blip.text, 64)):
+        assert part.config.hidden_size / part.config.num_attention_heads == width
     assert (counted + 1024 * 256 + 256 + 768 * 256 + 256 + 512) / 1e6 == pytest.approx(446.67, abs=0.01)
 
 
@@ -429,15 +436,11 @@ def bert_tokenizer():
 
 
 def image_reward_configs():
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu"}
-    vision = BlipVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, image_size=SIDE, patch_size=PATCH, layer_norm_eps=1e-6, **sizes
-    )
-    text = BlipTextConfig(
-        hidden_size=BERT, intermediate_size=2 * BERT, encoder_hidden_size=WIDTH, vocab_size=BERT_VOCABULARY, **sizes,
-        max_position_embeddings=40, layer_norm_eps=1e-12, pad_token_id=0,
-    )  # fmt: skip
-    return vision, text
+    vision, text = blip_configs()
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    shrunk(vision, **sizes, hidden_size=WIDTH, intermediate_size=2 * WIDTH, image_size=SIDE, patch_size=PATCH)
+    shrunk(text, **sizes, hidden_size=BERT, intermediate_size=2 * BERT, encoder_hidden_size=WIDTH)
+    return vision, shrunk(text, vocab_size=BERT_VOCABULARY, max_position_embeddings=40)
 
 
 def image_reward(folder, weights=None, **options):

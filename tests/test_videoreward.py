@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import gelu, silu
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+from transformers import PreTrainedTokenizerFast
 
-from tests.test_reward_models import Weights, attention, linear_shapes, noise, norm_shapes, weights_of
+from tests.test_reward_models import Weights, attention, linear_shapes, noise, norm_shapes, shrunk, weights_of
 from tgol_trainer.rewards import Clip, RewardFacts, load_reward, score_columns
 from tgol_trainer.rewards.video_patches import chosen_frames, frame_size, patches_of
 from tgol_trainer.rewards.videoreward import VideoReward, VideoRewardModel, qwen2_vl_2b, read_template
@@ -36,11 +36,13 @@ def tokenizer():
 
 
 def tiny_config():
-    text = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": 264}
-    text |= {"num_attention_heads": HEADS, "num_key_value_heads": KEYS, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}}
-    vision = {"depth": DEPTH, "embed_dim": VISION, "hidden_size": WIDTH, "num_heads": VISION_HEADS, "mlp_ratio": 2}
-    return Qwen2VLConfig(text_config=text, vision_config=vision)
+    config = qwen2_vl_2b(264)
+    text, vision = config.text_config, config.vision_config
+    shrunk(text, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS)
+    shrunk(text, num_attention_heads=HEADS, num_key_value_heads=KEYS)
+    shrunk(text, rope_parameters={**text.rope_parameters, "mrope_section": [2, 2, 2]})
+    shrunk(vision, depth=DEPTH, embed_dim=VISION, hidden_size=WIDTH, num_heads=VISION_HEADS, mlp_ratio=2)
+    return config
 
 
 def lora_shapes(name, inside, out, bias):
@@ -332,6 +334,10 @@ def test_the_full_size_model_fills_the_published_file():
     with torch.device("meta"):
         model = VideoRewardModel(qwen2_vl_2b(151_660), 1)
     numbers = sum(parameter.numel() for parameter in model.parameters())
+    # Heads leave no trace in the weights: 128 wide in the text, 80 in pictures.
+    text, vision = model.model.config.text_config, model.model.config.vision_config
+    assert (text.hidden_size / text.num_attention_heads, vision.embed_dim / vision.num_heads) == (128, 80)
+    assert 2 * sum(text.rope_parameters["mrope_section"]) == 128
     language_head = 151_660 * 1536
     # Rank 64 beside every projection: 1536 wide, keys and values 256, inside 8960.
     lora = 28 * 64 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
