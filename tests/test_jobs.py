@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.hub import LoopbackHub
 from tgol_trainer import cli
 from tgol_trainer.data import DataError, load_prompts
 from tgol_trainer.jobs import (
@@ -36,6 +38,7 @@ from tgol_trainer.jobs.score import note_rewards
 from tgol_trainer.rewards import RewardFacts, jpeg_compressibility, load_reward
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
+STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def generate(folder, **overrides):
@@ -443,9 +446,73 @@ def test_prompts_come_from_lines_columns_and_refuse_blanks(tmp_path):
 
 
 def test_a_named_set_without_a_network_says_which_repository_it_needs():
-    for name, repository in (("partiprompts", "nateraw/parti-prompts"), ("hpsv2", "zhwang/HPDv2")):
+    for name, repository in (("partiprompts", "nateraw/parti-prompts"), ("hpsv2@abc", "zhwang/HPDv2 at 'abc'")):
         with pytest.raises(DataError, match=f"{repository}.*could not be loaded"):
             load_prompts(name)
+
+
+@pytest.fixture(scope="module")
+def read_sets(tmp_path_factory):
+    """What a fresh process reads of named sets on a loopback Hub: its table of results, and the commits there."""
+    styles = {style: [f"{style} {index}" for index in range(800)] for style in STYLES}
+    parti = "Prompt\tCategory\tChallenge\n" + "".join(f'a "b" {i}\tAnimals\tBasic\n' for i in range(1632))
+    uploads = {
+        "nateraw/parti-prompts": {"PartiPrompts.tsv": parti.encode()},
+        "zhwang/HPDv2": {f"benchmark/{style}.json": json.dumps(texts).encode() for style, texts in styles.items()},
+        "yuvalkirstain/pickapic_v1_no_images": {},
+    }
+    for split, count in (("train", 3), ("test_unique", 7)):
+        table = pa.table({"caption": [f"{split} {index}" for index in range(count)], "other": [0] * count})
+        parquet.write_table(table, file := io.BytesIO())
+        uploads["yuvalkirstain/pickapic_v1_no_images"][f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
+    uploads["tester/prompts"] = {"prompts.jsonl": b'{"prompt": "a red circle"}\n'}
+    home = tmp_path_factory.mktemp("sets")
+    with LoopbackHub() as hub:
+        for name, files in uploads.items():
+            hub.put(name, "datasets", files)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.hub.sets"],
+            cwd=home,
+            env={**os.environ, **hub.environment(home), "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        commits = {name: hub.repository(name, "datasets").branches["main"] for name in uploads}
+    return json.loads(done.stdout.splitlines()[-1]), commits, done.stderr
+
+
+def test_named_sets_come_from_their_repositories_with_categories_and_commit(read_sets):
+    found, commits, _ = read_sets
+    texts, categories, revision = found["hpsv2"]
+    assert texts == [f"{style} {index}" for style in STYLES for index in range(800)]
+    assert categories == [style for style in STYLES for _ in range(800)]
+    assert revision == commits["zhwang/HPDv2"]
+    texts, categories, revision = found["hpsv2-photo"]
+    assert (texts[-1], set(categories), revision) == ("photo 799", {"photo"}, commits["zhwang/HPDv2"])
+    texts, categories, revision = found["partiprompts"]
+    assert (texts[1], len(texts)) == ('a "b" 1', 1632)
+    assert (set(categories), revision) == ({"Animals"}, commits["nateraw/parti-prompts"])
+    assert set(found["partiprompts by Challenge"][1]) == {"Basic"}
+    texts, categories, revision = found["pickapic-test"]
+    assert texts == [f"test_unique {index}" for index in range(7)] and categories is None
+    assert revision == commits["yuvalkirstain/pickapic_v1_no_images"]
+
+
+def test_generated_pictures_note_the_commit_of_their_prompts(read_sets):
+    found, commits, _ = read_sets
+    assert found["source"] == {"name": "tester/prompts", "revision": commits["tester/prompts"]}
+
+
+def test_a_named_set_of_another_size_is_warned_about_and_an_old_commit_is_found_by_its_name(read_sets):
+    found, commits, said = read_sets
+    assert said.count("when papers used it") == 1
+    assert "'pickapic-test' has 7 prompts at 'main' of yuvalkirstain/pickapic_v1_no_images, and had 500" in said
+    assert found["hpsv2-anime at its commit"][2] == commits["zhwang/HPDv2"]
+    assert "at 'absent', which could not be loaded" in found["hpsv2-anime at none"]
+    assert "has no columns 'Style'" in found["hpsv2-anime by a column"]
 
 
 # ---- The road ----

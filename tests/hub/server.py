@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import secrets
 import threading
 import time
@@ -108,6 +109,15 @@ class LoopbackHub:
     def repository(self, name: str, kind: str = "models") -> Repository:
         """Return a repository."""
         return self.store.repositories[kind, name]
+
+    def put(self, name: str, kind: str, files: dict[str, bytes]) -> None:
+        """Make a repository of any owner with files that others put there."""
+        found = self.store.repositories.setdefault((kind, name), Repository(kind, name))
+        lines = [{"key": "header", "value": {"summary": "Files"}}]
+        for path, content in files.items():
+            value = {"path": path, "encoding": "base64", "content": base64.b64encode(content).decode()}
+            lines.append({"key": "file", "value": value})
+        self.store.commit(found, "main", b"\n".join(json.dumps(line).encode() for line in lines))
 
     def files(self, name: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
         """Return the files of a revision."""

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tgol_trainer import adapters
 from tgol_trainer.card import Picture
 from tgol_trainer.config import TGOLConfig
-from tgol_trainer.data import PROMPT_SETS, DataError, load_prompts
+from tgol_trainer.data import DataError, load_prompts, prompt_set
 from tgol_trainer.data.rows import prompt_problem
 from tgol_trainer.evaluation import compare_scores, frame_row, generate_images, generate_videos
 from tgol_trainer.rewards import (
@@ -351,7 +351,7 @@ def read_sample_prompts(given: list[str] | str | None) -> list[str]:
     prompts = [given] if isinstance(given, str) else list(given or ())
     if len(prompts) == 1:
         path = Path(prompts[0])
-        if prompts[0] in PROMPT_SETS or path.suffix.lower() in _TABLES or path.is_file():
+        if prompt_set(prompts[0]) or path.suffix.lower() in _TABLES or path.is_file():
             return load_prompts(prompts[0]).texts
     bad = [f"row {row}: {cause}" for row, prompt in enumerate(prompts) if (cause := prompt_problem(prompt))]
     if bad:

@@ -16,6 +16,7 @@ from .console import json_object, plain_errors, set_up_logging
 from .generate import device_of, load_generator
 
 if TYPE_CHECKING:
+    from tgol_trainer.data import Prompts
     from tgol_trainer.evaluation import Evaluation
     from tgol_trainer.jobs import EvaluationJob
 
@@ -176,7 +177,9 @@ def _check_before(args: argparse.Namespace, adapters: dict[str, str]) -> None:
             read_facts(Path(adapters[name]).expanduser())
 
 
-def _chosen_prompts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+def _chosen_prompts(args: argparse.Namespace) -> Prompts:
+    import dataclasses
+
     import numpy as np
 
     from tgol_trainer.data import load_prompts
@@ -185,12 +188,16 @@ def _chosen_prompts(args: argparse.Namespace) -> tuple[list[str], list[str] | No
         args.prompts, column=args.prompt_column, category_column=args.category_column, split=args.split
     )
     if args.num_prompts is None or args.num_prompts >= len(prompts.texts):
-        return prompts.texts, prompts.categories
+        return prompts
     if args.num_prompts < 1:
         raise ValueError(f"`num_prompts` is {args.num_prompts}; it must be at least 1.")
     rows = np.linspace(0, len(prompts.texts) - 1, args.num_prompts).round().astype(int).tolist()
     categories = prompts.categories
-    return [prompts.texts[row] for row in rows], [categories[row] for row in rows] if categories else None
+    return dataclasses.replace(
+        prompts,
+        texts=[prompts.texts[row] for row in rows],
+        categories=[categories[row] for row in rows] if categories else None,
+    )
 
 
 def _features(spec: str, device: str) -> Any:
@@ -202,14 +209,16 @@ def _features(spec: str, device: str) -> Any:
     return getattr(found, "image_features", found)
 
 
-def _settings(args: argparse.Namespace, adapters: dict[str, str], job: EvaluationJob) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, adapters: dict[str, str], job: EvaluationJob, prompts: Prompts
+) -> dict[str, Any]:
     """Return how the evaluation was made, for the report and metrics.json."""
     from tgol_trainer import __version__
 
     return {
         "base model": args.model_name_or_path + (f" at {args.model_revision}" if args.model_revision else ""),
         **{f"adapter {name}": source for name, source in adapters.items()},
-        "prompts": args.prompts,
+        "prompts": args.prompts + (f" at {prompts.revision}" if prompts.revision else ""),
         "pictures of each prompt": args.images_per_prompt,
         "seed": args.seed,
         "sampling": ", ".join(f"{name}={value}" for name, value in job.sampling.items()) or "the pipeline's defaults",
@@ -259,7 +268,7 @@ def _update_cards(folder: Path, adapters: dict[str, str], evaluation: Evaluation
 
 
 def _finish(
-    args: argparse.Namespace, job: EvaluationJob, adapters: dict[str, str], categories: list[str] | None, start: float
+    args: argparse.Namespace, job: EvaluationJob, adapters: dict[str, str], prompts: Prompts, start: float
 ) -> None:
     """Compare, write the files, and print the tables."""
     from tgol_trainer.evaluation import compare_models, format_measures, format_table, write_grids, write_results
@@ -267,11 +276,11 @@ def _finish(
     scores = job.score_columns([_name(spec) for spec in args.rewards])
     trained = _trained(args, adapters, scores)
     models = [job.rows(name, scores, trained.get(name)) for name in job.models]
-    gallery = job.gallery(categories)
+    gallery = job.gallery(prompts.categories)
     evaluation = compare_models(
         gallery.prompts, models[0], models[1:], categories=gallery.categories, confidence=args.confidence
     )
-    settings = _settings(args, adapters, job)
+    settings = _settings(args, adapters, job, prompts)
     write_grids(args.output_dir, models, gallery)
     write_results(
         args.output_dir,
@@ -324,12 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         disable_progress_bar()  # one bar a file, over ours
         adapters = named_adapters(args.adapters)
         _check_before(args, adapters)
-        prompts, categories = _chosen_prompts(args)
+        prompts = _chosen_prompts(args)
         device = device_of(args.use_cpu)
         job = EvaluationJob(
             args.output_dir,
             {BASE: None, **adapters},
-            prompts,
+            prompts.texts,
             images_per_prompt=args.images_per_prompt,
             seed=args.seed,
             batch_size=args.batch_size,
@@ -352,5 +361,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             print(f"This process is done; {missing} shards are with others. The last to finish writes the report.")
             return 0
-        _finish(args, job, adapters, categories, start)
+        _finish(args, job, adapters, prompts, start)
     return 0

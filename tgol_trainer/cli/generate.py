@@ -174,5 +174,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             **({} if args.num_frames is None else {"num_frames": args.num_frames}),
         )
     print(f"This process's shards ({len(files)}) are complete in {args.output_dir / 'data'}.")
-    note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts)
+    note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts, prompts.revision)
     return push_complete_dataset(target, args.output_dir, "Pictures")

@@ -10,7 +10,7 @@ from tgol_trainer.data.images import DataError, ImageError, cropped_share, open_
 from tgol_trainer.data.labels import Labelling, LabelSettings, fit_labelling
 from tgol_trainer.data.loading import load_scored_dataset
 from tgol_trainer.data.pairs import pairs_to_scores
-from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts
+from tgol_trainer.data.prompts import PROMPT_SETS, Prompts, load_prompts, prompt_set
 from tgol_trainer.data.ratings import ratings_to_scores, thumbs_to_scores
 from tgol_trainer.data.rows import Columns
 from tgol_trainer.data.videos import (
@@ -58,6 +58,7 @@ __all__ = [
     "open_video",
     "pairs_to_scores",
     "prepare_dataset",
+    "prompt_set",
     "ratings_to_scores",
     "read_video",
     "sample_frames",

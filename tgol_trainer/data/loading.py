@@ -39,7 +39,7 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _SAMPLE = 1_000_000
 """Characters of a CSV file that are searched for decimal commas."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
 def load_scored_dataset(
@@ -132,19 +132,25 @@ def _find(
     return _with_origin(dataset, source)
 
 
-def _with_origin(dataset: AnyDataset, source: str) -> AnyDataset:
-    """Note Hub id and commit where `datasets` itself did until it stopped to, for cards."""
+def hub_commit(dataset: AnyDataset) -> str | None:
+    """Return the commit of the Hub that a dataset was downloaded from, where its place in the cache tells it."""
     files = getattr(dataset, "cache_files", None) or [{"filename": ""}]
     commit = re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", files[0]["filename"])
+    return commit[1] if commit else None
+
+
+def _with_origin(dataset: AnyDataset, source: str) -> AnyDataset:
+    """Note Hub id and commit where `datasets` itself did until it stopped to, for cards."""
+    commit = hub_commit(dataset)
     if commit and not dataset.info.download_checksums:
-        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit[1]}/": {}}
+        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
     return dataset
 
 
 def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return load(*args, **kwargs)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         inner = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise DataError(
             f"`source`: {str(source)!r} could not be loaded: {type(inner).__name__}: {inner}\n{hint}"

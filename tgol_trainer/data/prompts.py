@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from tgol_trainer.data.images import DataError
-from tgol_trainer.data.loading import load_scored_dataset
+from tgol_trainer.data.loading import LOAD_ERRORS, AnyDataset, hub_commit, load_scored_dataset
 from tgol_trainer.data.rows import prompt_problem
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("prompt", "caption", "text", "Prompt")
 _STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -25,6 +27,8 @@ class PromptSource:
     Args:
         repo_id (`str`):
             Dataset repository.
+        count (`int`):
+            Prompts that are in it, as published.
         revision (`str`):
             Branch, tag or commit.
         split (`str`, *optional*):
@@ -38,6 +42,7 @@ class PromptSource:
     """
 
     repo_id: str
+    count: int
     revision: str = "main"
     split: str | None = None
     column: str | None = None
@@ -45,11 +50,12 @@ class PromptSource:
     files: tuple[str, ...] = ()
 
 
+_HPD = "zhwang/HPDv2"
 PROMPT_SETS: dict[str, PromptSource] = {
-    "pickapic-test": PromptSource("yuvalkirstain/pickapic_v1_no_images", split="test_unique", column="caption"),
-    "partiprompts": PromptSource("nateraw/parti-prompts", split="train", column="Prompt", category="Category"),
-    "hpsv2": PromptSource("zhwang/HPDv2", files=tuple(f"benchmark/{style}.json" for style in _STYLES)),
-    **{f"hpsv2-{style}": PromptSource("zhwang/HPDv2", files=(f"benchmark/{style}.json",)) for style in _STYLES},
+    "pickapic-test": PromptSource("yuvalkirstain/pickapic_v1_no_images", 500, split="test_unique", column="caption"),
+    "partiprompts": PromptSource("nateraw/parti-prompts", 1632, split="train", column="Prompt", category="Category"),
+    "hpsv2": PromptSource(_HPD, 3200, files=tuple(f"benchmark/{style}.json" for style in _STYLES)),
+    **{f"hpsv2-{style}": PromptSource(_HPD, 800, files=(f"benchmark/{style}.json",)) for style in _STYLES},
 }
 """Named sets: Pick-a-Pic v1's 500 unique test prompts (the paper uses 424 of such prompts and does not say which),
 PartiPrompts' 1632 and HPSv2's 4 × 800. Nothing is filtered; Pick-a-Pic holds prompts that are not safe for work."""
@@ -65,10 +71,31 @@ class Prompts:
             Prompts, in order.
         categories (`list[str]`, *optional*):
             One a prompt.
+        revision (`str`, *optional*):
+            Commit of the Hub that they were read from.
     """
 
     texts: list[str]
     categories: list[str] | None = None
+    revision: str | None = None
+
+
+def prompt_set(source: str) -> tuple[str, PromptSource] | None:
+    """
+    Look a named set up.
+
+    Args:
+        source (`str`):
+            A name of [`PROMPT_SETS`], or one with a revision: `"hpsv2@main"`.
+
+    Returns:
+        `tuple[str, PromptSource]`, *optional*: the name, and its source at that revision; `None` for another text.
+    """
+    name, _, revision = source.partition("@")
+    if name not in PROMPT_SETS:
+        return None
+    found = PROMPT_SETS[name]
+    return name, dataclasses.replace(found, revision=revision) if revision else found
 
 
 def load_prompts(
@@ -79,10 +106,11 @@ def load_prompts(
 
     Args:
         source (`str`):
-            A name of [`PROMPT_SETS`]; a text file with one prompt a line (blank lines are passed over); a CSV, JSON
-            Lines or Parquet file; a folder or Hub id of a dataset.
+            A name of [`PROMPT_SETS`], alone or with a revision (`"hpsv2@main"`); a text file with one prompt a line
+            (blank lines are passed over); a CSV, JSON Lines or Parquet file; a folder or Hub id of a dataset.
         column (`str`, *optional*):
-            Column of a table; by default the first of `prompt`, `caption`, `text` that exists.
+            Column of a table; by default that of the named set, or the first of `prompt`, `caption`, `text` that
+            exists.
         category_column (`str`, *optional*):
             Column of a table that holds the category of each prompt. Named sets that have categories bring them.
         split (`str`, *optional*, defaults to `"train"`):
@@ -94,9 +122,9 @@ def load_prompts(
     Raises:
         DataError: if the source cannot be read, has no such column, or holds blank or missing prompts.
     """
-    path = Path(source).expanduser()
-    if source in PROMPT_SETS and not path.exists():
-        return _named(source)
+    path, named = Path(source).expanduser(), prompt_set(source)
+    if named and not path.exists():
+        return _named(*named, column, category_column)
     if path.is_file() and path.suffix.lower() in (".txt", ""):
         if category_column is not None:
             raise DataError(f"prompts: {source!r} is a text file, which has no column {category_column!r}.")
@@ -106,7 +134,10 @@ def load_prompts(
         raise DataError(
             f"prompts: {source!r} is no file here and no named set. The sets are {', '.join(PROMPT_SETS)}."
         )
-    dataset = load_scored_dataset(source, split=split)
+    return _from_table(load_scored_dataset(source, split=split), source, column, category_column)
+
+
+def _from_table(dataset: AnyDataset, source: str, column: str | None, category_column: str | None) -> Prompts:
     names = list(dataset.column_names or [])
     found = column if column is not None else next((name for name in _COLUMNS if name in names), None)
     if found is None or found not in names:
@@ -119,36 +150,52 @@ def load_prompts(
         if category_column not in names:
             raise DataError(f"prompts: {source!r} has no column {category_column!r}; its columns are {names}.")
         categories = [str(value) for value in dataset.select_columns([category_column])[category_column]]
-    return _checked(Prompts(list(dataset.select_columns([found])[found]), categories), source, found)
+    texts = list(dataset.select_columns([found])[found])
+    return _checked(Prompts(texts, categories, hub_commit(dataset)), source, found)
 
 
-def _named(name: str) -> Prompts:
-    source = PROMPT_SETS[name]
+def _named(name: str, source: PromptSource, column: str | None, category_column: str | None) -> Prompts:
+    if source.files and (column, category_column) != (None, None):
+        raise DataError(f"prompts: the set {name!r} has no columns {column or category_column!r}: name none.")
     try:
         if source.files:
-            return _from_files(source)
-        dataset: Any = datasets.load_dataset(source.repo_id, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError) as error:
+            read: Prompts | AnyDataset = _from_files(source)
+        else:
+            read = datasets.load_dataset(source.repo_id, split=source.split, revision=source.revision)
+    except LOAD_ERRORS as error:
         raise DataError(
-            f"prompts: the set {name!r} is read from the Hub dataset {source.repo_id}, which could not be loaded: "
-            f"{type(error).__name__}: {str(error)[:300]}\nCheck the connection (HF_HUB_OFFLINE, proxy), or give a "
-            "text file with one prompt a line."
+            f"prompts: the set {name!r} is read from the Hub dataset {source.repo_id} at {source.revision!r}, which "
+            f"could not be loaded: {type(error).__name__}: {str(error)[:300]}\nCheck the connection (HF_HUB_OFFLINE, "
+            "proxy), or give a text file with one prompt a line."
         ) from error
-    categories = list(dataset[source.category]) if source.category else None
-    return _checked(Prompts(list(dataset[source.column]), categories), name, source.column)
+    if isinstance(read, Prompts):
+        prompts = _checked(read, name, None)
+    else:
+        prompts = _from_table(read, name, column or source.column, category_column or source.category)
+    if len(prompts.texts) != source.count:
+        logger.warning(
+            "prompts: the set %r has %d prompts at %r of %s, and had %d when papers used it. Name an earlier commit: "
+            "%s@COMMIT.",
+            *(name, len(prompts.texts), source.revision, source.repo_id, source.count, name),
+        )
+    return prompts
 
 
 def _from_files(source: PromptSource) -> Prompts:
     from huggingface_hub import hf_hub_download
 
-    texts: list[str] = []
-    categories: list[str] = []
+    prompts = Prompts([], [])
     for file in source.files:
-        local = hf_hub_download(source.repo_id, file, repo_type="dataset", revision=source.revision)
-        found = json.loads(Path(local).read_text(encoding="utf-8"))
-        texts += found
-        categories += [Path(file).stem] * len(found)
-    return Prompts(texts, categories)
+        # All of the commit of the first: the branch may move in between.
+        revision = prompts.revision or source.revision
+        local = Path(hf_hub_download(source.repo_id, file, repo_type="dataset", revision=revision))
+        found = json.loads(local.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise ValueError(f"{file} is no JSON list")
+        texts = [*prompts.texts, *found]
+        categories = [*(prompts.categories or []), *[local.stem] * len(found)]
+        prompts = Prompts(texts, categories, local.parts[-1 - len(Path(file).parts)])
+    return prompts
 
 
 def _checked(prompts: Prompts, source: str, column: str | None) -> Prompts:
