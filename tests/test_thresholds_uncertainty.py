@@ -1,5 +1,7 @@
 """The bootstrap of τ held against real resampling, and counts by group against plain loops."""
 
+import itertools
+import math
 import statistics
 from collections import defaultdict
 
@@ -10,11 +12,14 @@ from scipy import stats
 from tgol_trainer.thresholds import (
     ThresholdError,
     ThresholdInterval,
+    bootstrap_groups,
     bootstrap_interval,
     bootstrap_thresholds,
     count_groups,
     estimate_threshold,
+    group_draw,
     group_ids,
+    oracle_draw,
 )
 
 NORMAL = np.random.default_rng(1).normal(size=31)
@@ -65,6 +70,93 @@ def test_flips_are_the_scores_whose_label_differs_between_the_ends():
 def test_scores_without_a_threshold_have_no_interval():
     with pytest.raises(ThresholdError, match="All 3 scores"):
         bootstrap_interval([1, 1, 1])
+
+
+# ---- Groups ----
+
+POOLED, WITHIN, BETWEEN, BETA = 0.25, 4.0, 1.5, 0.7
+DRAWS = {
+    "median": group_draw(POOLED, WITHIN, BETWEEN),
+    "mean": group_draw(POOLED, WITHIN, BETWEEN, statistic="mean"),
+    "oracle": oracle_draw(POOLED, BETA),
+}
+
+
+def pooled_towards(own, variance, count):
+    """The posterior mean of a normal model: precisions 1/ω² about τ, and count/variance about the group's own."""
+    return (POOLED / BETWEEN + own * count / variance) / (1 / BETWEEN + count / variance)
+
+
+def group_threshold(name, scores):
+    if len(set(scores)) == 1:
+        return POOLED
+    if name == "oracle":
+        return BETA * math.log(statistics.fmean(math.exp(score / BETA) for score in scores))
+    if name == "mean":
+        return pooled_towards(statistics.fmean(scores), WITHIN, len(scores))
+    own = statistics.median(scores)
+    if own == min(scores):
+        own = (own + sorted(set(scores))[1]) / 2
+    return pooled_towards(own, math.pi / 2 * WITHIN, len(scores))  # π/2: the median of normal scores
+
+
+@pytest.mark.parametrize("scores", [(-1.0, 2.0), (0.5, 1.0, 3.0), (1.0, 1.0, 2.0, 4.0)], ids=["2", "3", "4, a tie"])
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_threshold_of_a_group_is_drawn_as_often_as_among_all_its_resamples(name, scores):
+    """All n^n resamples are equally likely; those of equal scores, half of them for n = 2, say nothing of it."""
+    resamples = list(itertools.product(scores, repeat=len(scores)))
+    exact = defaultdict(float)
+    for resample in resamples:
+        exact[round(group_threshold(name, resample), 9)] += 1 / len(resamples)
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([DRAWS[name](np.array(scores), rng) for _ in range(25)]).round(9)
+    found = dict(zip(*np.unique(drawn + 0.0, return_counts=True), strict=True))
+    assert set(found) <= set(exact)
+    for value, share in exact.items():
+        error = math.sqrt(share * (1 - share) / drawn.size)
+        assert found.get(value, 0) / drawn.size == pytest.approx(share, abs=4.5 * error)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_group_of_equal_scores_and_groups_that_do_not_differ_take_the_pooled_threshold(name):
+    rng = np.random.default_rng(0)
+    assert (DRAWS[name](np.array([2.0, 2.0, 2.0]), rng) == POOLED).all()
+    assert (group_draw(POOLED, WITHIN, 0.0)(np.array([1.0, 2.0, 3.0]), rng) == POOLED).all()
+
+
+@pytest.mark.parametrize("name", ["mean", "oracle"])
+def test_a_large_group_is_drawn_with_the_mean_and_the_error_that_the_delta_method_gives(name):
+    scores = np.sort(np.random.default_rng(4).normal(size=3000))
+    drawn = np.concatenate([DRAWS[name](scores, np.random.default_rng(seed)) for seed in range(10)])
+    centre, error = group_threshold(name, scores.tolist()), 0.0
+    if name == "mean":
+        error = statistics.pstdev(scores) / math.sqrt(3000) * BETWEEN / (BETWEEN + WITHIN / 3000)
+    else:
+        powers = np.exp(scores / BETA)
+        error = BETA * powers.std() / powers.mean() / math.sqrt(3000)
+    assert drawn.mean() == pytest.approx(centre, abs=5 * error / math.sqrt(drawn.size))
+    assert drawn.std() == pytest.approx(error, rel=0.05)
+
+
+def test_intervals_of_groups_end_at_replicates_and_count_the_rows_between():
+    """Each group's replicates are its own scores here: of 41, the 2.5 % and 97.5 % ends are the 2nd and the 40th."""
+    rng = np.random.default_rng(5)
+    keys = np.repeat([70, 3, 11], 41)
+    scores = rng.normal(size=keys.size) + keys
+    order = rng.permutation(keys.size)
+    found = bootstrap_groups(scores[order], keys[order], lambda values, rng: values)
+    assert found.keys.tolist() == [3, 11, 70]
+    for key, low, high in zip(found.keys, found.low, found.high, strict=True):
+        own = sorted(scores[keys == key])
+        assert (low, high) == (own[1], own[39])
+    assert (
+        found.flip_share(scores, keys) == 38 / 41
+    )  # from the 2nd up to the 39th: one at the upper end is positive for both
+    others = np.array([3.0, 70.0]), np.array([4, 71])
+    assert found.flip_share(*others) == 0  # groups without an interval
+    part = bootstrap_groups(scores, keys, lambda values, rng: values, max_groups=2)
+    assert len(set(part.keys) & {3, 11, 70}) == 2 == len(part.low)
+    assert part.low.tolist() == [sorted(scores[keys == key])[1] for key in part.keys]
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["one threshold", "a threshold a group"])

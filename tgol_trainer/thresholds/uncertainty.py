@@ -233,13 +233,15 @@ def group_draw(
         if values[0] == values[-1] or not between > 0:
             return np.full(_REPLICATES, pooled)
         reliability = between / (between + sampling_variance(percentile, statistic) * within / values.size)
-        if statistic == "mean":
-            own = _means(values, rng)
-        else:
+        if statistic == "percentile":
             seed = int(rng.integers(2**31))
             own = bootstrap_thresholds(values, percentile=percentile, num_replicates=_REPLICATES, seed=seed)
-        # A resample of equal scores takes the pooled τ.
-        return np.concatenate([pooled + reliability * (own - pooled), np.full(_REPLICATES - own.size, pooled)])
+        elif values.size > _LARGE_GROUP:
+            own = _normal_means(values, rng)
+        else:
+            own = _informative(values, rng).mean(axis=1)
+        # A resample of equal scores takes the pooled τ, as a group of equal scores does.
+        return np.concatenate([pooled + reliability * (own - pooled), np.full(_REPLICATES - len(own), pooled)])
 
     return draw
 
@@ -258,16 +260,23 @@ def oracle_draw(pooled: float, beta: float) -> Draw:
     def draw(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if values[0] == values[-1]:
             return np.full(_REPLICATES, pooled)
-        means = _means(np.exp((values - values[-1]) / beta), rng)
-        found: np.ndarray = values[-1] + beta * np.log(np.maximum(means, np.finfo(float).tiny))
-        return found
+        if values.size > _LARGE_GROUP:
+            means = _normal_means(np.exp((values - values[-1]) / beta), rng)
+            return np.asarray(values[-1] + beta * np.log(np.maximum(means, np.finfo(float).tiny)))
+        resamples = _informative(values, rng)
+        largest = resamples.max(axis=1, keepdims=True)
+        own = largest[:, 0] + beta * np.log(np.exp((resamples - largest) / beta).mean(axis=1))
+        return np.concatenate([own, np.full(_REPLICATES - len(own), pooled)])
 
     return draw
 
 
-def _means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return means of resamples; of a large group, from the normal distribution that they then have."""
-    if values.size > _LARGE_GROUP:
-        return values.mean() + values.std() / math.sqrt(values.size) * rng.normal(size=_REPLICATES)
-    found: np.ndarray = values[rng.integers(values.size, size=(_REPLICATES, values.size))].mean(axis=1)
-    return found
+def _informative(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return those of `_REPLICATES` resamples (a row each) that hold two different scores."""
+    resamples = values[rng.integers(values.size, size=(_REPLICATES, values.size))]
+    return np.asarray(resamples[resamples.max(axis=1) > resamples.min(axis=1)])
+
+
+def _normal_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return means of resamples of a large group, from the normal distribution that they then have."""
+    return np.asarray(values.mean() + values.std() / math.sqrt(values.size) * rng.normal(size=_REPLICATES))
