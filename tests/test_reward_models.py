@@ -687,6 +687,22 @@ def test_a_pickle_without_named_tensors_is_refused(tmp_path, content):
         read_weights(tmp_path / "w.pt")
 
 
+def test_a_damaged_pickle_is_refused_with_its_path_wherever_the_damage_is(tmp_path):
+    path, random_bytes = tmp_path / "w.pt", random.Random(0)
+    torch.save({"weight": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)  # as in torch before 1.6
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(200):
+        place = random_bytes.randrange(len(whole))
+        path.write_bytes(whole[:place] + random_bytes.randbytes(1) + whole[place + 1 :])
+        try:
+            read_weights(path)  # the damage may lie in the numbers
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
+
+
 def test_a_cut_pickle_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "w.pt")
     data = (tmp_path / "w.pt").read_bytes()

@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -264,6 +265,12 @@ def test_a_class_with_from_pretrained_gets_device_and_dtype(tmp_path, monkeypatc
     assert made.given == ("y", "meta", torch.float16)
     with pytest.raises(TypeError, match="cannot be called with images and prompts"):
         load_reward("my_own_model:Mute")
+
+
+@pytest.mark.parametrize("spec", [":reward", ".module:reward"])
+def test_a_function_without_its_module_is_refused(spec):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(spec))} is no known reward.*module:function"):
+        load_reward(spec)
 
 
 @pytest.mark.parametrize(("spec", "close"), [("hpsv2", "hpsv2.1"), ("pick_score", "pickscore")])

@@ -102,8 +102,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is no plain file of weights: to read it means to run code that is inside, or it is damaged. "
             "It was not read."
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no file of weights ({error}). Download it again.") from error
+    except Exception as error:  # of any type: the bytes of a damaged pickle are read as anything
+        raise ValueError(
+            f"{path} is damaged or no file of weights ({type(error).__name__}: {error}). Download it again."
+        ) from error
     if isinstance(read, Mapping) and isinstance(read.get("state_dict"), Mapping):
         read = read["state_dict"]
     if not isinstance(read, Mapping):

@@ -82,7 +82,7 @@ def find_reward(spec: str) -> Any:
         ValueError: as [`load_reward`].
     """
     module, separator, attribute = REWARDS.get(spec, spec).partition(":")
-    if not separator:
+    if not separator or not module or module.startswith("."):
         close = difflib.get_close_matches(spec, REWARDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
