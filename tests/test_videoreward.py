@@ -381,6 +381,13 @@ def test_without_a_network_the_question_is_asked_for_by_its_address(folder, tmp_
     with pytest.raises(OSError, match=r"lay this file beside model_config\.json or pass its path"):
         load(tmp_path / "weights")
     assert load(tmp_path / "weights", template=tmp_path / "moved.py").template == QUESTION
+    (tmp_path / "page.py").write_text("<html>Log in</html>")
+    for name in ("page.py", "absent.py"):  # the page was not kept, so it is asked for again
+        monkeypatch.setattr("tgol_trainer.rewards.videoreward._TEMPLATE_URL", (tmp_path / name).as_uri())
+        with pytest.raises(
+            (ValueError, OSError), match="cannot be read as Python" if name == "page.py" else "could not"
+        ):
+            load(tmp_path / "weights")
     monkeypatch.setattr("tgol_trainer.rewards.videoreward._TEMPLATE_URL", (tmp_path / "moved.py").as_uri())
     assert load(tmp_path / "weights").template == QUESTION
     (tmp_path / "moved.py").unlink()  # it was kept

@@ -6,6 +6,7 @@ import ast
 import json
 import logging
 import math
+import os
 import re
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -212,7 +213,13 @@ def _find_template(folder: str | Path) -> Path:
                 f"({type(error).__name__}: {error}). Where there is no network, lay this file beside "
                 "model_config.json or pass its path: template=..."
             ) from error
-        cached.write_bytes(content)
+        arrived = cached.with_name(f"{_TEMPLATE_FILE}.{os.getpid()}")
+        arrived.write_bytes(content)
+        try:
+            read_template(arrived)  # not a page of a proxy, which would be found here ever after
+            arrived.replace(cached)
+        finally:
+            arrived.unlink(missing_ok=True)
     return cached
 
 
