@@ -237,6 +237,18 @@ def test_pictures_of_every_mode_and_odd_size_score_as_their_rgb_form(rewards, ki
         assert all(math.isfinite(score) for score in rewards[kind]([noise(*size)], ["a"]))
 
 
+@pytest.mark.parametrize("size", [(100, 60), (60, 101), (35, 32), (32, 39), (90, 3)])
+@pytest.mark.parametrize("kind", ["clip", "image_reward", "aesthetic"])
+def test_the_shortest_side_is_resized_and_the_centre_cropped(rewards, kind, size):
+    image, short = noise(*size, seed=7), min(size)
+    resized = image.resize([SIDE * length // short for length in size], Image.Resampling.BICUBIC)
+    # ImageReward's code uses torchvision, which rounds margins half to even; the others' is that of transformers.
+    rounded = round if kind == "image_reward" else math.floor
+    left, top = (rounded((length - SIDE) / 2) for length in resized.size)
+    expected = rewards[kind]([resized.crop((left, top, left + SIDE, top + SIDE))], ["a"])
+    assert rewards[kind]([image], ["a"]) == close(expected, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["hps", "clip", "image_reward", "aesthetic"])
 def test_a_score_does_not_depend_on_what_else_is_in_the_batch(rewards, kind):
     images, prompts = [*pictures(3), noise(50, 20, seed=9)], ["a", "b" * 200, "a", ""]

@@ -35,6 +35,17 @@ def rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
     return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
 
 
+def colour_values(image: Image.Image) -> torch.Tensor:
+    """Return the pixels of an RGB picture: (3, height, width), fp32, whole numbers in 0..255."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.reshape(image.height, image.width, 3).permute(2, 0, 1).float()
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels (..., 3, height, width) in 0..1 by CLIP's mean and standard deviation."""
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
 def same_number(images: Sequence[Any], prompts: Sequence[str]) -> None:
     """Raise a `ValueError` unless there is one prompt a picture."""
     if len(images) != len(prompts):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, load_tokenizer, read_weights
-from .clip import MEAN, STD, ClipReward
+from .clip import ClipReward, colour_values, normalised
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +230,7 @@ def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
     """
     squares = torch.zeros(len(images), 3, size, size)
     for square, image in zip(squares, images, strict=True):
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = values.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+        pixels = colour_values(image)[None] / 255
         scale = size / max(image.size)  # first, as in the reference: halves are rounded as they come out so
         height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
         if scale != 1:
@@ -240,4 +239,4 @@ def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
             )
         top, left = (size - height) // 2, (size - width) // 2
         square[:, top : top + height, left : left + width] = pixels[0]
-    return (squares - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return normalised(squares)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, linear_head, load_tokenizer, read_weights
-from .clip import clip_image_processor, rgb, same_number
+from .clip import colour_values, normalised, rgb, same_number
 
 # Mean and standard deviation of the head's output on the authors' calibration data.
 _MEAN = 0.16717362830052426
@@ -141,8 +141,6 @@ class ImageReward:
             On the device and in the dtype to compute with; its head in fp32. It is put in evaluation mode.
         tokenizer (`BertTokenizer`):
             Of the prompts.
-        image_processor (`CLIPImageProcessor`, *optional*):
-            By default shortest side, centre crop and CLIP's normalisation at the model's size.
         facts ([`RewardFacts`], *optional*):
             What the scores are.
     """
@@ -151,20 +149,9 @@ class ImageReward:
     name: ClassVar[str] = "imagereward"
     scale: ClassVar[str] = "standardised, about -2.3 to 2, higher is better"
 
-    def __init__(
-        self,
-        model: ImageRewardModel,
-        tokenizer: Any,
-        image_processor: Any = None,
-        *,
-        facts: RewardFacts | None = None,
-    ) -> None:
+    def __init__(self, model: ImageRewardModel, tokenizer: Any, *, facts: RewardFacts | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        side = model.vision.config.image_size
-        self.image_processor = image_processor or clip_image_processor()(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
         self.facts = facts or RewardFacts(self.name, scale=self.scale)
 
     @classmethod
@@ -226,10 +213,24 @@ class ImageReward:
         same_number(images, prompts)
         if not images:
             return []
-        like = next(self.model.vision.parameters())
-        pixels = self.image_processor(rgb(images), return_tensors="pt")["pixel_values"].to(like.device, like.dtype)
+        like, side = next(self.model.vision.parameters()), self.model.vision.config.image_size
+        squares = torch.stack([colour_values(_centre(image, side)) for image in rgb(images)])
+        pixels = normalised(squares / 255).to(like.device, like.dtype)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )
         raw = self.model(pixels, tokens["input_ids"].to(like.device), tokens["attention_mask"].to(like.device))
         return ((raw.double() - _MEAN) / _STD).tolist()
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """
+    Resize the shortest side and crop the centre as the authors' code does by torchvision, which rounds the margin half
+    to even where transformers rounds it down.
+    """
+    short = min(image.size)
+    width, height = (side if length == short else int(side * length / short) for length in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from .clip import MEAN, STD
+from .clip import colour_values, normalised
 from .frames import spread
 
 _MIN_PIXELS = 100_352
@@ -84,8 +84,7 @@ def patches_of(
         `tuple[torch.Tensor, torch.Tensor]`: (patches, 3 * temporal * patch * patch) fp32; and (1, 3), the numbers of
         patches in time, height and width.
     """
-    pixels = torch.stack([_resized(frame, size) for frame in frames]) / 255
-    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    pixels = normalised(torch.stack([_resized(frame, size) for frame in frames]) / 255)
     time, rows, columns = len(frames) // temporal, size[0] // patch, size[1] // patch
     cut = pixels.reshape(time, temporal, 3, rows // merge, merge, patch, columns // merge, merge, patch)
     # To time, place of the merged patch, place in it; then colour, frame, row and column.
@@ -95,8 +94,7 @@ def patches_of(
 
 def _resized(frame: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """Return (3, height, width), whole numbers in 0..255: bicubic with antialiasing, rounded as torchvision does."""
-    values = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).reshape(1, frame.height, frame.width, 3)
-    pixels = values.permute(0, 3, 1, 2).float()
+    pixels = colour_values(frame)[None]
     if (frame.height, frame.width) != size:
         pixels = torch.nn.functional.interpolate(
             pixels, size=size, mode="bicubic", antialias=True, align_corners=False
