@@ -21,7 +21,7 @@ from tgol_trainer import TGOLTrainer
 from tgol_trainer.cli import main
 from tgol_trainer.data import Columns, DataError, load_scored_dataset, prepare_dataset
 from tgol_trainer.data.loading import load_columns
-from tgol_trainer.data.scores import read_scores, text_keys
+from tgol_trainer.data.scores import read_scores, side_by_side, text_keys
 
 RATINGS = [1, 2, 4, 4, 4, 5, 3, 4, 2, 5, 4, 1]
 WINS = [0, 0, 0, 3, 0, 0, 1, 0, 0, 2, 0, 0]
@@ -195,6 +195,17 @@ def test_ten_million_scores_take_seconds_and_less_than_a_gigabyte(tmp_path, per_
     assert json.loads((tmp_path / "out" / "label.json").read_text())["num_rows"] == 10_000_000
     assert gigabytes <= 1.0
     assert seconds <= 13.0
+
+
+@pytest.mark.parametrize("spread", (1, 2**34, 2**60))
+def test_equal_keys_become_neighbours_also_where_their_leading_bits_say_nothing(spread):
+    """Multiples of 1 differ in bits that the first sort does not look at, those of 2^60 in those it does."""
+    keys = np.random.default_rng(0).integers(0, 15, 3000).astype(np.uint64) * np.uint64(spread)
+    order, numbers = side_by_side(keys)
+    assert sorted(order.tolist()) == list(range(3000))
+    assert (np.diff(numbers) >= 0).all()
+    assert len(set(zip(keys[order].tolist(), numbers.tolist(), strict=True))) == numbers[-1] + 1 == 15
+    assert side_by_side(keys[:1])[0].tolist() == side_by_side(keys[:1])[1].tolist() == [0]
 
 
 # ---- Reading ----

@@ -406,7 +406,10 @@ def _smallest(values: np.ndarray, count: int) -> np.ndarray:
 def _group_report(
     rows: ScoredRows, values: np.ndarray, tau: float | np.ndarray, column: str, unit: thresholds.ScoreNormalization
 ) -> GroupReport:
-    groups, first = rows.groups(column)
+    order, groups = rows.groups(column)
+    first = order[np.searchsorted(groups, np.arange(groups[-1] + 1))] if groups[-1] + 1 < groups.size else order
+    values, tau = values[order], tau[order] if isinstance(tau, np.ndarray) else tau
+    del order
     within, between = thresholds.variance_components(values, groups)
     counts = thresholds.count_groups(groups, values, tau)
     del groups

@@ -58,27 +58,17 @@ class ScoredRows:
 
     def groups(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """
-        Number the groups of rows with equal text.
+        Put rows with equal text side by side: sums over groups then read memory in order.
 
         Args:
             column (`str`):
                 A column of `keys`.
 
         Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64 numbers 0 .. G - 1 in no particular order, and (G,)
-            int64, the position in `scores` of one row of each group.
+            `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64, positions in `scores`, and (N,) int64, the numbers
+            0 .. G - 1 of their groups, in no particular order of the groups.
         """
-        keys = self.keys.pop(column)
-        order = np.argsort(keys)
-        ordered = keys[order]
-        new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-        del ordered, keys
-        numbers = np.cumsum(new, dtype=np.int64)
-        numbers -= 1
-        groups = np.empty_like(numbers)
-        groups[order] = numbers
-        del numbers
-        return groups, order[new]
+        return side_by_side(self.keys.pop(column))
 
     def kept(self, mask: np.ndarray) -> ScoredRows:
         """
@@ -413,6 +403,42 @@ def _blank(column: pa.ChunkedArray) -> np.ndarray:
     column = column.cast(pa.large_string())
     blank = pc.or_(pc.equal(pc.binary_length(column), 0), pc.utf8_is_space(column))
     return pc.fill_null(blank, True).to_numpy()
+
+
+def side_by_side(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Order keys so that equal ones are neighbours, in less than half the time of an `argsort`.
+
+    The leading bits of a key with the row's number behind them are sorted as they are. Rows whose keys differ behind
+    equal leading bits (some fifty pairs of ten million) are sorted again.
+
+    Args:
+        keys (`numpy.ndarray`):
+            (N,) uint64, evenly spread; N >= 1.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64, positions, and (N,) int64, the numbers 0 .. G - 1 of the
+        different keys there.
+    """
+    bits = np.uint64(max(1, (keys.size - 1).bit_length()))
+    row = (np.uint64(1) << bits) - np.uint64(1)
+    packed = keys & ~row
+    packed |= np.arange(keys.size, dtype=np.uint64)
+    packed.sort()
+    new, mixed = np.zeros(keys.size, dtype=bool), set()
+    for start in range(0, keys.size - 1, _BATCH):
+        part = packed[start : start + _BATCH + 1]
+        ordered, heads = keys[part & row], part & ~row
+        new[start + 1 : start + part.size] = differs = ordered[1:] != ordered[:-1]
+        mixed.update(heads[1:][differs & (heads[1:] == heads[:-1])].tolist())
+    first = np.array(sorted(mixed), dtype=np.uint64)
+    runs = zip(np.searchsorted(packed, first), np.searchsorted(packed, first | row, side="right"), strict=True)
+    packed &= row
+    order = packed.view(np.int64)
+    for start, stop in runs:
+        order[start:stop] = order[start:stop][np.argsort(keys[order[start:stop]], kind="stable")]
+        new[start + 1 : stop] = np.diff(keys[order[start:stop]]) != 0
+    return order, np.cumsum(new, dtype=np.int64)
 
 
 def text_keys(texts: pa.Array) -> np.ndarray:
