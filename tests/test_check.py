@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -173,6 +174,26 @@ def test_several_columns_are_checked_in_one_pass_as_training_takes_them_together
     alone = {name: diagnose(data, Columns(score=name), progress=False).facts["scores"] for name in "ac"}
     assert alone["a"]["a"]["num_distinct"] == 4 and alone["c"]["c"]["num_distinct"] == 1
     assert check(capsys, tmp_path / "data", "--score_columns", "a", "d")[1].count("no column 'd'") == 1
+
+
+def test_columns_of_a_stream_are_looked_for_before_its_rows_are_read(flawed):
+    stream = load_scored_dataset(str(flawed), streaming=True).map(lambda row: row)
+    assert stream.features is None
+    [finding] = diagnose(stream, Columns(), score_columns=["score", "stars"], progress=False).findings
+    assert finding.check == "columns" and "no column 'stars'" in finding.text
+
+
+def stopped(chunk, num_frames):
+    os._exit(9)
+
+
+def test_a_process_that_was_stopped_ends_the_check_with_what_to_change(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tgol_trainer.data.survey._examine", stopped)
+    rows().save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "data"), "--num_proc", "2"])
+    error = capsys.readouterr().err
+    assert "for want of memory" in error and "--num_proc 1" in error and "Traceback" not in error
 
 
 def test_a_report_that_cannot_be_written_is_printed_all_the_same(tmp_path, capsys):

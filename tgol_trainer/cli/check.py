@@ -215,10 +215,8 @@ def _clip_counter() -> Callable[[Sequence[str]], tuple[int, int]] | None:
 def _report(diagnosis: Diagnosis) -> list[str]:
     from tgol_trainer.data.rows import CAUSES
 
-    lines = [
-        f"{diagnosis.name}: {counted(diagnosis.num_rows, 'row')}, {diagnosis.num_usable} usable",
-        *_facts(diagnosis.facts),
-    ]
+    read = counted(diagnosis.num_rows, "row") if diagnosis.num_rows else "no row read"
+    lines = [f"{diagnosis.name}: {read}, {diagnosis.num_usable} usable", *_facts(diagnosis.facts)]
     said = set()
     for level, title in _TITLES.items():
         findings = diagnosis.of_level(level)

@@ -369,7 +369,7 @@ def check_score_columns(
 
     Args:
         dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            With known features.
+            Of a stream with unknown features, the first row is read and types are not checked.
         columns (`Sequence[str]`):
             Their names.
         name (`str`):
@@ -378,7 +378,7 @@ def check_score_columns(
     Raises:
         DataError: for a missing column, or one that does not hold numbers.
     """
-    present = list(dataset.features)
+    present = _column_names(dataset, name)
     for column in columns:
         if column not in present:
             close = difflib.get_close_matches(column, present, n=1)
@@ -386,7 +386,8 @@ def check_score_columns(
                 f"{name}: no column {column!r} (score_columns); the columns are {present}."
                 + (f" Did you mean {close[0]!r}?" if close else "")
             )
-        check_score_type(dataset, column, name)
+        if dataset.features is not None:  # else the rows are checked as they come
+            check_score_type(dataset, column, name)
 
 
 def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, column: str, name: str) -> None:

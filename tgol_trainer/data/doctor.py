@@ -134,7 +134,7 @@ def diagnose(
     """
     try:
         check_columns(dataset, columns, name, scored=not score_columns)
-        if score_columns and dataset.features is not None:
+        if score_columns:
             check_score_columns(dataset, score_columns, name)
         survey = survey_rows(
             dataset,
@@ -316,15 +316,24 @@ def _modes(survey: Survey) -> list[Finding]:
 
 @dataclasses.dataclass(frozen=True)
 class _Copies:
-    """Groups of rows that count as one picture with one prompt; of each its rows, and what its scores do."""
+    """Groups of rows that count as one picture with one prompt: where the rows of each stand, what its scores do."""
 
-    groups: list[np.ndarray]
-    different: list[np.ndarray]
-    opposite: list[np.ndarray]
+    order: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    different: np.ndarray
+    opposite: np.ndarray
+
+    def first(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Return the rows of the first groups of a choice; one more than is shown, where there are as many."""
+        return [
+            self.order[self.starts[index] : self.starts[index] + self.lengths[index]]
+            for index in np.flatnonzero(chosen)[: _SHOWN + 1]
+        ]
 
     def facts(self) -> dict[str, int]:
-        sizes = {"groups": len(self.groups), "rows": sum(map(len, self.groups))}
-        return {**sizes, "different_scores": len(self.different), "opposite_labels": len(self.opposite)}
+        sizes = {"groups": len(self.starts), "rows": int(self.lengths.sum())}
+        return {**sizes, "different_scores": int(self.different.sum()), "opposite_labels": int(self.opposite.sum())}
 
 
 def _two_labels(scores: np.ndarray, thresholds: list[Threshold | None]) -> list[bool]:
@@ -333,17 +342,23 @@ def _two_labels(scores: np.ndarray, thresholds: list[Threshold | None]) -> list[
     return [bool(t is not None and (column >= t.value).any() and (column < t.value).any()) for column, t in sides]
 
 
-def _copies(pictures: np.ndarray, survey: Survey, thresholds: list[Threshold | None]) -> _Copies:
-    scores, prompts = survey.scores, survey.prompt_ids
+def _copies(
+    pictures: np.ndarray, survey: Survey, thresholds: list[Threshold | None], pixels: np.ndarray | None = None
+) -> _Copies:
+    """Group rows by picture and prompt; with `pixels`, only groups of different pixels count."""
+    prompts = survey.prompt_ids
     order = np.lexsort((prompts, pictures))
     new = (np.diff(pictures[order]) != 0) | (np.diff(prompts[order]) != 0)
     starts = np.concatenate([[0], np.flatnonzero(new) + 1])
     lengths = np.diff(np.append(starts, len(order)))
-    several = lengths > 1
-    groups = [order[start : start + n] for start, n in zip(starts[several], lengths[several], strict=True)]
-    different = [group for group in groups if np.ptp(scores[group], axis=0).any()]
-    opposite = [group for group in different if any(_two_labels(scores[group], thresholds))]
-    return _Copies(groups, different, opposite)
+    counts = lengths > 1
+    if pixels is not None:
+        counts &= np.maximum.reduceat(pixels[order], starts) > np.minimum.reduceat(pixels[order], starts)
+    scores = survey.scores[order]
+    low, high = np.minimum.reduceat(scores, starts), np.maximum.reduceat(scores, starts)
+    values = np.array([np.nan if threshold is None else threshold.value for threshold in thresholds])
+    different, opposite = np.any(high > low, axis=1), np.any((low < values) & (high >= values), axis=1)
+    return _Copies(order, starts[counts], lengths[counts], different[counts], opposite[counts])
 
 
 def _duplicates(
@@ -352,23 +367,26 @@ def _duplicates(
     medium, findings = survey.columns.medium, []
     pixels = np.unique(survey.digests, axis=0, return_inverse=True)[1].reshape(-1)
     exact = _copies(pixels, survey, thresholds)
-    facts: dict[str, Any] = {"exact": exact.facts()}
-    if exact.different:
+    counts: dict[str, int] = exact.facts()
+    facts: dict[str, Any] = {"exact": counts}
+    if counts["different_scores"]:
+        shown = exact.first(exact.opposite if counts["opposite_labels"] else exact.different)
         text = (
-            f"the same {medium} with the same prompt has different scores; in {len(exact.opposite)} of "
-            f"{len(exact.different)} groups they lie on both sides of the threshold: "
-            f"{_with_scores(survey, exact.opposite or exact.different, thresholds)}"
+            f"the same {medium} with the same prompt has different scores; in {counts['opposite_labels']} of "
+            f"{counts['different_scores']} groups they lie on both sides of the threshold: "
+            f"{_with_scores(survey, shown, thresholds)}"
         )
         remedy = "Give each one score; `tgol convert ratings` makes one row an image with the mean."
-        rows = _first_rows(survey, exact.different)
-        findings.append(
-            Finding("duplicates with different scores", "warning", len(exact.different), text, rows, remedy)
-        )
-    same = [group for group in exact.groups if not np.ptp(survey.scores[group], axis=0).any()]
-    if same:
+        rows = _first_rows(survey, exact.first(exact.different))
+        name = "duplicates with different scores"
+        findings.append(Finding(name, "warning", counts["different_scores"], text, rows, remedy))
+    num_same = counts["groups"] - counts["different_scores"]
+    if num_same:
+        same = exact.first(~exact.different)
         text = f"the same {medium} with the same prompt and score, several times; each counts as often: "
-        text += _listed(survey, same)
-        findings.append(Finding("duplicates", "note", len(same), text, _first_rows(survey, same)))
+        findings.append(
+            Finding("duplicates", "note", num_same, text + _listed(survey, same), _first_rows(survey, same))
+        )
     pairs = np.unique(np.stack([pixels, survey.prompt_ids], axis=1), axis=0)
     shared = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
     facts["several_prompts"] = len(shared)
@@ -378,39 +396,35 @@ def _duplicates(
         findings.append(Finding("several prompts", "note", len(shared), text, _first_rows(survey, groups)))
     if survey.marks is None:
         return findings, facts
-    near = _copies(group_marks(survey.marks, max_distance), survey, thresholds)
-    keep = {
-        name: [group for group in getattr(near, name) if np.ptp(pixels[group])] for name in _Copies.__annotations__
-    }
-    near = _Copies(**keep)
-    facts["near"] = {"max_distance": max_distance, **near.facts()}
-    if near.groups:
+    near = _copies(group_marks(survey.marks, max_distance), survey, thresholds, pixels)
+    counts = near.facts()
+    facts["near"] = {"max_distance": max_distance, **counts}
+    if counts["groups"]:
+        shown = near.first(near.opposite if counts["opposite_labels"] else near.lengths)
         text = (
-            f"images that look nearly the same, with the same prompt ({sum(map(len, near.groups))} rows); in "
-            f"{len(near.opposite)} of {len(near.groups)} groups the scores lie on both sides of the threshold: "
-            f"{_with_scores(survey, near.opposite or near.groups, thresholds)}"
+            f"images that look nearly the same, with the same prompt ({counts['rows']} rows); in "
+            f"{counts['opposite_labels']} of {counts['groups']} groups the scores lie on both sides of the threshold: "
+            f"{_with_scores(survey, shown, thresholds)}"
         )
         remedy = "Look at them: one picture saved twice needs one score, different pictures may stay."
-        level: Level = "warning" if near.opposite else "note"
-        rows = _first_rows(survey, near.opposite or near.groups)
-        findings.append(Finding("near duplicates", level, len(near.groups), text, rows, remedy))
+        level: Level = "warning" if counts["opposite_labels"] else "note"
+        rows = _first_rows(survey, shown)
+        findings.append(Finding("near duplicates", level, counts["groups"], text, rows, remedy))
     return findings, facts
 
 
 def _with_scores(survey: Survey, groups: list[np.ndarray], thresholds: list[Threshold | None]) -> str:
     """Name of each group the rows with the lowest and the highest score, in the column that says most against them."""
-    rows, shown = survey.rows, []
+    rows, scores, shown = survey.rows, survey.scores, []
     for group in groups[:_SHOWN]:
-        found = survey.scores[group]
+        found = scores[group]
         strength = np.sign(np.ptp(found, axis=0)) + _two_labels(found, thresholds)
         column = int(np.argmax(strength))
-        scores = dict(zip(group.tolist(), found[:, column].tolist(), strict=True))
-        ends = sorted({min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)})
+        ends = sorted({int(group[np.argmin(found[:, column])]), int(group[np.argmax(found[:, column])])})
         ends = ends if len(ends) > 1 else sorted(group[:2].tolist())
         name = "scores" if len(thresholds) == 1 else survey.score_columns[column]
-        shown.append(
-            f"rows {' and '.join(str(rows[i]) for i in ends)} ({name} {' and '.join(f'{scores[i]:g}' for i in ends)})"
-        )
+        values = " and ".join(f"{scores[i, column]:g}" for i in ends)
+        shown.append(f"rows {' and '.join(str(rows[i]) for i in ends)} ({name} {values})")
     return ", ".join(shown) + (", ..." if len(groups) > _SHOWN else "")
 
 

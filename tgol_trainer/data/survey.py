@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
@@ -204,6 +205,9 @@ def survey_rows(
 
     Returns:
         [`Survey`]
+
+    Raises:
+        ChildProcessError: if one of several processes was stopped from outside.
     """
     survey = Survey(columns, score_columns or [columns.score], name, count_long_prompts)
     total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
@@ -256,6 +260,11 @@ def _examined(
             while waiting:
                 prompts, future = waiting.popleft()
                 yield prompts, future.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"One of {num_proc} processes that decode ended without an error, as one does that the system stops "
+                "for want of memory. Start again with fewer: `num_proc=1` (`--num_proc 1`)."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
