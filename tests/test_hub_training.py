@@ -202,6 +202,9 @@ def test_a_hub_dataset_is_scored_as_a_stream_into_another_row_for_row(made, hub)
     ]
     assert pa.concat_tables(tables[0]).equals(pa.concat_tables(tables[1]))
     assert len(tables[0]) == sum(name.endswith(".parquet") for name in source)
+    card = streamed["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["source_datasets"] == ["tester/pictures"]
+    assert "* Source: `tester/pictures`" in card
 
 
 def test_what_a_score_of_a_hub_dataset_is_goes_along_into_the_folder_of_the_next_one(made, folder):

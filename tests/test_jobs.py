@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -389,6 +390,25 @@ def test_an_image_that_cannot_be_decoded_is_none_and_counted(pictures, tmp_path,
         assert score(dataset, tmp_path / "out") == {"jpeg": 2}
     assert [index for index, value in enumerate(rows(tmp_path / "out")["jpeg"]) if value is None] == [4, 5]
     assert "2 of 7 rows have no score" in caplog.text
+
+
+def test_pictures_behind_addresses_become_part_of_the_scored_files(pictures, tmp_path):
+    """As a streamed archive names its members; of what is not there, or is no picture, the row stays."""
+    archive = tmp_path / "all.zip"
+    with zipfile.ZipFile(archive, "w") as files:
+        pictures["image"][0].save(file := io.BytesIO(), "PNG")
+        files.writestr("inside/a.png", file.getvalue())
+        files.writestr("b.png", b"no picture")
+    absent = tmp_path / "absent.zip"
+    places = [f"zip://inside/a.png::{archive}", f"zip://b.png::{archive}", f"zip://c.png::{archive}"]
+    places += [f"zip://a.png::{absent}", f"file://{tmp_path / 'absent.png'}"]
+    columns = {"prompt": list("abcde"), "image": [{"path": place, "bytes": None} for place in places]}
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    assert score(datasets.Dataset.from_dict(columns, features=features), tmp_path / "out") == {"jpeg": 4}
+    archive.unlink()
+    found = rows(tmp_path / "out")
+    assert found["jpeg"] == [-kilobytes(pictures["image"][0]), None, None, None, None]
+    assert found["image"][0] == {"bytes": file.getvalue(), "path": "a.png"}
 
 
 def test_another_dataset_in_the_same_folder_is_refused(pictures, tmp_path):

@@ -388,7 +388,7 @@ def _with_bytes(value: Any) -> Any:
 
         try:
             with xopen(value["path"], "rb") as file:  # reads hf://, https:// and zip://a.png::hf://...
-                return {"bytes": file.read(), "path": value["path"].rpartition("/")[2]}
+                return {"bytes": file.read(), "path": Path(value["path"].partition("::")[0]).name}
         except OSError:
             return None
     path = Path(value.get("path") or "")
