@@ -263,6 +263,11 @@ def test_a_class_with_from_pretrained_gets_device_and_dtype(tmp_path, monkeypatc
     assert load_reward("my_own_model:Model").given == ("x", "cpu", None)
     made = load_reward("my_own_model:Model", device="meta", dtype=torch.float16, source="y")
     assert made.given == ("y", "meta", torch.float16)
+    assert load_reward("my_own_model:Model", dtype="bfloat16").given == ("x", "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="'bf16', which is no torch dtype"):
+        load_reward("my_own_model:Model", dtype="bf16")
+    with pytest.raises(TypeError, match=r"'my_own_model:Model': .*'sauce'\. It takes source, device, dtype"):
+        load_reward("my_own_model:Model", sauce="y")
     with pytest.raises(TypeError, match="cannot be called with images and prompts"):
         load_reward("my_own_model:Mute")
 

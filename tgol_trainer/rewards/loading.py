@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ REWARDS: dict[str, str] = {
 
 
 def load_reward(
-    spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **options: Any
+    spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, **options: Any
 ) -> RewardFunction:
     """
     Find a reward by name, and load its model where it has one.
@@ -40,8 +41,9 @@ def load_reward(
             object with such a `__call__`, or a class of such objects. Modules are found in the current directory too.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where a model computes.
-        dtype (`torch.dtype`, *optional*):
-            Of a model; its class's default otherwise, which is `torch.float32` for those of this library.
+        dtype (`torch.dtype` or `str`, *optional*):
+            Of a model, `"bfloat16"` for instance; its class's default otherwise, which is `torch.float32` for those of
+            this library.
         options:
             Passed to `from_pretrained` of a class that has it, together with `device` and `dtype`, or else to the
             class itself.
@@ -50,8 +52,8 @@ def load_reward(
         [`RewardFunction`]
 
     Raises:
-        ValueError: if the name is unknown, or the module or the attribute cannot be found.
-        TypeError: if what is found cannot be called, or options are given for a function.
+        ValueError: if the name is unknown, if the module or the attribute cannot be found, or for an unknown dtype.
+        TypeError: if what is found cannot be called, or does not take the options given.
     """
     found = find_reward(spec)
     if not callable(found):
@@ -61,10 +63,31 @@ def load_reward(
             raise TypeError(f"`rewards`: {spec!r} is no class, so it takes no options ({', '.join(options)}).")
         return found
     make: Any = getattr(found, "from_pretrained", None)
-    made = found(**options) if make is None else make(device=device, dtype=dtype, **options)
+    if make is None:
+        make = found
+    else:
+        options = {"device": device, "dtype": _as_dtype(dtype), **options}
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise TypeError(
+            f"`rewards`: {spec!r}: {error}. It takes {', '.join(inspect.signature(make).parameters)}."
+        ) from error
+    made = make(**options)
     if not callable(made):
         raise TypeError(f"`rewards`: objects of {spec!r} cannot be called with images and prompts.")
     return made
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    import torch
+
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"`dtype` is {dtype!r}, which is no torch dtype, such as bfloat16.")
+    return found
 
 
 def find_reward(spec: str) -> Any:
