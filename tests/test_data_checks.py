@@ -189,6 +189,15 @@ def test_decimal_commas_between_words_are_kept_by_the_remedy():
     assert prepare_dataset(mended, Columns(), SIZE)[0].scores.tolist() == [1.5, 2, 3.25]
 
 
+def test_commas_between_thousands_are_not_taken_for_decimal_ones_without_a_word():
+    dataset = with_scores(["1,500", "900", "2,250"])
+    message = refusal(dataset)
+    assert 'If the commas part thousands, put "" for "."' in message
+    mended = run_remedy(message.replace('replace(",", ".")', 'replace(",", "")'), dataset)
+    assert prepare_dataset(mended, Columns(), SIZE)[0].scores.tolist() == [1500, 900, 2250]
+    assert "thousands" not in refusal(with_scores(["0,125", "1,500"]))
+
+
 @pytest.mark.parametrize(("column", "written"), [("image", "filename"), ("image", "File_Name"), ("prompt", "Prompt")])
 def test_a_usual_name_in_other_letters_is_proposed(column, written):
     message = refusal(good().rename_column(column, written))

@@ -104,8 +104,25 @@ def test_a_comma_in_a_prompt_without_quotes_is_refused_with_its_line(folder, fir
     lines = ["pics/0.png,a dog, running,4", "pics/1.png,a cat,2"]
     text = "\n".join(["image,prompt,score", *(lines if first else reversed(lines))])
     (folder / "a.csv").write_text(text)
-    with pytest.raises(DataError, match=rf"line {2 if first else 3} of .*a\.csv' has 4 values.*3 columns.*quotation"):
+    with pytest.raises(
+        DataError, match=rf"line {2 if first else 3} of .*a\.csv' has 4 values.*header names 3: .*quotation"
+    ):
         load_scored_dataset(str(folder / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\nimage,prompt,score\n\npics/0.png,a dog,4\n\npics/1.png,a cat,2\n",
+        " image , prompt , score \npics/0.png,a dog,4\npics/1.png,a cat,2\n",
+        "image,prompt,score\npics\\0.png,a dog,4\n.\\pics\\1.png,a cat,2\n",
+    ],
+    ids=["blank lines", "blanks in the header", "paths of Windows"],
+)
+def test_what_an_export_puts_around_the_rows_does_not_change_them(folder, text):
+    (folder / "a.csv").write_text(text)
+    dataset, _ = prepare_dataset(load_scored_dataset(str(folder / "a.csv")), Columns(), SIZE)
+    assert dataset.prompts == ["a dog", "a cat"] and levels(dataset) == [0, 10]
 
 
 def test_a_comma_at_the_end_of_every_row_moves_no_column(folder):

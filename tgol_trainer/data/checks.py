@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ _SYNONYMS = {
     ),
     "score": ("score", "rating", "reward", "stars", "aesthetic_score", "scores", "preference", "label"),
 }
+_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
 _PAIRS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
 
 _PAIR_HEAD = """import collections
@@ -445,6 +447,8 @@ def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, colum
             else f" and other text that reads as no number, {commas.count(False)} of {len(texts)} rows"
         )
         remedy = "To mend it" + (", leaving those rows out" if others else "")
+        if all(_THOUSANDS.fullmatch(text.strip()) for _, text in bad if text and "," in text):
+            remedy = f'If the commas part thousands, put "" for "." in what follows. {remedy}'
         raise DataError(
             f"{head} with decimal commas{others} ({shown}; rows are counted from 0). {remedy}:\n"
             + CAST_SCORE_WITH_BLANKS.replace("float(score)", 'float(str(score).replace(",", "."))').format(

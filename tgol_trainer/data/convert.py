@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tgol_trainer.data.checks import check_class
 from tgol_trainer.data.images import DataError, describe
+from tgol_trainer.data.loading import absolute_path
 from tgol_trainer.data.rows import prompt_problem
 
 logger = logging.getLogger(__name__)
@@ -253,14 +254,10 @@ def as_files(
                 f'it first: dataset = dataset.cast_column("{column}", datasets.Image())'
             )
         if dtype in _FILE_TYPES[:2] and root is not None:
-            paths = [path and _below(path, root) for path in dataset[column]]
+            paths = [absolute_path(path, root) for path in dataset[column]]
             dataset = dataset.remove_columns(column).add_column(column, paths, feature=datasets.Value("string"))
         dataset = dataset.cast_column(column, datasets.Image())
     return dataset
-
-
-def _below(path: str, root: str | Path) -> str:
-    return path if "://" in path else os.path.join(os.path.abspath(root), path)
 
 
 def batches(dataset: datasets.Dataset) -> Iterator[tuple[int, pa.Table]]:

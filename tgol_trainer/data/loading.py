@@ -203,6 +203,7 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: 
         only=only,
         **(_csv_options([path]) if builder == "csv" else {}),
     )
+    dataset = _without_blanks(dataset) if builder == "csv" else dataset
     return dataset if only is not None else _resolve_files(dataset, path.parent, columns)
 
 
@@ -228,20 +229,22 @@ def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
 def _read_sample(path: Path) -> tuple[str, list[str]]:
     """Return the separator of a CSV file and the cells of its beginning."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = file.readline()
-        beginning = header + file.read(_SAMPLE)
+        beginning = file.read(_SAMPLE)
+    header = next((line for line in io.StringIO(beginning, newline="") if line.strip()), "")
     # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
     separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
     rows = csv.reader(io.StringIO(beginning, newline=""), delimiter=separator, skipinitialspace=True)
-    columns, cells = next(rows, []), []
+    columns: list[str] = next(filter(None, rows), [])  # the reader of `datasets` passes over blank lines too
+    cells: list[str] = []
     for row in rows:
         cells += row
         if any(cell.strip() for cell in row[len(columns) :]):
             sign = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
             raise DataError(
                 f"`source`: line {rows.line_num} of {str(path)!r} has {len(row)} values, and the header names "
-                f"{len(columns)} columns: {columns}. A text that holds a {sign} must stand in double quotation marks: "
-                f'"one{separator} two". The line: {describe(separator.join(row), 100)}'
+                f"{len(columns)}: {columns}. The first line must name every column, and a text that holds a {sign} "
+                f'must stand in double quotation marks: "one{separator} two". The line: '
+                + describe(separator.join(row), 100)
             )
     return separator, cells
 
@@ -279,7 +282,15 @@ def _load_folder(
     elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
         options |= _csv_options(tables)
     dataset = _attempt(path, hint, _load, builder, split=split, streaming=streaming, only=only, **options)
+    dataset = _without_blanks(dataset) if "sep" in options else dataset
     return dataset if only is not None else _resolve_files(dataset, path, columns)
+
+
+def _without_blanks(dataset: AnyDataset) -> AnyDataset:
+    """Take the blanks around the names of columns away, as in `prompt , score`."""
+    known = dataset.column_names or []
+    names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
+    return dataset.rename_columns(names) if names and len(set(names.values())) == len(names) else dataset
 
 
 def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
@@ -354,7 +365,7 @@ def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) 
         features = dataset.features.copy()
         features[column] = datasets.Value("string")
         dataset = dataset.map(
-            _absolute_paths,
+            _resolve_paths,
             batched=True,
             fn_kwargs={"folder": folder, "column": column},
             features=features,
@@ -371,19 +382,30 @@ def _is_video(path: Any) -> bool:
     return isinstance(path, str) and path.lower().endswith(_VIDEOS)
 
 
-def _absolute(path: Any, folder: str) -> Any:
+def absolute_path(path: Any, folder: str | Path) -> Any:
+    """
+    Return a path of a table as an absolute one.
+
+    Args:
+        path (`Any`):
+            A path, absolute or relative to `folder`, written on Windows or not; URLs and what is no text stay.
+        folder (`str` or `Path`):
+            Of the table.
+    """
     if not isinstance(path, str) or not path.strip() or "://" in path:
         return path
-    return os.path.join(folder, path.strip())  # an absolute path stays what it is
+    # What is there is not looked at: `datasets` keeps the result, and the files may be put there later.
+    path = path.strip().replace("\\", os.sep)
+    return os.path.join(os.path.abspath(folder), path)  # an absolute path stays what it is
 
 
-def _absolute_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
-    return {column: [_absolute(path, folder) for path in batch[column]]}
+def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
+    return {column: [absolute_path(path, folder) for path in batch[column]]}
 
 
 def _absolute_row(row: dict[str, Any], folder: str, image: str, video: str) -> dict[str, Any]:
-    found = {name: _absolute(row[name], folder) for name in (image, video) if name in row}
+    found = {name: absolute_path(row[name], folder) for name in (image, video) if name in row}
     if found or "file_name" not in row:
         return found or {image: None}
     name = video if _is_video(row["file_name"]) else image
-    return {name: _absolute(row["file_name"], folder)}
+    return {name: absolute_path(row["file_name"], folder)}
