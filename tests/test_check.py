@@ -331,6 +331,23 @@ def test_a_skeleton_knows_the_limits_of_a_model_whose_weights_are_not_there(make
     assert skeleton.num_frames == loaded.num_frames
 
 
+def test_without_a_model_prompts_are_held_against_the_clip_tokenizer_of_the_hubs_cache(tmp_path, capsys, monkeypatch):
+    """Here a token is a byte: 75 letters with start and end are 77 tokens, 76 letters are one too many."""
+    repository = tmp_path / "cache" / "models--openai--clip-vit-large-patch14"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "vocab.json").write_text(json.dumps(tiny.clip_tokenizer().get_vocab()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    rows(prompt=["a" * 75, "b" * 76, "c", "c"]).save_to_disk(tmp_path / "data")
+    assert "not checked against the limit" in check(capsys, tmp_path / "data")[1]  # half a tokenizer is none
+    (snapshot / "merges.txt").write_text("#version: 0.2\n")
+    report = json.loads(check(capsys, tmp_path / "data", "--json", "-")[1])
+    [found] = [item for item in report["findings"] if item["check"] == "prompt length"]
+    assert (found["count"], found["rows"], report["facts"]["prompts"]["token_limit"]) == (1, [1], 77)
+
+
 # ---- Spreadsheets ----
 
 
