@@ -360,6 +360,10 @@ def test_a_missing_an_extra_and_a_misshapen_weight_are_refused(tmp_path):
 def test_another_way_of_scoring_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"data_config\.sample_type is 'multi_pts'; only 'uniform'"):
         load(write(tmp_path, data_config={"sample_type": "multi_pts"}))
+    for content, message in (("[1]", "holds list, not the settings"), ("{", "is no JSON")):
+        (tmp_path / "model_config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"model_config\.json {message}"):
+            load(tmp_path)
     with pytest.raises(ValueError, match=r"is a file; give the folder with model_config\.json"):
         load(tmp_path / "model_config.json")
 

@@ -423,6 +423,8 @@ def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}. Download it again.") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} holds {type(read).__name__}, not the settings of VideoReward. Download it again.")
     names = ("data_config", "model_config", "peft_lora_config", "inference_config")
     settings = {name: dict(read.get(name) or {}) for name in names}
     known: dict[str, dict[str, Any]] = {
