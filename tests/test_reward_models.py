@@ -1,6 +1,7 @@
 """Reward models at tiny sizes: weights under their published names against forward passes written out here."""
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -604,16 +605,25 @@ def test_a_folder_of_transformers_that_holds_other_weights_is_refused(vision_fol
 def test_a_folder_of_transformers_as_it_was_saved_years_ago_is_read(vision_folder, tmp_path, kind):
     shutil.copytree(vision_folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    # Transformers up to 4.30 kept these in the file, as those of the published repositories do.
+    # Transformers up to 4.30 kept these in the files, as those of the published repositories do: position numbers, an
+    # end token of 2 whatever the vocabulary, and sizes that are numbers.
     positions = {"text": torch.arange(CONTEXT)[None], "vision": torch.arange((SIDE // PATCH) ** 2 + 1)[None]}
     old = {f"{tower}_model.embeddings.position_ids": ids for tower, ids in positions.items()}
     save_file({**load_file(file), **old}, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"] |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    processor = {"size": SIDE, "crop_size": SIDE, "do_resize": True, "do_center_crop": True, "do_normalize": True}
+    processor |= {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}
+    processor |= {"image_mean": MEAN.flatten().tolist(), "image_std": STD.flatten().tolist()}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
     save_file(head_weights(EMBED), tmp_path / "head.safetensors")
     load = {
         "clip": ClipScore.from_pretrained,
         "aesthetic": lambda folder: AestheticScore.from_pretrained(tmp_path / "head.safetensors", backbone=folder),
     }[kind]
-    assert load(tmp_path / "model")(pictures(), PROMPTS) == load(vision_folder)(pictures(), PROMPTS)
+    images = [*pictures(2), noise(60, 40, seed=8)]
+    assert load(tmp_path / "model")(images, PROMPTS) == load(vision_folder)(images, PROMPTS)
 
 
 def test_weights_of_transformers_that_cannot_be_read_are_refused_in_words(folder, tmp_path):

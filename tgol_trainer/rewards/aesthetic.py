@@ -11,7 +11,7 @@ from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, from_pretrained, linear_head, load_strictly, read_weights
-from .clip import clip_image_processor, rgb, same_number
+from .clip import rgb, same_number
 
 
 def without_prefix(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ class AestheticScore:
             ValueError: if a file does not hold exactly the weights of the head, or of the tower.
             OSError: if a file cannot be had.
         """
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
         source, backbone = str(source or cls.default_source), str(backbone)
         path, commit = find_file(source, filename, revision=revision)
@@ -113,7 +113,7 @@ class AestheticScore:
             dtype=dtype or torch.float32,
         )
         head = build(lambda: linear_head(vision.config.projection_dim), weights, path).to(device, torch.float32)
-        processor = from_pretrained(clip_image_processor(), backbone, argument="backbone", revision=backbone_revision)
+        processor = from_pretrained(CLIPImageProcessorPil, backbone, argument="backbone", revision=backbone_revision)
         facts = RewardFacts(
             cls.name,
             f"{source} on {backbone}",

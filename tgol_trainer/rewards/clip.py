@@ -19,17 +19,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHED_PROMPTS = 1024
 
 
-def clip_image_processor() -> Any:
-    """Return the class of CLIP's image processor that works on PIL, whose pixels are those of the reference code."""
-    try:
-        from transformers import CLIPImageProcessorPil
-    except ImportError:  # named otherwise in older versions, where it is the only one without torchvision
-        from transformers import CLIPImageProcessor
-
-        return CLIPImageProcessor
-    return CLIPImageProcessorPil
-
-
 def rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
     """Return the pictures in RGB; transparency is dropped."""
     return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
@@ -115,7 +104,7 @@ class ClipReward:
             ValueError: if the file does not hold exactly the weights of a CLIP, or the tokenizer does not fit them.
             OSError: if a file cannot be had.
         """
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         source = str(source or cls.default_source)
         _, commit = find_file(source, "config.json", revision=revision)
@@ -123,7 +112,8 @@ class ClipReward:
         model = load_strictly(CLIPModel, source, revision=revision, dtype=torch.float32)
         words = [model.config.text_config.vocab_size]
         tokenizer = load_tokenizer(CLIPTokenizer, source, words, argument="source", revision=revision)
-        processor = from_pretrained(clip_image_processor(), source, revision=revision)
+        # The one on PIL: its pixels are those of the reference code.
+        processor = from_pretrained(CLIPImageProcessorPil, source, revision=revision)
         facts = RewardFacts(cls.name, source, commit, cls.scale)
         reward = cls(model, tokenizer, processor, facts=facts)
         reward.model.to(device, dtype or torch.float32)  # after the factor was read
