@@ -138,6 +138,21 @@ def test_the_default_adapter_reaches_every_kind_of_module_it_names(name):
 
 
 @every_family
+def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
+    """Transformers makes an empty one of them, with which every prompt would be the same."""
+    pipeline = FAMILIES[name].build()
+    tokenizers = [part for part in pipeline.components if part.startswith("tokenizer")]
+    assert tokenizers
+    for part in tokenizers:
+        whole = getattr(pipeline, part)
+        pipeline.register_modules(**{part: type(whole).from_pretrained(tmp_path)})
+        with pytest.raises(ValueError, match=f"`{part}` of the pipeline knows no words"):
+            load_backbone(pipeline)
+        pipeline.register_modules(**{part: whole})
+    load_backbone(pipeline)
+
+
+@every_family
 def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
     pipe = FAMILIES[name].build()
     for component in set(load_backbone(pipe).required_components) - {"scheduler"}:

@@ -78,10 +78,11 @@ def wrap_pipeline(
         [`Backbone`]
 
     Raises:
-        ValueError: for a pipeline class without a backbone.
+        ValueError: for a pipeline class without a backbone, or a tokenizer whose files were not there.
     """
     name = type(pipeline).__name__
     _check_supported(name)
+    _check_tokenizers(pipeline)
     backbone = BACKBONES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if backbone.num_frames is None and backbone.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
@@ -93,6 +94,18 @@ def wrap_pipeline(
     for reason in unused:
         logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return backbone
+
+
+def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
+    """Refuse what transformers makes, instead of an error, of a folder without the files of a tokenizer."""
+    from transformers import PreTrainedTokenizerBase
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase) and part("cat").input_ids == part("dog").input_ids:
+            raise ValueError(
+                f"`{name}` of the pipeline knows no words: its files were not there when it was loaded, so every "
+                "prompt would be the same to the model. Download the model again, or mend its folder."
+            )
 
 
 def _check_supported(name: str) -> None:
