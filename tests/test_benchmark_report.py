@@ -17,25 +17,29 @@ def report():
     return module
 
 
-def line(drift, gain, method="tgo", seed=0, regime="dense"):
-    scores = {
-        name: {"gain": gain, "win_rate": 0.5} for name in ("dark", "colour_faithfulness", "jpeg_compressibility")
-    }
+def run(points, method="tgo", seed=0, regime="dense"):
+    """A line of a results file with (drift, gain) points; colour gains a tenth less than the trained score."""
     return {
         "method": method,
+        "temperature": 0.001,
+        "learning_rate": 2e-4,
         "score": "dark",
         "seed": seed,
         "regime": regime,
-        "learning_rate": drift,
-        "drift": drift,
-    } | scores
+        "points": [
+            {"step": 4 * number + 4, "drift": drift}
+            | {"dark": {"gain": gain}, "colour_faithfulness": {"gain": gain - 0.1}}
+            | {"jpeg_compressibility": {"gain": 0.0}}
+            for number, (drift, gain) in enumerate(points)
+        ],
+    }
 
 
 def test_gain_at_a_drift_is_interpolated_in_its_logarithm_and_not_extrapolated(report):
     """Gains 1 at drift 1 and 3 at 100: at 10, halfway in the logarithm, 2."""
-    lines = [line(100, 3), line(1, 1)]
-    assert report.at_drift(lines, "dark", 10) == pytest.approx(2)
-    assert math.isnan(report.at_drift(lines, "dark", 0.5)) and math.isnan(report.at_drift(lines, "dark", 101))
+    line = run([(100, 3), (1, 1)])
+    assert report.at_drift(line, "dark", 10) == pytest.approx(2)
+    assert math.isnan(report.at_drift(line, "dark", 0.5)) and math.isnan(report.at_drift(line, "dark", 101))
 
 
 def test_the_pareto_front_keeps_what_nothing_beats_and_its_area_is_that_of_its_steps(report):
@@ -43,20 +47,36 @@ def test_the_pareto_front_keeps_what_nothing_beats_and_its_area_is_that_of_its_s
     points = [(8, 3), (4, 0.5), (2, 1)]
     assert report.pareto(points) == [(2, 1), (8, 3)]
     assert report.hypervolume(points, 16) == pytest.approx(math.log(4) + 3 * math.log(2))
+    assert report.hypervolume([(2, -1)], 16) == 0
 
 
-def test_the_report_has_a_row_a_method_and_an_interval_over_seeds(report, tmp_path):
-    lines = [line(d, g + seed, m, seed) for m, g in (("tgo", 0), ("dpo", 5)) for seed in (0, 1) for d in (1, 20)]
-    text = report.write_report([*lines, line(3, 1, regime="stars")], tmp_path)
-    rows = [row for row in text.splitlines() if row.startswith("| dpo | 2 | 5.50 [5.00, 6.00]")]
-    assert len(rows) == 1
-    # Drifts 1 and 20 of each seed, gains 5 and 6: the mean of 5·ln 20 and 6·ln 20, each less its last step of 0.
-    assert rows[0].endswith(f"| {5.5 * math.log(20):.2f} |")
-    assert "| stars | tgo | 1 | 1.00 | 3.00 |" in text
+def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
+    """Student's t with one degree of freedom is Cauchy's: its 97.5 % point is tan(0.475·π); half the range is s/√2."""
+    low, high = report.interval([1.0, 3.0])
+    half = math.tan(0.475 * math.pi)
+    assert (low, high) == pytest.approx((2 - half, 2 + half))
+
+
+def test_the_report_has_a_row_a_setting_and_differences_seed_by_seed(report, tmp_path):
+    """Seeds differ by 10 in both methods alike, which a paired interval must not see."""
+    lines = [
+        run([(1, gain + 10 * seed), (20, gain + 10 * seed)], method, seed)
+        for method, gain in (("centred", 5), ("dpo", 3))
+        for seed in (0, 1, 2)
+    ]
+    text = report.write_report([*lines, run([(1, 1), (20, 1)], regime="stars")], tmp_path)
+    row = next(row for row in text.splitlines() if row.startswith("| dpo (T 0.001) | "))
+    assert (
+        row == "| dpo (T 0.001) | " + "2.00 [2.00, 2.00] | " * 6 + "0.00 [0.00, 0.00] | " * 2 + "0.00 [0.00, 0.00] |"
+    )
+    # Both points have the same gain: the mean over seeds, 15, over all of ln(15 / 1), the second point being outside.
+    row = next(row for row in text.splitlines() if row.startswith("| centred | 0.001 | 0.0002 | 3 | 15.00 ["))
+    assert row.endswith(f"| 8, 8 | {15 * math.log(15):.2f} |")
+    assert "## Labels: stars, trained on dark" in text
     assert (tmp_path / "benchmarks_alignment.png").stat().st_size > 10_000
 
 
-def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(report, tmp_path):
+def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(report):
     """One of two seeds stays below drift 5: a mean over the other one alone must not pass for both."""
-    text = report.write_report([line(1, 1), line(20, 1), line(1, 3, seed=1), line(4, 3, seed=1)], tmp_path)
-    assert "| 2.00 [1.00, 3.00] | 1.00 (1 of 2 seeds) |" in text
+    text = report.table([run([(1, 1), (20, 1)]), run([(1, 3), (4, 3)], seed=1)], "dark")
+    assert "| 1.00 (1 of 2 seeds) |" in text and "| 8, – |" in text

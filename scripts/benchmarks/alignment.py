@@ -1,21 +1,26 @@
 """
 How far do different losses and thresholds align the shapes model, and at what price?
 
-All runs train on the same 1,920 scored pictures of the embedded model, and are compared on the same prompts and seeds.
-A run is one line of JSON: gain of each score in standard deviations of the base's, win rate, and drift, the mean
-squared change of the network's output on fixed noised latents. Runs that a file already holds are passed over, so the
-program resumes, and a file kept in git grows.
+All runs train on the same 1,920 scored pictures of the embedded model. What a run is asked is the gain of each score,
+in standard deviations of the base's, *at a drift*: the mean squared change of the network's output on fixed noised
+latents. A run therefore measures its drift as it trains, samples and scores when it has passed 1.3, 4 and 10 (×0.001),
+and stops. Gains at 2, 5 and 10 are interpolated between those points. Methods of one seed are compared on the same
+prompts and seeds, other seeds have other ones.
 
-    python scripts/benchmarks/alignment.py --stage 1            # every method, three strengths, one seed, one score
+A run is one line of JSON. Runs that a file already holds are passed over, so the program resumes, and a file kept in
+git grows.
+
+    python scripts/benchmarks/alignment.py --stage 1            # every method, one seed, one score
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
-    python scripts/benchmarks/alignment.py --quick              # six methods, two strengths, 60 updates
-    python scripts/benchmarks/alignment.py --report docs        # a table and a plot from the lines there are
+    python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
+    python scripts/benchmarks/alignment.py --report docs        # tables and a plot from the lines there are
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -29,60 +34,70 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-NUM_IMAGES, NUM_EVALUATED, NUM_LATENTS = 1920, 192, 384
-NUM_STEPS, BATCH = 150, 64
+NUM_IMAGES, NUM_EVALUATED, NUM_LATENTS = 1920, 96, 384
+NUM_SEEDS = 5
+MAX_STEPS, BATCH = 80, 64
+SAMPLED_AT, CHECKED_EVERY, CHECKED_LATENTS = (1.3, 4.0, 10.0), 4, 128
 SAMPLING = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 96}
 EVALUATION_SEED = 1_000_000
 
 GROUPS = {"group_size": 8, "share_group_noise": True}
 PER_PROMPT = {"threshold_strategy": "group", "score_normalization": "zscore"}
+MEAN = {**PER_PROMPT, "group_statistic": "mean"}
+DISTANCE = {**MEAN, "weight_form": "abs"}
+CENTRED = {**DISTANCE, **GROUPS, "log_ratio_centering": "group"}
+ORACLE = {"threshold_strategy": "oracle", "reference_samples": True, "score_normalization": "zscore"}
 METHODS: dict[str, dict[str, Any]] = {
     "tgo": {},
     "tgo, z-scores": {"score_normalization": "zscore"},
     "tgo, prompts": PER_PROMPT,
-    "tgo, prompts, w=d": {**PER_PROMPT, "group_statistic": "mean", "weight_form": "abs"},
-    "tgo, prompts, w=d, shared noise": {**PER_PROMPT, "group_statistic": "mean", "weight_form": "abs", **GROUPS},
-    "tgo, oracle, w=d": {
-        "threshold_strategy": "oracle",
-        "reference_samples": True,
-        "score_normalization": "zscore",
-        "weight_form": "abs",
-    },
+    "tgo, prompts, w=d": DISTANCE,
+    "tgo, prompts, w=d, shared noise": {**DISTANCE, **GROUPS},
+    "tgo, oracle, w=d": {**ORACLE, "weight_form": "abs"},
     "ordinal": {"loss_type": "ordinal", "score_normalization": "zscore"},
-    "centred": {**PER_PROMPT, "weight_form": "abs", "log_ratio_centering": "group", **GROUPS},
-    "centred, half": {
-        **PER_PROMPT,
-        "weight_form": "abs",
-        "log_ratio_centering": "group",
-        "centering_strength": 0.5,
-        **GROUPS,
-    },
+    "centred": CENTRED,
+    "centred, half": {**CENTRED, "centering_strength": 0.5},
     "dpo": {"loss_type": "dpo", **GROUPS},
     "kto": {"loss_type": "kto"},
     "kto, prompts": {"loss_type": "kto", **PER_PROMPT},
-    "nft, prompts": {"loss_type": "nft", **PER_PROMPT, "group_statistic": "mean"},
-    "dro, prompts": {"loss_type": "dro", **PER_PROMPT, "group_statistic": "mean"},
+    "nft": {"loss_type": "nft", **MEAN},
+    "dro, prompts": {"loss_type": "dro", **MEAN},
     "qrpo": {"loss_type": "qrpo"},
     "sft": {"loss_type": "sft"},
     "csft": {"loss_type": "csft"},
 }
-"""Name to fields of `TGOLConfig`."""
-QUICK = ("tgo", "tgo, prompts, w=d", "centred, half", "dpo", "kto", "sft")
-FINALISTS = ("tgo", "tgo, prompts, w=d", "centred, half", "dpo", "kto", "nft, prompts", "sft", "csft")
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+"""Name to fields of `TGOLConfig`, but for these two."""
+STRENGTHS: list[tuple[str, float, float]] = [
+    ("tgo", 0.001, 1e-3),
+    *((method, 0.004, 2e-4) for method in METHODS if method not in ("nft", "sft", "csft")),
+    *((method, 0.001, 2e-4) for method in ("sft", "csft", "nft", "centred", "centred, half", "dpo")),
+    ("centred", 0.0005, 2e-4),
+    ("centred", 0.001, 1e-4),
+    ("kto", 0.001, 2e-4),
+    ("nft", 0.001, 5e-4),
+    ("sft", 0.001, 1e-4),
+    ("centred", 0.016, 2e-4),
+    ("dpo", 0.0005, 2e-4),
+]
+"""Of stage 1: method, T and learning rate. SFT, CSFT and NFT have no T."""
+FINALISTS: list[tuple[str, float, float]] = []
+"""Of stage 2."""
 REGIMES = ("dense", "stars", "single")
+REGIME_FINALISTS: list[tuple[str, float, float]] = []
+QUICK = ("tgo", "tgo, prompts, w=d", "centred", "dpo", "kto", "dro, prompts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One line of results: what was trained, and how hard."""
+    """What was trained, and how."""
 
     method: str
-    score: str
+    temperature: float
     learning_rate: float
+    score: str
     seed: int
     regime: str = "dense"
-    num_steps: int = NUM_STEPS
+    max_steps: int = MAX_STEPS
 
     def key(self) -> str:
         """Return what makes a run the same as one that a file holds."""
@@ -124,12 +139,13 @@ def score_functions() -> dict[str, Callable[[Sequence[Any], Sequence[str]], Sequ
 TRAINED = ("background_darkness", "left_darkness", "grey_centre")
 
 
-def evaluation_inputs() -> tuple[list[str], list[int]]:
-    """Prompts and seeds on which base and adapters are compared."""
+def evaluation_inputs(seed: int) -> tuple[list[str], list[int]]:
+    """Prompts and seeds on which base and adapters of one training seed are compared."""
     from tgol_trainer.shapes import PROMPTS
 
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(NUM_EVALUATED)]
-    return prompts, list(range(EVALUATION_SEED, EVALUATION_SEED + NUM_EVALUATED))
+    first = EVALUATION_SEED + seed * NUM_EVALUATED
+    return prompts, list(range(first, first + NUM_EVALUATED))
 
 
 def prepare(folder: Path) -> None:
@@ -147,10 +163,12 @@ def prepare(folder: Path) -> None:
     images = generate_images(pipeline, prompts, range(NUM_IMAGES), description="Training pictures", **SAMPLING)
     scores = {name: list(reward(images, prompts)) for name, reward in rewards.items()}
     Dataset.from_dict({"prompt": prompts, "image": images, **scores}).to_parquet(folder / "train.parquet")
-    prompts, seeds = evaluation_inputs()
-    images = generate_images(pipeline, prompts, seeds, description="The base's pictures", **SAMPLING)
-    base = {name: list(reward(images, prompts)) for name, reward in rewards.items()}
-    (folder / "base.json").write_text(json.dumps(base))
+    bases = []
+    for seed in range(NUM_SEEDS):
+        prompts, seeds = evaluation_inputs(seed)
+        images = generate_images(pipeline, prompts, seeds, description="The base's pictures", **SAMPLING)
+        bases.append({name: list(reward(images, prompts)) for name, reward in rewards.items()})
+    (folder / "base.json").write_text(json.dumps(bases))
 
 
 def training_rows(folder: Path, run: Run) -> Any:
@@ -169,53 +187,103 @@ def training_rows(folder: Path, run: Run) -> Any:
     return rows.add_column("score", scores)
 
 
-def drift(before: Any, after: Any, rows: Any) -> float:
-    """1000 times the mean squared difference of two networks' outputs on noised latents of the first pictures."""
-    import torch
+class DriftMeter:
+    """1000 times the mean squared difference to the base's output, on noised latents of the first pictures."""
 
-    from tgol_trainer.backbones import wrap_pipeline
-    from tgol_trainer.data import to_pixels
-    from tgol_trainer.families import RowGenerators
+    def __init__(self, rows: Any) -> None:
+        import torch
 
-    backbones = [wrap_pipeline(pipeline) for pipeline in (before, after)]
-    pixels = torch.stack([to_pixels(image, (32, 32)) for image in rows["image"][:NUM_LATENTS]])
-    geometry = torch.tensor([[32, 32, 0, 0]]).expand(NUM_LATENTS, 4)
-    generators = RowGenerators(0, 0, range(NUM_LATENTS))
-    with torch.no_grad():
-        latents = backbones[0].encode_images(pixels, generators, sample=False)
-        draw = backbones[0].family.draw(latents, generators)
-        outputs = []
-        for backbone in backbones:
-            conditioning = backbone.condition(rows["prompt"][:NUM_LATENTS], geometry, (32, 32))
-            outputs.append(backbone.predict(backbone.denoiser, draw, conditioning).double())
-    return 1000 * (outputs[0] - outputs[1]).square().mean().item()
+        from tgol_trainer.backbones import wrap_pipeline
+        from tgol_trainer.data import to_pixels
+        from tgol_trainer.families import RowGenerators
+        from tgol_trainer.shapes import load_pipeline
+
+        base = wrap_pipeline(load_pipeline())
+        self.parts = []
+        for start in range(0, NUM_LATENTS, CHECKED_LATENTS):
+            indices = range(start, start + CHECKED_LATENTS)
+            pixels = torch.stack([to_pixels(rows[index]["image"], (32, 32)) for index in indices])
+            geometry = torch.tensor([[32, 32, 0, 0]]).expand(CHECKED_LATENTS, 4)
+            generators = RowGenerators(0, 0, indices)
+            with torch.no_grad():
+                draw = base.family.draw(base.encode_images(pixels, generators, sample=False), generators)
+                conditioning = base.condition(rows[start : start + CHECKED_LATENTS]["prompt"], geometry, (32, 32))
+                self.parts.append((draw, conditioning, base.predict(base.denoiser, draw, conditioning).double()))
+
+    def __call__(self, backbone: Any, num_parts: int | None = None) -> float:
+        """Return the drift of a backbone of the same text encoder, from the first parts of 128 latents or all."""
+        import torch
+
+        squares = []
+        with torch.no_grad():
+            for draw, conditioning, output in self.parts[:num_parts]:
+                after = backbone.predict(backbone.denoiser, draw, conditioning).double()
+                squares.append((after - output).square().mean().item())
+        return 1000 * float(np.mean(squares))
+
+
+@functools.cache
+def drift_meter(folder: Path) -> DriftMeter:
+    """One a process: all runs train on the same pictures."""
+    return DriftMeter(training_rows(folder, Run("", 0.0, 0.0, TRAINED[0], 0)))
+
+
+def measure(trainer: Any, run: Run, folder: Path) -> dict[str, Any]:
+    """Sample, score and compare with the base: a point of a run."""
+    from tgol_trainer.evaluation import generate_images
+
+    prompts, seeds = evaluation_inputs(run.seed)
+    suffix = trainer.args.csft_suffixes[0] if trainer.args.loss_type == "csft" else ""
+    images = generate_images(
+        trainer.backbone.pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING
+    )
+    base = json.loads((folder / "base.json").read_text())[run.seed]
+    point: dict[str, Any] = {"step": trainer.state.global_step, "drift": drift_meter(folder)(trainer.backbone)}
+    for name, reward in score_functions().items():
+        before, after = np.asarray(base[name]), np.asarray(reward(images, prompts))
+        point[name] = {
+            "gain": float((after.mean() - before.mean()) / before.std()),
+            "win_rate": float(((after > before) + 0.5 * (after == before)).mean()),
+        }
+    return point
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Train, sample, score; return the line of a run."""
+    """Train until the last drift is passed, sampling and scoring on the way; return the line of a run."""
     import torch
     from peft import LoraConfig
+    from transformers import TrainerCallback
 
     from tgol_trainer import TGOLConfig, TGOLTrainer
-    from tgol_trainer.evaluation import generate_images
     from tgol_trainer.shapes import load_pipeline
 
     torch.set_num_threads(1)
-    start = time.time()
-    rows = training_rows(folder, run)
+    start, points, ahead, meter = time.time(), [], list(SAMPLED_AT), drift_meter(folder)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            last = state.global_step == args.max_steps
+            drift = meter(trainer.backbone, 1) if state.global_step % CHECKED_EVERY == 0 else 0.0
+            if drift >= ahead[0] or last:
+                points.append(measure(trainer, run, folder))
+                while ahead and drift >= ahead[0]:
+                    del ahead[0]
+            control.should_training_stop = last or not ahead
+
     settings = dict(METHODS[run.method])
     if run.regime == "single":
         settings |= {"group_column": "own"}
-    output = folder / "runs" / hashlib.blake2b(run.key().encode(), digest_size=8).hexdigest()
     trainer = TGOLTrainer(
         load_pipeline(),
         TGOLConfig(
-            output_dir=str(output),
+            output_dir=str(folder / "runs" / hashlib.blake2b(run.key().encode(), digest_size=8).hexdigest()),
             per_device_train_batch_size=BATCH,
-            max_steps=run.num_steps,
+            max_steps=run.max_steps,
             learning_rate=run.learning_rate,
+            temperature=run.temperature,
             lr_scheduler_type="constant",
             save_strategy="no",
+            logging_strategy="no",
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
@@ -223,48 +291,31 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
             seed=run.seed,
             **settings,
         ),
-        rows,
+        training_rows(folder, run),
         peft_config=LoraConfig(
             r=8,
             lora_alpha=8,
             init_lora_weights="gaussian",
             target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"],
         ),
+        callbacks=[Watch()],
     )
     trainer.train()
-    pipeline = trainer.backbone.pipeline
-    prompts, seeds = evaluation_inputs()
-    suffix = trainer.args.csft_suffixes[0] if trainer.args.loss_type == "csft" else ""
-    images = generate_images(pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING)
-    base = json.loads((folder / "base.json").read_text())
-    line: dict[str, Any] = {**dataclasses.asdict(run), "drift": drift(load_pipeline(), pipeline, rows)}
-    for name, reward in score_functions().items():
-        before, after = np.asarray(base[name]), np.asarray(reward(images, prompts))
-        line[name] = {
-            "gain": float((after.mean() - before.mean()) / before.std()),
-            "win_rate": float(((after > before) + 0.5 * (after == before)).mean()),
-        }
-    return line | {"seconds": round(time.time() - start, 1)}
+    return {**dataclasses.asdict(run), "points": points, "seconds": round(time.time() - start, 1)}
 
 
 def planned(stage: int, quick: bool) -> list[Run]:
     """The runs of a stage, those that decide most first."""
     if quick:
-        return [Run(method, TRAINED[0], rate, 0, num_steps=60) for method in QUICK for rate in LEARNING_RATES[1:]]
+        return [Run(method, 0.004, 2e-4, TRAINED[0], 0, max_steps=40) for method in QUICK]
     if stage == 1:
-        return [Run(method, TRAINED[0], rate, 0) for rate in LEARNING_RATES for method in METHODS]
-    dense = [
-        Run(method, score, rate, seed)
-        for seed in range(5)
-        for score in TRAINED
-        for rate in LEARNING_RATES
-        for method in FINALISTS
-    ]
+        return [Run(*strength, TRAINED[0], 0) for strength in STRENGTHS]
+    dense = [Run(*strength, score, seed) for seed in range(NUM_SEEDS) for score in TRAINED for strength in FINALISTS]
     other = [
-        Run(method, TRAINED[0], 5e-4, seed, regime)
+        Run(*strength, TRAINED[0], seed, regime)
         for regime in REGIMES[1:]
-        for seed in range(5)
-        for method in ("tgo", "tgo, prompts", "tgo, prompts, w=d")
+        for seed in range(NUM_SEEDS)
+        for strength in REGIME_FINALISTS
     ]
     return dense + other
 
@@ -278,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Perform the runs that are missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="which runs (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="six methods, two strengths, one seed, 60 updates")
+    parser.add_argument("--quick", action="store_true", help="six methods, one seed, 40 updates")
     parser.add_argument("--results", type=Path, help="file of lines (default: results/alignment.jsonl beside this)")
     parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
@@ -304,10 +355,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = future.result()
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            gain = line[line["score"]]["gain"]
+            reached = ", ".join(
+                f"{point[line['score']]['gain']:.2f} at {point['drift']:.1f} (update {point['step']})"
+                for point in line["points"]
+            )
             print(
-                f"{number}/{len(runs)}  {line['method']}, {line['score']}, lr {line['learning_rate']:g}, seed "
-                f"{line['seed']}: gain {gain:.2f}, drift {line['drift']:.2f}, {line['seconds']:.0f} s",
+                f"{number}/{len(runs)}  {line['method']}, T {line['temperature']:g}, lr {line['learning_rate']:g}, "
+                f"{line['regime']} {line['score']}, seed {line['seed']}: gain {reached}; {line['seconds']:.0f} s",
                 flush=True,
             )
     return 0

@@ -1,4 +1,4 @@
-"""Lines of `alignment.py` to a table and a plot: gain at equal drift, intervals over seeds, and the Pareto front."""
+"""Lines of `alignment.py` to tables and a plot: gain at equal drift, differences over seeds, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 DRIFTS = (2.0, 5.0, 10.0)
 WATCHED = ("colour_faithfulness", "jpeg_compressibility")
-RESAMPLES = 2000
+RIVALS = ("dpo", "kto", "nft", "sft", "csft")
+Line = Mapping[str, Any]
+Setting = tuple[str, float, float]
+"""Method, T and learning rate."""
 
 
-def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Drifts in increasing order, and the gain of a score at each, of the runs of one method and seed."""
-    ordered = sorted(lines, key=lambda line: line["drift"])
-    return np.array([line["drift"] for line in ordered]), np.array([line[name]["gain"] for line in ordered])
-
-
-def at_drift(lines: Sequence[Mapping[str, Any]], name: str, drift: float) -> float:
-    """Gain at a drift by linear interpolation in its logarithm; NaN outside the drifts that were reached."""
-    drifts, gains = curve(lines, name)
-    if not drifts.size or not drifts[0] <= drift <= drifts[-1]:
+def at_drift(line: Line, name: str, drift: float) -> float:
+    """Gain of a run at a drift by linear interpolation in its logarithm; NaN outside the drifts it was measured at."""
+    points = sorted(line["points"], key=lambda point: point["drift"])
+    drifts, gains = [point["drift"] for point in points], [point[name]["gain"] for point in points]
+    if not drifts or not drifts[0] <= drift <= drifts[-1]:
         return float("nan")
     return float(np.interp(np.log(drift), np.log(drifts), gains))
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of a mean over seeds; the value itself for one seed."""
-    array = np.asarray(values)
-    draws = np.random.default_rng(0).integers(array.size, size=(RESAMPLES, array.size))
-    low, high = np.quantile(array[draws].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by Student's t, of two or more values."""
+    array = np.asarray(values, dtype=np.float64)
+    half = stats.t.ppf(0.975, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size)
+    return float(array.mean() - half), float(array.mean() + half)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -49,100 +47,129 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def hypervolume(points: Sequence[tuple[float, float]], largest_drift: float) -> float:
     """Area under the front in (log drift, gain) from drift 0.1 to the largest drift, above a gain of 0."""
     front = [(max(drift, 0.1), gain) for drift, gain in pareto(points) if drift <= largest_drift and gain > 0]
+    if not front:
+        return 0.0
     edges = [*(drift for drift, _ in front), largest_drift]
     widths = [np.log(b / a) for a, b in itertools.pairwise(edges)]
     return float(sum(width * gain for width, (_, gain) in zip(widths, front, strict=True)))
 
 
-def _cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float]) -> str:
+    """Mean and interval of those values that are known, and how many they are where it is not all."""
     known = [value for value in values if np.isfinite(value)]
     if not known:
         return "–"
-    mean = f"{np.mean(known):.2f}"
-    reached = "" if len(known) == len(values) else f" ({len(known)} of {len(values)} seeds)"
-    if len(known) == 1:
-        return mean + reached
-    low, high = bootstrap(known)
-    return f"{mean} [{low:.2f}, {high:.2f}]{reached}"
+    text = f"{np.mean(known):.2f}"
+    if len(known) > 1:
+        low, high = interval(known)
+        text += f" [{low:.2f}, {high:.2f}]"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
-def table(lines: Sequence[Mapping[str, Any]], score: str) -> str:
-    """Markdown: a row a method, gain of the trained and the watched scores at each drift; dense labels only."""
-    chosen = [line for line in lines if line["score"] == score and line["regime"] == "dense"]
-    by_method: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in chosen:
-        by_method[line["method"]][line["seed"]].append(line)
-    largest = max(line["drift"] for line in chosen)
+def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict[Setting, dict[int, Line]]:
+    """Runs on a score, by setting, then by seed."""
+    found: dict[Setting, dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        if (line["score"], line["regime"]) == (score, regime):
+            found[line["method"], line["temperature"], line["learning_rate"]][line["seed"]] = line
+    return found
+
+
+def table(lines: Sequence[Line], score: str, regime: str = "dense") -> str:
+    """Markdown: a row a setting, gain of the trained and the watched scores at each drift."""
+    settings = by_setting(lines, score, regime)
+    largest = max(DRIFTS)
     columns = [f"{name} at {drift:g}" for name in (score, *WATCHED) for drift in DRIFTS]
     rows = [
-        f"| method | seeds | {' | '.join(columns)} | drifts | hypervolume |",
-        f"|---|{'---|' * (len(columns) + 3)}",
+        f"| method | T | learning rate | seeds | {' | '.join(columns)} | updates to 2, 10 | hypervolume |",
+        f"|---|---|---|{'---|' * (len(columns) + 3)}",
     ]
-    for method, seeds in by_method.items():
+    for (method, temperature, rate), seeds in settings.items():
         cells = [
-            _cell([at_drift(runs, name, drift) for runs in seeds.values()])
+            cell([at_drift(run, name, drift) for run in seeds.values()])
             for name in (score, *WATCHED)
             for drift in DRIFTS
         ]
-        reached = [line["drift"] for runs in seeds.values() for line in runs]
         # Of each seed by itself: a front through the best of several would grow with their number.
-        points = [[(line["drift"], line[score]["gain"]) for line in runs] for runs in seeds.values()]
-        rows.append(
-            f"| {method} | {len(seeds)} | {' | '.join(cells)} | {min(reached):.2g} to {max(reached):.2g} | "
-            f"{np.mean([hypervolume(each, largest) for each in points]):.2f} |"
-        )
+        points = [[(point["drift"], point[score]["gain"]) for point in run["points"]] for run in seeds.values()]
+        volume = np.mean([hypervolume(each, largest * 1.5) for each in points])
+        updates = ", ".join(updates_to(list(seeds.values()), drift) for drift in (DRIFTS[0], DRIFTS[-1]))
+        setting = f"{method} | {temperature:g} | {rate:g}"
+        rows.append(f"| {setting} | {len(seeds)} | {' | '.join(cells)} | {updates} | {volume:.2f} |")
     return "\n".join(rows)
 
 
-def regime_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: gain where labels are stars, or one noisy picture a prompt; mean and interval over seeds."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for line in lines:
-        if line["regime"] != "dense":
-            found[line["regime"], line["method"]].append(line)
-    if not found:
-        return ""
-    rows = ["| labels | method | seeds | gain | drift |", "|---|---|---|---|---|"]
-    for (regime, method), runs in sorted(found.items()):
-        gains, drifts = [run[run["score"]]["gain"] for run in runs], [run["drift"] for run in runs]
-        rows.append(f"| {regime} | {method} | {len(runs)} | {_cell(gains)} | {_cell(drifts)} |")
-    return "\n".join(rows)
+def updates_to(runs: Sequence[Line], drift: float) -> str:
+    """Mean number of updates at which runs were first measured beyond a drift; – if one never was."""
+    steps = [min((point["step"] for point in run["points"] if point["drift"] >= drift), default=None) for run in runs]
+    return "–" if None in steps else f"{np.mean(steps):.0f}"
 
 
-def plot(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Gain against drift, a panel a score, a line a method through the means of its strengths over seeds."""
+def differences(
+    lines: Sequence[Line], score: str, ours: Setting, drift: float, name: str
+) -> dict[Setting, list[float]]:
+    """Gain of one setting less each other's at a drift, of the seeds that both have; NaN where one was not there."""
+    settings = by_setting(lines, score)
+    mine = settings[ours]
+    return {
+        setting: [
+            at_drift(mine[seed], name, drift) - at_drift(runs[seed], name, drift) for seed in mine if seed in runs
+        ]
+        for setting, runs in settings.items()
+        if setting != ours
+    }
+
+
+def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
+    """Markdown: a row a rival, by how much a setting of ours gains more at each drift, seed by seed."""
+    columns = [f"{name} at {drift:g}" for name in (score, *WATCHED) for drift in DRIFTS]
+    rows = [f"| {ours[0]} (T {ours[1]:g}) less | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    found = {
+        (name, drift): differences(lines, score, ours, drift, name) for name in (score, *WATCHED) for drift in DRIFTS
+    }
+    for setting, first in found[score, DRIFTS[0]].items():
+        if setting[0].split(",")[0] in RIVALS and len(first) > 1:
+            cells = [cell(found[name, drift][setting]) for name in (score, *WATCHED) for drift in DRIFTS]
+            rows.append(f"| {setting[0]} (T {setting[1]:g}) | {' | '.join(cells)} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def plot(lines: Sequence[Line], file: Path) -> None:
+    """Gain against drift: above the trained score, below it colour faithfulness; a line a method, mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dense = [line for line in lines if line["regime"] == "dense"]
-    scores = list(dict.fromkeys(line["score"] for line in dense))
-    methods = list(dict.fromkeys(line["method"] for line in dense))
-    figure, panels = pyplot.subplots(1, len(scores), figsize=(6.5 * len(scores), 5), squeeze=False)
-    colours = pyplot.get_cmap("tab20")
-    for panel, score in zip(panels[0], scores, strict=True):
-        for number, method in enumerate(methods):
-            strengths: dict[float, list[tuple[float, float]]] = defaultdict(list)
-            for line in dense:
-                if (line["score"], line["method"]) == (score, method):
-                    strengths[line["learning_rate"]].append((line["drift"], line[score]["gain"]))
-            if not strengths:
-                continue
-            means = np.array([np.mean(points, axis=0) for _, points in sorted(strengths.items())])
-            panel.plot(means[:, 0], means[:, 1], marker="o", markersize=4, color=colours(number % 20), label=method)
-        panel.set_xscale("log")
-        panel.set_title(score)
-        panel.set_xlabel("drift: mean squared change of the output × 1000")
-        panel.set_ylabel("gain, in standard deviations of the base's score")
-        panel.axhline(0, color="0.7", linewidth=0.8)
+    scores = list(dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"))
+    figure, panels = pyplot.subplots(2, len(scores), figsize=(6 * len(scores), 8), squeeze=False, sharex=True)
+    settings = list(dict.fromkeys(setting for score in scores for setting in by_setting(lines, score)))
+    colours = pyplot.get_cmap("tab20" if len(settings) > 10 else "tab10")
+    grid = np.geomspace(1.5, 10, 30)
+    for column, score in enumerate(scores):
+        for row, name in enumerate((score, WATCHED[0])):
+            panel = panels[row][column]
+            for number, setting in enumerate(settings):
+                runs = by_setting(lines, score).get(setting, {})
+                curves = np.array([[at_drift(run, name, drift) for drift in grid] for run in runs.values()])
+                if not runs or not np.isfinite(curves).any():
+                    continue
+                mean = np.where(np.isfinite(curves).all(axis=0), curves.mean(axis=0), np.nan)
+                panel.plot(grid, mean, color=colours(number % 20), label=f"{setting[0]} (T {setting[1]:g})")
+            panel.set_xscale("log")
+            panel.set_xticks(DRIFTS, [f"{drift:g}" for drift in DRIFTS])
+            panel.set_title(f"{name}, trained on" if row == 0 else f"{name}, not trained on", fontsize=10)
+            panel.axhline(0, color="0.7", linewidth=0.8)
+        panels[1][column].set_xlabel("drift: mean squared change of the output × 1000")
+    for row in (0, 1):
+        panels[row][0].set_ylabel("gain, standard deviations of the base's score")
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
-def write_report(lines: Sequence[Mapping[str, Any]], folder: Path) -> str:
+def write_report(lines: Sequence[Line], folder: Path) -> str:
     """
     Write `benchmarks_alignment.md` and `benchmarks_alignment.png`.
 
@@ -157,10 +184,15 @@ def write_report(lines: Sequence[Mapping[str, Any]], folder: Path) -> str:
     """
     if not lines:
         raise SystemExit("There are no results yet: run without --report first.")
-    scores = list(dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"))
-    parts = [f"## Trained on {score}\n\n{table(lines, score)}" for score in scores]
-    if regimes := regime_table(lines):
-        parts.append(f"## Other labels\n\n{regimes}")
+    parts = []
+    for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
+        parts.append(f"## Trained on {score}\n\n{table(lines, score)}")
+        for setting in by_setting(lines, score):
+            if setting[0].split(",")[0] not in RIVALS and (paired := paired_table(lines, score, setting)):
+                parts.append(paired)
+    for regime in dict.fromkeys(line["regime"] for line in lines if line["regime"] != "dense"):
+        score = next(line["score"] for line in lines if line["regime"] == regime)
+        parts.append(f"## Labels: {regime}, trained on {score}\n\n{table(lines, score, regime)}")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks_alignment.md").write_text(text)
