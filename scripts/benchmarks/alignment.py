@@ -36,7 +36,7 @@ import numpy as np
 HERE = Path(__file__).parent
 NUM_IMAGES, NUM_EVALUATED, NUM_LATENTS = 1920, 96, 384
 NUM_SEEDS = 5
-MAX_STEPS, BATCH = 80, 64
+MAX_STEPS, BATCH = {1: 80, 2: 64}, 64
 SAMPLED_AT, CHECKED_EVERY, CHECKED_LATENTS = (1.3, 4.0, 10.0), 4, 128
 SAMPLING = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 96}
 EVALUATION_SEED = 1_000_000
@@ -68,6 +68,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Name to fields of `TGOLConfig`, but for these two."""
 STRENGTHS: list[tuple[str, float, float]] = [
+    ("tgo, prompts, w=d", 0.016, 2e-4),
+    ("tgo, prompts, w=d, shared noise", 0.016, 2e-4),
     ("tgo", 0.001, 1e-3),
     *((method, 0.004, 2e-4) for method in METHODS if method not in ("nft", "sft", "csft")),
     *((method, 0.001, 2e-4) for method in ("sft", "csft", "nft", "centred", "centred, half", "dpo")),
@@ -80,8 +82,15 @@ STRENGTHS: list[tuple[str, float, float]] = [
     ("dpo", 0.0005, 2e-4),
 ]
 """Of stage 1: method, T and learning rate. SFT, CSFT and NFT have no T."""
-FINALISTS: list[tuple[str, float, float]] = []
-"""Of stage 2."""
+FINALISTS: dict[tuple[str, float, float], int] = {
+    ("centred", 0.0005, 3e-4): NUM_SEEDS,
+    ("dpo", 0.001, 3e-4): NUM_SEEDS,
+    ("kto", 0.004, 5e-4): NUM_SEEDS,
+    ("nft", 0.001, 2e-3): 3,
+    ("sft", 0.001, 1e-3): 3,
+    ("csft", 0.001, 1e-3): 3,
+}
+"""Of stage 2, with the number of seeds: five where the difference is small."""
 REGIMES = ("dense", "stars", "single")
 REGIME_FINALISTS: list[tuple[str, float, float]] = []
 QUICK = ("tgo", "tgo, prompts, w=d", "centred", "dpo", "kto", "dro, prompts")
@@ -97,7 +106,7 @@ class Run:
     score: str
     seed: int
     regime: str = "dense"
-    max_steps: int = MAX_STEPS
+    max_steps: int = MAX_STEPS[1]
 
     def key(self) -> str:
         """Return what makes a run the same as one that a file holds."""
@@ -310,9 +319,15 @@ def planned(stage: int, quick: bool) -> list[Run]:
         return [Run(method, 0.004, 2e-4, TRAINED[0], 0, max_steps=40) for method in QUICK]
     if stage == 1:
         return [Run(*strength, TRAINED[0], 0) for strength in STRENGTHS]
-    dense = [Run(*strength, score, seed) for seed in range(NUM_SEEDS) for score in TRAINED for strength in FINALISTS]
+    dense = [
+        Run(*strength, score, seed, max_steps=MAX_STEPS[2])
+        for seed in range(NUM_SEEDS)
+        for score in TRAINED
+        for strength, num_seeds in FINALISTS.items()
+        if seed < num_seeds
+    ]
     other = [
-        Run(*strength, TRAINED[0], seed, regime)
+        Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
         for regime in REGIMES[1:]
         for seed in range(NUM_SEEDS)
         for strength in REGIME_FINALISTS
