@@ -12,6 +12,7 @@ git grows.
 
     python scripts/benchmarks/alignment.py --stage 1            # every method, one seed, one score
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
+    python scripts/benchmarks/alignment.py --stage 3            # rounds: a fifth of the pictures each
     python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
     python scripts/benchmarks/alignment.py --report docs        # tables and a plot from the lines there are
 """
@@ -46,6 +47,7 @@ PER_PROMPT = {"threshold_strategy": "group", "score_normalization": "zscore"}
 MEAN = {**PER_PROMPT, "group_statistic": "mean"}
 DISTANCE = {**MEAN, "weight_form": "abs"}
 CENTRED = {**DISTANCE, **GROUPS, "log_ratio_centering": "group"}
+CSFT_SUFFIXES = [", high quality", ", low quality"]
 ORACLE = {"threshold_strategy": "oracle", "reference_samples": True, "score_normalization": "zscore"}
 METHODS: dict[str, dict[str, Any]] = {
     "tgo": {},
@@ -64,9 +66,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dro, prompts": {"loss_type": "dro", **MEAN},
     "qrpo": {"loss_type": "qrpo"},
     "sft": {"loss_type": "sft"},
-    "csft": {"loss_type": "csft"},
+    "csft": {"loss_type": "csft", "csft_suffixes": CSFT_SUFFIXES},
 }
-"""Name to fields of `TGOLConfig`, but for these two."""
+"""Name to fields of `TGOLConfig`, but for temperature and learning rate."""
+NUM_ROUNDS = 5
+ROUNDS = {"centred, 5 rounds": "centred"}
+"""Methods in rounds: each samples a fifth of the pictures from the policy so far."""
 STRENGTHS: list[tuple[str, float, float]] = [
     ("tgo, prompts, w=d", 0.016, 2e-4),
     ("tgo, prompts, w=d, shared noise", 0.016, 2e-4),
@@ -86,6 +91,7 @@ FINALISTS: dict[tuple[str, float, float], int] = {
     ("centred", 0.0005, 3e-4): NUM_SEEDS,
     ("dpo", 0.001, 3e-4): NUM_SEEDS,
     ("kto", 0.004, 5e-4): NUM_SEEDS,
+    ("tgo, prompts, w=d", 0.016, 3e-4): 3,
     ("nft", 0.001, 2e-3): 3,
     ("sft", 0.001, 1e-3): 3,
     ("csft", 0.001, 1e-3): 3,
@@ -237,17 +243,17 @@ def drift_meter(folder: Path) -> DriftMeter:
     return DriftMeter(training_rows(folder, Run("", 0.0, 0.0, TRAINED[0], 0)))
 
 
-def measure(trainer: Any, run: Run, folder: Path) -> dict[str, Any]:
+def measure(backbone: Any, step: int, run: Run, folder: Path) -> dict[str, Any]:
     """Sample, score and compare with the base: a point of a run."""
     from tgol_trainer.evaluation import generate_images
 
     prompts, seeds = evaluation_inputs(run.seed)
-    suffix = trainer.args.csft_suffixes[0] if trainer.args.loss_type == "csft" else ""
+    suffix = CSFT_SUFFIXES[0] if run.method == "csft" else ""
     images = generate_images(
-        trainer.backbone.pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING
+        backbone.pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING
     )
     base = json.loads((folder / "base.json").read_text())[run.seed]
-    point: dict[str, Any] = {"step": trainer.state.global_step, "drift": drift_meter(folder)(trainer.backbone)}
+    point: dict[str, Any] = {"step": step, "drift": drift_meter(folder)(backbone)}
     for name, reward in score_functions().items():
         before, after = np.asarray(base[name]), np.asarray(reward(images, prompts))
         point[name] = {
@@ -260,10 +266,9 @@ def measure(trainer: Any, run: Run, folder: Path) -> dict[str, Any]:
 def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Train until the last drift is passed, sampling and scoring on the way; return the line of a run."""
     import torch
-    from peft import LoraConfig
     from transformers import TrainerCallback
 
-    from tgol_trainer import TGOLConfig, TGOLTrainer
+    from tgol_trainer import TGOLTrainer
     from tgol_trainer.shapes import load_pipeline
 
     torch.set_num_threads(1)
@@ -274,43 +279,95 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
             last = state.global_step == args.max_steps
             drift = meter(trainer.backbone, 1) if state.global_step % CHECKED_EVERY == 0 else 0.0
             if drift >= ahead[0] or last:
-                points.append(measure(trainer, run, folder))
+                points.append(measure(trainer.backbone, state.global_step, run, folder))
                 while ahead and drift >= ahead[0]:
                     del ahead[0]
             control.should_training_stop = last or not ahead
 
-    settings = dict(METHODS[run.method])
+    if run.method in ROUNDS:
+        points += measured_rounds(run, folder)
+    else:
+        rows, output = training_rows(folder, run), output_folder(folder, run)
+        arguments = training_arguments(run, output, run.max_steps)
+        trainer = TGOLTrainer(load_pipeline(), arguments, rows, peft_config=adapter(), callbacks=[Watch()])
+        trainer.train()
+    return {**dataclasses.asdict(run), "points": points, "seconds": round(time.time() - start, 1)}
+
+
+def output_folder(folder: Path, run: Run) -> Path:
+    """A run's own folder."""
+    return folder / "runs" / hashlib.blake2b(run.key().encode(), digest_size=8).hexdigest()
+
+
+def training_arguments(run: Run, output: Path, max_steps: int) -> Any:
+    """The settings of a run."""
+    from tgol_trainer import TGOLConfig
+
+    settings = dict(METHODS[ROUNDS.get(run.method, run.method)])
     if run.regime == "single":
         settings |= {"group_column": "own"}
-    trainer = TGOLTrainer(
-        load_pipeline(),
-        TGOLConfig(
-            output_dir=str(folder / "runs" / hashlib.blake2b(run.key().encode(), digest_size=8).hexdigest()),
-            per_device_train_batch_size=BATCH,
-            max_steps=run.max_steps,
-            learning_rate=run.learning_rate,
-            temperature=run.temperature,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            seed=run.seed,
-            **settings,
-        ),
-        training_rows(folder, run),
-        peft_config=LoraConfig(
-            r=8,
-            lora_alpha=8,
-            init_lora_weights="gaussian",
-            target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"],
-        ),
-        callbacks=[Watch()],
+    return TGOLConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=BATCH,
+        max_steps=max_steps,
+        learning_rate=run.learning_rate,
+        temperature=run.temperature,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=run.seed,
+        **settings,
     )
-    trainer.train()
-    return {**dataclasses.asdict(run), "points": points, "seconds": round(time.time() - start, 1)}
+
+
+def adapter() -> Any:
+    """The adapter that every run trains."""
+    from peft import LoraConfig
+
+    modules = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
+    return LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=modules)
+
+
+def measured_rounds(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """Train in rounds of as many pictures in all as other runs have, and measure the policy after each."""
+    import shutil
+
+    from tgol_trainer.backbones import wrap_pipeline
+    from tgol_trainer.rounds import train_rounds
+    from tgol_trainer.shapes import PROMPTS, load_pipeline
+
+    def load(path: str | None) -> tuple[Any, str | None]:
+        pipeline = load_pipeline()
+        if path is not None:
+            pipeline.load_lora_weights(path)
+        return pipeline, None
+
+    output = output_folder(folder, run)
+    shutil.rmtree(output, ignore_errors=True)
+    train_rounds(
+        "shapes",
+        training_arguments(run, output, run.max_steps // NUM_ROUNDS),
+        PROMPTS,
+        {run.score: lambda: score_functions()[run.score]},
+        load,
+        num_rounds=NUM_ROUNDS,
+        images_per_prompt=NUM_IMAGES // NUM_ROUNDS // len(PROMPTS),
+        sampling=SAMPLING,
+        peft_config=adapter(),
+    )
+    return [
+        measure(
+            wrap_pipeline(load(str(output / f"round-{number}" / "adapter"))[0]),
+            (number + 1) * (run.max_steps // NUM_ROUNDS),
+            run,
+            folder,
+        )
+        for number in range(NUM_ROUNDS)
+    ]
 
 
 def planned(stage: int, quick: bool) -> list[Run]:
@@ -326,6 +383,14 @@ def planned(stage: int, quick: bool) -> list[Run]:
         for strength, num_seeds in FINALISTS.items()
         if seed < num_seeds
     ]
+    if stage == 3:
+        return [
+            Run(method, *strength[1:], TRAINED[0], seed, max_steps=NUM_ROUNDS * 12)
+            for seed in range(3)
+            for method, plain in ROUNDS.items()
+            for strength in FINALISTS
+            if strength[0] == plain
+        ]
     other = [
         Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
         for regime in REGIMES[1:]
@@ -343,7 +408,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Perform the runs that are missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="which runs (default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1, help="which runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="six methods, one seed, 40 updates")
     parser.add_argument("--results", type=Path, help="file of lines (default: results/alignment.jsonl beside this)")
     parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="pictures (default: %(default)s)")
