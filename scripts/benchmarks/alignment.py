@@ -92,9 +92,11 @@ FINALISTS: dict[tuple[str, float, float], int] = {
     ("dpo", 0.001, 3e-4): NUM_SEEDS,
     ("kto", 0.004, 5e-4): NUM_SEEDS,
     ("tgo, prompts, w=d", 0.016, 3e-4): 3,
+    ("tgo", 0.016, 3e-4): 3,
     ("nft", 0.001, 2e-3): 3,
     ("sft", 0.001, 1e-3): 3,
     ("csft", 0.001, 1e-3): 3,
+    ("tgo", 0.001, 1e-3): 1,
 }
 """Of stage 2, with the number of seeds: five where the difference is small."""
 REGIMES = ("dense", "stars", "single")
