@@ -327,15 +327,24 @@ def test_what_is_wrong_is_said_with_what_mends_it(tmp_path, make, topic, flag):
 
 
 def test_healthy_scores_get_no_advice_and_the_flags_advised_mend_what_they_are_for(tmp_path):
-    rng = np.random.default_rng(0)
-    assert topics(tmp_path, rng.normal(size=2000)) == {}
+    rng, different = np.random.default_rng(0), [f"prompt {index}" for index in range(2000)]
+    assert topics(tmp_path, rng.normal(size=2000), prompts=different) == {}
     wide = rng.uniform(0, 100, 2000)
     suited = re.search(r"--confidence_scale (\S+)", topics(tmp_path, wide)["scale too wide"])[1]
-    assert topics(tmp_path, wide, "--confidence_scale", suited) == {}
-    assert topics(tmp_path, wide, "--score_normalization", "zscore") == {}
+    assert topics(tmp_path, wide, "--confidence_scale", suited, prompts=different) == {}
+    assert topics(tmp_path, wide, "--score_normalization", "zscore", prompts=different) == {}
     stars = rng.choice([1, 2, 3, 4, 4, 4, 5, 5], 2000)
     assert "ties" not in topics(tmp_path, stars, "--threshold", "4.5")
     assert set(topics(tmp_path, rng.normal(size=2000), prompts=["one"] * 2000)) == {"one group"}
+
+
+def test_images_of_a_prompt_are_advised_to_be_compared_with_flags_that_training_takes(tmp_path):
+    scores = np.random.default_rng(0).normal(size=64)
+    prompts = [f"prompt {index // 4}" for index in range(64)]
+    flags = topics(tmp_path, scores, prompts=prompts)["images to compare"].split()
+    assert flags[flags.index("--group_size") + 1] == "4"
+    assert "images to compare" not in topics(tmp_path, scores, *flags, prompts=prompts)
+    assert "images to compare" not in topics(tmp_path, scores, prompts=[f"prompt {index // 3}" for index in range(64)])
 
 
 def test_a_settings_file_of_training_is_understood_and_flags_win(tmp_path):

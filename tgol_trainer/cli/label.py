@@ -136,12 +136,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         report, rows = _report(args)
     from tgol_trainer.data.advice import advise
 
-    advice = advise(report)
+    advice = advise(report, can_center=_can_center(args))
     for line in report_lines(report, advice):
         print(line)
     save_report(args.output_dir, report, advice, rows, _chosen(args))
     print(f"\nWrote {args.output_dir / 'label.json'} and {args.output_dir / 'score_histogram.png'}.")
     return 0
+
+
+def _can_center(args: argparse.Namespace) -> bool:
+    """Whether centring within prompts is off and would be accepted."""
+    plain = args.loss_type == "tgol" and args.log_ratio_centering == "none" and args.score_combination == "sum"
+    return plain and not args.dataset_streaming and args.threshold_strategy == "global" and args.threshold is None
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:

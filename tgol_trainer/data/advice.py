@@ -10,6 +10,7 @@ from tgol_trainer.data.report import GroupReport, LabelReport
 # carry 2.8 % of it.
 _SMALL_MEAN_WEIGHT, _LARGE_MEAN_WEIGHT, _TOP_SHARE = 1.2, 12.0, 0.1
 _FLIP_SHARE, _TIE_SHARE, _MINORITY, _BETWEEN_SHARE, _ONE_SIDED_EXCESS = 0.1, 0.1, 0.2, 0.5, 0.2
+_COMPARED = 4  # images a prompt, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +32,20 @@ class Advice:
     flag: str
 
 
-def advise(report: LabelReport) -> list[Advice]:
+def advise(report: LabelReport, *, can_center: bool = False) -> list[Advice]:
     """
-    Return what looks wrong with the labels and weights, most serious first.
+    Return what looks wrong with the labels and weights, most serious first, then what the data would allow.
 
     Args:
         report ([`LabelReport`]):
             Of the dry run.
+        can_center (`bool`, *optional*, defaults to `False`):
+            Whether the settings do not compare the images of a prompt, and could.
     """
     found = [*_of_sides(report), *_of_weights(report), *_of_uncertainty(report)]
     for part in (report.prompts, report.groups):
         found += _of_groups(part, report.labelling.rows is not None) if part is not None else []
+    found += _of_images(report) if can_center else []
     combination = report.labelling.combination
     return (
         found if combination is None or combination.method != "min" else [_without_threshold(item) for item in found]
@@ -200,6 +204,25 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
             )
         )
     return found
+
+
+def _of_images(report: LabelReport) -> list[Advice]:
+    """Several images a prompt can be compared with each other, which docs/benchmarks.md measures."""
+    images = report.labelling.threshold.num_scores / report.prompts.num_groups
+    if images < _COMPARED or report.prompts.num_groups == 1:
+        return []
+    flags = (
+        f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --log_ratio_centering "
+        "group --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
+    )
+    return [
+        Advice(
+            "images to compare",
+            f"There are {images:,.1f} images a prompt. Compared with each other in a batch they gain more before they "
+            "are held back by the reference, whose hold is weaker then (docs/benchmarks.md).",
+            flags,
+        )
+    ]
 
 
 def _group_flags(part: GroupReport) -> str:
