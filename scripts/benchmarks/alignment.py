@@ -105,12 +105,12 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     },
     "left_darkness": {
         **{(method, 0.016, 6e-4): NUM_SEEDS for method in COMPARED},
-        **{(method, 0.016, 6e-4): 3 for method in ("tgo, prompts, w=d", "tgo")},
+        **{(method, 0.016, 1e-3): 3 for method in ("tgo, prompts, w=d", "tgo")},
         **OTHERS,
     },
     "grey_centre": {
-        **{(method, 0.016, 2e-4): NUM_SEEDS for method in COMPARED},
-        **{(method, 0.016, 3e-4): 3 for method in ("tgo, prompts, w=d", "tgo")},
+        **{(method, 0.016, 3e-4): NUM_SEEDS for method in (*COMPARED, "tgo, prompts, w=d")},
+        ("tgo", 0.016, 3e-4): 3,
         **OTHERS,
     },
 }

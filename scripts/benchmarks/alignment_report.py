@@ -55,15 +55,15 @@ def hypervolume(points: Sequence[tuple[float, float]], largest_drift: float) -> 
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean and interval of those values that are known, and how many they are where it is not all."""
+    """Mean and half its interval of those values that are known, and how many they are where it is not all."""
     known = [value for value in values if np.isfinite(value)]
     if not known:
         return "–"
     text = f"{np.mean(known):.2f}"
     if len(known) > 1:
         low, high = interval(known)
-        text += f" [{low:.2f}, {high:.2f}]"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
+        text += f" ± {(high - low) / 2:.2f}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
 def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict[Setting, dict[int, Line]]:
@@ -79,7 +79,7 @@ def table(lines: Sequence[Line], score: str, regime: str = "dense") -> str:
     """Markdown: a row a setting, gain of the trained and the watched scores at each drift."""
     settings = by_setting(lines, score, regime)
     largest = max(DRIFTS)
-    columns = [f"{name} at {drift:g}" for name in (score, *WATCHED) for drift in DRIFTS]
+    columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
     rows = [
         f"| method | T | learning rate | seeds | {' | '.join(columns)} | updates to 2, 10 | hypervolume |",
         f"|---|---|---|{'---|' * (len(columns) + 3)}",
@@ -122,7 +122,7 @@ def differences(
 
 def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
     """Markdown: a row a rival, by how much a setting of ours gains more at each drift, seed by seed."""
-    columns = [f"{name} at {drift:g}" for name in (score, *WATCHED) for drift in DRIFTS]
+    columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
     rows = [f"| {ours[0]} (T {ours[1]:g}) less | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     found = {
         (name, drift): differences(lines, score, ours, drift, name) for name in (score, *WATCHED) for drift in DRIFTS
