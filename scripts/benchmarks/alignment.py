@@ -109,7 +109,8 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
         **OTHERS,
     },
     "grey_centre": {
-        **{(method, 0.016, 3e-4): NUM_SEEDS for method in (*COMPARED, "tgo, prompts, w=d")},
+        **{(method, 0.016, 3e-4): NUM_SEEDS for method in COMPARED},
+        ("tgo, prompts, w=d", 0.016, 5e-4): NUM_SEEDS,
         ("tgo", 0.016, 3e-4): 3,
         **OTHERS,
     },
