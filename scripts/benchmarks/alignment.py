@@ -89,9 +89,9 @@ STRENGTHS: list[tuple[str, float, float]] = [
 """Of stage 1: method, T and learning rate. SFT, CSFT and NFT have no T."""
 COMPARED = ("centred", "dpo", "kto")
 OTHERS = {
-    ("sft", 0.001, 1e-3): 2,
-    ("csft", 0.001, 1e-3): 2,
-    ("nft", 0.001, 2e-3): 2,
+    ("sft", 0.001, 1e-3): 1,
+    ("csft", 0.001, 1e-3): 1,
+    ("nft", 0.001, 2e-3): 1,
     ("tgo", 0.001, 1e-3): 1,
 }
 FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
@@ -408,7 +408,7 @@ def planned(stage: int, quick: bool) -> list[Run]:
     if stage == 3:
         return [
             Run(method, *strength[1:], TRAINED[0], seed, max_steps=NUM_ROUNDS * 12)
-            for seed in range(3)
+            for seed in range(2)
             for method, plain in ROUNDS.items()
             for strength in FINALISTS[TRAINED[0]]
             if strength[0] == plain
