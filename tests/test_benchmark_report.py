@@ -35,11 +35,12 @@ def run(points, method="tgo", seed=0, regime="dense"):
     }
 
 
-def test_gain_at_a_drift_is_interpolated_in_its_logarithm_and_not_extrapolated(report):
-    """Gains 1 at drift 1 and 3 at 100: at 10, halfway in the logarithm, 2."""
+def test_gain_at_a_drift_is_interpolated_in_its_logarithm_and_grows_with_the_root_of_the_first(report):
+    """Gains 1 at drift 1 and 3 at 100: at 10, halfway in the logarithm, 2; at 0.64 its root, 0.8."""
     line = run([(100, 3), (1, 1)])
     assert report.at_drift(line, "dark", 10) == pytest.approx(2)
-    assert math.isnan(report.at_drift(line, "dark", 0.5)) and math.isnan(report.at_drift(line, "dark", 101))
+    assert report.at_drift(line, "dark", 0.64) == pytest.approx(0.8)
+    assert math.isnan(report.at_drift(line, "dark", 0.4)) and math.isnan(report.at_drift(line, "dark", 101))
 
 
 def test_the_pareto_front_keeps_what_nothing_beats_and_its_area_is_that_of_its_steps(report):
@@ -66,9 +67,7 @@ def test_the_report_has_a_row_a_setting_and_differences_seed_by_seed(report, tmp
     ]
     text = report.write_report([*lines, run([(1, 1), (20, 1)], regime="stars")], tmp_path)
     row = next(row for row in text.splitlines() if row.startswith("| dpo (T 0.001) | "))
-    assert (
-        row == "| dpo (T 0.001) | " + "2.00 ± 0.00 | " * 6 + "0.00 ± 0.00 | " * 2 + "0.00 ± 0.00 |"
-    )
+    assert row == "| dpo (T 0.001) | " + "2.00 ± 0.00 | " * 6 + "0.00 ± 0.00 | " * 2 + "0.00 ± 0.00 |"
     # Both points have the same gain: the mean over seeds, 15, over all of ln(15 / 1), the second point being outside.
     row = next(row for row in text.splitlines() if row.startswith("| centred | 0.001 | 0.0002 | 3 | 15.00 ± "))
     assert row.endswith(f"| 8, 8 | {15 * math.log(15):.2f} |")
@@ -78,5 +77,6 @@ def test_the_report_has_a_row_a_setting_and_differences_seed_by_seed(report, tmp
 
 def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(report):
     """One of two seeds stays below drift 5: a mean over the other one alone must not pass for both."""
-    text = report.table([run([(1, 1), (20, 1)]), run([(1, 3), (4, 3)], seed=1)], "dark")
+    settings = report.by_setting([run([(1, 1), (20, 1)]), run([(1, 3), (4, 3)], seed=1)], "dark")
+    text = report.table(settings, "dark")
     assert "| 1.00 (1 of 2) |" in text and "| 8, – |" in text

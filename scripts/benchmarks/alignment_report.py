@@ -20,11 +20,18 @@ Setting = tuple[str, float, float]
 
 
 def at_drift(line: Line, name: str, drift: float) -> float:
-    """Gain of a run at a drift by linear interpolation in its logarithm; NaN outside the drifts it was measured at."""
+    """
+    Gain of a run at a drift by linear interpolation in its logarithm; NaN outside the drifts it was measured at.
+
+    Down to half the first of them a gain is taken to grow with the root of the drift, as it does while the output
+    changes little: both are 0 at the start, and one is linear in the change of the weights and the other quadratic.
+    """
     points = sorted(line["points"], key=lambda point: point["drift"])
     drifts, gains = [point["drift"] for point in points], [point[name]["gain"] for point in points]
-    if not drifts or not drifts[0] <= drift <= drifts[-1]:
+    if not drifts or not drifts[0] / 2 <= drift <= drifts[-1]:
         return float("nan")
+    if drift < drifts[0]:
+        return float(gains[0] * np.sqrt(drift / drifts[0]))
     return float(np.interp(np.log(drift), np.log(drifts), gains))
 
 
@@ -75,9 +82,8 @@ def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict
     return found
 
 
-def table(lines: Sequence[Line], score: str, regime: str = "dense") -> str:
+def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
     """Markdown: a row a setting, gain of the trained and the watched scores at each drift."""
-    settings = by_setting(lines, score, regime)
     largest = max(DRIFTS)
     columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
     rows = [
@@ -142,31 +148,40 @@ def plot(lines: Sequence[Line], file: Path) -> None:
     from matplotlib import pyplot
 
     scores = list(dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"))
-    figure, panels = pyplot.subplots(2, len(scores), figsize=(6 * len(scores), 8), squeeze=False, sharex=True)
-    settings = list(dict.fromkeys(setting for score in scores for setting in by_setting(lines, score)))
-    colours = pyplot.get_cmap("tab20" if len(settings) > 10 else "tab10")
+    figure, panels = pyplot.subplots(2, len(scores), figsize=(5 * len(scores), 7.5), squeeze=False, sharex=True)
     grid = np.geomspace(1.5, 10, 30)
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    drawn: dict[str, Any] = {}
     for column, score in enumerate(scores):
+        compared = several_seeds(by_setting(lines, score))
         for row, name in enumerate((score, WATCHED[0])):
             panel = panels[row][column]
-            for number, setting in enumerate(settings):
-                runs = by_setting(lines, score).get(setting, {})
+            for (method, temperature, _), runs in compared.items():
                 curves = np.array([[at_drift(run, name, drift) for drift in grid] for run in runs.values()])
-                if not runs or not np.isfinite(curves).any():
-                    continue
-                mean = np.where(np.isfinite(curves).all(axis=0), curves.mean(axis=0), np.nan)
-                panel.plot(grid, mean, color=colours(number % 20), label=f"{setting[0]} (T {setting[1]:g})")
+                number = methods.index(method)
+                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+                known = np.isfinite(curves).all(axis=0)
+                if known.any():
+                    (drawn[method],) = panel.plot(grid[known], curves.mean(axis=0)[known], label=method, **style)
+                    panel.annotate(f"T {temperature:g}", (grid[known][-1], curves.mean(axis=0)[known][-1]), fontsize=6)
             panel.set_xscale("log")
             panel.set_xticks(DRIFTS, [f"{drift:g}" for drift in DRIFTS])
-            panel.set_title(f"{name}, trained on" if row == 0 else f"{name}, not trained on", fontsize=10)
+            panel.minorticks_off()
+            panel.set_title(f"{name}, trained on" if row == 0 else f"{name}, trained on {score}", fontsize=10)
             panel.axhline(0, color="0.7", linewidth=0.8)
         panels[1][column].set_xlabel("drift: mean squared change of the output × 1000")
     for row in (0, 1):
-        panels[row][0].set_ylabel("gain, standard deviations of the base's score")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
+        panels[row][0].set_ylabel("gain (standard deviations)")
+    figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=6, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def several_seeds(settings: Mapping[Setting, dict[int, Line]]) -> dict[Setting, dict[int, Line]]:
+    """Those settings of two or more seeds; all where there are none."""
+    found = {setting: runs for setting, runs in settings.items() if len(runs) > 1}
+    return found or dict(settings)
 
 
 def write_report(lines: Sequence[Line], folder: Path) -> str:
@@ -186,13 +201,18 @@ def write_report(lines: Sequence[Line], folder: Path) -> str:
         raise SystemExit("There are no results yet: run without --report first.")
     parts = []
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
-        parts.append(f"## Trained on {score}\n\n{table(lines, score)}")
-        for setting in by_setting(lines, score):
+        settings = by_setting(lines, score)
+        compared = several_seeds(settings)
+        parts.append(f"## Trained on {score}\n\n{table(compared, score)}")
+        for setting in compared:
             if setting[0].split(",")[0] not in RIVALS and (paired := paired_table(lines, score, setting)):
                 parts.append(paired)
+        if once := {setting: runs for setting, runs in settings.items() if setting not in compared}:
+            parts.append(f"One seed:\n\n{table(once, score)}")
     for regime in dict.fromkeys(line["regime"] for line in lines if line["regime"] != "dense"):
         score = next(line["score"] for line in lines if line["regime"] == regime)
-        parts.append(f"## Labels: {regime}, trained on {score}\n\n{table(lines, score, regime)}")
+        settings = by_setting(lines, score, regime)
+        parts.append(f"## Labels: {regime}, trained on {score}\n\n{table(settings, score)}")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks_alignment.md").write_text(text)
