@@ -97,6 +97,7 @@ OTHERS = {
 FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "background_darkness": {
         ("centred", 0.0005, 3e-4): NUM_SEEDS,
+        ("centred", 0.001, 3e-4): NUM_SEEDS,
         ("dpo", 0.001, 3e-4): NUM_SEEDS,
         ("kto", 0.004, 5e-4): 3,
         ("tgo, prompts, w=d", 0.016, 3e-4): 3,
@@ -411,7 +412,7 @@ def planned(stage: int, quick: bool) -> list[Run]:
             for seed in range(2)
             for method, plain in ROUNDS.items()
             for strength in FINALISTS[TRAINED[0]]
-            if strength[0] == plain
+            if strength[0] == plain and strength[1] == 0.001
         ]
     other = [
         Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
