@@ -87,7 +87,6 @@ STRENGTHS: list[tuple[str, float, float]] = [
     ("dpo", 0.0005, 2e-4),
 ]
 """Of stage 1: method, T and learning rate. SFT, CSFT and NFT have no T."""
-COMPARED = ("centred", "dpo", "kto")
 OTHERS = {
     ("sft", 0.001, 1e-3): 1,
     ("csft", 0.001, 1e-3): 1,
@@ -105,12 +104,18 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
         **OTHERS,
     },
     "left_darkness": {
-        **{(method, 0.016, 6e-4): NUM_SEEDS for method in COMPARED},
+        ("centred", 0.004, 6e-4): 3,
+        ("centred", 0.016, 6e-4): NUM_SEEDS,
+        ("dpo", 0.016, 6e-4): NUM_SEEDS,
+        ("kto", 0.016, 6e-4): 3,
         **{(method, 0.016, 1e-3): 3 for method in ("tgo, prompts, w=d", "tgo")},
         **OTHERS,
     },
     "grey_centre": {
-        **{(method, 0.016, 3e-4): NUM_SEEDS for method in COMPARED},
+        ("centred", 0.004, 3e-4): 3,
+        ("centred", 0.016, 3e-4): NUM_SEEDS,
+        ("dpo", 0.016, 3e-4): NUM_SEEDS,
+        ("kto", 0.016, 3e-4): 3,
         ("tgo, prompts, w=d", 0.016, 5e-4): NUM_SEEDS,
         ("tgo", 0.016, 3e-4): 3,
         **OTHERS,
