@@ -106,6 +106,7 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "left_darkness": {
         ("centred", 0.004, 6e-4): 3,
         ("centred", 0.016, 6e-4): NUM_SEEDS,
+        ("dpo", 0.004, 6e-4): 3,
         ("dpo", 0.016, 6e-4): NUM_SEEDS,
         ("kto", 0.016, 6e-4): 3,
         **{(method, 0.016, 1e-3): 3 for method in ("tgo, prompts, w=d", "tgo")},
@@ -114,6 +115,7 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "grey_centre": {
         ("centred", 0.004, 3e-4): 3,
         ("centred", 0.016, 3e-4): NUM_SEEDS,
+        ("dpo", 0.004, 3e-4): 3,
         ("dpo", 0.016, 3e-4): NUM_SEEDS,
         ("kto", 0.016, 3e-4): 3,
         ("tgo, prompts, w=d", 0.016, 5e-4): NUM_SEEDS,

@@ -105,6 +105,21 @@ def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
     return "\n".join(rows)
 
 
+def summary(lines: Sequence[Line]) -> str:
+    """Markdown: a row a score and setting of several seeds, its gain at each drift; the most first."""
+    rows = [f"| trained on | method | T | seeds | {' | '.join(f'gain at {drift:g}' for drift in DRIFTS)} |"]
+    rows.append("|---|---|---|---|" + "---|" * len(DRIFTS))
+    for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
+        found = []
+        for (method, temperature, _), runs in several_seeds(by_setting(lines, score)).items():
+            gains = [[at_drift(run, score, drift) for run in runs.values()] for drift in DRIFTS]
+            shown = ["–" if np.isnan(each).mean() > 0.5 else cell(each) for each in gains]
+            first = np.nan_to_num(np.nanmean(gains[0]) if np.isfinite(gains[0]).any() else np.nan, nan=-np.inf)
+            found.append((first, f"| {score} | {method} | {temperature:g} | {len(runs)} | {' | '.join(shown)} |"))
+        rows += [row for _, row in sorted(found, key=lambda item: -item[0])]
+    return "\n".join(rows)
+
+
 def updates_to(runs: Sequence[Line], drift: float) -> str:
     """Mean number of updates at which runs were first measured beyond a drift; – if one never was."""
     steps = [min((point["step"] for point in run["points"] if point["drift"] >= drift), default=None) for run in runs]
@@ -199,7 +214,7 @@ def write_report(lines: Sequence[Line], folder: Path) -> str:
     """
     if not lines:
         raise SystemExit("There are no results yet: run without --report first.")
-    parts = []
+    parts = [f"# Alignment of the shapes model\n\n{summary(lines)}"]
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
         settings = by_setting(lines, score)
         compared = several_seeds(settings)
