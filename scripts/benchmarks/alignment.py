@@ -13,6 +13,7 @@ git grows.
     python scripts/benchmarks/alignment.py --stage 1            # every method, one seed, one score
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
     python scripts/benchmarks/alignment.py --stage 3            # rounds: a fifth of the pictures each
+    python scripts/benchmarks/alignment.py --stage 4            # star ratings; one picture a prompt
     python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
     python scripts/benchmarks/alignment.py --report docs        # tables and a plot from the lines there are
 """
@@ -127,8 +128,16 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
 Of stage 2, with the number of seeds. On the two scores that are harder to move, runs at a smaller T stop short of a
 drift of 1; the learning rate is one at which a drift of 10 takes some 50 updates.
 """
-REGIMES = ("dense", "stars", "single")
-REGIME_FINALISTS: list[tuple[str, float, float]] = []
+REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
+    "stars": {
+        ("tgo, z-scores", 0.016, 3e-4): 3,
+        ("tgo, prompts, w=d", 0.016, 3e-4): 3,
+        ("centred", 0.001, 3e-4): 3,
+        ("dpo", 0.001, 3e-4): 3,
+    },
+    "single": {("tgo, z-scores", 0.016, 3e-4): 2, ("tgo, prompts", 0.016, 3e-4): 2},
+}
+"""Of stage 4: stars are 1 to 5; single is one picture a prompt, a tenth of the scores that of another picture."""
 QUICK = ("tgo", "tgo, prompts, w=d", "centred", "dpo", "kto", "dro, prompts")
 
 
@@ -421,13 +430,15 @@ def planned(stage: int, quick: bool) -> list[Run]:
             for strength in FINALISTS[TRAINED[0]]
             if strength[0] == plain and strength[1] == 0.001
         ]
-    other = [
-        Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
-        for regime in REGIMES[1:]
-        for seed in range(NUM_SEEDS)
-        for strength in REGIME_FINALISTS
-    ]
-    return dense + other
+    if stage == 4:
+        return [
+            Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
+            for seed in range(NUM_SEEDS)
+            for regime, strengths in REGIMES.items()
+            for strength, num_seeds in strengths.items()
+            if seed < num_seeds
+        ]
+    return dense
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -438,7 +449,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Perform the runs that are missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1, help="which runs (default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=1, help="which runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="six methods, one seed, 40 updates")
     parser.add_argument("--results", type=Path, help="file of lines (default: results/alignment.jsonl beside this)")
     parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="pictures (default: %(default)s)")
