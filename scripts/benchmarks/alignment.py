@@ -415,13 +415,6 @@ def planned(stage: int, quick: bool) -> list[Run]:
         return [Run(method, 0.004, 2e-4, TRAINED[0], 0, max_steps=40) for method in QUICK]
     if stage == 1:
         return [Run(*strength, TRAINED[0], 0) for strength in STRENGTHS]
-    dense = [
-        Run(*strength, score, seed, max_steps=MAX_STEPS[2])
-        for seed in range(NUM_SEEDS)
-        for score in TRAINED
-        for strength, num_seeds in FINALISTS[score].items()
-        if seed < num_seeds
-    ]
     if stage == 3:
         return [
             Run(method, *strength[1:], TRAINED[0], seed, max_steps=NUM_ROUNDS * 12)
@@ -438,7 +431,13 @@ def planned(stage: int, quick: bool) -> list[Run]:
             for strength, num_seeds in strengths.items()
             if seed < num_seeds
         ]
-    return dense
+    return [
+        Run(*strength, score, seed, max_steps=MAX_STEPS[2])
+        for seed in range(NUM_SEEDS)
+        for score in TRAINED
+        for strength, num_seeds in FINALISTS[score].items()
+        if seed < num_seeds
+    ]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
