@@ -209,7 +209,9 @@ def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_need
         assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"loss_type": "dpo"}, {"log_ratio_centering": "group"}])
+@pytest.mark.parametrize(
+    "settings", [{"loss_type": "dpo"}, {"log_ratio_centering": "group"}, {"log_ratio_centering": "pairs"}]
+)
 def test_groups_without_two_different_scores_are_refused(config, grouped, settings):
     """They would give a loss of 0 for ever, or train without the centring that was asked for."""
     rows = grouped.remove_columns("prompt").add_column("prompt", [f"prompt {index // 2}" for index in range(64)])
@@ -325,6 +327,41 @@ def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config,
     assert loss.item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_pairs_take_each_other_sample_of_the_group_for_threshold(config, grouped, strength):
+    """A group of eight and a row that is alone, everything again in loops: Eq. 10 of each difference, then means."""
+    settings = {"log_ratio_centering": "pairs", "centering_strength": strength, "group_size": 8}
+    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    rows = [*range(0, 64, 8), 1]
+    batch = trainer.collator([trainer.train_dataset[row] for row in rows])
+    loss, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    log_ratio = -(record[:, 5] - record[:, 6]).double().numpy() / 0.001
+    scores = np.asarray(grouped["score"])[rows]
+    margin = scores - np.median(grouped["score"])
+
+    def eq_10(ratio: float, distance: float) -> float:
+        return (1 + 5 * abs(distance)) * math.log1p(math.exp(-ratio if distance >= 0 else ratio))
+
+    expected = [
+        np.mean(
+            [
+                eq_10(
+                    log_ratio[row] - strength * log_ratio[other],
+                    (1 - strength) * margin[row] + strength * (scores[row] - scores[other]),
+                )
+                for other in range(8)
+                if other != row
+            ]
+        )
+        for row in range(8)
+    ]
+    assert loss.item() == pytest.approx(np.mean([*expected, eq_10(log_ratio[8], margin[8])]), rel=1e-3)
+
+
 def test_batches_hold_whole_groups_which_share_noise_when_asked(config, grouped, monkeypatch):
     settings = {"loss_type": "dpo", "group_size": 8, "share_group_noise": True, "max_steps": 8}
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
@@ -361,7 +398,9 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
         ({"loss_type": "dpo"}, "group_size"),
         ({"log_ratio_centering": "group"}, "group_size"),
         ({"group_size": 3}, "must divide"),
+        ({"log_ratio_centering": "pairs"}, "group_size"),
         ({"log_ratio_centering": "group", "group_size": 4, "loss_type": "nft"}, "centering"),
+        ({"log_ratio_centering": "pairs", "group_size": 4, "loss_type": "kto"}, "loss_type"),
         ({"threshold_strategy": "fixed"}, "give its value"),
         ({"threshold_strategy": "group", "threshold": 0.1}, "leave it out"),
         ({"ordinal_percentiles": [50.0, 20.0]}, "increase"),

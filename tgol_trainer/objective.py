@@ -41,6 +41,7 @@ def training_loss(scored: Scored, args: MethodArguments, labelling: Labelling | 
 
     With `log_ratio_centering="group"` and strength κ, the log-ratio is less κ times the mean of the group's others in
     the batch, and the margin `(1 - κ)·(s_i - τ) + κ·(s_i - mean_{j≠i} s_j)`; a sample that is alone keeps both.
+    "pairs" does the same with each of the others by itself.
 
     Args:
         scored ([`Scored`]):
@@ -61,6 +62,13 @@ def training_loss(scored: Scored, args: MethodArguments, labelling: Labelling | 
         among = losses.group_differences(batch["score"], batch["group"])
         log_ratio = log_ratio - args.centering_strength * others
         margin = torch.where(has, margin + args.centering_strength * (among - margin), margin)
+    elif args.log_ratio_centering == "pairs":
+        among = batch["score"][:, None] - batch["score"][None, :]
+        margins = margin[:, None] + args.centering_strength * (among - margin[:, None])
+        margins = torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, margins)
+        return losses.mutual_threshold_loss(
+            log_ratio, margins, batch["group"], weighting(margins), beta=beta, strength=args.centering_strength
+        )
     weight = weighting(margin)
     if args.loss_type == "tgol":
         return losses.threshold_guided_loss(log_ratio, margin, 0.0, beta=beta, weight=weight)

@@ -48,6 +48,7 @@ PER_PROMPT = {"threshold_strategy": "group", "score_normalization": "zscore"}
 MEAN = {**PER_PROMPT, "group_statistic": "mean"}
 DISTANCE = {**MEAN, "weight_form": "abs"}
 CENTRED = {**DISTANCE, **GROUPS, "log_ratio_centering": "group"}
+PAIRS = {**CENTRED, "log_ratio_centering": "pairs"}
 CSFT_SUFFIXES = [", high quality", ", low quality"]
 ORACLE = {"threshold_strategy": "oracle", "reference_samples": True, "score_normalization": "zscore"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ordinal": {"loss_type": "ordinal", "score_normalization": "zscore"},
     "centred": CENTRED,
     "centred, half": {**CENTRED, "centering_strength": 0.5},
+    "pairs, w=d": PAIRS,
+    "pairs, w=√d": {**PAIRS, "weight_form": "power", "weight_power": 0.5},
     "dpo": {"loss_type": "dpo", **GROUPS},
     "kto": {"loss_type": "kto"},
     "kto, prompts": {"loss_type": "kto", **PER_PROMPT},
@@ -94,10 +97,13 @@ OTHERS = {
     ("nft", 0.001, 2e-3): 1,
     ("tgo", 0.001, 1e-3): 1,
 }
+PAIRED = ("pairs, w=d", "dpo")
 FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "background_darkness": {
         ("centred", 0.0005, 3e-4): NUM_SEEDS,
         ("centred", 0.001, 3e-4): NUM_SEEDS,
+        **{("pairs, w=d", temperature, 3e-4): NUM_SEEDS for temperature in (0.0007, 0.001)},
+        ("pairs, w=√d", 0.001, 3e-4): 2,
         ("dpo", 0.001, 3e-4): NUM_SEEDS,
         ("kto", 0.004, 5e-4): 3,
         ("tgo, prompts, w=d", 0.016, 3e-4): 3,
@@ -107,8 +113,10 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "left_darkness": {
         ("centred", 0.004, 6e-4): 3,
         ("centred", 0.016, 6e-4): NUM_SEEDS,
-        ("dpo", 0.004, 6e-4): 3,
-        ("dpo", 0.016, 6e-4): NUM_SEEDS,
+        **{
+            (method, temperature, 6e-4): NUM_SEEDS for method in PAIRED for temperature in (0.002, 0.004, 0.008, 0.016)
+        },
+        **{("pairs, w=√d", temperature, 6e-4): 1 for temperature in (0.002, 0.004)},
         ("kto", 0.016, 6e-4): 3,
         **{(method, 0.016, 1e-3): 3 for method in ("tgo, prompts, w=d", "tgo")},
         **OTHERS,
@@ -116,8 +124,10 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     "grey_centre": {
         ("centred", 0.004, 3e-4): 3,
         ("centred", 0.016, 3e-4): NUM_SEEDS,
-        ("dpo", 0.004, 3e-4): 3,
-        ("dpo", 0.016, 3e-4): NUM_SEEDS,
+        **{
+            (method, temperature, 3e-4): NUM_SEEDS for method in PAIRED for temperature in (0.002, 0.004, 0.008, 0.016)
+        },
+        **{("pairs, w=√d", temperature, 3e-4): 1 for temperature in (0.002, 0.004)},
         ("kto", 0.016, 3e-4): 3,
         ("tgo, prompts, w=d", 0.016, 5e-4): NUM_SEEDS,
         ("tgo", 0.016, 3e-4): 3,

@@ -140,11 +140,12 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     undesirable_weight: float = field(default=1.0, metadata={"help": "Factor of the weights of negative samples."})
 
     # Groups in a batch
-    log_ratio_centering: Literal["none", "group"] = field(
+    log_ratio_centering: Literal["none", "group", "pairs"] = field(
         default="none",
         metadata={
             "help": "'group' subtracts from log-ratio and score the mean of the other samples of the group in the "
-            "batch, which cancels the prompt's baseline as a pair does, and loses the anchor to the reference."
+            "batch, which cancels the prompt's baseline as a pair does, and loses the anchor to the reference. "
+            "'pairs' compares with each of them in turn."
         },
     )
     centering_strength: float = field(
@@ -196,7 +197,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         """Whether rows must carry the group they belong to."""
         return (
             self.threshold_strategy in ("group", "oracle")
-            or self.log_ratio_centering == "group"
+            or self.log_ratio_centering != "none"
             or self.loss_type == "dpo"
             or self.group_size is not None
             or self.share_group_noise
@@ -293,8 +294,10 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError("`threshold_percentile` must lie between 0 and 100, both excluded, for groups.")
 
     def _check_groups(self, batch_size: int) -> None:
-        needs = "`loss_type='dpo'`" if self.loss_type == "dpo" else "`log_ratio_centering='group'`"
-        if (self.loss_type == "dpo" or self.log_ratio_centering == "group") and self.group_size is None:
+        needs = (
+            "`loss_type='dpo'`" if self.loss_type == "dpo" else f"`log_ratio_centering={self.log_ratio_centering!r}`"
+        )
+        if (self.loss_type == "dpo" or self.log_ratio_centering != "none") and self.group_size is None:
             raise ValueError(f"{needs} compares images of a prompt in one batch: set `group_size`, for example to 4.")
         if self.group_size is not None and batch_size % self.group_size:
             raise ValueError(
@@ -304,6 +307,11 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError(
                 f"`log_ratio_centering='group'` acts on log-ratios and margins, which 'tgol', 'kto' and 'dro' are "
                 f"made of; `loss_type` is {self.loss_type!r}."
+            )
+        if self.log_ratio_centering == "pairs" and self.loss_type != "tgol":
+            raise ValueError(
+                "`log_ratio_centering='pairs'` compares each sample with each other by the threshold-guided loss: "
+                f"`loss_type` must be 'tgol', got {self.loss_type!r}."
             )
 
 

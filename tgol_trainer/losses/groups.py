@@ -54,6 +54,63 @@ def group_differences(values: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     return torch.where(mates, values[:, None] - values[None, :], 0.0).sum(1) / mates.sum(1).clamp(min=1)
 
 
+def mutual_threshold_loss(
+    log_ratio: torch.Tensor,
+    margins: torch.Tensor,
+    groups: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    beta: float = 1.0,
+    strength: float = 1.0,
+) -> LossRecord:
+    """
+    The threshold-guided loss (paper, Eq. 10) with each other row of a group for threshold in turn:
+    `mean_{j≠i} -w_ij·log σ(±(ŝ_i - κ·ŝ_j))`, plus where `margins[i, j] >= 0`.
+
+    The threshold of a prompt cancels in each difference as it does in a pair, and a difference that is right already
+    stops counting by itself, where centring on the mean looks at all others at once. With κ = 1 and weights of 1 it is
+    [`preference_loss`], but for equal scores: they are drawn together here.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            (B,) log π_θ/π_ref.
+        margins (`torch.Tensor`):
+            (B, B), `s_i - s_j` for κ = 1; on the diagonal s - τ, which a row that is alone in its group is left with.
+        groups (`torch.Tensor`):
+            (B,) integers; equal ones form a group.
+        weights (`torch.Tensor`):
+            (B, B) weights w_ij >= 0.
+        beta (`float`, *optional*, defaults to 1.0):
+            β.
+        strength (`float`, *optional*, defaults to 1.0):
+            κ between 0 and 1.
+
+    Returns:
+        [`LossRecord`]: `implicit_reward` is the mean of the row's differences, `label` true where the mean of its
+        margins is at least 0, `weight` the mean of its weights; at a log-ratio of 0 the loss is `weight·ln 2`.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    check_vectors(log_ratio=log_ratio, groups=groups)
+    size = len(log_ratio)
+    if margins.shape != (size, size) or weights.shape != (size, size):
+        raise ValueError(
+            f"`margins` and `weights` must be ({size}, {size}), got {tuple(margins.shape)} and {tuple(weights.shape)}."
+        )
+    implicit_reward = beta * log_ratio.float()
+    mates = _mates(groups)
+    alone = torch.diag(mates.sum(1) == 0)
+    differences = implicit_reward[:, None] - torch.where(mates, strength * implicit_reward[None, :], 0.0)
+    losses = weights.float() * F.softplus(torch.where(margins >= 0, -differences, differences))
+    counted = mates | alone
+    count = counted.sum(1)
+    loss, centred, margin, weight = (
+        torch.where(counted, each, 0.0).sum(1) / count for each in (losses, differences, margins, weights.float())
+    )
+    return LossRecord(loss, centred, margin >= 0, weight)
+
+
 def preference_loss(
     log_ratio: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, *, beta: float = 1.0
 ) -> LossRecord:
