@@ -80,3 +80,20 @@ def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(repo
     settings = report.by_setting([run([(1, 1), (20, 1)]), run([(1, 3), (4, 3)], seed=1)], "dark")
     text = report.table(settings, "dark")
     assert "| 1.00 (1 of 2) |" in text and "| 8, – |" in text
+
+
+def test_the_best_of_two_methods_are_compared_where_most_seeds_reached_the_drift(report):
+    """
+    At drift 2: T 0.1 gains 1, T 0.2 gains 2 and 0 is DPO's. At drift 5 T 0.2 was reached by one seed in three, so that
+    T 0.1 is left, with a gain of 1 against 3. Two seeds alone are not compared.
+    """
+    far, near = [(1, 1), (10, 1)], [(1, 2), (4, 2)]
+    lines = [run(far, "centred", seed) | {"temperature": 0.1} for seed in range(3)]
+    lines += [run(near if seed else [(1, 2), (10, 2)], "centred", seed) | {"temperature": 0.2} for seed in range(3)]
+    lines += [run([(2, 0), (5, 3)], "dpo", seed) for seed in range(3)]
+    lines += [run(far, "kto", seed) for seed in range(2)]
+    rows = report.best_table(lines, "centred").splitlines()[2:]
+    assert rows == [
+        "| dark | 2 | 0.2 | dpo | 0.001 | 3 | 2.00 ± 0.00 | 2.00 ± 0.00 | 0.00 ± 0.00 |",
+        "| dark | 5 | 0.1 | dpo | 0.001 | 3 | -2.00 ± 0.00 | -2.00 ± 0.00 | 0.00 ± 0.00 |",
+    ]
