@@ -200,7 +200,8 @@ def plot(lines: Sequence[Line], file: Path) -> None:
     scores = list(dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"))
     figure, panels = pyplot.subplots(2, len(scores), figsize=(5 * len(scores), 7.5), squeeze=False, sharex=True)
     grid = np.geomspace(1.5, 10, 30)
-    methods = list(dict.fromkeys(line["method"] for line in lines))
+    shown = [setting[0] for score in scores for setting in several_seeds(by_setting(lines, score))]
+    methods = list(dict.fromkeys(shown))
     drawn: dict[str, Any] = {}
     for column, score in enumerate(scores):
         compared = several_seeds(by_setting(lines, score))

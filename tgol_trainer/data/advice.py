@@ -213,7 +213,7 @@ def _of_images(report: LabelReport) -> list[Advice]:
         return []
     flags = (
         f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --log_ratio_centering "
-        "group --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
+        "pairs --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
     )
     return [
         Advice(
