@@ -97,3 +97,8 @@ def test_the_best_of_two_methods_are_compared_where_most_seeds_reached_the_drift
         "| dark | 2 | 0.2 | dpo | 0.001 | 3 | 2.00 ± 0.00 | 2.00 ± 0.00 | 0.00 ± 0.00 |",
         "| dark | 5 | 0.1 | dpo | 0.001 | 3 | -2.00 ± 0.00 | -2.00 ± 0.00 | 0.00 ± 0.00 |",
     ]
+    assert report.summary(lines).splitlines()[2:] == [
+        "| dark | centred | 2.00 ± 0.00 (0.2, 3) | 1.00 ± 0.00 (0.1, 3) | 1.00 ± 0.00 (0.1, 3) |",
+        "| dark | dpo | 0.00 ± 0.00 (0.001, 3) | 3.00 ± 0.00 (0.001, 3) | – |",
+    ]
+    assert "| dark | kto | 1.00 ± 0.00 (0.001, 2) |" in report.summary(lines[-2:])

@@ -103,7 +103,7 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
         ("centred", 0.0005, 3e-4): NUM_SEEDS,
         ("centred", 0.001, 3e-4): NUM_SEEDS,
         **{("pairs, w=d", temperature, 3e-4): NUM_SEEDS for temperature in (0.0007, 0.001)},
-        ("pairs, w=√d", 0.001, 3e-4): 2,
+        ("pairs, w=√d", 0.001, 3e-4): NUM_SEEDS,
         ("dpo", 0.001, 3e-4): NUM_SEEDS,
         ("kto", 0.004, 5e-4): 3,
         ("tgo, prompts, w=d", 0.016, 3e-4): 3,
@@ -116,7 +116,7 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
         **{
             (method, temperature, 6e-4): NUM_SEEDS for method in PAIRED for temperature in (0.002, 0.004, 0.008, 0.016)
         },
-        **{("pairs, w=√d", temperature, 6e-4): 1 for temperature in (0.002, 0.004)},
+        **{("pairs, w=√d", temperature, 6e-4): NUM_SEEDS for temperature in (0.002, 0.004, 0.008)},
         ("kto", 0.016, 6e-4): 3,
         **{(method, 0.016, 1e-3): 3 for method in ("tgo, prompts, w=d", "tgo")},
         **OTHERS,
@@ -127,7 +127,7 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
         **{
             (method, temperature, 3e-4): NUM_SEEDS for method in PAIRED for temperature in (0.002, 0.004, 0.008, 0.016)
         },
-        **{("pairs, w=√d", temperature, 3e-4): 1 for temperature in (0.002, 0.004)},
+        **{("pairs, w=√d", temperature, 3e-4): NUM_SEEDS for temperature in (0.002, 0.004, 0.008)},
         ("kto", 0.016, 3e-4): 3,
         ("tgo, prompts, w=d", 0.016, 5e-4): NUM_SEEDS,
         ("tgo", 0.016, 3e-4): 3,

@@ -106,16 +106,21 @@ def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Markdown: a row a score and setting of several seeds, its gain at each drift; the most first."""
-    rows = [f"| trained on | method | T | seeds | {' | '.join(f'gain at {drift:g}' for drift in DRIFTS)} |"]
-    rows.append("|---|---|---|---|" + "---|" * len(DRIFTS))
+    """Markdown: a row a score and method, at each drift its gain at the T that is best there; the most first."""
+    rows = [f"| trained on | method | {' | '.join(f'gain at {drift:g} (T, seeds)' for drift in DRIFTS)} |"]
+    rows.append("|---|---|" + "---|" * len(DRIFTS))
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
-        found = []
-        for (method, temperature, _), runs in several_seeds(by_setting(lines, score)).items():
-            gains = [[at_drift(run, score, drift) for run in runs.values()] for drift in DRIFTS]
-            shown = ["–" if np.isnan(each).mean() > 0.5 else cell(each) for each in gains]
-            first = np.nan_to_num(np.nanmean(gains[0]) if np.isfinite(gains[0]).any() else np.nan, nan=-np.inf)
-            found.append((first, f"| {score} | {method} | {temperature:g} | {len(runs)} | {' | '.join(shown)} |"))
+        settings, found = by_setting(lines, score), []
+        for method in dict.fromkeys(setting[0] for setting in settings):
+            shown, first = [], -np.inf
+            for drift in DRIFTS:
+                best = best_setting(lines, score, method, drift)
+                gains = [at_drift(run, score, drift) for run in settings[best].values()] if best else []
+                known = [gain for gain in gains if np.isfinite(gain)]
+                shown.append(f"{cell(known)} ({best[1]:g}, {len(known)})" if best else "–")
+                first = max(first, np.mean(known) if known and drift == DRIFTS[0] else -np.inf)
+            if np.isfinite(first):
+                found.append((first, f"| {score} | {method} | {' | '.join(shown)} |"))
         rows += [row for _, row in sorted(found, key=lambda item: -item[0])]
     return "\n".join(rows)
 
@@ -156,12 +161,13 @@ def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
 
 
 def best_setting(lines: Sequence[Line], score: str, method: str, drift: float) -> Setting | None:
-    """The setting of a method with the highest mean gain at a drift, of those that most seeds reach, three or more."""
-    means = {}
-    for setting, runs in by_setting(lines, score).items():
+    """The setting of a method with the highest mean gain at a drift, of those that most of three seeds or more reach."""
+    means, settings = {}, by_setting(lines, score)
+    wanted = min(3, max(len(runs) for runs in settings.values()))
+    for setting, runs in settings.items():
         gains = np.array([at_drift(run, score, drift) for run in runs.values()])
         known = np.isfinite(gains)
-        if setting[0] == method and known.sum() >= 3 and known.mean() > 0.5:
+        if setting[0] == method and known.sum() >= wanted and known.mean() > 0.5:
             means[setting] = gains[known].mean()
     return max(means, key=means.__getitem__, default=None)
 
