@@ -148,7 +148,7 @@ REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
     "single": {("tgo, z-scores", 0.016, 3e-4): 2, ("tgo, prompts", 0.016, 3e-4): 2},
 }
 """Of stage 4: stars are 1 to 5; single is one picture a prompt, a tenth of the scores that of another picture."""
-QUICK = ("tgo", "tgo, prompts, w=d", "centred", "dpo", "kto", "dro, prompts")
+QUICK = ("tgo", "tgo, prompts, w=d", "centred", "pairs, w=d", "dpo", "kto")
 
 
 @dataclasses.dataclass(frozen=True)
