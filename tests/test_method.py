@@ -301,20 +301,24 @@ def test_normalised_weights_have_mean_one_and_class_weights_multiply(config, gro
 # ---- Groups ----
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config, grouped, strength):
-    """Two whole groups of eight in one batch, everything again with NumPy: leave-one-out means, then Eq. 10."""
-    settings = {"log_ratio_centering": "group", "centering_strength": strength, "group_size": 8}
-    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
+def loss_of_a_moved_policy(args, dataset, rows):
+    """Loss of some rows at random weights, their log-ratios from the logged errors at T = 0.001, and their scores."""
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, peft_config=LORA)
     generator = torch.Generator().manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    rows = [*range(0, 64, 8), *range(1, 64, 8)]
     batch = trainer.collator([trainer.train_dataset[row] for row in rows])
     loss, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    log_ratio = -(record[:, 5] - record[:, 6]).double().numpy() / 0.001
-    scores = np.asarray(grouped["score"])[rows]
+    return loss, -(record[:, 5] - record[:, 6]).double().numpy() / 0.001, np.asarray(dataset["score"])[rows]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config, grouped, strength):
+    """Two whole groups of eight in one batch, everything again with NumPy: leave-one-out means, then Eq. 10."""
+    settings = {"log_ratio_centering": "group", "centering_strength": strength, "group_size": 8}
+    rows = [*range(0, 64, 8), *range(1, 64, 8)]
+    loss, log_ratio, scores = loss_of_a_moved_policy(config(**settings), grouped, rows)
     margin = scores - np.median(grouped["score"])
     ratio, difference = log_ratio.copy(), margin.copy()
     for start in (0, 8):
@@ -331,16 +335,8 @@ def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config,
 def test_pairs_take_each_other_sample_of_the_group_for_threshold(config, grouped, strength):
     """A group of eight and a row that is alone, everything again in loops: Eq. 10 of each difference, then means."""
     settings = {"log_ratio_centering": "pairs", "centering_strength": strength, "group_size": 8}
-    trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     rows = [*range(0, 64, 8), 1]
-    batch = trainer.collator([trainer.train_dataset[row] for row in rows])
-    loss, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    log_ratio = -(record[:, 5] - record[:, 6]).double().numpy() / 0.001
-    scores = np.asarray(grouped["score"])[rows]
+    loss, log_ratio, scores = loss_of_a_moved_policy(config(**settings), grouped, rows)
     margin = scores - np.median(grouped["score"])
 
     def eq_10(ratio: float, distance: float) -> float:
