@@ -147,17 +147,17 @@ def test_gradients_of_the_preference_loss_sum_to_zero_within_a_group():
 def test_the_mutual_threshold_loss_by_hand():
     """
     Group 1: scores 3, 2, 2, rewards ln 3, 0, 0. Row 0 is above both: ln(4/3), with weights 1 and 3: 2·ln(4/3).
-    Rows 1 and 2 are below row 0, ln(4/3), and equal, ln 2. Row 3 is alone, 1 below τ: 2·softplus(ln 3) = 2·ln 4.
+    Rows 1 and 2 are below row 0, ln(4/3), and equal, ln 2. Row 3 is alone and at τ, which is positive: 2·ln(4/3).
     """
-    margins = torch.tensor([3.0, 2.0, 2.0, -1.0])[:, None] - torch.tensor([3.0, 2.0, 2.0, 0.0])[None, :]
+    margins = torch.tensor([3.0, 2.0, 2.0, 0.0])[:, None] - torch.tensor([3.0, 2.0, 2.0, 0.0])[None, :]
     weights = torch.ones(4, 4)
     weights[0, 2], weights[3, 3] = 3.0, 2.0
     record = mutual_threshold_loss(torch.tensor([LN3, 0.0, 0.0, LN3]), margins, torch.tensor([1, 1, 1, 2]), weights)
     equal = (math.log(4 / 3) + math.log(2)) / 2
-    close(record.loss, [2 * math.log(4 / 3), equal, equal, 2 * math.log(4)])
+    close(record.loss, [2 * math.log(4 / 3), equal, equal, 2 * math.log(4 / 3)])
     close(record.weight, [2, 1, 1, 2])
     close(record.implicit_reward, [LN3, -LN3 / 2, -LN3 / 2, LN3])
-    assert record.label.tolist() == [True, False, False, False]
+    assert record.label.tolist() == [True, False, False, True]
     untrained = mutual_threshold_loss(torch.zeros(4), margins, torch.tensor([1, 1, 1, 2]), weights)
     close(untrained.loss, [math.log(2) * weight for weight in (2, 1, 1, 2)])
 
