@@ -161,7 +161,7 @@ def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
 
 
 def best_setting(lines: Sequence[Line], score: str, method: str, drift: float) -> Setting | None:
-    """The setting of a method with the highest mean gain at a drift, of those that most of three seeds or more reach."""
+    """The setting of a method with the highest mean gain at a drift, of those most of three seeds or more reach."""
     means, settings = {}, by_setting(lines, score)
     wanted = min(3, max(len(runs) for runs in settings.values()))
     for setting, runs in settings.items():
