@@ -330,6 +330,12 @@ def test_evaluation_labels_with_the_training_threshold(config, dataset):
     assert metrics["eval_high_labels/positive_share"] == 1.0
 
 
+def test_evaluation_data_without_training_data_are_refused(config, dataset):
+    """Nothing would tell their threshold: they would be labelled by 0."""
+    with pytest.raises(ValueError, match="`eval_dataset` needs a `train_dataset`"):
+        TGOLTrainer(stable_diffusion(), config(), eval_dataset=dataset)
+
+
 def test_evaluating_between_steps_does_not_change_training(config, dataset):
     plain = TGOLTrainer(stable_diffusion(), config(), dataset)
     plain.train()

@@ -74,7 +74,7 @@ class TGOLTrainer(HubTrainer):
             Prompt (str), image (or video) and score (real number, higher is better), in the columns that `args` names.
             Needed for `train()`.
         eval_dataset (the same, or `dict[str, Dataset]`, *optional*):
-            Labelled with the training threshold.
+            Labelled with the training threshold, so it needs a `train_dataset`.
         proxy_dataset (`datasets.Dataset`, or a callable `(pipeline) -> Dataset`, *optional*):
             Scores from which the threshold is estimated instead of the training scores (paper, Sec. 3.3). A callable
             gets the pipeline while the policy is the reference, and is called again after each sync where
@@ -269,6 +269,11 @@ class TGOLTrainer(HubTrainer):
         return rows
 
     def _prepare_eval_dataset(self, dataset: AnyDataset | dict[str, AnyDataset] | None) -> Any:
+        if dataset is not None and self.labelling is None:
+            raise ValueError(
+                "`eval_dataset` needs a `train_dataset`: its rows are labelled and weighted by what is estimated from "
+                "the training scores. Give the scored data that the adapter was, or would be, trained on."
+            )
         if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
             return {name: self._prepare_dataset(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
         return self._prepare_dataset(dataset, "eval_dataset") if dataset is not None else None
