@@ -330,6 +330,13 @@ def test_evaluation_labels_with_the_training_threshold(config, dataset):
     assert metrics["eval_high_labels/positive_share"] == 1.0
 
 
+def test_evaluate_takes_a_dataset_as_the_constructor_does(config, dataset):
+    given = TGOLTrainer(stable_diffusion(), config(), dataset, eval_dataset=dataset)
+    later = TGOLTrainer(stable_diffusion(), config(), dataset)
+    assert later.evaluate(dataset)["eval_loss"] == given.evaluate()["eval_loss"]
+    assert later.evaluate({"high": dataset})["eval_high_loss"] == given.evaluate()["eval_loss"]
+
+
 def test_evaluation_data_without_training_data_are_refused(config, dataset):
     """Nothing would tell their threshold: they would be labelled by 0."""
     with pytest.raises(ValueError, match="`eval_dataset` needs a `train_dataset`"):

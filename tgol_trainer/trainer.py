@@ -363,6 +363,8 @@ class TGOLTrainer(HubTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
+        if isinstance(eval_dataset, datasets.Dataset | datasets.IterableDataset):  # given to `evaluate`
+            eval_dataset = self._prepare_eval_dataset(eval_dataset)
         with _changed(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
 
