@@ -220,18 +220,15 @@ def check_pairs(rows: ScoredDataset, args: TGOLConfig) -> None:
     Raises:
         ValueError: if no group has two rows with different scores.
     """
-    if args.loss_type != "dpo" and args.log_ratio_centering == "none":
+    if args.comparing is None:
         return
     numbers, _ = thresholds.group_ids(rows.groups)
     lowest, highest = np.full(numbers.max() + 1, np.inf), np.full(numbers.max() + 1, -np.inf)
     np.minimum.at(lowest, numbers, rows.scores)
     np.maximum.at(highest, numbers, rows.scores)
     if not (highest > lowest).any():
-        what = (
-            "`loss_type='dpo'`" if args.loss_type == "dpo" else f"`log_ratio_centering={args.log_ratio_centering!r}`"
-        )
         raise ValueError(
-            f"{what} compares images of one group, and none of the {len(lowest)} groups (equal values of "
+            f"{args.comparing} compares images of one group, and none of the {len(lowest)} groups (equal values of "
             f"{args.group_column or args.prompt_column!r}) has two with different scores. Score several images a "
             "prompt, name another `group_column`, or train with `loss_type='tgol'` without centring."
         )

@@ -197,11 +197,17 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         """Whether rows must carry the group they belong to."""
         return (
             self.threshold_strategy in ("group", "oracle")
-            or self.log_ratio_centering != "none"
-            or self.loss_type == "dpo"
+            or self.comparing is not None
             or self.group_size is not None
             or self.share_group_noise
         )
+
+    @property
+    def comparing(self) -> str | None:
+        """The setting, as written, that compares samples of a group within a batch; `None` where nothing does."""
+        if self.loss_type == "dpo":
+            return "`loss_type='dpo'`"
+        return f"`log_ratio_centering={self.log_ratio_centering!r}`" if self.log_ratio_centering != "none" else None
 
     def check_method(self, batch_size: int) -> None:
         """
@@ -294,24 +300,19 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError("`threshold_percentile` must lie between 0 and 100, both excluded, for groups.")
 
     def _check_groups(self, batch_size: int) -> None:
-        needs = (
-            "`loss_type='dpo'`" if self.loss_type == "dpo" else f"`log_ratio_centering={self.log_ratio_centering!r}`"
-        )
-        if (self.loss_type == "dpo" or self.log_ratio_centering != "none") and self.group_size is None:
-            raise ValueError(f"{needs} compares images of a prompt in one batch: set `group_size`, for example to 4.")
+        if self.comparing and self.group_size is None:
+            raise ValueError(
+                f"{self.comparing} compares images of a prompt in one batch: set `group_size`, for example to 4."
+            )
         if self.group_size is not None and batch_size % self.group_size:
             raise ValueError(
                 f"`group_size` {self.group_size} must divide `per_device_train_batch_size`, which is {batch_size}."
             )
-        if self.log_ratio_centering == "group" and self.loss_type not in ("tgol", "kto", "dro"):
+        accepted = {"none": None, "group": ("tgol", "kto", "dro"), "pairs": ("tgol",)}[self.log_ratio_centering]
+        if accepted and self.loss_type not in accepted:
             raise ValueError(
-                f"`log_ratio_centering='group'` acts on log-ratios and margins, which 'tgol', 'kto' and 'dro' are "
-                f"made of; `loss_type` is {self.loss_type!r}."
-            )
-        if self.log_ratio_centering == "pairs" and self.loss_type != "tgol":
-            raise ValueError(
-                "`log_ratio_centering='pairs'` compares each sample with each other by the threshold-guided loss: "
-                f"`loss_type` must be 'tgol', got {self.loss_type!r}."
+                f"`log_ratio_centering={self.log_ratio_centering!r}` acts on log-ratios and margins, and is there for "
+                f"the loss types {', '.join(map(repr, accepted))}; `loss_type` is {self.loss_type!r}."
             )
 
 
