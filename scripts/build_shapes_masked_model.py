@@ -1,9 +1,9 @@
 """
-Train a masked-token twin of the shapes model, an `AmusedPipeline` of 32×32 pictures, from nothing, on a CPU.
+Train a masked-token twin of the shapes model, an `AmusedPipeline` of 32×32 images, from nothing, on a CPU.
 
     python scripts/build_shapes_masked_model.py --vq_steps 2000 --transformer_steps 2000 --num_images 8192
 
-Three stages: the VQ autoencoder (64 codes, 8×8 tokens a picture), the transformer together with the text encoder, and
+Three stages: the VQ autoencoder (64 codes, 8×8 tokens an image), the transformer together with the text encoder, and
 a measurement: the share of samples whose centre is nearest to the colour named. What was run, how long it took and how
 good the result is goes to `build.json` beside the weights, which are stored in float16.
 """
@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tgol_trainer.families import MaskedTokenFamily, RowGenerators
+from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
 from tgol_trainer.shapes.world import COLOURS, PROMPTS, RESOLUTION, colour_of, samples
 
 CODES = 64
@@ -123,7 +123,7 @@ def train_transformer(
         intermediate_size=2 * WIDTH,
         sample_size=codes.shape[-1],
     )
-    family = MaskedTokenFamily(mask_token_id=CODES)
+    family = MaskedTokenLikelihood(mask_token_id=CODES)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=args.transformer_steps)

@@ -4,7 +4,7 @@ Train the shapes model that ships inside the package, from nothing, on a CPU.
     python scripts/build_shapes_model.py --output_dir tgol_trainer/shapes/pipeline
 
 Three stages: the autoencoder, the denoiser together with the text encoder, and a measurement of the result (share of
-samples whose colour and whose shape are right, the shape judged by a small classifier trained on drawn pictures). What
+samples whose colour and whose shape are right, the shape judged by a small classifier trained on drawn images). What
 was run, how long it took and how good the result is goes to `build.json` beside the weights.
 """
 
@@ -31,7 +31,7 @@ MAX_TOKENS = 48
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """Stack RGB pictures into a float32 tensor (N, 3, 32, 32) in [-1, 1]."""
+    """Stack RGB images into a float32 tensor (N, 3, 32, 32) in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -169,7 +169,7 @@ def measure(pipe: StableDiffusionPipeline, judge: torch.nn.Module, drawn: tuple[
         "samples": len(prompts),
         "colour_right": float((nearest == np.array(named)).mean()),
         "shape_right": float((judge(to_tensor(images)).argmax(1) == shape).float().mean()),
-        "shape_right_on_drawn_pictures": float((judge(drawn[0]).argmax(1) == drawn[1]).float().mean()),
+        "shape_right_on_drawn_images": float((judge(drawn[0]).argmax(1) == drawn[1]).float().mean()),
         "images_per_second": round(len(prompts) / seconds, 1),
     }
 

@@ -44,13 +44,13 @@ def _logging_as_imported() -> Iterator[None]:
 
 
 def scored_dataset(num_rows: int = 32, num_prompts: int = 5, seed: int = 0, side: int = 16) -> Dataset:
-    """Random pictures with prompts and normal scores."""
+    """Random images with prompts and normal scores."""
     rng = np.random.default_rng(seed)
-    pictures = rng.integers(0, 256, (num_rows, side, side, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (num_rows, side, side, 3), dtype=np.uint8)
     return Dataset.from_dict(
         {
             "prompt": [f"prompt number {index % num_prompts}" for index in range(num_rows)],
-            "image": [Image.fromarray(picture) for picture in pictures],
+            "image": [Image.fromarray(image) for image in images],
             "score": rng.normal(size=num_rows),
         }
     )

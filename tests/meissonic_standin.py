@@ -1,6 +1,6 @@
 """A stand-in for Meissonic, whose code is its authors': the names and call signatures of theirs, own contents.
 
-What a backbone relies on is the same: token ids in and logits out, `img_ids` and `txt_ids` that must match the grid
+What a family relies on is the same: token ids in and logits out, `img_ids` and `txt_ids` that must match the grid
 inside, one timestep a row, attention modules without the `head_dim` that diffusers' processor reads, gradient
 checkpointing by a flag in train mode, and a pipeline without LoRA methods that takes one generator.
 """
@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 
 class Block(nn.Module):
-    """Attention over text and picture together, then a small network; scaled by the conditioning."""
+    """Attention over text and image together, then a small network; scaled by the conditioning."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()

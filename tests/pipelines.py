@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 from tests import tiny
 from tests.conftest import scored_dataset
-from tgol_trainer.families import RowGenerators
+from tgol_trainer.likelihoods import RowGenerators
 
 PROMPTS = ["a cat", "two dogs"]
 GEOMETRY = torch.tensor([[24, 20, 2, 0], [16, 32, 0, 8]])
@@ -160,7 +160,7 @@ def load_into_transformer(pipe, folder):
     pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=weights)
 
 
-def four_pictures() -> Dataset:
+def four_images() -> Dataset:
     return scored_dataset(num_rows=4)
 
 
@@ -178,7 +178,7 @@ class Facts:
 
     build: Callable[[], DiffusionPipeline]
     error: Callable
-    """Scores two pictures (or clips) and PROMPTS, (2,), without the code that is tested."""
+    """Scores two images (or clips) and PROMPTS, (2,), without the code that is tested."""
     pixels: tuple[int, ...] = (3, 16, 16)
     latents: tuple[int, ...] = (4, 8, 8)
     sizes: tuple[tuple[int, int], int] = ((16, 16), 2)
@@ -189,7 +189,7 @@ class Facts:
     """1 where T does not apply."""
     round_trip: Callable = kl_round_trip
     load: Callable = load_lora
-    dataset: Callable[[], Dataset] = four_pictures
+    dataset: Callable[[], Dataset] = four_images
     settings: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of generation."""
@@ -209,7 +209,7 @@ _MASKED = {
 _HALVED = {**_MASKED, "sizes": ((16, 16), 4)}
 _WAN_SIZE = {"height": 16, "width": 32, "num_frames": 5}
 
-FAMILIES = {
+TINY = {
     "sd": Facts(tiny.stable_diffusion, sd_error),
     "sd v": Facts(partial(tiny.stable_diffusion, "v_prediction"), partial(sd_error, velocity=True)),
     "sdxl": Facts(tiny.stable_diffusion_xl, sdxl_error),
@@ -232,9 +232,9 @@ FAMILIES = {
     "amused": Facts(tiny.amused, masked_error, **_MASKED),
     "meissonic": Facts(tiny.meissonic, partial(masked_error, side=8), **_MASKED),
 }
-"""One entry a family: every test of `test_backbones.py` and `test_quantization.py` runs on it."""
+"""One entry a family: every test of `test_families.py` and `test_quantization.py` runs on it."""
 
-VARIANTS = FAMILIES | {
+VARIANTS = TINY | {
     "sd3 without T5": Facts(partial(tiny.stable_diffusion_3, t5=False), sd3_error),
     "amused, halved grid": Facts(partial(tiny.amused, True), masked_error, **_HALVED),
     "meissonic, halved grid": Facts(partial(tiny.meissonic, True), partial(masked_error, side=4), **_HALVED),

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
-from tgol_trainer.backbones import load_backbone
+from tgol_trainer.families import load_family
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 def attached(**options):
-    backbone = load_backbone(stable_diffusion())
+    family = load_family(stable_diffusion())
     config = LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
-    adapters.attach(backbone.denoiser, config, seed=0, probe=backbone.probe)
-    return backbone
+    adapters.attach(family.denoiser, config, seed=0, probe=family.probe)
+    return family
 
 
 def randomize(model):
@@ -53,15 +53,15 @@ def test_load_lora_weights_gives_the_trained_model_exactly(options, tmp_path):
     randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     fresh = stable_diffusion()
-    base = load_backbone(stable_diffusion()).probe()
+    base = load_family(stable_diffusion()).probe()
     fresh.load_lora_weights(tmp_path)
-    loaded = load_backbone(fresh)
+    loaded = load_family(fresh)
     difference = (loaded.probe() - trained.probe()).abs().max().item()
     assert difference == 0.0
     assert not torch.equal(loaded.probe(), base)
 
 
-def test_a_generated_picture_is_the_trained_pipelines_own(tmp_path):
+def test_a_generated_image_is_the_trained_pipelines_own(tmp_path):
     trained = attached(lora_alpha=8)
     randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
@@ -78,7 +78,7 @@ def test_without_the_metadata_alpha_would_be_lost(tmp_path, monkeypatch):
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     fresh = stable_diffusion()
     fresh.load_lora_weights(tmp_path)
-    assert not torch.allclose(load_backbone(fresh).probe(), trained.probe(), atol=1e-4)
+    assert not torch.allclose(load_family(fresh).probe(), trained.probe(), atol=1e-4)
 
 
 def test_the_metadata_names_rank_alpha_targets_and_what_differs_from_the_defaults_only(tmp_path):
@@ -95,12 +95,10 @@ def test_the_metadata_names_rank_alpha_targets_and_what_differs_from_the_default
 
 
 def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
-    base = load_backbone(stable_diffusion()).probe()
-    backbone = attached(lora_alpha=8)
-    assert torch.equal(backbone.probe(), base)
-    assert all(
-        parameter.requires_grad == ("lora_" in name) for name, parameter in backbone.denoiser.named_parameters()
-    )
+    base = load_family(stable_diffusion()).probe()
+    family = attached(lora_alpha=8)
+    assert torch.equal(family.probe(), base)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in family.denoiser.named_parameters())
 
 
 def test_the_seed_decides_the_adapters_random_half_and_the_global_generator_is_left_alone():
@@ -113,29 +111,29 @@ def test_the_seed_decides_the_adapters_random_half_and_the_global_generator_is_l
 
 @pytest.mark.parametrize("second", [False, True], ids=["adapters off", "second adapter"])
 def test_gradients_are_restored_even_if_the_reference_pass_fails(second):
-    backbone = attached(lora_alpha=8)
+    family = attached(lora_alpha=8)
     if second:
-        adapters.sync_reference(backbone.denoiser)
-    trainable = [name for name, p in backbone.denoiser.named_parameters() if p.requires_grad]
-    with pytest.raises(RuntimeError, match="boom"), adapters.reference_policy(backbone.denoiser):
+        adapters.sync_reference(family.denoiser)
+    trainable = [name for name, p in family.denoiser.named_parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="boom"), adapters.reference_policy(family.denoiser):
         raise RuntimeError("boom")
-    assert [name for name, p in backbone.denoiser.named_parameters() if p.requires_grad] == trainable
+    assert [name for name, p in family.denoiser.named_parameters() if p.requires_grad] == trainable
     assert all(adapters.REFERENCE not in name for name in trainable)
 
 
 def test_a_synced_reference_is_the_policy_of_that_moment_and_stays_when_the_policy_moves():
-    backbone = attached(lora_alpha=8)
-    randomize(backbone.denoiser)
-    at_sync = backbone.probe()
-    adapters.sync_reference(backbone.denoiser)
-    randomize(backbone.denoiser)
-    with adapters.reference_policy(backbone.denoiser):
-        assert torch.equal(backbone.probe(), at_sync)
-    assert not torch.equal(backbone.probe(), at_sync)
-    adapters.sync_reference(backbone.denoiser)
-    moved = backbone.probe()
-    with adapters.reference_policy(backbone.denoiser):
-        assert torch.equal(backbone.probe(), moved)
+    family = attached(lora_alpha=8)
+    randomize(family.denoiser)
+    at_sync = family.probe()
+    adapters.sync_reference(family.denoiser)
+    randomize(family.denoiser)
+    with adapters.reference_policy(family.denoiser):
+        assert torch.equal(family.probe(), at_sync)
+    assert not torch.equal(family.probe(), at_sync)
+    adapters.sync_reference(family.denoiser)
+    moved = family.probe()
+    with adapters.reference_policy(family.denoiser):
+        assert torch.equal(family.probe(), moved)
 
 
 REFUSED = {
@@ -160,11 +158,11 @@ def test_dropout_is_allowed_with_a_warning(caplog):
 
 
 def test_a_base_that_changes_under_the_adapter_is_found_by_comparing_outputs():
-    backbone = attached(lora_alpha=8)
-    expected = backbone.probe()
-    next(p for name, p in backbone.denoiser.named_parameters() if "base_layer" in name).data += 0.1
+    family = attached(lora_alpha=8)
+    expected = family.probe()
+    next(p for name, p in family.denoiser.named_parameters() if "base_layer" in name).data += 0.1
     with pytest.raises(ValueError, match="no longer gives the base model's output"):
-        adapters.check_reference(backbone.denoiser, expected, backbone.probe)
+        adapters.check_reference(family.denoiser, expected, family.probe)
 
 
 def test_a_model_that_already_has_adapters_is_refused_with_the_way_out(config, dataset):
@@ -190,14 +188,14 @@ def test_training_continues_from_a_saved_adapter_against_the_reference_asked_for
     folder, start = saved
     args = config(adapter_name_or_path=str(folder), reference=reference)
     trainer = TGOLTrainer(stable_diffusion(), args, dataset)
-    assert torch.equal(trainer.backbone.probe(), start)
+    assert torch.equal(trainer.family.probe(), start)
     with trainer.reference_policy():
-        expected = start if reference == "initial" else load_backbone(stable_diffusion()).probe()
-        assert torch.equal(trainer.backbone.probe(), expected)
+        expected = start if reference == "initial" else load_family(stable_diffusion()).probe()
+        assert torch.equal(trainer.family.probe(), expected)
     trainer.train()
-    assert not torch.equal(trainer.backbone.probe(), start)
+    assert not torch.equal(trainer.family.probe(), start)
     with trainer.reference_policy():
-        assert torch.equal(trainer.backbone.probe(), expected)
+        assert torch.equal(trainer.family.probe(), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
@@ -210,7 +208,7 @@ def test_on_a_bfloat16_base_policy_and_reference_start_with_the_float32_values_o
     file = load_file(tmp_path / adapters.WEIGHTS_NAME)
     assert any(not torch.equal(tensor.bfloat16().float(), tensor) for tensor in file.values())
     args = config(adapter_name_or_path=str(tmp_path), reference="initial")
-    denoiser = TGOLTrainer(stable_diffusion().to(torch.bfloat16), args, dataset).backbone.denoiser
+    denoiser = TGOLTrainer(stable_diffusion().to(torch.bfloat16), args, dataset).family.denoiser
     assert {p.dtype for name, p in denoiser.named_parameters() if "lora_" not in name} == {torch.bfloat16}
     for name in (adapters.POLICY, adapters.REFERENCE):
         found = get_peft_model_state_dict(denoiser, adapter_name=name)
@@ -229,11 +227,11 @@ def test_what_is_published_of_a_continued_adapter_is_relative_to_the_true_base(c
     trainer.save_model(str(tmp_path / "out"))
     fresh = stable_diffusion()
     fresh.load_lora_weights(tmp_path / "out")
-    assert torch.equal(load_backbone(fresh).probe(), trainer.backbone.probe())
+    assert torch.equal(load_family(fresh).probe(), trainer.family.probe())
     assert not (tmp_path / "out" / adapters.REFERENCE_WEIGHTS_NAME).exists()
     resumed = TGOLTrainer(stable_diffusion(), args, dataset)
     resumed.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
-    assert torch.equal(resumed.backbone.probe(), trainer.backbone.probe())
+    assert torch.equal(resumed.family.probe(), trainer.family.probe())
 
 
 def test_a_file_without_weights_for_the_denoiser_is_refused(config, dataset, tmp_path):

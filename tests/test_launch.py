@@ -108,10 +108,10 @@ def alone(folder, flags):
 
 def write_parquet(file, scores, seed=0, prompts=PROMPTS):
     rng = np.random.default_rng(seed)
-    pictures = rng.integers(0, 256, (len(scores), 32, 32, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (len(scores), 32, 32, 3), dtype=np.uint8)
     rows = {
         "prompt": [prompts[index % len(prompts)] for index in range(len(scores))],
-        "image": [Image.fromarray(picture) for picture in pictures],
+        "image": [Image.fromarray(image) for image in images],
         "score": [float(score) for score in scores],
     }
     features = Features({"prompt": Value("string"), "image": ImageFeature(), "score": Value("float64")})
@@ -133,7 +133,7 @@ NUM_ROWS, NUM_EVAL_ROWS = 27, 11
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 EVALUATED |= {"per_device_eval_batch_size": 4}
 
-# Three batches of 4, 4 and 1 pictures for two processes; the best score chooses what is kept.
+# Three batches of 4, 4 and 1 images for two processes; the best score chooses what is kept.
 EVALUATED |= {"sample_prompts": list(PROMPTS[:3]), "sample_seeds": [0, 1, 2], "sample_num_inference_steps": 2}
 EVALUATED |= {"reward_funcs": ["background_darkness", "colour_faithfulness"]}
 EVALUATED |= {"metric_for_best_model": "samples/background_darkness/mean"}
@@ -148,7 +148,7 @@ def place(tmp_path_factory):
     write_parquet(folder / "data" / "test.parquet", [9.0] * 4 + [-9.0] * 7, seed=2)
     # Rank 0 reads the rows 0-3, 8-11, ..., rank 1 the others.
     write_parquet(folder / "one_sided" / "train.parquet", [2.0, 2.1, 2.2, 2.3, 1.0, 1.1, 1.2, 1.3] * 3)
-    # Four pictures of each of eight prompts: two updates of 16 rows an epoch, by halves of two groups.
+    # Four images of each of eight prompts: two updates of 16 rows an epoch, by halves of two groups.
     write_parquet(folder / "groups" / "train.parquet", np.random.default_rng(2).normal(size=32), prompts=PROMPTS[:8])
     return folder
 
@@ -278,7 +278,7 @@ def test_evaluation_on_two_processes_counts_each_of_eleven_rows_once(one, two):
     assert sum(len(rows) for record in two.records for rows in record["eval_row_ids"]) > 2 * NUM_EVAL_ROWS
 
 
-def test_two_processes_draw_their_shares_of_the_pictures_of_one_and_agree_on_their_scores(one, two):
+def test_two_processes_draw_their_shares_of_the_images_of_one_and_agree_on_their_scores(one, two):
     key = "samples/background_darkness/mean"
     alone, (left, right) = lines(one.records[0], key), (lines(record, key) for record in two.records)
     assert [line["step"] for line in alone] == [0, 2, 4]

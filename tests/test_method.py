@@ -124,9 +124,9 @@ def test_nft_mixes_predictions_of_masked_models_as_well(config, grouped):
 def test_csft_writes_the_label_behind_the_prompt(config, grouped, monkeypatch):
     trainer = TGOLTrainer(stable_diffusion(), config(loss_type="csft"), grouped, peft_config=LORA)
     seen = []
-    condition = trainer.backbone.condition
+    condition = trainer.family.condition
     monkeypatch.setattr(
-        trainer.backbone, "condition", lambda prompts, *rest: seen.extend(prompts) or condition(prompts, *rest)
+        trainer.family, "condition", lambda prompts, *rest: seen.extend(prompts) or condition(prompts, *rest)
     )
     rows = range(8)
     trainer.compute_loss(trainer.model.train(), trainer.collator([trainer.train_dataset[row] for row in rows]))
@@ -362,8 +362,8 @@ def test_batches_hold_whole_groups_which_share_noise_when_asked(config, grouped,
     settings = {"loss_type": "dpo", "group_size": 8, "share_group_noise": True, "max_steps": 8}
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
     draws = []
-    draw = trainer.backbone.family.draw
-    monkeypatch.setattr(trainer.backbone.family, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
+    draw = trainer.family.likelihood.draw
+    monkeypatch.setattr(trainer.family.likelihood, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
     batches = list(trainer.get_train_dataloader())
     assert all(len(set(batch["group"].tolist())) == 1 for batch in batches)
     trainer.compute_loss(trainer.model.train(), batches[0])

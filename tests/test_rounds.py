@@ -57,8 +57,8 @@ def two(tmp_path_factory):
     return folder, rounds_in(folder, 2, threshold_strategy="oracle")
 
 
-def test_each_round_trains_on_pictures_of_the_policy_before_it(two):
-    """The second round's pictures again, from the first round's adapter, and their scores again."""
+def test_each_round_trains_on_images_of_the_policy_before_it(two):
+    """The second round's images again, from the first round's adapter, and their scores again."""
     folder, _ = two
     rows = read_shards(folder / "round-1" / "scored")
     pipeline, _ = load(str(folder / "round-0" / "adapter"))
@@ -82,7 +82,7 @@ def test_the_reference_of_a_round_is_the_policy_it_began_with(two):
     assert state["strategy"]["name"] == "oracle"
     first = next(line for line in trainer.state.log_history if "loss" in line)
     assert first["rewards/accuracies"] == 0.5
-    kept = trainer.backbone.denoiser.peft_config.keys()
+    kept = trainer.family.denoiser.peft_config.keys()
     assert len(kept) == 2
 
 

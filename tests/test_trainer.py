@@ -15,9 +15,9 @@ from peft import LoraConfig
 from tests.conftest import scored_dataset
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
-from tgol_trainer.backbones import load_backbone
 from tgol_trainer.data import decode_prompts
-from tgol_trainer.families import RowGenerators
+from tgol_trainer.families import load_family
+from tgol_trainer.likelihoods import RowGenerators
 from tgol_trainer.metrics import LOGGED_METRICS, RECORD
 from tgol_trainer.thresholds import ThresholdError
 from tgol_trainer.trainer import TrainingDivergedError
@@ -80,7 +80,7 @@ def test_loss_and_gradients_of_a_batch_match_an_independent_float64_formula(conf
     loss.backward()
     gradients = {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
-    pipe = trainer.backbone.pipeline
+    pipe = trainer.family.pipeline
     unet = pipe.unet.double()
     prompts = [dataset["prompt"][row] for row in range(8)]
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -178,13 +178,13 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
 def test_the_reference_stays_the_base_model_while_the_policy_moves(config, dataset):
     trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
     trainer.train()
-    backbone = trainer.backbone
+    family = trainer.family
     with trainer.reference_policy():
-        reference = backbone.probe()
-    base = TGOLTrainer(stable_diffusion(), config(), dataset).backbone
+        reference = family.probe()
+    base = TGOLTrainer(stable_diffusion(), config(), dataset).family
     with adapters.reference_policy(base.denoiser):
         assert torch.equal(reference, base.probe())
-    assert not torch.equal(backbone.probe(), reference)
+    assert not torch.equal(family.probe(), reference)
 
 
 def test_syncing_each_epoch_makes_the_policy_the_reference_and_the_first_loss_ln_2_again(config, dataset):
@@ -402,7 +402,7 @@ def test_compiling_changes_only_rounding(config, dataset, tmp_path):
     compiled.save_model(str(tmp_path / "compiled"))
     fresh = stable_diffusion()
     fresh.load_lora_weights(tmp_path / "compiled")
-    assert torch.equal(load_backbone(fresh).probe(), compiled.backbone.probe())
+    assert torch.equal(load_family(fresh).probe(), compiled.family.probe())
 
 
 def test_tensorboard_gets_every_logged_metric(config, dataset, tmp_path, monkeypatch):
@@ -447,9 +447,9 @@ def test_a_users_optimizer_is_used(config, dataset):
 def test_caption_dropout_of_one_encodes_only_the_empty_prompt(config, dataset, monkeypatch):
     trainer = TGOLTrainer(stable_diffusion(), config(caption_dropout=1.0), dataset)
     seen = []
-    encode = trainer.backbone.encode_unique_prompts
+    encode = trainer.family.encode_unique_prompts
     monkeypatch.setattr(
-        trainer.backbone, "encode_unique_prompts", lambda prompts: seen.append(prompts) or encode(prompts)
+        trainer.family, "encode_unique_prompts", lambda prompts: seen.append(prompts) or encode(prompts)
     )
     trainer.model.train()
     batch = batch_of(trainer)

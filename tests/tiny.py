@@ -49,7 +49,7 @@ def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
 
 
 def stable_diffusion(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
-    """A random Stable Diffusion 1.x pipeline of 333k weights that draws 16×16 pictures.
+    """A random Stable Diffusion 1.x pipeline of 333k weights that draws 16×16 images.
 
     Equal arguments give equal weights, whatever was drawn before, and the global random state is left alone.
 
@@ -118,7 +118,7 @@ def vq_model() -> VQModel:
 
 
 def amused(downsample: bool = False, seed: int = 0) -> AmusedPipeline:
-    """A random aMUSEd pipeline of 88k weights that draws 16×16 pictures from 8×8 tokens.
+    """A random aMUSEd pipeline of 88k weights that draws 16×16 images from 8×8 tokens.
 
     Args:
         downsample (`bool`, *optional*, defaults to `False`): whether the transformer halves the grid inside.
@@ -161,7 +161,7 @@ def amused(downsample: bool = False, seed: int = 0) -> AmusedPipeline:
 
 
 def meissonic(downsample: bool = False, seed: int = 0) -> Pipeline:
-    """The stand-in for Meissonic (`tests/meissonic_standin.py`), random, for 16×16 pictures of 8×8 tokens.
+    """The stand-in for Meissonic (`tests/meissonic_standin.py`), random, for 16×16 images of 8×8 tokens.
 
     Args:
         downsample (`bool`, *optional*, defaults to `False`): whether the transformer halves the grid inside.
@@ -225,7 +225,7 @@ def t5_encoder(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
 
 
 def kl_autoencoder(**options: Any) -> AutoencoderKL:
-    """A random KL autoencoder with four channels, half the picture's side, with weights of the global generator."""
+    """A random KL autoencoder with four channels, half the image's side, with weights of the global generator."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -238,7 +238,7 @@ def kl_autoencoder(**options: Any) -> AutoencoderKL:
 
 
 def stable_diffusion_xl(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionXLPipeline:
-    """A random Stable Diffusion XL pipeline of 480k weights that draws 16×16 pictures; as [`stable_diffusion`]."""
+    """A random Stable Diffusion XL pipeline of 480k weights that draws 16×16 images; as [`stable_diffusion`]."""
     tokenizer = clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -283,7 +283,7 @@ def stable_diffusion_xl(prediction_type: str = "epsilon", seed: int = 0) -> Stab
 
 
 def stable_diffusion_3(variant: str = "3", t5: bool = True, seed: int = 0) -> StableDiffusion3Pipeline:
-    """A random Stable Diffusion 3 pipeline of 234k weights that draws 16×16 pictures; as [`stable_diffusion`].
+    """A random Stable Diffusion 3 pipeline of 234k weights that draws 16×16 images; as [`stable_diffusion`].
 
     Args:
         variant (`str`, *optional*, defaults to `"3"`): or `"3.5"`, with normalised queries and keys and, as the medium
@@ -331,7 +331,7 @@ def stable_diffusion_3(variant: str = "3", t5: bool = True, seed: int = 0) -> St
 
 
 def flux(guidance_embeds: bool = True, seed: int = 0) -> FluxPipeline:
-    """A random FLUX.1 pipeline of 177k weights that draws 16×16 pictures; as [`stable_diffusion`].
+    """A random FLUX.1 pipeline of 177k weights that draws 16×16 images; as [`stable_diffusion`].
 
     Args:
         guidance_embeds (`bool`, *optional*, defaults to `True`): as FLUX.1-dev; without, as FLUX.1-schnell.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._noise import silence
+from ._quiet import silence
 
 if TYPE_CHECKING:
     from .config import TGOLConfig

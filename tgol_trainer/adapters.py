@@ -230,7 +230,7 @@ def _read_weights(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> None:
     """
-    Load what was trained elsewhere, to make pictures with it: an adapter of any origin, or fully fine-tuned weights.
+    Load what was trained elsewhere, to make images with it: an adapter of any origin, or fully fine-tuned weights.
 
     Unlike [`load_initial`] it asks nothing about whether the adapter could be trained further here.
 

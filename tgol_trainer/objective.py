@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import losses, thresholds
-from .config import MethodArguments
-from .data import Labelling
-from .losses import LossRecord
+from tgol_trainer import losses, thresholds
+from tgol_trainer.config import MethodArguments
+from tgol_trainer.labels import Labelling
+from tgol_trainer.losses import LossRecord
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 from transformers.trainer_utils import get_last_checkpoint
 
-from .config import TGOLConfig
-from .jobs import generate_dataset, score_dataset
-from .rewards import RewardFunction
-from .saving import write_json
-from .trainer import TGOLTrainer
+from tgol_trainer._files import write_json
+from tgol_trainer.config import TGOLConfig
+from tgol_trainer.jobs import generate_dataset, score_dataset
+from tgol_trainer.rewards import RewardFunction
+from tgol_trainer.trainer import TGOLTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -45,13 +45,13 @@ def train_rounds(
     quantization_config: Any = None,
 ) -> TGOLTrainer | None:
     """
-    Train in rounds on pictures of the policy itself (paper, Algorithm 1, with line 15 after each round).
+    Train in rounds on images of the policy itself (paper, Algorithm 1, with line 15 after each round).
 
-    Round r samples `images_per_prompt` pictures a prompt from the policy that round r - 1 left, scores them, estimates
+    Round r samples `images_per_prompt` images a prompt from the policy that round r - 1 left, scores them, estimates
     threshold and normalisation from these scores, trains as `args` say, and measures against the policy it began with.
-    `round-r/` keeps pictures (`pictures/`), scores (`scored/`) and adapter; `rounds.json` the mean score of the
-    pictures, the threshold and the seconds of each. The same call goes on after a kill: a round that is recorded is
-    passed over, pictures and scores that are there are not made again.
+    `round-r/` keeps images (`pictures/`), scores (`scored/`) and adapter; `rounds.json` the mean score of the
+    images, the threshold and the seconds of each. The same call goes on after a kill: a round that is recorded is
+    passed over, images and scores that are there are not made again.
 
     Args:
         model (`str`):
@@ -68,7 +68,7 @@ def train_rounds(
         num_rounds (`int`):
             Rounds in all, at least 1.
         images_per_prompt (`int`, *optional*, defaults to 8):
-            Pictures of each prompt a round.
+            Images of each prompt a round.
         sampling (`Mapping[str, Any]`, *optional*):
             `num_inference_steps`, `guidance_scale` and whatever else [`generate_dataset`] takes.
         peft_config (`peft.LoraConfig`, *optional*):
@@ -93,7 +93,7 @@ def train_rounds(
             policy = folder / "adapter"
             continue
         start = time.time()
-        logger.info("Round %d of %d: pictures of %s.", number + 1, num_rounds, policy or model)
+        logger.info("Round %d of %d: images of %s.", number + 1, num_rounds, policy or model)
         options = {"images_per_prompt": images_per_prompt, **(sampling or {})}
         rows = _samples(load, rewards, prompts, folder, model, policy, args.seed + _SEEDS_APART * number, options)
         arguments = _round_arguments(args, folder, policy, score)
@@ -123,7 +123,7 @@ def _samples(
     seed: int,
     options: Mapping[str, Any],
 ) -> datasets.Dataset:
-    """Return scored pictures of the policy; those that are there are not made again."""
+    """Return scored images of the policy; those that are there are not made again."""
     with _without_bars_of_files():
         pipeline, revision = load(None if policy is None else str(policy))
         generate_dataset(pipeline, prompts, folder / "pictures", model=model, revision=revision, seed=seed, **options)
@@ -151,7 +151,7 @@ def _recorded(output: Path) -> list[dict[str, Any]]:
 
 def _facts(trainer: TGOLTrainer, rows: datasets.Dataset, score: str) -> dict[str, Any]:
     scores = np.asarray([value for value in rows[score] if value is not None])
-    logger.info("Mean %s of the pictures: %.5g.", score, scores.mean())
+    logger.info("Mean %s of the images: %.5g.", score, scores.mean())
     threshold = trainer.threshold.to_dict() if trainer.threshold else None
     return {"num_pictures": int(scores.size), "mean_score": float(scores.mean()), "threshold": threshold}
 
@@ -177,7 +177,7 @@ def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, imag
             "Rounds train on one score: leave out `score_columns`, and give a reward that adds others by weight."
         )
     if not rewards:
-        raise ValueError("Rounds score their own pictures: give `reward_funcs`.")
+        raise ValueError("Rounds score their own images: give `reward_funcs`.")
     if len(rewards) > 1 and args.score_column not in rewards:
         raise ValueError(
             f"Which of {', '.join(rewards)} is trained on? Name it as `score_column`, which is {args.score_column!r}."
@@ -192,7 +192,7 @@ def _round_arguments(args: TGOLConfig, folder: Path, policy: Path | None, score:
     changed.push_to_hub = False  # the last round's adapter is pushed once, from `output_dir`
     changed.seed = changed.data_seed = args.seed + _SEEDS_APART * int(folder.name.rpartition("-")[2])
     if changed.threshold_strategy == "oracle":
-        changed.reference_samples = True  # the pictures are the reference's own
+        changed.reference_samples = True  # the images are the reference's own
     if policy is not None:
         changed.adapter_name_or_path, changed.reference = str(policy), "initial"
     return changed

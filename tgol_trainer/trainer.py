@@ -21,17 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from . import adapters, labelling, shapes, thresholds
-from .backbones import Backbone, BackboneSettings, ModelOrigin, load_backbone, wrap_pipeline
-from .callbacks import EpochStart, RewardFuncs, SampleCallback, dataset_facts, harvest_facts
-from .card import DatasetFacts, write_card
-from .config import TGOLConfig
-from .data import (
+from tgol_trainer import adapters, shapes, thresholds
+from tgol_trainer._files import write_json
+from tgol_trainer.config import TGOLConfig
+from tgol_trainer.data import (
     Collator,
     Columns,
     DataReport,
     GroupSampler,
-    Labelling,
     ScoredDataset,
     ScoredStream,
     check_columns,
@@ -39,12 +36,24 @@ from .data import (
     innermost_sampler,
     prepare_dataset,
 )
-from .families import RowGenerators, log_likelihood
-from .hub.trainer import HubTrainer
-from .labelling import AnyDataset, ProxyDataset
-from .metrics import RECORD, MetricSums, stack_record
-from .objective import Scored, training_loss
-from .saving import ARGUMENTS_NAME, STATE_NAME, ReportedConfig, public_arguments, saved_state, write_json
+from tgol_trainer.epochs import EpochStart
+from tgol_trainer.families import FamilySettings, ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from tgol_trainer.labels import Labelling, fitting
+from tgol_trainer.labels.fitting import AnyDataset, ProxyDataset
+from tgol_trainer.likelihoods import RowGenerators, log_likelihood
+from tgol_trainer.metrics import RECORD, MetricSums, stack_record
+from tgol_trainer.objective import Scored, training_loss
+from tgol_trainer.sampling import RewardFuncs, SampleCallback
+from tgol_trainer.saving.card import DatasetFacts, write_card
+from tgol_trainer.saving.facts import dataset_facts, harvest_facts
+from tgol_trainer.saving.files import (
+    ARGUMENTS_NAME,
+    STATE_NAME,
+    ReportedConfig,
+    public_arguments,
+    saved_state,
+)
+from tgol_trainer.saving.trainer import HubTrainer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -84,7 +93,7 @@ class TGOLTrainer(HubTrainer):
         quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
             Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
         reward_funcs (`str`, `Callable` or a list of them, *optional*):
-            Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the pictures of
+            Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the images of
             `args.sample_prompts`.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
             Added to Trainer's own.
@@ -120,7 +129,7 @@ class TGOLTrainer(HubTrainer):
         if args.score_columns:
             score = thresholds.combined_name(args.score_columns, args.score_combination)
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=score)
-        labelling.check_sources(
+        fitting.check_sources(
             args,
             streamed=None if train_dataset is None else isinstance(train_dataset, datasets.IterableDataset),
             proxy=proxy_dataset is not None,
@@ -128,9 +137,9 @@ class TGOLTrainer(HubTrainer):
             proxy_streamed=isinstance(proxy_dataset, datasets.IterableDataset),
         )
 
-        self.backbone = self._load_backbone(model, quantization_config)
-        if self.backbone.num_frames is not None:
-            frames = self.backbone.num_frames
+        self.family = self._load_family(model, quantization_config)
+        if self.family.num_frames is not None:
+            frames = self.family.num_frames
             self.columns = dataclasses.replace(self.columns, video=args.video_column, num_frames=frames)
         if args.uses_groups:
             self.columns = dataclasses.replace(self.columns, group=args.group_column or args.prompt_column)
@@ -142,8 +151,8 @@ class TGOLTrainer(HubTrainer):
         self.dataset_facts: list[DatasetFacts] = []
         self.example_prompt: str | None = None
         self.labelling: Labelling | None = None
-        size = args.training_size(self.backbone.native_size, self.backbone.resolution_multiple)
-        self.collator = Collator(size, num_frames=self.backbone.num_frames)
+        size = args.training_size(self.family.native_size, self.family.resolution_multiple)
+        self.collator = Collator(size, num_frames=self.family.num_frames)
         self._raw_stream = train_dataset if isinstance(train_dataset, datasets.IterableDataset) else None
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
@@ -157,7 +166,7 @@ class TGOLTrainer(HubTrainer):
         self.samples = SampleCallback(self, reward_funcs, gather_object)
 
         super().__init__(
-            model=self.backbone.denoiser,
+            model=self.family.denoiser,
             args=args,
             data_collator=self.collator,
             train_dataset=train_rows,
@@ -171,58 +180,58 @@ class TGOLTrainer(HubTrainer):
 
     # ---- Set-up ----
 
-    def _load_backbone(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> Backbone:
+    def _load_family(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> ModelFamily:
         args, options = self.args, self.args.pipeline_kwargs
         if quantization_config is not None:
             if args.full_finetuning:
                 raise ValueError("`quantization_config` freezes the weights that `full_finetuning=True` would train.")
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
-        settings = BackboneSettings(timesteps, args.train_guidance, args.num_frames)
+        settings = FamilySettings(timesteps, args.train_guidance, args.num_frames)
         if str(model) in shapes.EMBEDDED and not Path(str(model)).exists():
             load, note, code, arguments = shapes.EMBEDDED[str(model)]
             if options:
                 raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-            backbone = wrap_pipeline(load(), ModelOrigin(None, None, note, code, arguments), settings)
+            family = wrap_pipeline(load(), ModelOrigin(None, None, note, code, arguments), settings)
         else:
-            backbone = load_backbone(model, options, settings)
+            family = load_family(model, options, settings)
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1
-        return backbone.to(args.device)
+        return family.to(args.device)
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
-        args, backbone = self.args, self.backbone
+        args, family = self.args, self.family
         # What is saved of a denoiser must not name the folder that it was loaded from.
-        backbone.denoiser._internal_dict = ReportedConfig({**backbone.denoiser.config, "_name_or_path": ""})
+        family.denoiser._internal_dict = ReportedConfig({**family.denoiser.config, "_name_or_path": ""})
         if args.full_finetuning:
             if peft_config is not None:
                 raise ValueError("`full_finetuning=True` trains no adapter: leave out `peft_config`.")
-            if backbone.denoiser.dtype != torch.float32:
+            if family.denoiser.dtype != torch.float32:
                 logger.warning(
                     "Full fine-tuning of %s weights loses updates smaller than their precision. Load the model in "
                     "float32 and set `bf16=True` for speed.",
-                    str(backbone.denoiser.dtype).removeprefix("torch."),
+                    str(family.denoiser.dtype).removeprefix("torch."),
                 )
-            self.reference_model = copy.deepcopy(backbone.denoiser)
-            backbone.denoiser.requires_grad_(True)
+            self.reference_model = copy.deepcopy(family.denoiser)
+            family.denoiser.requires_grad_(True)
         elif args.adapter_name_or_path:
             if peft_config is not None:
                 raise ValueError(
                     "`adapter_name_or_path` brings its own configuration: leave out `peft_config` or train anew."
                 )
-            before = backbone.probe()
+            before = family.probe()
             adapters.load_initial(
-                backbone.pipeline,
-                backbone.denoiser_name,
+                family.pipeline,
+                family.denoiser_name,
                 args.adapter_name_or_path,
                 keep_as_reference=args.reference == "initial",
             )
-            adapters.check_reference(backbone.denoiser, before, backbone.probe)
+            adapters.check_reference(family.denoiser, before, family.probe)
         else:
-            adapters.attach(backbone.denoiser, self._lora_config(peft_config), seed=args.seed, probe=backbone.probe)
+            adapters.attach(family.denoiser, self._lora_config(peft_config), seed=args.seed, probe=family.probe)
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-            backbone.enable_gradient_checkpointing()
+            family.enable_gradient_checkpointing()
             # diffusers' own switch; Trainer would look for transformers' method of another name.
             args.gradient_checkpointing = args.activation_checkpointing = False
 
@@ -232,13 +241,13 @@ class TGOLTrainer(HubTrainer):
         config = copy.deepcopy(peft_config) or LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian")
         adapters.check_peft_config(config)
         if config.target_modules is None:
-            config.target_modules = set(self.backbone.default_target_modules)
+            config.target_modules = set(self.family.default_target_modules)
         return config
 
     # ---- Data and threshold ----
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
-        labelling.check_columns_of_stream(dataset, name, self.args)
+        fitting.check_columns_of_stream(dataset, name, self.args)
         check_columns(dataset, self.columns, name, scored=not self.args.score_columns)
         if isinstance(dataset, datasets.IterableDataset):
             return ScoredStream(dataset, self.columns, on_bad_sample=self.args.on_bad_sample, name=name)
@@ -255,7 +264,7 @@ class TGOLTrainer(HubTrainer):
         self.data_reports[name] = report
         suffix = max(self.args.csft_suffixes, key=len) if self.args.loss_type == "csft" else ""
         prompts = [prompt + suffix for prompt in dict.fromkeys(rows.prompts)]
-        long, limit = self.backbone.count_long_prompts(prompts)
+        long, limit = self.family.count_long_prompts(prompts)
         if long:
             logger.warning(
                 "%s: %d of %d different prompts are longer than the text encoder's %d tokens; the rest of them is "
@@ -290,16 +299,16 @@ class TGOLTrainer(HubTrainer):
         """Estimate τ, hand it to the collator, and return the rows that are trained on."""
         proxy = self.proxy_dataset
         if callable(proxy):
-            proxy = proxy(self.backbone.pipeline)
+            proxy = proxy(self.family.pipeline)
         before = self.labelling.combination if self.labelling else None
         sources = {"proxy": proxy, "stream": self._raw_stream, "combination": before}
-        found = labelling.fit(rows, self.args, self.columns, **sources)
+        found = fitting.fit(rows, self.args, self.columns, **sources)
         if found.kept is not None and isinstance(rows, ScoredDataset):
             rows = rows.kept(found.kept)
         if isinstance(rows, ScoredDataset):
-            labelling.check_pairs(rows, self.args)
+            fitting.check_pairs(rows, self.args)
         self.labelling = found
-        labelling.set_labels(found, self.args, self.collator, rows)
+        fitting.set_labels(found, self.args, self.collator, rows)
         for evaluated in self._evaluation_rows():
             evaluated.thresholds = found.row_thresholds(evaluated.groups) if found.by_group is not None else None
         return rows
@@ -389,9 +398,9 @@ class TGOLTrainer(HubTrainer):
     def sync_reference(self) -> None:
         """Make the policy of this moment the reference (paper, Algorithm 1, line 15)."""
         if self.reference_model is not None:
-            self.reference_model.load_state_dict(self.backbone.denoiser.state_dict())
+            self.reference_model.load_state_dict(self.family.denoiser.state_dict())
         else:
-            adapters.sync_reference(self.backbone.denoiser)
+            adapters.sync_reference(self.family.denoiser)
 
     @contextlib.contextmanager
     def reference_policy(self, model: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
@@ -406,8 +415,8 @@ class TGOLTrainer(HubTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 yield self.reference_model
         else:
-            with adapters.reference_policy(self.backbone.denoiser):
-                yield model if model is not None else self.backbone.denoiser
+            with adapters.reference_policy(self.family.denoiser):
+                yield model if model is not None else self.family.denoiser
 
     def compute_loss(
         self,
@@ -432,7 +441,7 @@ class TGOLTrainer(HubTrainer):
         Returns:
             `torch.Tensor`: scalar float32, and the record if asked for.
         """
-        args, family, training = self.args, self.backbone.family, model.training
+        args, likelihood, training = self.args, self.family.likelihood, model.training
         step = self.state.global_step if training else EVALUATION_STEP
         rows = RowGenerators(args.seed, step, inputs["row_id"].tolist())
 
@@ -447,24 +456,24 @@ class TGOLTrainer(HubTrainer):
         if training and args.caption_dropout:
             dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        conditioning = self.backbone.condition(prompts, inputs["geometry"], self.collator.resolution)
-        latents = self.backbone.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
+        conditioning = self.family.condition(prompts, inputs["geometry"], self.collator.resolution)
+        latents = self.family.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
         if args.share_group_noise:
             rows = RowGenerators(args.seed, step, inputs["group"].tolist())
-        draw = family.draw(latents, rows)
+        draw = likelihood.draw(latents, rows)
 
         # The reference goes first: nothing is switched between the policy's forward pass and its backward pass.
         with self.reference_policy(model) as reference:
-            reference_prediction = self.backbone.predict(reference, draw, conditioning)
-            reference_error = family.error(reference_prediction, draw)
-        prediction = self.backbone.predict(model, draw, conditioning)
-        error = family.error(prediction, draw)
-        log_ratio = log_likelihood(family, error, args.temperature) - log_likelihood(
-            family, reference_error, args.temperature
+            reference_prediction = self.family.predict(reference, draw, conditioning)
+            reference_error = likelihood.error(reference_prediction, draw)
+        prediction = self.family.predict(model, draw, conditioning)
+        error = likelihood.error(prediction, draw)
+        log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
+            likelihood, reference_error, args.temperature
         )
 
         def mixed_error(share: float) -> torch.Tensor:
-            return family.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
+            return likelihood.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
 
         # The collator subtracted τ in float64, so labels are those of the float64 comparison.
         result = training_loss(Scored(log_ratio, error, inputs, mixed_error), args, self.labelling)
@@ -499,7 +508,7 @@ class TGOLTrainer(HubTrainer):
         folder = Path(self.args.output_dir)
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         causes = "a learning rate or temperature that is too large, or a batch with broken images"
-        if self.backbone.denoiser.dtype == torch.float16 or self.args.fp16:
+        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
             causes = "float16 overflow (use bfloat16 or float32), or " + causes
         kept = f"The last checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
         return f"The loss is {loss} at step {self.state.global_step}. Usual causes: {causes}. {kept}"
@@ -511,16 +520,16 @@ class TGOLTrainer(HubTrainer):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        backbone = self.backbone
+        family = self.family
         checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if self.reference_model is not None:
-            backbone.denoiser.save_pretrained(folder / backbone.denoiser_name)
+            family.denoiser.save_pretrained(folder / family.denoiser_name)
             if checkpoint and self._reference_epoch:
-                self.reference_model.save_pretrained(folder / f"reference_{backbone.denoiser_name}")
+                self.reference_model.save_pretrained(folder / f"reference_{family.denoiser_name}")
         else:
-            save = (type(backbone.pipeline), backbone.denoiser_name, backbone.denoiser, folder)
+            save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
             adapters.save_adapter(*save, state_dict=state_dict)
-            if checkpoint and adapters.REFERENCE in backbone.denoiser.peft_config:
+            if checkpoint and adapters.REFERENCE in family.denoiser.peft_config:
                 adapters.save_adapter(
                     *save,
                     adapter=adapters.REFERENCE,
@@ -543,14 +552,14 @@ class TGOLTrainer(HubTrainer):
         self._load_policy(folder)
         state = json.loads((folder / STATE_NAME).read_text())
         self._reference_epoch = state["reference_epoch"]
-        name = self.backbone.denoiser_name
+        name = self.family.denoiser_name
         if self.reference_model is not None:
             if self._reference_epoch:
                 self.reference_model.load_state_dict(saved_state(self.reference_model, folder, f"reference_{name}"))
         elif (folder / adapters.REFERENCE_WEIGHTS_NAME).exists():
-            adapters.sync_reference(self.backbone.denoiser)
+            adapters.sync_reference(self.family.denoiser)
             adapters.load_adapter(
-                self.backbone.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
+                self.family.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
             )
         if self._reference_epoch and self.args.threshold_update == "epoch" and callable(self.proxy_dataset):
             self._fit_to_reference()
@@ -558,11 +567,11 @@ class TGOLTrainer(HubTrainer):
             self.labelling = self.labelling.restored(state)
             if self.labelling.combination is not None:
                 self._combine(self.labelling.combination)
-            labelling.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
+            fitting.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
 
     def _fit_to_reference(self) -> None:
         """Make the proxy set of the last sync again, from the reference that the checkpoint holds."""
-        pipeline, name, policy = self.backbone.pipeline, self.backbone.denoiser_name, self.backbone.denoiser
+        pipeline, name, policy = self.family.pipeline, self.family.denoiser_name, self.family.denoiser
         with self.reference_policy() as reference:
             setattr(pipeline, name, reference)
             try:
@@ -577,13 +586,13 @@ class TGOLTrainer(HubTrainer):
 
     def _load_policy(self, folder: Path) -> None:
         if self.reference_model is not None:
-            denoiser = self.backbone.denoiser
-            denoiser.load_state_dict(saved_state(denoiser, folder, self.backbone.denoiser_name))
+            denoiser = self.family.denoiser
+            denoiser.load_state_dict(saved_state(denoiser, folder, self.family.denoiser_name))
             return
         file = folder / adapters.WEIGHTS_NAME
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no {adapters.WEIGHTS_NAME}: it is no checkpoint of TGOLTrainer.")
-        adapters.load_adapter(self.backbone.denoiser, self.backbone.denoiser_name, file)
+        adapters.load_adapter(self.family.denoiser, self.family.denoiser_name, file)
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)

@@ -1,7 +1,7 @@
 """
 How far do different losses and thresholds align the shapes model, and at what price?
 
-All runs train on the same 1,920 scored pictures of the embedded model. What a run is asked is the gain of each score,
+All runs train on the same 1,920 scored images of the embedded model. What a run is asked is the gain of each score,
 in standard deviations of the base's, *at a drift*: the mean squared change of the network's output on fixed noised
 latents. A run therefore measures its drift as it trains, samples and scores when it has passed 1.3, 4 and 10 (×0.001),
 and stops. Gains at 2, 5 and 10 are interpolated between those points. Methods of one seed are compared on the same
@@ -12,8 +12,8 @@ git grows.
 
     python scripts/benchmarks/alignment.py --stage 1            # every method, one seed, one score
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
-    python scripts/benchmarks/alignment.py --stage 3            # rounds: a fifth of the pictures each
-    python scripts/benchmarks/alignment.py --stage 4            # star ratings; one picture a prompt
+    python scripts/benchmarks/alignment.py --stage 3            # rounds: a fifth of the images each
+    python scripts/benchmarks/alignment.py --stage 4            # star ratings; one image a prompt
     python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
     python scripts/benchmarks/alignment.py --report docs        # tables and a plot from the lines there are
 """
@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Name to fields of `TGOLConfig`, but for temperature and learning rate."""
 NUM_ROUNDS = 5
 ROUNDS = {"centred, 5 rounds": "centred"}
-"""Methods in rounds: each samples a fifth of the pictures from the policy so far."""
+"""Methods in rounds: each samples a fifth of the images from the policy so far."""
 STRENGTHS: list[tuple[str, float, float]] = [
     ("tgo, prompts, w=d", 0.016, 2e-4),
     ("tgo, prompts, w=d, shared noise", 0.016, 2e-4),
@@ -143,7 +143,7 @@ REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
     },
     "single": {("tgo, z-scores", 0.016, 3e-4): 2, ("tgo, prompts", 0.016, 3e-4): 2},
 }
-"""Of stage 4: stars are 1 to 5; single is one picture a prompt, a tenth of the scores that of another picture."""
+"""Of stage 4: stars are 1 to 5; single is one image a prompt, a tenth of the scores that of another image."""
 QUICK = ("tgo", "tgo, prompts, w=d", "centred", "pairs, w=d", "dpo", "kto")
 
 
@@ -209,7 +209,7 @@ def evaluation_inputs(seed: int) -> tuple[list[str], list[int]]:
 
 
 def prepare(folder: Path) -> None:
-    """Sample and score the training pictures and the base's evaluation pictures, once."""
+    """Sample and score the training images and the base's evaluation images, once."""
     from datasets import Dataset
 
     from tgol_trainer.evaluation import generate_images
@@ -220,26 +220,26 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, rewards = load_pipeline(), score_functions()
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(NUM_IMAGES)]
-    images = generate_images(pipeline, prompts, range(NUM_IMAGES), description="Training pictures", **SAMPLING)
+    images = generate_images(pipeline, prompts, range(NUM_IMAGES), description="Training images", **SAMPLING)
     scores = {name: list(reward(images, prompts)) for name, reward in rewards.items()}
     Dataset.from_dict({"prompt": prompts, "image": images, **scores}).to_parquet(folder / "train.parquet")
     bases = []
     for seed in range(NUM_SEEDS):
         prompts, seeds = evaluation_inputs(seed)
-        images = generate_images(pipeline, prompts, seeds, description="The base's pictures", **SAMPLING)
+        images = generate_images(pipeline, prompts, seeds, description="The base's images", **SAMPLING)
         bases.append({name: list(reward(images, prompts)) for name, reward in rewards.items()})
     (folder / "base.json").write_text(json.dumps(bases))
 
 
 def training_rows(folder: Path, run: Run) -> Any:
-    """The scored pictures in the regime of a run."""
+    """The scored images in the regime of a run."""
     from datasets import Dataset
 
     rows = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(folder / "cache"))
     scores = np.asarray(rows[run.score])
     if run.regime == "stars":
         scores = 1.0 + np.searchsorted(np.quantile(scores, [0.1, 0.35, 0.65, 0.9]), scores, side="right")
-    elif run.regime == "single":  # each picture a prompt of its own, one score in ten from another picture
+    elif run.regime == "single":  # each image a prompt of its own, one score in ten from another image
         rng = np.random.default_rng(run.seed)
         noisy = rng.random(scores.size) < 0.1
         scores = np.where(noisy, rng.permutation(scores), scores)
@@ -248,14 +248,14 @@ def training_rows(folder: Path, run: Run) -> Any:
 
 
 class DriftMeter:
-    """1000 times the mean squared difference to the base's output, on noised latents of the first pictures."""
+    """1000 times the mean squared difference to the base's output, on noised latents of the first images."""
 
     def __init__(self, rows: Any) -> None:
         import torch
 
-        from tgol_trainer.backbones import wrap_pipeline
         from tgol_trainer.data import to_pixels
-        from tgol_trainer.families import RowGenerators
+        from tgol_trainer.families import wrap_pipeline
+        from tgol_trainer.likelihoods import RowGenerators
         from tgol_trainer.shapes import load_pipeline
 
         base = wrap_pipeline(load_pipeline())
@@ -266,39 +266,39 @@ class DriftMeter:
             geometry = torch.tensor([[32, 32, 0, 0]]).expand(CHECKED_LATENTS, 4)
             generators = RowGenerators(0, 0, indices)
             with torch.no_grad():
-                draw = base.family.draw(base.encode_images(pixels, generators, sample=False), generators)
+                draw = base.likelihood.draw(base.encode_images(pixels, generators, sample=False), generators)
                 conditioning = base.condition(rows[start : start + CHECKED_LATENTS]["prompt"], geometry, (32, 32))
                 self.parts.append((draw, conditioning, base.predict(base.denoiser, draw, conditioning).double()))
 
-    def __call__(self, backbone: Any, num_parts: int | None = None) -> float:
-        """Return the drift of a backbone of the same text encoder, from the first parts of 128 latents or all."""
+    def __call__(self, family: Any, num_parts: int | None = None) -> float:
+        """Return the drift of a family of the same text encoder, from the first parts of 128 latents or all."""
         import torch
 
         squares = []
         with torch.no_grad():
             for draw, conditioning, output in self.parts[:num_parts]:
-                after = backbone.predict(backbone.denoiser, draw, conditioning).double()
+                after = family.predict(family.denoiser, draw, conditioning).double()
                 squares.append((after - output).square().mean().item())
         return 1000 * float(np.mean(squares))
 
 
 @functools.cache
 def drift_meter(folder: Path) -> DriftMeter:
-    """One a process: all runs train on the same pictures."""
+    """One a process: all runs train on the same images."""
     return DriftMeter(training_rows(folder, Run("", 0.0, 0.0, TRAINED[0], 0)))
 
 
-def measure(backbone: Any, step: int, run: Run, folder: Path) -> dict[str, Any]:
+def measure(family: Any, step: int, run: Run, folder: Path) -> dict[str, Any]:
     """Sample, score and compare with the base: a point of a run."""
     from tgol_trainer.evaluation import generate_images
 
     prompts, seeds = evaluation_inputs(run.seed)
     suffix = CSFT_SUFFIXES[0] if run.method == "csft" else ""
     images = generate_images(
-        backbone.pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING
+        family.pipeline, [prompt + suffix for prompt in prompts], seeds, progress=False, **SAMPLING
     )
     base = json.loads((folder / "base.json").read_text())[run.seed]
-    point: dict[str, Any] = {"step": step, "drift": drift_meter(folder)(backbone)}
+    point: dict[str, Any] = {"step": step, "drift": drift_meter(folder)(family)}
     for name, reward in score_functions().items():
         before, after = np.asarray(base[name]), np.asarray(reward(images, prompts))
         point[name] = {
@@ -322,9 +322,9 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             last = state.global_step == args.max_steps
-            drift = meter(trainer.backbone, 1) if state.global_step % CHECKED_EVERY == 0 else 0.0
+            drift = meter(trainer.family, 1) if state.global_step % CHECKED_EVERY == 0 else 0.0
             if drift >= ahead[0] or last:
-                points.append(measure(trainer.backbone, state.global_step, run, folder))
+                points.append(measure(trainer.family, state.global_step, run, folder))
                 while ahead and drift >= ahead[0]:
                     del ahead[0]
             control.should_training_stop = last or not ahead
@@ -378,10 +378,10 @@ def adapter() -> Any:
 
 
 def measured_rounds(run: Run, folder: Path) -> list[dict[str, Any]]:
-    """Train in rounds of as many pictures in all as other runs have, and measure the policy after each."""
+    """Train in rounds of as many images in all as other runs have, and measure the policy after each."""
     import shutil
 
-    from tgol_trainer.backbones import wrap_pipeline
+    from tgol_trainer.families import wrap_pipeline
     from tgol_trainer.rounds import train_rounds
     from tgol_trainer.shapes import PROMPTS, load_pipeline
 
@@ -457,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=1, help="which runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="six methods, one seed, 40 updates")
     parser.add_argument("--results", type=Path, help="file of lines (default: results/alignment.jsonl beside this)")
-    parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="pictures (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="images (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--max_runs", type=int, help="stop after so many")
     parser.add_argument("--report", type=Path, help="write benchmarks_alignment.md and .png here and run nothing")

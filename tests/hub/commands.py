@@ -27,20 +27,20 @@ def command(line: str) -> int:
 
 
 def make() -> dict[str, Any]:
-    """Prompts to pictures to scores, each a dataset on the Hub; half a dataset; a push that fails and goes on."""
+    """Prompts to images to scores, each a dataset on the Hub; half a dataset; a push that fails and goes on."""
     Path("prompts.txt").write_text("a red circle\na <b>blue</b> | cross\n")
-    generate = f"generate --prompts prompts.txt --images_per_prompt 4 {SHAPES} --output_dir pictures"
+    generate = f"generate --prompts prompts.txt --images_per_prompt 4 {SHAPES} --output_dir images"
     codes = {}
     # The other of two processes: it makes its half and pushes nothing.
     os.environ.update(RANK="1", WORLD_SIZE="2")
-    codes["rank 1"] = command(f"{generate} --push_to_hub --hub_dataset_id tester/pictures")
+    codes["rank 1"] = command(f"{generate} --push_to_hub --hub_dataset_id tester/images")
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
-    codes["half"] = command("push pictures --hub_dataset_id tester/half")
-    codes["generate"] = command(f"{generate} --push_to_hub --hub_dataset_id tester/pictures")
-    streamed = "score tester/pictures --streaming --rewards background_darkness --output_dir streamed --use_cpu"
+    codes["half"] = command("push images --hub_dataset_id tester/half")
+    codes["generate"] = command(f"{generate} --push_to_hub --hub_dataset_id tester/images")
+    streamed = "score tester/images --streaming --rewards background_darkness --output_dir streamed --use_cpu"
     codes["streamed"] = command(f"{streamed} --push_to_hub")
     control("fail", route="commit", status=403, times=None)
-    score = "score tester/pictures --rewards background_darkness --output_dir scored --shard_size 4 --use_cpu"
+    score = "score tester/images --rewards background_darkness --output_dir scored --shard_size 4 --use_cpu"
     codes["refused"] = command(f"{score} --push_to_hub")
     control("clear")
     readme = Path("scored") / "README.md"

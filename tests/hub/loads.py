@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.pipelines import FAMILIES
-from tgol_trainer.backbones import load_backbone
+from tests.pipelines import TINY
+from tgol_trainer.families import load_family
 
 
 def equal(family: str, repository: str, probe: Path) -> tuple[bool, bool]:
     """Whether a fresh pipeline differs from what was trained, and equals it with the adapter of the Hub."""
-    fresh = load_backbone(FAMILIES[family].build())
+    fresh = load_family(TINY[family].build())
     trained, base = load_file(probe)["probe"], fresh.probe()
-    FAMILIES[family].load(fresh.pipeline, repository)
+    TINY[family].load(fresh.pipeline, repository)
     return not torch.equal(base, trained), torch.equal(fresh.probe(), trained)
 
 
@@ -27,7 +27,7 @@ def use() -> dict[str, Any]:
     from datasets import load_dataset
 
     from tgol_trainer import TGOLConfig, TGOLTrainer
-    from tgol_trainer.data import load_scored_dataset
+    from tgol_trainer.sources import load_scored_dataset
 
     plain = load_dataset("tester/scored", split="train")
     config = TGOLConfig(
@@ -57,7 +57,7 @@ def code_of_others() -> dict[str, Any]:
     """A model and a dataset whose repositories hold programs: what loading them says, and whether a program ran."""
     from huggingface_hub import HfApi
 
-    from tgol_trainer.data import load_scored_dataset
+    from tgol_trainer.sources import load_scored_dataset
 
     api, marker = HfApi(), Path("marker").resolve()
     program = f"open({str(marker)!r}, 'w').close()\n"
@@ -73,7 +73,7 @@ def code_of_others() -> dict[str, Any]:
                 repo_id=f"tester/{name}", repo_type=kind, path_or_fileobj=content.encode(), path_in_repo=path
             )
         try:
-            load_backbone("tester/evil") if kind == "model" else load_scored_dataset("tester/evil")
+            load_family("tester/evil") if kind == "model" else load_scored_dataset("tester/evil")
         except Exception as error:  # whatever refuses it
             said[kind] = f"{type(error).__name__}: {error}"
     return {"said": said, "ran": marker.exists()}

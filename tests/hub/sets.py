@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from tgol_trainer.cli import main
-from tgol_trainer.data import DataError, load_prompts
+from tgol_trainer.data import DataError
+from tgol_trainer.sources import load_prompts
 
 if __name__ == "__main__":
     logging.basicConfig()
@@ -25,7 +26,7 @@ if __name__ == "__main__":
             load_prompts(source, category_column=column)
         except DataError as error:
             found[f"hpsv2-anime {'at ' if column is None else ''}{name}"] = str(error)
-    options = "--model_name_or_path shapes --num_inference_steps 1 --output_dir pictures --use_cpu"
+    options = "--model_name_or_path shapes --num_inference_steps 1 --output_dir images --use_cpu"
     main(["generate", "--prompts", "tester/prompts", *options.split()])
-    found["source"] = json.loads(Path("pictures/.source.json").read_text())
+    found["source"] = json.loads(Path("images/.source.json").read_text())
     sys.stdout.write(f"\n{json.dumps(found)}\n")

@@ -91,7 +91,7 @@ def meet(hub: LoopbackHub, folder: Path, name: str, case: Case, way: str) -> dic
     """Push with a fault, then once more without."""
     from huggingface_hub import HfApi, constants
 
-    from tgol_trainer.hub import PushError, Repository, open_repository, push_run, resume_command
+    from tgol_trainer.saving.hub import PushError, Repository, open_repository, push_run, resume_command
 
     case = dict(case)
     owner = case.pop("owner", hub.user)

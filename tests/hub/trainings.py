@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from tests import tiny
 from tests.conftest import scored_dataset
 from tests.hub.control import control
-from tests.pipelines import FAMILIES
+from tests.pipelines import TINY
 from tgol_trainer import TGOLConfig, TGOLTrainer
-from tgol_trainer.card import Picture
 from tgol_trainer.cli.push import main as push_command
-from tgol_trainer.hub import PushError
+from tgol_trainer.saving.card import CardImage
+from tgol_trainer.saving.hub import PushError
 
 PUSHED = ("sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic")
 api = HfApi()
@@ -50,7 +50,7 @@ logging.getLogger("tgol_trainer").setLevel(logging.DEBUG)
 
 def trainer_of(name: str, family: str = "sd", **options: Any) -> TGOLTrainer:
     """A trainer of a tiny pipeline that pushes to tester/NAME."""
-    facts = FAMILIES[family]
+    facts = TINY[family]
     settings = {
         "output_dir": str(folder / name),
         "hub_model_id": f"tester/{name}",
@@ -91,7 +91,7 @@ def failure(action: Callable[[], Any]) -> str | None:
 
 
 def families() -> dict[str, Any]:
-    """Every family once, with a picture and metrics."""
+    """Every family once, with an image and metrics."""
     for name in PUSHED:
         trainer = trainer_of(name, name)
         trainer.train()
@@ -101,8 +101,8 @@ def families() -> dict[str, Any]:
         (output / "metrics.json").write_text("{}")
         (output / "runs").mkdir()
         (output / "runs" / "events").write_text("x")
-        trainer.push_to_hub(pictures=[Picture("before_after.png", "pictures")])
-        save_file({"probe": trainer.backbone.probe().contiguous()}, folder / f"{name}.safetensors")
+        trainer.push_to_hub(pictures=[CardImage("before_after.png", "pictures")])
+        save_file({"probe": trainer.family.probe().contiguous()}, folder / f"{name}.safetensors")
     return {name: state(name) for name in PUSHED}
 
 
@@ -139,7 +139,7 @@ def failures() -> dict[str, Any]:
     said = failure(trainer.push_to_hub)
     control("clear")
     code = push_command([str(folder / "refused"), "--hub_model_id", "tester/refused", "--hub_strategy", "checkpoint"])
-    save_file({"probe": trainer.backbone.probe().contiguous()}, folder / "refused.safetensors")
+    save_file({"probe": trainer.family.probe().contiguous()}, folder / "refused.safetensors")
     return {"during": during, "failed": trainer.pushes.failed, "said": said, "code": code, "after": state("refused")}
 
 

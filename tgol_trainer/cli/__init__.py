@@ -9,8 +9,8 @@ from importlib import import_module
 
 COMMANDS: dict[str, str] = {
     "quickstart": "align a small embedded model on this machine, from sampling to the model card, in minutes",
-    "generate": "make pictures of prompts, in resumable shards, for scoring",
-    "score": "add a column a reward to a dataset of pictures, in resumable shards",
+    "generate": "make images of prompts, in resumable shards, for scoring",
+    "score": "add a column a reward to a dataset of images, in resumable shards",
     "evaluate": "compare adapters with their base model: scores, win rates, diversity, damage, one report",
     "convert": "make one row per image with a score from comparisons, ratings or thumbs",
     "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from .console import counted, hide_local_bars, plain_errors, set_up_logging
 
 if TYPE_CHECKING:
-    from tgol_trainer.backbones import Backbone
+    from tgol_trainer.checking.findings import Diagnosis
     from tgol_trainer.data import Columns
-    from tgol_trainer.data.doctor import Diagnosis
-    from tgol_trainer.data.loading import AnyDataset
+    from tgol_trainer.families import ModelFamily
+    from tgol_trainer.sources.loading import AnyDataset
 
 # Where a CLIP tokenizer often lies on a machine that has run diffusers: (repository, vocabulary).
 _CLIP = (
@@ -96,16 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tgol_trainer.data.checks").setLevel(logging.ERROR)  # the report says the same
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.data import Columns, DataError, load_scored_dataset
-    from tgol_trainer.data.doctor import diagnose
+    from tgol_trainer.checking.findings import diagnose
+    from tgol_trainer.data import Columns, DataError
+    from tgol_trainer.sources import load_scored_dataset
 
     start = time.monotonic()
     with plain_errors():
-        backbone = _skeleton(args)
-        native = backbone.native_size if backbone is not None else None
+        family = _skeleton(args)
+        native = family.native_size if family is not None else None
         if args.resolution is not None:
             native = (args.resolution[0], args.resolution[-1])
-        num_frames = args.num_frames or (backbone.num_frames if backbone is not None else None)
+        num_frames = args.num_frames or (family.num_frames if family is not None else None)
         video = args.video_column or ("video" if num_frames else None)
         if video and not num_frames:
             raise DataError(
@@ -119,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.source, name=args.dataset_config, split=args.split, streaming=args.streaming, columns=columns
         )
         disable_progress_bar()  # ours follows
-        _refuse_unnamed_videos(dataset, columns, backbone)
+        _refuse_unnamed_videos(dataset, columns, family)
         diagnosis = diagnose(
             dataset,
             columns,
             score_columns=args.score_columns,
             name=args.source,
             resolution=native,
-            count_long_prompts=backbone.count_long_prompts if backbone is not None else _clip_counter(),
+            count_long_prompts=family.count_long_prompts if family is not None else _clip_counter(),
             num_proc=args.num_proc,
             max_distance=args.max_distance,
         )
@@ -156,13 +157,13 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _refuse_unnamed_videos(dataset: AnyDataset, columns: Columns, backbone: Backbone | None) -> None:
+def _refuse_unnamed_videos(dataset: AnyDataset, columns: Columns, family: ModelFamily | None) -> None:
     from datasets import Video
 
     from tgol_trainer.data import DataError
 
     features = dataset.features or {}
-    if backbone is None and columns.video is None and columns.image not in features:
+    if family is None and columns.video is None and columns.image not in features:
         found = next((name for name, feature in features.items() if isinstance(feature, Video)), None)
         if found is not None:
             raise DataError(
@@ -171,18 +172,18 @@ def _refuse_unnamed_videos(dataset: AnyDataset, columns: Columns, backbone: Back
             )
 
 
-def _skeleton(args: argparse.Namespace) -> Backbone | None:
+def _skeleton(args: argparse.Namespace) -> ModelFamily | None:
     if args.model_name_or_path is None:
         return None
-    from tgol_trainer.backbones import BackboneSettings
-    from tgol_trainer.backbones.skeleton import load_skeleton
     from tgol_trainer.data import DataError
+    from tgol_trainer.families import FamilySettings
+    from tgol_trainer.families.skeleton import load_skeleton
     from tgol_trainer.shapes import MASKED_PIPELINE_DIR, PIPELINE_DIR
 
     embedded = {"shapes": PIPELINE_DIR, "shapes-masked": MASKED_PIPELINE_DIR}
     model = args.model_name_or_path
     source = model if Path(model).exists() else embedded.get(model, model)
-    settings = BackboneSettings(num_frames=args.num_frames)
+    settings = FamilySettings(num_frames=args.num_frames)
     try:
         return load_skeleton(source, revision=args.model_revision, settings=settings)
     except OSError as error:
@@ -205,7 +206,7 @@ def _clip_counter() -> Callable[[Sequence[str]], tuple[int, int]] | None:
         if isinstance(vocabulary, str) and Path(vocabulary).with_name("merges.txt").exists():
             from transformers import CLIPTokenizer
 
-            from tgol_trainer.backbones.base import count_cut_prompts
+            from tgol_trainer.families.base import count_cut_prompts
 
             tokenizer = CLIPTokenizer.from_pretrained(Path(vocabulary).parent)
             return partial(count_cut_prompts, limits=[(tokenizer, 77)])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tgol_trainer.hub import Repository
+    from tgol_trainer.saving.hub import Repository
 
 PUSH_FAILED = 3
 """Exit code of a command whose work is done and saved, but not on the Hub."""
@@ -34,7 +34,7 @@ def set_up_logging() -> None:
     # a second adapter is what a frozen reference policy is
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
-    # Pillow opens such a picture all the same; one of twice the size is an error that names the row.
+    # Pillow opens such an image all the same; one of twice the size is an error that names the row.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
@@ -78,7 +78,7 @@ def json_object(text: str) -> dict[str, Any]:
 def plain_errors() -> Iterator[None]:
     """Turn an error that names its cause and remedy into that message alone and exit code 1."""
     from tgol_trainer.data import DataError
-    from tgol_trainer.hub import PushError
+    from tgol_trainer.saving.hub import PushError
     from tgol_trainer.thresholds import ThresholdError
 
     try:
@@ -113,7 +113,7 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 
 def open_dataset(args: argparse.Namespace) -> Repository | None:
     """Make the repository before the work, so that a wrong token does not cost it; None without `--push_to_hub`."""
-    from tgol_trainer.hub import Repository, open_repository, resume_command
+    from tgol_trainer.saving.hub import Repository, open_repository, resume_command
 
     if args.hub_dataset_id and not args.push_to_hub:
         raise ValueError("`--hub_dataset_id` has no effect without `--push_to_hub`.")
@@ -128,8 +128,8 @@ def open_dataset(args: argparse.Namespace) -> Repository | None:
 def push_complete_dataset(target: Repository | None, folder: Path, message: str) -> int:
     """Push the shards of all processes once they are there; return the exit code."""
     from tgol_trainer.data import DataError
-    from tgol_trainer.hub import PushError
     from tgol_trainer.jobs import push_dataset, wait_for_shards
+    from tgol_trainer.saving.hub import PushError
 
     if target is None:
         return 0

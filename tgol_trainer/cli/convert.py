@@ -15,7 +15,7 @@ from .label_text import histogram_lines
 if TYPE_CHECKING:
     import datasets
 
-    from tgol_trainer.data.convert import Conversion
+    from tgol_trainer.converters.base import Conversion
 
 _SHARD_BYTES = 500_000_000
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -87,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> Conversion:
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.data import Columns, load_scored_dataset
-    from tgol_trainer.data.pairs import pairs_conversion
-    from tgol_trainer.data.ratings import convert_ratings
+    from tgol_trainer.converters.pairs import pairs_conversion
+    from tgol_trainer.converters.ratings import convert_ratings
+    from tgol_trainer.data import Columns
+    from tgol_trainer.sources import load_scored_dataset
 
     hide_local_bars(args.source)
     columns = Columns(image=args.image_column) if args.kind != "pairs" and args.image_column != "prompt" else Columns()
@@ -157,7 +158,7 @@ def _rows_per_shard(dataset: datasets.Dataset) -> int:
 def _report(kind: str, conversion: Conversion) -> list[str]:
     import numpy as np
 
-    from tgol_trainer.data.report import score_bars
+    from tgol_trainer.labels.report import score_bars
     from tgol_trainer.thresholds import ThresholdError, estimate_threshold
 
     scores = np.array(conversion.dataset["score"], dtype=np.float64)

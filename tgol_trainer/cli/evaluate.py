@@ -1,4 +1,4 @@
-"""`tgol evaluate`: a base model against adapters on the same prompts and seeds, with a report of every picture."""
+"""`tgol evaluate`: a base model against adapters on the same prompts and seeds, with a report of every image."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .console import json_object, plain_errors, set_up_logging
 from .generate import device_of, load_generator
 
 if TYPE_CHECKING:
-    from tgol_trainer.data import Prompts
     from tgol_trainer.evaluation import Evaluation
     from tgol_trainer.jobs import EvaluationJob
+    from tgol_trainer.sources import Prompts
 
 BASE = "base"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,7 +28,7 @@ _SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "num_fr
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol evaluate",
-        description="Make pictures with a base model and with adapters from the same prompts and seeds, score them, "
+        description="Make images with a base model and with adapters from the same prompts and seeds, score them, "
         "and write metrics.json, tables.md, plots and report.html. The same command continues after a kill.",
     )
     parser.add_argument("--model_name_or_path", required=True, help="base model: Hub id, folder, or `shapes`")
@@ -48,7 +48,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="REWARD",
         help="rewards the adapters were trained on, or `none` (default: as their folders tell)",
     )
-    prompts = parser.add_argument_group("prompts and pictures")
+    prompts = parser.add_argument_group("prompts and images")
     prompts.add_argument("--prompt_column", help="column of a table (default: prompt, caption or text)")
     prompts.add_argument("--category_column", help="column of a table with the category of each prompt")
     prompts.add_argument("--split", default="train", help="split of a dataset (default: %(default)s)")
@@ -68,14 +68,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     work.add_argument("--model_revision", help="revision of the model on the Hub")
     work.add_argument("--dtype", help="torch dtype of the pipeline, such as bfloat16 (default: float32)")
     work.add_argument("--model_init_kwargs", type=json_object, help="JSON passed to `from_pretrained` of the pipeline")
-    work.add_argument("--batch_size", type=int, help="pictures a call (default: that of `tgol generate`)")
-    work.add_argument("--scoring_batch_size", type=int, help="pictures scored a call (default: 32; videos 2)")
+    work.add_argument("--batch_size", type=int, help="images a call (default: that of `tgol generate`)")
+    work.add_argument("--scoring_batch_size", type=int, help="images scored a call (default: 32; videos 2)")
     work.add_argument(
         "--mean_over_frames", type=int, help="score videos with rewards of images: the mean over so many frames"
     )
     work.add_argument("--one_at_a_time", action="store_true", help="keep one reward in memory at a time")
-    work.add_argument("--shard_size", type=int, default=64, help="pictures a file (default: %(default)s)")
-    work.add_argument("--drop_images", action="store_true", help="delete pictures once scored; small copies stay")
+    work.add_argument("--shard_size", type=int, default=64, help="images a file (default: %(default)s)")
+    work.add_argument("--drop_images", action="store_true", help="delete images once scored; small copies stay")
     work.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     result = parser.add_argument_group("result")
     result.add_argument("--report_megabytes", type=float, default=50, help="limit of report.html (default: 50)")
@@ -136,11 +136,11 @@ def _trained(args: argparse.Namespace, adapters: dict[str, str], scores: Sequenc
 
 
 def _check_before(args: argparse.Namespace, adapters: dict[str, str]) -> None:
-    """Say what the result will lack, and refuse what cannot be done, before any picture is made."""
+    """Say what the result will lack, and refuse what cannot be done, before any image is made."""
     import logging
 
-    from tgol_trainer.card import read_facts
     from tgol_trainer.rewards import find_reward
+    from tgol_trainer.saving.card import read_facts
 
     for spec in (*args.rewards, *filter(None, [args.features])):
         find_reward(spec)
@@ -169,8 +169,8 @@ def _check_before(args: argparse.Namespace, adapters: dict[str, str]) -> None:
             )
         elif not set(rewards) - trained:
             log.warning(
-                "%s was trained on every score given, so nothing here shows whether its pictures got better by "
-                "another measure. Add a reward that it was not trained on; pictures that exist are not made again.",
+                "%s was trained on every score given, so nothing here shows whether its images got better by "
+                "another measure. Add a reward that it was not trained on; images that exist are not made again.",
                 name,
             )
         if args.update_card:
@@ -182,7 +182,7 @@ def _chosen_prompts(args: argparse.Namespace) -> Prompts:
 
     import numpy as np
 
-    from tgol_trainer.data import load_prompts
+    from tgol_trainer.sources import load_prompts
 
     prompts = load_prompts(
         args.prompts, column=args.prompt_column, category_column=args.category_column, split=args.split
@@ -219,7 +219,7 @@ def _settings(
         "base model": args.model_name_or_path + (f" at {args.model_revision}" if args.model_revision else ""),
         **{f"adapter {name}": source for name, source in adapters.items()},
         "prompts": args.prompts + (f" at {prompts.revision}" if prompts.revision else ""),
-        "pictures of each prompt": args.images_per_prompt,
+        "images of each prompt": args.images_per_prompt,
         "seed": args.seed,
         "sampling": ", ".join(f"{name}={value}" for name, value in job.sampling.items()) or "the pipeline's defaults",
         **{
@@ -231,26 +231,26 @@ def _settings(
 
 
 def _update_cards(folder: Path, adapters: dict[str, str], evaluation: Evaluation, settings: dict[str, Any]) -> None:
-    """Bring evaluation and pictures of the cards beside the adapters up to date."""
-    from tgol_trainer.card import EvaluationRow, Picture, read_facts, update_card
+    """Bring evaluation and images of the cards beside the adapters up to date."""
     from tgol_trainer.evaluation.output import DISTRIBUTIONS_NAME, GRID_NAME, file_of
+    from tgol_trainer.saving.card import CardImage, EvaluationRow, read_facts, update_card
 
     fields = set(EvaluationRow.__dataclass_fields__)
     for result in evaluation.adapters:
         target = Path(adapters[result.name]).expanduser()
-        pictures = {
-            GRID_NAME: "Pictures of the base model beside those of the trained model, not chosen by score",
+        images = {
+            GRID_NAME: "Images of the base model beside those of the trained model, not chosen by score",
             DISTRIBUTIONS_NAME: "Distributions of the scores before and after training",
         }
-        others = [picture for picture in read_facts(target).pictures if picture.path not in pictures]
-        for name in pictures:
+        others = [image for image in read_facts(target).pictures if image.path not in images]
+        for name in images:
             shutil.copyfile(folder / file_of(name, result.name, len(adapters)), target / name)
         changes = ", ".join(f"{measure.name} {measure.text()}" for measure in result.measures)
         # A card is public and says nothing of this machine's folders.
         source = "of a local file" if Path(settings["prompts"]).exists() else settings["prompts"]
         note = (
-            f"{evaluation.num_prompts} prompts ({source}), {evaluation.num_rows} pictures of each model, "
-            f"equal prompts and seeds, {settings['sampling']}. A win is a higher score than the base model's picture, "
+            f"{evaluation.num_prompts} prompts ({source}), {evaluation.num_rows} images of each model, "
+            f"equal prompts and seeds, {settings['sampling']}. A win is a higher score than the base model's image, "
             f"a tie counts one half; intervals are {100 * result.scores[0].confidence:g} % bootstrap intervals over "
             f"prompts. Change of the base model's mean: {changes}."
         )
@@ -262,9 +262,9 @@ def _update_cards(folder: Path, adapters: dict[str, str], evaluation: Evaluation
             target,
             evaluations=rows,
             evaluation_note=note,
-            pictures=[*(Picture(name, alt) for name, alt in pictures.items()), *others],
+            pictures=[*(CardImage(name, alt) for name, alt in images.items()), *others],
         )
-        print(f"  {target / 'README.md'}  its evaluation and pictures are up to date")
+        print(f"  {target / 'README.md'}  its evaluation and images are up to date")
 
 
 def _finish(
@@ -300,7 +300,7 @@ def _finish(
         print(f"\n{format_measures(adapter.measures)}")
     if evaluation.notices:
         print("\nNote:\n" + "\n".join(f"  {notice}" for notice in evaluation.notices))
-    print(f"\n  {args.output_dir / 'report.html'}  tables, plots, and the pictures by change of score")
+    print(f"\n  {args.output_dir / 'report.html'}  tables, plots, and the images by change of score")
     print(f"  {args.output_dir / 'tables.md'}  the tables; metrics.json has the numbers")
     if args.update_card:
         _update_cards(args.output_dir, adapters, evaluation, settings)

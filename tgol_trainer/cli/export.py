@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Saved to {args.output_dir}: {', '.join(row.files)}")
     print(
         f"Read back into a fresh model: {matched}{equal}Largest difference from the trained output "
-        f"{row.difference:.2g} (training moved it by {row.effect:.2g}), mean difference of a picture "
-        f"{row.picture_difference:.2g} of 255."
+        f"{row.difference:.2g} (training moved it by {row.effect:.2g}), mean difference of an image "
+        f"{row.image_difference:.2g} of 255."
     )
     return 0

@@ -1,4 +1,4 @@
-"""`tgol generate`: prompts to pictures or videos, in shards, over any number of processes and restarts."""
+"""`tgol generate`: prompts to images or videos, in shards, over any number of processes and restarts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import (
-    add_hub_options,
-    json_object,
-    open_dataset,
-    plain_errors,
-    push_complete_dataset,
-    set_up_logging,
-)
+from .console import add_hub_options, json_object, open_dataset, plain_errors, push_complete_dataset, set_up_logging
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol generate",
-        description="Make pictures, or videos, of prompts with fixed seeds and write them as Parquet shards. The same "
-        "command continues after a kill and gives the same pictures with any number of processes.",
+        description="Make images, or videos, of prompts with fixed seeds and write them as Parquet shards. The same "
+        "command continues after a kill and gives the same images with any number of processes.",
     )
     parser.add_argument("--prompts", required=True, help="text file, table, dataset, or a named set (hpsv2, ...)")
     parser.add_argument("--prompt_column", help="column of a table (default: prompt, caption or text)")
@@ -37,7 +30,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter_name_or_path", help="LoRA folder or Hub id to load (default: none)")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards go")
     parser.add_argument(
-        "--images_per_prompt", type=int, default=1, help="pictures or videos of each prompt (default: %(default)s)"
+        "--images_per_prompt", type=int, default=1, help="images or videos of each prompt (default: %(default)s)"
     )
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
@@ -46,8 +39,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_frames", type=int, help="frames of a video (default: the pipeline's)")
     parser.add_argument("--fps", type=int, default=16, help="frames a second of a video (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, help="pictures a call (default: 8; videos 1)")
-    parser.add_argument("--shard_size", type=int, help="pictures a file (default: 256; videos 8)")
+    parser.add_argument("--batch_size", type=int, help="images a call (default: 8; videos 1)")
+    parser.add_argument("--shard_size", type=int, help="images a file (default: 256; videos 8)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
     add_hub_options(parser)
     return parser.parse_args(argv)
@@ -78,7 +71,7 @@ def load_generator(
         use_cpu (`bool`):
             Leave a GPU unused.
         model_init_kwargs (`dict`, *optional*):
-            Further options of [`load_backbone`].
+            Further options of [`load_family`].
         num_frames (`int`, *optional*):
             Frames of a video that will be asked for, so that a number the model does not take is refused now.
 
@@ -90,23 +83,23 @@ def load_generator(
             fit, options that an embedded model has not, or an option that is given twice.
     """
     from tgol_trainer import adapters, shapes
-    from tgol_trainer.backbones import BackboneSettings, load_backbone, wrap_pipeline
+    from tgol_trainer.families import FamilySettings, load_family, wrap_pipeline
 
     options = {name: value for name, value in (("revision", revision), ("dtype", dtype)) if value is not None}
     twice = options.keys() & (model_init_kwargs or {})
     if twice:
         raise ValueError(f"`model_init_kwargs`: {sorted(twice)[0]!r} is given beside it as well. Give it once.")
     options |= model_init_kwargs or {}
-    settings = BackboneSettings(num_frames=num_frames)
+    settings = FamilySettings(num_frames=num_frames)
     if model in shapes.EMBEDDED and not Path(model).exists():
         if options:
             raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-        backbone = wrap_pipeline(shapes.EMBEDDED[model][0](), settings=settings)
+        family = wrap_pipeline(shapes.EMBEDDED[model][0](), settings=settings)
     else:
-        backbone = load_backbone(model, options, settings)
+        family = load_family(model, options, settings)
     if adapter is not None:
-        adapters.load_trained(backbone.pipeline, backbone.denoiser_name, adapter)
-    return backbone.to(device_of(use_cpu)).pipeline, backbone.origin.revision
+        adapters.load_trained(family.pipeline, family.denoiser_name, adapter)
+    return family.to(device_of(use_cpu)).pipeline, family.origin.revision
 
 
 def device_of(use_cpu: bool) -> str:
@@ -126,7 +119,7 @@ def device_of(use_cpu: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Make the pictures of this process's share.
+    Make the images of this process's share.
 
     Args:
         argv (`Sequence[str]`, *optional*):
@@ -139,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.data import load_prompts
     from tgol_trainer.jobs import generate_dataset, note_source
+    from tgol_trainer.sources import load_prompts
 
     with plain_errors():
         target = open_dataset(args)
@@ -175,4 +168,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(f"This process's shards ({len(files)}) are complete in {args.output_dir / 'data'}.")
     note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts, prompts.revision)
-    return push_complete_dataset(target, args.output_dir, "Pictures")
+    return push_complete_dataset(target, args.output_dir, "Images")

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from tgol_trainer.config import MethodArguments
     from tgol_trainer.data import Columns
-    from tgol_trainer.data.advice import Advice
-    from tgol_trainer.data.report import LabelReport
     from tgol_trainer.data.scores import ScoredRows
+    from tgol_trainer.labels.advice import Advice
+    from tgol_trainer.labels.report import LabelReport
     from tgol_trainer.thresholds import ScoreCombination
 
 _NOT_FROM_A_FILE = {"output_dir", "config", "help"}
@@ -130,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import logging
 
     # The report says the same, and more.
-    logging.getLogger("tgol_trainer.data.labels").setLevel(logging.ERROR)
-    logging.getLogger("tgol_trainer.data.combining").setLevel(logging.WARNING)
+    logging.getLogger("tgol_trainer.labels.labeler").setLevel(logging.ERROR)
+    logging.getLogger("tgol_trainer.labels.combining").setLevel(logging.WARNING)
     with plain_errors():
         report, rows = _report(args)
-    from tgol_trainer.data.advice import advise
+    from tgol_trainer.labels.advice import advise
 
     advice = advise(report, can_center=_can_center(args))
     for line in report_lines(report, advice):
@@ -157,10 +157,10 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
 def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
     from tgol_trainer.config import MethodArguments
     from tgol_trainer.data import Columns
-    from tgol_trainer.data.combining import combine_columns
-    from tgol_trainer.data.loading import load_columns
     from tgol_trainer.data.scores import read_scores
-    from tgol_trainer.labelling import check_sources
+    from tgol_trainer.labels.combining import combine_columns
+    from tgol_trainer.labels.fitting import check_sources
+    from tgol_trainer.sources.loading import load_columns
     from tgol_trainer.thresholds import combined_name
 
     method = MethodArguments(**{item.name: getattr(args, item.name) for item in dataclasses.fields(MethodArguments)})
@@ -239,10 +239,10 @@ def make_report(
     Raises:
         ThresholdError: for scores that cannot be divided in two.
     """
-    from tgol_trainer.data import fit_labelling
-    from tgol_trainer.data.combining import check_combined
-    from tgol_trainer.data.report import label_report, label_uncertainty
-    from tgol_trainer.labelling import label_settings, running_percentile
+    from tgol_trainer.labels import fit_labelling
+    from tgol_trainer.labels.combining import check_combined
+    from tgol_trainer.labels.fitting import label_settings, running_percentile
+    from tgol_trainer.labels.report import label_report, label_uncertainty
     from tgol_trainer.thresholds import ThresholdError
 
     settings = label_settings(method)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tgol_trainer.data.advice import Advice
-    from tgol_trainer.data.report import GroupReport, LabelReport
+    from tgol_trainer.labels.advice import Advice
+    from tgol_trainer.labels.report import GroupReport, LabelReport
 
 _BAR = 40
 
@@ -36,7 +36,7 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         f"deviation {scores.std:.4g}, {scores.num_distinct:,} different values"
     )
     if report.labelling.combination is not None:
-        from tgol_trainer.data.combining import combination_lines
+        from tgol_trainer.labels.combining import combination_lines
 
         lines += [f"           {line}" for line in combination_lines(report.labelling.combination)]
     lines += _threshold_lines(report)

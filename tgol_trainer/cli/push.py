@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .console import set_up_logging
 
 if TYPE_CHECKING:
-    from tgol_trainer.hub import Gate, Repository
+    from tgol_trainer.saving.hub import Gate, Repository
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
-    from tgol_trainer.hub import PushError
+    from tgol_trainer.saving.hub import PushError
 
     try:
         commit = _push(args)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _push(args: argparse.Namespace) -> str:
-    from tgol_trainer.hub import open_repository, point_card_at, push_run, run_files
+    from tgol_trainer.saving.hub import open_repository, point_card_at, push_run, run_files
 
     records = [args.folder / name for name in ("tgol_generate.json", "tgol_score.json")]
     if args.hub_dataset_id or (any(record.is_file() for record in records) and not args.hub_model_id):
@@ -77,8 +77,8 @@ def _push(args: argparse.Namespace) -> str:
 
 def _push_dataset(args: argparse.Namespace) -> str:
     from tgol_trainer.data import DataError
-    from tgol_trainer.hub import PushError, open_repository
     from tgol_trainer.jobs import check_complete, push_dataset
+    from tgol_trainer.saving.hub import PushError, open_repository
 
     try:
         check_complete(args.folder)  # before a repository is made
@@ -95,7 +95,7 @@ def _gate(choice: Any) -> Gate | None:
 
 
 def _target(args: argparse.Namespace, kind: Literal["model", "dataset"]) -> Repository:
-    from tgol_trainer.hub import Repository, resume_command
+    from tgol_trainer.saving.hub import Repository, resume_command
 
     name = getattr(args, f"hub_{kind}_id") or args.folder.resolve().name
     resume = resume_command(args.folder, name, kind, args.revision)

@@ -26,7 +26,7 @@ SAMPLING: dict[str, Any] = {"num_inference_steps": 15, "guidance_scale": 1.5, "b
 """DDIM steps and guidance; at 1.5 the shapes model's colours are most faithful, above that they over-saturate."""
 TRAINED_SCORE = "background_darkness"
 EVALUATION_SEED = 1_000_000
-"""First seed of the evaluation pictures; training pictures count up from 0 and never get there."""
+"""First seed of the evaluation images; training images count up from 0 and never get there."""
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
 LEARNING_RATE = 2e-4
@@ -42,11 +42,11 @@ class Quickstart:
         output_dir (`Path`):
             Where everything goes.
         num_images (`int`, *optional*, defaults to 960):
-            Training pictures, a multiple of 24 for equal shares of the prompts.
+            Training images, a multiple of 24 for equal shares of the prompts.
         num_steps (`int`, *optional*, defaults to 120):
-            Updates of 64 pictures.
+            Updates of 64 images.
         num_evaluation_images (`int`, *optional*, defaults to 192):
-            Pictures made before and again after training.
+            Images made before and again after training.
         seed (`int`, *optional*, defaults to 0):
             Seed of sampling and training.
     """
@@ -75,7 +75,7 @@ class Quickstart:
         }
 
     def sample_dataset(self, pipeline: DiffusionPipeline) -> Dataset:
-        """Draw pictures from the base model, score them, and write them as Parquet with the scores as columns."""
+        """Draw images from the base model, score them, and write them as Parquet with the scores as columns."""
         from datasets import Dataset, Features, Value
         from datasets import Image as ImageFeature
 
@@ -104,7 +104,7 @@ class Quickstart:
         return dataset
 
     def evaluation_images(self, pipeline: DiffusionPipeline, description: str) -> list[Image]:
-        """Pictures of the same prompts and seeds at every call."""
+        """Images of the same prompts and seeds at every call."""
         from tgol_trainer.evaluation import generate_images
 
         start = time.time()
@@ -142,18 +142,18 @@ class Quickstart:
         )
 
     def evaluate(self, before: list[Image], after: list[Image]) -> Evaluation:
-        """Compare pictures of equal prompts and seeds; write the tables, the plot, the pictures and the report."""
+        """Compare images of equal prompts and seeds; write the tables, the plot, the images and the report."""
         from tgol_trainer.evaluation import (
             compare_models,
             make_gallery,
             save_before_after_grid,
-            score_pictures,
+            score_model,
             write_results,
         )
 
         prompts = self._prompts(self.num_evaluation_images)
         models = [
-            score_pictures(name, images, prompts, self.rewards(), trained=trained)
+            score_model(name, images, prompts, self.rewards(), trained=trained)
             for name, images, trained in (
                 ("base", before, frozenset()),
                 ("quickstart", after, frozenset({TRAINED_SCORE})),
@@ -186,8 +186,8 @@ class Quickstart:
         return evaluation
 
     def write_card(self, trainer: TGOLTrainer, evaluation: Evaluation) -> None:
-        """Put the comparison and its pictures into the model card."""
-        from tgol_trainer.card import EvaluationRow, Picture
+        """Put the comparison and its images into the model card."""
+        from tgol_trainer.saving.card import CardImage, EvaluationRow
 
         names = set(EvaluationRow.__dataclass_fields__)
         trainer.create_model_card(
@@ -196,13 +196,13 @@ class Quickstart:
                 for item in evaluation.adapters[0].scores
             ],
             evaluation_note=(
-                f"{self.num_evaluation_images} pictures before and after training, equal prompts and seeds, DDIM 15 "
-                "steps, guidance 1.5. A win is a higher score than the base model's picture; intervals are 95 % "
+                f"{self.num_evaluation_images} images before and after training, equal prompts and seeds, DDIM 15 "
+                "steps, guidance 1.5. A win is a higher score than the base model's image; intervals are 95 % "
                 "bootstrap intervals over prompts. A fall of jpeg_compressibility means larger files, so damage."
             ),
             pictures=[
-                Picture("before_after.png", "Pictures of the base model beside those of the trained model"),
-                Picture("score_distributions.png", "Distributions of the scores before and after training"),
+                CardImage("before_after.png", "Images of the base model beside those of the trained model"),
+                CardImage("score_distributions.png", "Distributions of the scores before and after training"),
             ],
         )
 
@@ -230,8 +230,8 @@ def _show_labels(folder: Path, dataset: Dataset) -> None:
     """Print what `tgol label` prints of the dataset, and draw the histogram."""
     from tgol_trainer.config import MethodArguments
     from tgol_trainer.data import Columns
-    from tgol_trainer.data.advice import advise
     from tgol_trainer.data.scores import read_scores
+    from tgol_trainer.labels.advice import advise
 
     columns = Columns(score=TRAINED_SCORE)
     rows = read_scores(dataset, columns, progress=False)
@@ -263,7 +263,7 @@ def run(quickstart: Quickstart) -> Evaluation:
     pipeline = load_pipeline()
     print("1/4  Sampling and scoring a dataset from the embedded shapes model")
     dataset = quickstart.sample_dataset(pipeline)
-    before = quickstart.evaluation_images(pipeline, "Pictures before")
+    before = quickstart.evaluation_images(pipeline, "Images before")
 
     print("2/4  Labelling")
     _show_labels(folder, dataset)
@@ -277,7 +277,7 @@ def run(quickstart: Quickstart) -> Evaluation:
     print("4/4  Loading the saved adapter into a fresh pipeline and comparing")
     fresh = load_pipeline()
     fresh.load_lora_weights(folder)
-    after = quickstart.evaluation_images(fresh, "Pictures after")
+    after = quickstart.evaluation_images(fresh, "Images after")
     quickstart.seconds["total"] = time.time() - start
     evaluation = quickstart.evaluate(before, after)
     quickstart.write_card(trainer, evaluation)
@@ -309,15 +309,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=Path("quickstart_output"),
         help="where everything goes (default: %(default)s)",
     )
-    parser.add_argument(
-        "--num_images", type=int, default=960, help="training pictures to sample (default: %(default)s)"
-    )
-    parser.add_argument("--num_steps", type=int, default=120, help="updates of 64 pictures (default: %(default)s)")
+    parser.add_argument("--num_images", type=int, default=960, help="training images to sample (default: %(default)s)")
+    parser.add_argument("--num_steps", type=int, default=120, help="updates of 64 images (default: %(default)s)")
     parser.add_argument(
         "--num_evaluation_images",
         type=int,
         default=192,
-        help="pictures compared before and after (default: %(default)s)",
+        help="images compared before and after (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling and training (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -358,8 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output_dir
     print(f"Took {quickstart.seconds['total']:.0f} s on {torch.get_num_threads()} threads. Look at:")
     for name, text in (
-        ("report.html", "every picture before and after, by change of score; tables and plots"),
-        ("before_after.png", "pictures of equal prompts and seeds"),
+        ("report.html", "every image before and after, by change of score; tables and plots"),
+        ("before_after.png", "images of equal prompts and seeds"),
         ("score_distributions.png", "the scores before and after; score_histogram.png shows the labels"),
         ("README.md", "the model card, with a snippet that loads the adapter"),
         ("metrics.json", "the numbers above"),

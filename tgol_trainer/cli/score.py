@@ -1,4 +1,4 @@
-"""`tgol score`: a column a reward for pictures or videos, in shards, over any number of processes and restarts."""
+"""`tgol score`: a column a reward for images or videos, in shards, over any number of processes and restarts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .console import (
-    add_hub_options,
-    json_object,
-    open_dataset,
-    plain_errors,
-    push_complete_dataset,
-    set_up_logging,
-)
+from .console import add_hub_options, json_object, open_dataset, plain_errors, push_complete_dataset, set_up_logging
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -84,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from datasets.utils.logging import disable_progress_bar
 
-    from tgol_trainer.callbacks import dataset_facts
-    from tgol_trainer.data import Columns, DataError, load_scored_dataset
+    from tgol_trainer.data import Columns, DataError
     from tgol_trainer.jobs import carry_rewards, check_source_complete, note_source, score_dataset, score_stream
     from tgol_trainer.rewards import load_reward
+    from tgol_trainer.saving.facts import dataset_facts
+    from tgol_trainer.sources import load_scored_dataset
 
     gpu = torch.cuda.is_available() and not args.use_cpu
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"

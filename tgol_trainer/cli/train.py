@@ -28,21 +28,21 @@ class TrainArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of rewards or module:function, which score the pictures of --sample_prompts, and those of "
+            "help": "Names of rewards or module:function, which score the images of --sample_prompts, and those of "
             "--rounds."
         },
     )
     rounds: int | None = field(
         default=None,
         metadata={
-            "help": "Train in so many rounds, each on pictures of --prompts that the policy makes and --reward_funcs "
+            "help": "Train in so many rounds, each on images of --prompts that the policy makes and --reward_funcs "
             "score, with the policy before the round as reference; instead of --dataset_name."
         },
     )
     prompts: str | None = field(
         default=None, metadata={"help": "With --rounds: text file, table, dataset or named set of prompts."}
     )
-    images_per_prompt: int = field(default=8, metadata={"help": "With --rounds: pictures of each prompt a round."})
+    images_per_prompt: int = field(default=8, metadata={"help": "With --rounds: images of each prompt a round."})
 
 
 @dataclass
@@ -161,9 +161,9 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> int:
     from functools import partial
 
-    from tgol_trainer.data import load_prompts
     from tgol_trainer.rewards import load_reward
     from tgol_trainer.rounds import train_rounds
+    from tgol_trainer.sources import load_prompts
 
     from .generate import device_of, load_generator
 
@@ -228,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_arguments(script, training, model)
     training.model_init_kwargs = _model_init_kwargs(model, training)
 
-    from tgol_trainer.data import Columns, load_scored_dataset
+    from tgol_trainer.data import Columns
+    from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.trainer import TGOLTrainer
 
     def load(source: str, split: str) -> Any:
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _push(trainer: Any) -> bool:
     """Save and push; return whether this push and all before it arrived."""
-    from tgol_trainer.hub import PushError
+    from tgol_trainer.saving.hub import PushError
 
     try:
         commit = trainer.push_to_hub()  # saves first

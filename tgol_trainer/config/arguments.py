@@ -133,12 +133,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=None, metadata={"help": "Processes that check the images before training."}
     )
 
-    # Pictures during training
+    # Images during training
     sample_prompts: list[str] | None = field(
         default=None,
         metadata={
             "help": "Prompts drawn at the start, during and at the end of training: texts, or one text file, table or "
-            "named prompt set. `reward_funcs` score the pictures."
+            "named prompt set. `reward_funcs` score the images."
         },
     )
     sample_steps: int | None = field(
@@ -149,10 +149,10 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default_factory=lambda: [0], metadata={"help": "Each prompt is drawn once a seed, the same at every step."}
     )
     sample_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance of these pictures. None: what suits the pipeline."}
+        default=None, metadata={"help": "Guidance of these images. None: what suits the pipeline."}
     )
     sample_num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps of these pictures. None: what suits the pipeline."}
+        default=None, metadata={"help": "Denoising steps of these images. None: what suits the pipeline."}
     )
 
     # Hub

@@ -10,8 +10,8 @@ from typing import Any
 
 import datasets
 
-from tgol_trainer.data.images import DataError, describe
-from tgol_trainer.data.rows import CAST_SCORE, CAST_SCORE_WITH_BLANKS, Columns, read_score
+from .images import DataError, describe
+from .rows import CAST_SCORE, CAST_SCORE_WITH_BLANKS, Columns, read_score
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _SYNONYMS = {
     "image": (
         "image",
         "img",
-        "picture",
+        "image",
         "jpg",
         "png",
         "file_name",

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tgol_trainer.data.images import DataError, ImageError, crop_offset, describe, open_image, to_pixels
-from tgol_trainer.data.videos import VideoError, video_pixels
 from tgol_trainer.thresholds import ScoreNormalization
+
+from .images import DataError, ImageError, crop_offset, describe, open_image, to_pixels
+from .videos import VideoError, video_pixels
 
 _TINY = np.finfo(np.float32).tiny
 _HUGE = np.finfo(np.float32).max

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tgol_trainer.data.checks import check_class, check_columns
-from tgol_trainer.data.images import DataError, cropped_share
-from tgol_trainer.data.rows import BadRows, Columns, read_row
-from tgol_trainer.data.scores import read_columns
 from tgol_trainer.thresholds import ScoreCombination
+
+from .checks import check_class, check_columns
+from .images import DataError, cropped_share
+from .rows import BadRows, Columns, read_row
+from .scores import read_columns
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Image values of any kind to RGB pictures, and RGB pictures to training pixels. Pillow, NumPy and torch only."""
+"""Image values of any kind to RGB images, and RGB images to training pixels. Pillow, NumPy and torch only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ImageError(DataError):
 
 def open_image(value: Any) -> Image.Image:
     """
-    Open an image given in any of the forms that datasets hold, as an upright RGB picture.
+    Open an image given in any of the forms that datasets hold, as an upright RGB image.
 
     EXIF orientation is applied. Transparency is composited over white. Greyscale deeper than 8 bits is scaled, not
     clipped: `"I;16"` from 0..65535; `"I"` from 0..255 or 0..65535, whichever holds it, `"F"` also from 0..1; values
@@ -65,7 +65,7 @@ def open_image(value: Any) -> Image.Image:
 
     Args:
         value (`PIL.Image.Image`, `dict`, `str`, `pathlib.Path`, `bytes`, `numpy.ndarray` or nested `list`):
-            A picture; a dictionary with `"bytes"` or `"path"` (an undecoded [`datasets.Image`]); a path or a URL that
+            An image; a dictionary with `"bytes"` or `"path"` (an undecoded [`datasets.Image`]); a path or a URL that
             `datasets` can read; an encoded file; or pixels (H, W) or (H, W, 1 to 4 channels), integers in 0..255 or
             floating point in 0..1.
 
@@ -118,7 +118,7 @@ def _open(value: Any) -> Image.Image:
 
 
 def _decode(source: str | Path | io.BytesIO) -> Image.Image:
-    # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays as it is, False by default: a half grey picture would be trained on.
+    # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays as it is, False by default: a half grey image would be trained on.
     with Image.open(source) as image:
         image.load()
         return _to_rgb(_upright(image))
@@ -219,7 +219,7 @@ def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
 
     Args:
         image (`PIL.Image.Image`):
-            A picture of any size; other modes than RGB go through [`open_image`].
+            An image of any size; other modes than RGB go through [`open_image`].
         resolution (`tuple[int, int]`):
             (height, width) in pixels.
 

@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tgol_trainer.data.images import DataError
+from .images import DataError
 
 
 class ParquetColumns:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tgol_trainer.data.images import DataError, ImageError, describe, open_image
-from tgol_trainer.data.videos import Video, VideoError, open_video
+from .images import DataError, ImageError, describe, open_image
+from .videos import Video, VideoError, open_video
 
 _SHOWN_ROWS = 5
 

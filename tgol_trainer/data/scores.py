@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 
-from tgol_trainer.data.checks import check_class, check_columns, check_score_columns, check_score_type
-from tgol_trainer.data.images import DataError
-from tgol_trainer.data.parquet import ParquetColumns
-from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, prompt_problem, read_score
+from .checks import check_class, check_columns, check_score_columns, check_score_type
+from .images import DataError
+from .parquet import ParquetColumns
+from .rows import DEFAULT_COLUMNS, BadRows, Columns, prompt_problem, read_score
 
 logger = logging.getLogger(__name__)
 

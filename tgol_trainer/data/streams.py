@@ -16,11 +16,11 @@ from datasets.distributed import split_dataset_by_node
 from datasets.utils import tqdm
 from PIL import Image
 
-from tgol_trainer.data.checks import check_class, check_columns, check_score_type
-from tgol_trainer.data.datasets import OnBadSample, check_policy
-from tgol_trainer.data.images import DataError, describe
-from tgol_trainer.data.rows import DEFAULT_COLUMNS, BadRows, Columns, read_row, read_score
-from tgol_trainer.data.videos import Video
+from .checks import check_class, check_columns, check_score_type
+from .datasets import OnBadSample, check_policy
+from .images import DataError, describe
+from .rows import DEFAULT_COLUMNS, BadRows, Columns, read_row, read_score
+from .videos import Video
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
     """
     The usable rows of a stream, checked while it is read.
 
-    Rows are those of [`ScoredDataset`], with the image already opened as an RGB picture, or a video decoded once and
+    Rows are those of [`ScoredDataset`], with the image already opened as an RGB image, or a video decoded once and
     found good (training decodes it again, since clips in memory are large). `row_id` is a 63-bit hash of
     the row's prompt, score and pixels, the same whatever reads the row and in which order; equal rows share it.
     `dropped` counts the rows left out so far by cause, of this process (a DataLoader's workers count their own).

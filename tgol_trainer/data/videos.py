@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from tgol_trainer.data.images import DataError, ImageError, crop_offset, open_image, to_pixels
+from .images import DataError, ImageError, crop_offset, open_image, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -332,7 +332,7 @@ def _opened(value: bytes | bytearray | memoryview | str | Path) -> Any:
 
 
 def _count_packets(container: Any) -> int:
-    """Return how many pictures the video track stores, after comparing it and the length with the header."""
+    """Return how many images the video track stores, after comparing it and the length with the header."""
     stream, count, end = container.streams.video[0], 0, 0.0
     for packet in container.demux():
         if packet.pts is not None:
@@ -340,7 +340,7 @@ def _count_packets(container: Any) -> int:
         if packet.stream is stream and packet.size and not packet.is_discard:
             count += 1
         if packet.is_corrupt:
-            raise VideoError(f"the file breaks off after picture {count}", cause="truncated video")
+            raise VideoError(f"the file breaks off after image {count}", cause="truncated video")
     if stream.frames and count < stream.frames:
         raise VideoError(f"the header tells of {stream.frames} frames, {count} are there", cause="truncated video")
     length = (container.duration or 0) / 1_000_000  # FFmpeg's unit is the microsecond
@@ -363,9 +363,9 @@ def _pass(
         stream.codec_context.thread_count = 1  # the workers of a DataLoader are the parallelism
         for frame in container.decode(stream):
             if seen in wanted:
-                picture = frame.to_image()
+                image = frame.to_image()
                 turned = frame.rotation % 360
-                results.append(use(picture.rotate(turned, expand=True) if turned else picture))
+                results.append(use(image.rotate(turned, expand=True) if turned else image))
             seen += 1
     return results, seen
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
-from .measures import MEASURES, SPREADS, measure_picture, pixel_descriptor, seed_spread
+from .images import make_gallery, score_model
+from .measures import MEASURES, SPREADS, measure_image, pixel_descriptor, seed_spread
 from .output import write_grids, write_results
-from .pictures import make_gallery, score_pictures
 from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
 from .previews import encode_preview, encode_thumbnail
 from .provenance import trained_scores
@@ -42,14 +42,14 @@ __all__ = [
     "generate_videos",
     "make_gallery",
     "makes_videos",
-    "measure_picture",
+    "measure_image",
     "pixel_descriptor",
     "save_before_after_grid",
     "save_contact_sheet",
     "save_sample_strip",
     "save_score_distributions",
     "save_score_histogram",
-    "score_pictures",
+    "score_model",
     "seed_spread",
     "trained_scores",
     "verdict",

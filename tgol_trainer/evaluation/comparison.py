@@ -19,7 +19,7 @@ _BLOCK = 1_000_000
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """
-    One score, before against after, over pairs of pictures made from the same prompt and seed.
+    One score, before against after, over pairs of images made from the same prompt and seed.
 
     Args:
         name (`str`):
@@ -102,8 +102,8 @@ def compare_scores(
     Compare paired scores.
 
     The win rate is `mean(1[after > before] + ½·1[after = before])`. Intervals are percentile bootstrap intervals over
-    prompts: whole prompts are drawn with all their pictures, since pictures of one prompt are no independent
-    evidence; the sign test counts prompts for the same reason. With a single prompt pictures are taken instead. Such
+    prompts: whole prompts are drawn with all their images, since images of one prompt are no independent
+    evidence; the sign test counts prompts for the same reason. With a single prompt images are taken instead. Such
     intervals are too narrow for a handful of prompts, and a single point where all pairs agree. Exchanging before and
     after mirrors every number.
 
@@ -111,9 +111,9 @@ def compare_scores(
         name (`str`):
             Name of the score.
         before (`Sequence[float | None]`):
-            Scores before; `None` where a picture could not be scored.
+            Scores before; `None` where an image could not be scored.
         after (`Sequence[float | None]`):
-            Scores after, of pictures with the same prompts and seeds.
+            Scores after, of images with the same prompts and seeds.
         prompts (`Sequence[str]`):
             The prompt of each pair; equal prompts form one group.
         trained (`bool`):
@@ -263,7 +263,7 @@ def _check(name: str, lengths: tuple[int, int, int], num_resamples: int, confide
     if len(set(lengths)) > 1:
         raise ValueError(
             f"The score {name!r} has {lengths[0]} values before, {lengths[1]} after and {lengths[2]} prompts; "
-            "all three must belong to the same pictures."
+            "all three must belong to the same images."
         )
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` is {num_resamples}; it must be at least 1.")
@@ -279,18 +279,18 @@ def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarra
         rows = ", ".join(f"row {i}: {values[i]}" for i in bad[:3])
         raise ValueError(
             f"The score {name!r} is NaN or infinite in {len(bad)} of {array.size} values {side} ({rows}). "
-            "Use None for a picture that could not be scored."
+            "Use None for an image that could not be scored."
         )
     return array
 
 
 def clusters_of(prompts: Sequence[str]) -> np.ndarray:
     """
-    Return what is drawn together: the pictures of a prompt, or with a single prompt each picture on its own.
+    Return what is drawn together: the images of a prompt, or with a single prompt each image on its own.
 
     Args:
         prompts (`Sequence[str]`):
-            One a picture.
+            One an image.
 
     Returns:
         `numpy.ndarray`: (N,) integers from 0 without gaps.

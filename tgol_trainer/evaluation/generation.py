@@ -1,4 +1,4 @@
-"""Pictures and videos with fixed seeds from any diffusers pipeline, which stays, as the random state, as it was."""
+"""Images and videos with fixed seeds from any diffusers pipeline, which stays, as the random state, as it was."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def generate_images(
     description: str = "Generating",
 ) -> list[Image.Image]:
     """
-    Draw one picture a prompt, each from its own seed.
+    Draw one image a prompt, each from its own seed.
 
-    Prompts are taken in fixed chunks of `batch_size`, so the same call gives the same pictures; another `batch_size`
+    Prompts are taken in fixed chunks of `batch_size`, so the same call gives the same images; another `batch_size`
     may move a pixel by a grey level. Runs without gradients and with every module of the pipeline in eval mode.
     Afterwards training flags, scheduler, progress-bar settings and the global random state are as before, also when
     the pipeline raises.
@@ -38,26 +38,26 @@ def generate_images(
         pipeline (`DiffusionPipeline`):
             Any text-to-image pipeline.
         prompts (`Sequence[str]`):
-            One prompt a picture.
+            One prompt an image.
         seeds (`Sequence[int]`):
-            One seed a picture, for a generator on the CPU, so that pictures do not depend on the kind of device.
+            One seed an image, for a generator on the CPU, so that images do not depend on the kind of device.
         batch_size (`int`, *optional*, defaults to 8):
-            Pictures a call of the pipeline; always one for a pipeline that takes no list of generators (aMUSEd).
+            Images a call of the pipeline; always one for a pipeline that takes no list of generators (aMUSEd).
         num_inference_steps (`int`, *optional*):
             Denoising steps. `None` leaves the pipeline's default, as for the next three.
         guidance_scale (`float`, *optional*):
             Strength of classifier-free guidance.
         height (`int`, *optional*):
-            Height of the pictures, in pixels.
+            Height of the images, in pixels.
         width (`int`, *optional*):
-            Width of the pictures, in pixels.
+            Width of the images, in pixels.
         progress (`bool`, *optional*, defaults to `True`):
-            Show one bar over all pictures instead of the pipeline's bar for each batch.
+            Show one bar over all images instead of the pipeline's bar for each batch.
         description (`str`, *optional*, defaults to `"Generating"`):
             Text in front of that bar.
 
     Returns:
-        `list[PIL.Image.Image]`: picture `i` belongs to prompt `i` and seed `i`.
+        `list[PIL.Image.Image]`: image `i` belongs to prompt `i` and seed `i`.
 
     Raises:
         ValueError: if there are no prompts, if the numbers of prompts and seeds differ, if `batch_size` is below 1,
@@ -152,7 +152,7 @@ def _generate(
     bar: tqdm,
 ) -> list[np.ndarray]:
     """Return one array of values in 0..1 a chunk, from the output's `images` or `frames`."""
-    thing = "picture" if kind == "images" else "video"
+    thing = "image" if kind == "images" else "video"
     if isinstance(prompts, str):
         raise TypeError(f"`prompts` is one string; pass a list with one prompt a {thing}.")
     if len(prompts) == 0:
@@ -174,7 +174,7 @@ def _generate(
 
 
 def _takes_generators(pipeline: Any) -> bool:
-    """Return whether a pipeline takes one generator a picture; aMUSEd and Meissonic take a single one."""
+    """Return whether a pipeline takes one generator an image; aMUSEd and Meissonic take a single one."""
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("generator")
     if parameter is None or parameter.annotation is inspect.Parameter.empty:
         return True
@@ -201,7 +201,7 @@ def _generate_chunk(
     broken = np.flatnonzero(np.isnan(arrays).reshape(len(arrays), -1).any(axis=1))
     if broken.size:
         first = int(broken[0])
-        thing = "picture" if kind == "images" else "video"
+        thing = "image" if kind == "images" else "video"
         raise ValueError(
             f"{type(pipeline).__name__} returned NaN, which would be saved as a black {thing}, for {broken.size} of "
             f"{len(prompts)} prompts; the first is prompt {start + first}, {prompts[first]!r:.80}. Half precision is "

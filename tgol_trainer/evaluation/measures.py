@@ -1,4 +1,4 @@
-"""What a picture looks like in a few numbers, so that damage and collapse show beside the scores."""
+"""What an image looks like in a few numbers, so that damage and collapse show beside the scores."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MEASURES = {
     "high_frequency": "root mean square of what the mean of 3×3 pixels takes away from the luma, 0 to 1",
     "motion": "videos: root mean square difference of the luma of neighbouring frames looked at, 0 to 1",
 }
-"""Name of a measure of one picture to what it is. For a video, the mean over the frames looked at."""
+"""Name of a measure of one image to what it is. For a video, the mean over the frames looked at."""
 
 SPREAD = "seed_spread"
 SPREADS = {
-    SPREAD: "mean distance of two pictures of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
-    "feature_spread": "mean of 1 − cosine of the features of two pictures of one prompt, 0 to 2",
+    SPREAD: "mean distance of two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
+    "feature_spread": "mean of 1 − cosine of the features of two images of one prompt, 0 to 2",
 }
-"""Name of a measure of one prompt's pictures, made with different seeds, to what it is."""
+"""Name of a measure of one prompt's images, made with different seeds, to what it is."""
 
 FRAMES_LOOKED_AT = 8
 _SIDE = 16
@@ -30,13 +30,13 @@ _SIDE = 16
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def measure_picture(frames: Sequence[Image.Image]) -> dict[str, float]:
+def measure_image(frames: Sequence[Image.Image]) -> dict[str, float]:
     """
-    Measure one picture, or a video by its frames.
+    Measure one image, or a video by its frames.
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            A picture alone, or the frames of a video that are to be looked at, in order and of one size.
+            An image alone, or the frames of a video that are to be looked at, in order and of one size.
 
     Returns:
         `dict[str, float]`: the values of [`MEASURES`]; `motion` for two frames and more.
@@ -70,11 +70,11 @@ def _high_frequency(luma: np.ndarray) -> float:
 
 def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
     """
-    Reduce a picture to 16×16 pixels, or a video to its first, middle and last frame at that size.
+    Reduce an image to 16×16 pixels, or a video to its first, middle and last frame at that size.
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            A picture alone, or the frames of a video.
+            An image alone, or the frames of a video.
 
     Returns:
         `numpy.ndarray`: (768,) or (2304,) uint8.
@@ -88,19 +88,19 @@ def seed_spread(
     descriptors: Sequence[np.ndarray | None], prompts: Sequence[str], *, cosine: bool = False
 ) -> dict[str, float]:
     """
-    Return how far apart the pictures of each prompt lie.
+    Return how far apart the images of each prompt lie.
 
     Args:
         descriptors (`Sequence[numpy.ndarray | None]`):
-            One a picture, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
-            picture out.
+            One an image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
+            image out.
         prompts (`Sequence[str]`):
-            The prompt of each picture.
+            The prompt of each image.
         cosine (`bool`, *optional*, defaults to `False`):
             Distance 1 − cosine, for features, instead of the root mean square difference of pixels in 0..1.
 
     Returns:
-        `dict[str, float]`: prompt to the mean distance over all pairs of its pictures; prompts with fewer than two
+        `dict[str, float]`: prompt to the mean distance over all pairs of its images; prompts with fewer than two
             are left out.
     """
     groups: dict[str, list[np.ndarray]] = {}

@@ -48,7 +48,7 @@ def write_results(
         models (`Sequence[ModelRows]`):
             What they came from, the base model first.
         gallery ([`Gallery`]):
-            The pictures of the report.
+            The images of the report.
         title (`str`, *optional*):
             Heading of the report.
         prompt_set (`str`, *optional*, defaults to `""`):
@@ -103,7 +103,7 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
         models (`Sequence[ModelRows]`):
             The base model first.
         gallery ([`Gallery`]):
-            Pictures of each model, of the same rows.
+            Images of each model, of the same rows.
     """
     base, *adapters = models
     for number, adapter in enumerate(adapters, start=1):
@@ -116,7 +116,7 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
             name: tuple([model.scores[name][row] for row in rows] for model in (base, adapter))
             for name in list(base.scores)[:3]
         }
-        before, after = ([_picture(gallery, k, row) for row in rows] for k in (0, number))
+        before, after = ([_image(gallery, k, row) for row in rows] for k in (0, number))
         save_before_after_grid(
             folder / file_of(GRID_NAME, adapter.name, len(adapters)),
             [gallery.prompts[row] for row in rows],
@@ -127,8 +127,8 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
         )
 
 
-def _picture(gallery: Gallery, model: int, row: int) -> Image.Image:
-    """Return the larger picture; of a video the strip of frames, since paper does not move."""
+def _image(gallery: Gallery, model: int, row: int) -> Image.Image:
+    """Return the larger image; of a video the strip of frames, since paper does not move."""
     preview = gallery.previews[model][row]
     image = Image.open(io.BytesIO(preview)) if preview else None
     if image is None or getattr(image, "is_animated", False):

@@ -1,4 +1,4 @@
-"""Pictures for a model card: scores around the threshold, scores before and after, and images side by side."""
+"""Images for a model card: scores around the threshold, scores before and after, and images side by side."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def save_before_after_grid(
     scores: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]] | None = None,
 ) -> None:
     """
-    Draw pairs of pictures, before on the left and after on the right, below their prompt.
+    Draw pairs of images, before on the left and after on the right, below their prompt.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -162,16 +162,16 @@ def save_before_after_grid(
         prompts (`Sequence[str]`):
             One a pair; cut to two lines.
         before (`Sequence[PIL.Image.Image]`):
-            Pictures before.
+            Images before.
         after (`Sequence[PIL.Image.Image]`):
-            Pictures after.
+            Images after.
         columns (`int`, *optional*, defaults to 2):
             Pairs side by side.
         scale (`int`, *optional*):
-            Whole factor by which pictures are enlarged, pixel by pixel. `None` takes the smallest that makes every
-            picture at least 128 pixels wide and high, and reduces pictures above 320 pixels to that size.
+            Whole factor by which images are enlarged, pixel by pixel. `None` takes the smallest that makes every
+            image at least 128 pixels wide and high, and reduces images above 320 pixels to that size.
         scores (`Mapping[str, tuple[Sequence, Sequence]]`, *optional*):
-            Name of a score to its values before and after, written below the pictures; `None` is written as "–".
+            Name of a score to its values before and after, written below the images; `None` is written as "–".
 
     Raises:
         ValueError: if there are no pairs, lengths differ, or `columns` or `scale` is below 1.
@@ -204,7 +204,7 @@ def save_before_after_grid(
     for row, top, row_height in zip(row_of_pairs, caption_lines, heights, strict=True):
         for column, i in enumerate(row):
             x = margin + column * (pair_width + margin)
-            # Short captions sit on the pictures rather than at the top of their row.
+            # Short captions sit on the images rather than at the top of their row.
             start = y + line * (top - len(captions[i]))
             for k, text in enumerate(captions[i]):
                 canvas.text((x, start + k * line), text, fill=_INK, font=font)
@@ -447,7 +447,7 @@ def _score_lines(
     font: ImageFont.FreeTypeFont,
     width: float,
 ) -> tuple[list[str], list[str]]:
-    """Return the lines below the left and the right picture of pair `i`."""
+    """Return the lines below the left and the right image of pair `i`."""
     lines: tuple[list[str], list[str]] = ([], [])
     for name, sides in scores.items():
         for k, values in enumerate(sides):

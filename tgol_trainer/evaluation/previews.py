@@ -1,4 +1,4 @@
-"""Small copies of pictures for a report: one for the gallery, one for looking closely."""
+"""Small copies of images for a report: one for the gallery, one for looking closely."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MILLISECONDS = 160
 
 def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
     """
-    Encode a picture at 128 pixels or fewer, or the first, middle and last frame of a video side by side.
+    Encode an image at 128 pixels or fewer, or the first, middle and last frame of a video side by side.
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            A picture alone, or frames of a video.
+            An image alone, or frames of a video.
 
     Returns:
         `bytes`: PNG up to 64 pixels a side, else WebP.
@@ -35,11 +35,11 @@ def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
 
 def encode_preview(frames: Sequence[Image.Image]) -> bytes | None:
     """
-    Encode a picture at 512 pixels or fewer, or a video as an animation of 320.
+    Encode an image at 512 pixels or fewer, or a video as an animation of 320.
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            A picture alone, or frames of a video.
+            An image alone, or frames of a video.
 
     Returns:
         `bytes`, *optional*: WebP; `None` where the thumbnail is all there is.

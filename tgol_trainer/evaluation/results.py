@@ -21,13 +21,13 @@ FEW_PROMPTS = 20
 @dataclasses.dataclass(frozen=True)
 class ModelRows:
     """
-    What is known of one model's pictures; every model has the same rows, of the same prompts and seeds.
+    What is known of one model's images; every model has the same rows, of the same prompts and seeds.
 
     Args:
         name (`str`):
             Name in tables.
         scores (`Mapping[str, Sequence[float | None]]`):
-            Name of a score to one value a row; `None` where a picture could not be scored.
+            Name of a score to one value a row; `None` where an image could not be scored.
         measures (`Mapping[str, Sequence[float | None]]`, *optional*):
             Name in [`MEASURES`] to one value a row.
         descriptors (`Mapping[str, Sequence[numpy.ndarray | None]]`, *optional*):
@@ -52,7 +52,7 @@ class MeasureChange:
         name (`str`):
             Name in [`MEASURES`] or [`SPREADS`].
         mean_before (`float`):
-            Mean over the base model's pictures, or over prompts for a spread.
+            Mean over the base model's images, or over prompts for a spread.
         mean_after (`float`):
             The same of the adapter.
         mean_change (`float`):
@@ -64,7 +64,7 @@ class MeasureChange:
         relative_change_interval (`tuple[float, float]`, *optional*):
             Bootstrap interval of that, both means drawn anew in each resample.
         num_compared (`int`):
-            Pictures compared, or prompts for a spread.
+            Images compared, or prompts for a spread.
     """
 
     name: str
@@ -115,7 +115,7 @@ class AdapterResult:
         categories (`dict[str, list[Comparison]]`):
             The same for the prompts of each category.
         measures (`list[MeasureChange]`):
-            Spread across seeds, then the measures of single pictures.
+            Spread across seeds, then the measures of single images.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Evaluation:
         num_prompts (`int`):
             Distinct prompts.
         num_rows (`int`):
-            Pictures of each model.
+            Images of each model.
     """
 
     base: str
@@ -265,7 +265,7 @@ def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequ
     if len(set(names)) < len(names):
         raise ValueError(f"`adapters`: the names {names} are not distinct; tables could not tell them apart.")
     if not models[0].scores:
-        raise ValueError("`base` has no scores: score its pictures by at least one reward.")
+        raise ValueError("`base` has no scores: score its images by at least one reward.")
     for model in models:
         if list(model.scores) != list(models[0].scores):
             raise ValueError(
@@ -310,7 +310,7 @@ def _measures(
         if name not in base.descriptors or name not in adapter.descriptors:
             continue
         both = list(zip(base.descriptors[name], adapter.descriptors[name], strict=True))
-        # A picture that one of the two models lacks is left out of both.
+        # An image that one of the two models lacks is left out of both.
         sides = [
             [None if old is None or new is None else pair[k] for pair in both for old, new in [pair]] for k in (0, 1)
         ]
@@ -370,7 +370,7 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
             )
         elif all(comparison.trained for comparison in adapter.scores):
             notices.append(
-                f"{adapter.name}: every score here was trained on, so nothing shows whether the pictures got better "
+                f"{adapter.name}: every score here was trained on, so nothing shows whether the images got better "
                 "by another measure. Add a score that was not."
             )
         for comparison in adapter.scores:
@@ -380,8 +380,8 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
                 )
         for measure in (measure for measure in adapter.measures if measure.notable):
             alike = measure.name in SPREADS and measure.mean_change < 0
-            cause = " The pictures of a prompt have become alike: look at them." if alike else ""
+            cause = " The images of a prompt have become alike: look at them." if alike else ""
             notices.append(f"{adapter.name}: {measure.name} changed by {measure.text()} of the base model's.{cause}")
     if not any(measure.name in SPREADS for adapter in adapters for measure in adapter.measures):
-        notices.append("One picture a prompt: whether pictures of one prompt became alike was not measured.")
+        notices.append("One image a prompt: whether images of one prompt became alike was not measured.")
     return notices

@@ -1,4 +1,4 @@
-"""How pictures changed in training: a row a prompt, a column a step."""
+"""How images changed in training: a row a prompt, a column a step."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ def save_sample_strip(
     path: str | os.PathLike[str],
     prompts: Sequence[str],
     titles: Sequence[str],
-    pictures: Sequence[Sequence[Image.Image]],
+    images: Sequence[Sequence[Image.Image]],
     *,
     scores: Scores | None = None,
     means: Mapping[str, Sequence[float | None]] | None = None,
 ) -> None:
     """
-    Draw pictures of the same prompts and seeds at successive moments, so that each row shows how one changed.
+    Draw images of the same prompts and seeds at successive moments, so that each row shows how one changed.
 
     Args:
         path (`str` or `os.PathLike`):
             PNG file; missing folders are made. It appears whole or not at all.
         prompts (`Sequence[str]`):
-            One a row, written above its pictures; cut to two lines. A prompt equal to the one above is not repeated.
+            One a row, written above its images; cut to two lines. A prompt equal to the one above is not repeated.
         titles (`Sequence[str]`):
             One a column, such as `"base"` and `"step 50"`.
-        pictures (`Sequence[Sequence[PIL.Image.Image]]`):
-            For each column one picture a row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
+        images (`Sequence[Sequence[PIL.Image.Image]]`):
+            For each column one image a row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
             reduced to a height of 320.
         scores (`Mapping[str, Sequence[Sequence]]`, *optional*):
-            Name of a score to its values, arranged as `pictures`, written below each; `None` is written as "–".
+            Name of a score to its values, arranged as `images`, written below each; `None` is written as "–".
         means (`Mapping[str, Sequence]`, *optional*):
             Name of a score to its mean in each column, written below the titles.
 
     Raises:
-        ValueError: if there is no picture, or the numbers of titles, prompts, pictures and scores do not agree.
+        ValueError: if there is no image, or the numbers of titles, prompts, images and scores do not agree.
     """
     scores, means = scores or {}, means or {}
-    _check(prompts, titles, pictures, scores, means)
-    columns = [[_fitted(picture) for picture in column] for column in pictures]
+    _check(prompts, titles, images, scores, means)
+    columns = [[_fitted(image) for image in column] for column in images]
     widths = [max(image.width for image in column) for column in columns]
     size = min(max(max(widths) // 16, 12), 18)
     font, small, bold = _font(size), _font(size - 2), _font(size, bold=True)
@@ -120,8 +120,8 @@ def save_sample_strip(
     temporary.replace(path)
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    image = picture.convert("RGB")
+def _fitted(image: Image.Image) -> Image.Image:
+    image = image.convert("RGB")
     factor = -(-_MIN_SIDE // min(image.size))
     if factor > 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -134,13 +134,13 @@ def _fitted(picture: Image.Image) -> Image.Image:
 def _check(
     prompts: Sequence[str],
     titles: Sequence[str],
-    pictures: Sequence[Sequence[Image.Image]],
+    images: Sequence[Sequence[Image.Image]],
     scores: Scores,
     means: Mapping[str, Sequence[float | None]],
 ) -> None:
     if not prompts or not titles:
-        raise ValueError("There is no picture to draw: a strip needs a prompt and a column.")
-    for name, found in (("pictures", pictures), *((f"scores[{key!r}]", value) for key, value in scores.items())):
+        raise ValueError("There is no image to draw: a strip needs a prompt and a column.")
+    for name, found in (("images", images), *((f"scores[{key!r}]", value) for key, value in scores.items())):
         lengths = sorted({len(column) for column in found})
         if len(found) != len(titles) or lengths != [len(prompts)]:
             raise ValueError(

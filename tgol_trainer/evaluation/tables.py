@@ -68,7 +68,7 @@ def format_markdown(evaluation: Evaluation, *, prompt_set: str = "") -> str:
     adapters, names = evaluation.adapters, [adapter.name for adapter in evaluation.adapters]
     level = f"{100 * adapters[0].scores[0].confidence:.4g} %"
     introduction = (
-        f"{evaluation.num_prompts} prompts, {evaluation.num_rows} pictures of each model, equal prompts and seeds. "
+        f"{evaluation.num_prompts} prompts, {evaluation.num_rows} images of each model, equal prompts and seeds. "
         f"Intervals: {level}, bootstrap over prompts. † the model was trained on this score."
     )
     parts = [introduction]

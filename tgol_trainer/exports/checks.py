@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from tgol_trainer import adapters
-from tgol_trainer.backbones import Backbone
-from tgol_trainer.card import ExportRow
 from tgol_trainer.evaluation import generate_images, generate_videos
-from tgol_trainer.families import RowGenerators
+from tgol_trainer.families import ModelFamily
+from tgol_trainer.likelihoods import RowGenerators
+from tgol_trainer.saving.card import ExportRow
 
 from .comfyui import LoraModule, lora_modules
 from .formats import adapter_state
@@ -45,12 +45,12 @@ class Observation:
     Args:
         output (`torch.Tensor`):
             Float32 on the CPU, of the denoiser on a fixed input.
-        picture (`np.ndarray`):
-            One picture, or the frames of a clip, 0 to 255.
+        image (`np.ndarray`):
+            One image, or the frames of a clip, 0 to 255.
     """
 
     output: torch.Tensor
-    picture: np.ndarray
+    image: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +75,24 @@ class Trained:
     modules: dict[str, LoraModule]
 
 
-def observe(backbone: Backbone, prompt: str) -> Observation:
+def observe(family: ModelFamily, prompt: str) -> Observation:
     """
-    Run a model on fixed inputs: one pass of the denoiser, and one picture in two steps.
+    Run a model on fixed inputs: one pass of the denoiser, and one image in two steps.
 
     Args:
-        backbone ([`Backbone`]):
+        family ([`ModelFamily`]):
             The model.
         prompt (`str`):
-            Of the picture.
+            Of the image.
 
     Returns:
         [`Observation`]
     """
-    pixels = backbone.probe_pixels(RowGenerators(0, 0, [0]))
+    pixels = family.probe_pixels(RowGenerators(0, 0, [0]))
     height, width = pixels.shape[-2:]
-    if backbone.num_frames is None:
-        pictures = generate_images(
-            backbone.pipeline,
+    if family.num_frames is None:
+        images = generate_images(
+            family.pipeline,
             [prompt],
             [0],
             num_inference_steps=_STEPS,
@@ -101,8 +101,8 @@ def observe(backbone: Backbone, prompt: str) -> Observation:
             progress=False,
         )
     else:
-        pictures = generate_videos(
-            backbone.pipeline,
+        images = generate_videos(
+            family.pipeline,
             [prompt],
             [0],
             num_frames=pixels.shape[2],
@@ -111,39 +111,39 @@ def observe(backbone: Backbone, prompt: str) -> Observation:
             width=width,
             progress=False,
         )[0]
-    picture = np.stack([np.asarray(image, dtype=np.float64) for image in pictures])
-    return Observation(backbone.probe().float().cpu(), picture)
+    image = np.stack([np.asarray(image, dtype=np.float64) for image in images])
+    return Observation(family.probe().float().cpu(), image)
 
 
-def remember(backbone: Backbone, base_output: torch.Tensor, prompt: str, dtype: torch.dtype) -> Trained:
+def remember(family: ModelFamily, base_output: torch.Tensor, prompt: str, dtype: torch.dtype) -> Trained:
     """
     Measure a trained model, then round its adapter to the precision of the export.
 
     Args:
-        backbone ([`Backbone`]):
+        family ([`ModelFamily`]):
             With the trained weights; its adapter's tensors change to `dtype`.
         base_output (`torch.Tensor`):
             Output of the base model on the fixed input.
         prompt (`str`):
-            Of the picture.
+            Of the image.
         dtype (`torch.dtype`):
             Precision of the export.
 
     Returns:
         [`Trained`]
     """
-    observation = observe(backbone, prompt)
+    observation = observe(family, prompt)
     effect = largest(observation.output - base_output)
-    if not getattr(backbone.denoiser, "peft_config", None):
+    if not getattr(family.denoiser, "peft_config", None):
         return Trained(observation, effect, {}, {})
-    for parameter in backbone.denoiser.parameters():
+    for parameter in family.denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     modules = {
         path: dataclasses.replace(module, first=module.first.cpu().clone(), second=module.second.cpu().clone())
-        for path, module in lora_modules(backbone.denoiser, adapters.POLICY).items()
+        for path, module in lora_modules(family.denoiser, adapters.POLICY).items()
     }
-    return Trained(observation, effect, adapter_state(backbone), modules)
+    return Trained(observation, effect, adapter_state(family), modules)
 
 
 def compare(
@@ -170,7 +170,7 @@ def compare(
     expected = trained.observation
     row.effect = trained.effect
     row.difference = largest(found.output - expected.output)
-    row.picture_difference = float(np.abs(found.picture - expected.picture).mean())
+    row.image_difference = float(np.abs(found.image - expected.image).mean())
     share = max(_ORDER_OF_SUMS, ROUNDED_BASE[dtype] if rounds_base else 0.0)
     allowed = max(TOLERANCE[dtype] * trained.effect, share * largest(expected.output))
     if not row.difference <= allowed:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tgol_trainer import adapters
-from tgol_trainer.backbones import Backbone, ModelOrigin
-from tgol_trainer.card import CardFacts, ExportRow, write_card
+from tgol_trainer.families import ModelFamily, ModelOrigin
+from tgol_trainer.saving.card import CardFacts, ExportRow, write_card
 
 from .checks import TOLERANCE, Trained, check_modules, check_state, compare, observe, remember
 from .comfyui import layout_of
@@ -106,9 +106,9 @@ def export(
         others = [other for other in facts.exports if other.files != row.files]
         write_card(dataclasses.replace(facts, exports=[*others, row]), output_dir)
         return row
-    for picture in exported.pictures:
-        (output_dir / picture.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(directory / picture.path, output_dir / picture.path)
+    for image in exported.pictures:
+        (output_dir / image.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(directory / image.path, output_dir / image.path)
     write_card(dataclasses.replace(exported, exports=[row]), output_dir)
     return row
 
@@ -116,24 +116,24 @@ def export(
 def _export(source: Source, folder: Path, export_format: str, weight: float) -> tuple[ExportRow, CardFacts]:
     """Write the files into a folder, read them back, and return the result with the facts of the export's card."""
     prompt = source.facts.example_prompt or "a photo"
-    backbone = source.load_base()
+    family = source.load_base()
     if export_format == "comfyui":
-        layout_of(type(backbone.pipeline).__name__)  # before the long part
-    base_output = backbone.probe().float().cpu()
-    backbone = _load_trained(backbone, source, weight)
-    trained = remember(backbone, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
+        layout_of(type(family.pipeline).__name__)  # before the long part
+    base_output = family.probe().float().cpu()
+    family = _load_trained(family, source, weight)
+    trained = remember(family, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
     if trained.effect == 0:
         logger.warning("The weights in %s change nothing in the base model's output.", source.directory)
     name = comfyui_name(source.facts.model_name or source.directory.resolve().name)
-    facts = _facts(source, backbone, export_format, prompt)
-    origin = backbone.origin
+    facts = _facts(source, family, export_format, prompt)
+    origin = family.origin
     if export_format == "comfyui":
-        write_comfyui(backbone, folder / name)
+        write_comfyui(family, folder / name)
     elif export_format == "merged":
-        write_merged(backbone, folder, source)
+        write_merged(family, folder, source)
     else:
-        (write_diffusers if export_format == "diffusers" else write_peft)(backbone, folder, weight)
-    del backbone
+        (write_diffusers if export_format == "diffusers" else write_peft)(family, folder, weight)
+    del family
     gc.collect()
     row = ExportRow(
         format=export_format,
@@ -147,40 +147,40 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
     return row, facts
 
 
-def _load_trained(backbone: Backbone, source: Source, weight: float) -> Backbone:
-    name = backbone.denoiser_name
+def _load_trained(family: ModelFamily, source: Source, weight: float) -> ModelFamily:
+    name = family.denoiser_name
     if source.is_adapter:
-        check_fits(source, backbone)
-        adapters.load_initial(backbone.pipeline, name, str(source.directory), keep_as_reference=False)
-        set_strength(backbone, weight)
-        return backbone
+        check_fits(source, family)
+        adapters.load_initial(family.pipeline, name, str(source.directory), keep_as_reference=False)
+        set_strength(family, weight)
+        return family
     folder = source.directory / name
     if not folder.is_dir():
         raise ValueError(
-            f"{type(backbone.pipeline).__name__} trains its {name}, but {source.directory} holds no folder of that "
+            f"{type(family.pipeline).__name__} trains its {name}, but {source.directory} holds no folder of that "
             "name: these weights belong to another base model."
         )
-    denoiser = type(backbone.denoiser).from_pretrained(str(folder))
-    setattr(backbone.pipeline, name, denoiser.to(source.device))
-    return type(backbone)(backbone.pipeline, backbone.origin, backbone.settings)
+    denoiser = type(family.denoiser).from_pretrained(str(folder))
+    setattr(family.pipeline, name, denoiser.to(source.device))
+    return type(family)(family.pipeline, family.origin, family.settings)
 
 
-def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin, trained: Trained) -> Backbone:
+def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin, trained: Trained) -> ModelFamily:
     """Return a fresh model with the export in it; the row gets what was matched."""
     if row.format == "merged":
         return source.load_exported(folder, origin)
     exact = source.dtype == torch.float32
     if row.format == "comfyui":
-        backbone, modules, row.num_tensors = read_comfyui(source, folder / row.files[0])
+        family, modules, row.num_tensors = read_comfyui(source, folder / row.files[0])
         row.weights_equal = check_modules(modules, trained) and exact
-        return backbone
-    backbone, state = (read_diffusers if row.format == "diffusers" else read_peft)(source, folder)
+        return family
+    family, state = (read_diffusers if row.format == "diffusers" else read_peft)(source, folder)
     row.weights_equal, row.num_tensors = check_state(state, trained) and exact, len(state)
-    return in_float32(backbone)
+    return in_float32(family)
 
 
-def _usage(backbone: Backbone, export_format: str, prompt: str) -> str:
-    snippets = {"diffusers": backbone.usage, "peft": backbone.peft_usage, "merged": backbone.merged_usage}
+def _usage(family: ModelFamily, export_format: str, prompt: str) -> str:
+    snippets = {"diffusers": family.usage, "peft": family.peft_usage, "merged": family.merged_usage}
     return snippets[export_format](".", prompt) if export_format in snippets else ""
 
 
@@ -192,19 +192,19 @@ def _comfyui_note(name: str) -> str:
     )
 
 
-def _facts(source: Source, backbone: Backbone, export_format: str, prompt: str) -> CardFacts:
+def _facts(source: Source, family: ModelFamily, export_format: str, prompt: str) -> CardFacts:
     """Facts of the export's card: those of the run, with how to use this format."""
-    facts, origin = source.facts, backbone.origin
+    facts, origin = source.facts, family.origin
     return dataclasses.replace(
         facts,
         base_model=facts.base_model or origin.hub_id,
         base_model_revision=facts.base_model_revision or origin.revision,
         base_model_note=facts.base_model_note or origin.note,
-        pipeline_class=type(backbone.pipeline).__name__,
-        pipeline_tag=backbone.pipeline_tag,
+        pipeline_class=type(family.pipeline).__name__,
+        pipeline_tag=family.pipeline_tag,
         merged=export_format == "merged",
-        usage=_usage(backbone, export_format, prompt),
-        pictures=[picture for picture in facts.pictures if (source.directory / picture.path).is_file()],
+        usage=_usage(family, export_format, prompt),
+        pictures=[image for image in facts.pictures if (source.directory / image.path).is_file()],
         created=datetime.date.today().isoformat(),
     )
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tgol_trainer import adapters, shapes
-from tgol_trainer.backbones import Backbone, ModelOrigin, load_backbone, wrap_pipeline
-from tgol_trainer.card import FACTS_NAME, CardFacts, read_facts
+from tgol_trainer.families import ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from tgol_trainer.saving.card import FACTS_NAME, CardFacts, read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Source:
         model (`str`):
             Hub id, folder, or the name of an embedded model.
         options (`dict[str, Any]`):
-            For [`backbones.load_backbone`].
+            For [`families.load_family`].
         dtype (`torch.dtype`):
             Precision of what is written.
         rounds_base (`bool`):
@@ -54,7 +54,7 @@ class Source:
         """Whether the folder holds an adapter."""
         return (self.directory / adapters.WEIGHTS_NAME).is_file()
 
-    def load_base(self, *, compute: bool = True) -> Backbone:
+    def load_base(self, *, compute: bool = True) -> ModelFamily:
         """
         Load the base model anew.
 
@@ -64,30 +64,30 @@ class Source:
                 is as large as what a short training does.
 
         Returns:
-            [`Backbone`]
+            [`ModelFamily`]
         """
         dtype = self.dtype if self.rounds_base else torch.float32
         if self.model in shapes.EMBEDDED and not Path(self.model).exists():
             load, note, code, arguments = shapes.EMBEDDED[self.model]
             origin = ModelOrigin(note=note, loading_code=code, call_arguments=arguments)
-            backbone = wrap_pipeline(load(dtype=dtype), origin)
+            family = wrap_pipeline(load(dtype=dtype), origin)
         else:
-            backbone = load_backbone(self.model, {**self.options, "dtype": dtype})
-        return in_float32(backbone).to(self.device) if compute else backbone
+            family = load_family(self.model, {**self.options, "dtype": dtype})
+        return in_float32(family).to(self.device) if compute else family
 
-    def load_exported(self, folder: Path, origin: ModelOrigin) -> Backbone:
+    def load_exported(self, folder: Path, origin: ModelOrigin) -> ModelFamily:
         """Load a complete pipeline that was exported."""
         kept = {name: value for name, value in self.options.items() if name in _KEPT_OPTIONS}
-        exported = load_backbone(str(folder), {**kept, "dtype": self.dtype})
+        exported = load_family(str(folder), {**kept, "dtype": self.dtype})
         return in_float32(type(exported)(exported.pipeline, origin, exported.settings)).to(self.device)
 
 
-def in_float32(backbone: Backbone) -> Backbone:
-    """Bring every component to float32, adapters too; returns the same backbone."""
-    for component in backbone.pipeline.components.values():
+def in_float32(family: ModelFamily) -> ModelFamily:
+    """Bring every component to float32, adapters too; returns the same family."""
+    for component in family.pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.float()
-    return backbone
+    return family
 
 
 def find_base(
@@ -104,7 +104,7 @@ def find_base(
         model (`str`, *optional*):
             What the user said.
         options (`dict[str, Any]`):
-            For [`backbones.load_backbone`].
+            For [`families.load_family`].
 
     Returns:
         `tuple[str, dict[str, Any]]`: the model, and the options with the recorded revision.
@@ -168,14 +168,14 @@ def check_directory(directory: Path) -> None:
         )
 
 
-def check_fits(source: Source, backbone: Backbone) -> None:
+def check_fits(source: Source, family: ModelFamily) -> None:
     """
     Refuse an adapter that was trained on another model, before its loader lists every tensor of it.
 
     Args:
         source ([`Source`]):
             With an adapter.
-        backbone ([`Backbone`]):
+        family ([`ModelFamily`]):
             The base model.
 
     Raises:
@@ -183,8 +183,8 @@ def check_fits(source: Source, backbone: Backbone) -> None:
     """
     from safetensors import safe_open
 
-    modules = dict(backbone.denoiser.named_modules())
-    prefix, suffix = f"{backbone.denoiser_name}.", ".lora_A.weight"
+    modules = dict(family.denoiser.named_modules())
+    prefix, suffix = f"{family.denoiser_name}.", ".lora_A.weight"
     with safe_open(source.directory / adapters.WEIGHTS_NAME, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - no mapping
             if not (name.startswith(prefix) and name.endswith(suffix)):

@@ -1,17 +1,227 @@
-"""Likelihood families: how a denoiser's output becomes an error and a log-likelihood."""
+"""The only place that knows model names: a pipeline's class name decides its family."""
 
-from .base import Draw, Family, RowGenerators, log_likelihood, mean_over_features
-from .diffusion import DiffusionFamily
-from .flow import FlowFamily
-from .masked import MaskedTokenFamily
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import hf_hub_download
+
+from tgol_trainer.likelihoods import FlowLikelihood
+
+from .amused import AmusedFamily
+from .base import HUB_ID, FamilySettings, ModelFamily, ModelOrigin
+from .flux import FluxFamily
+from .licenses import hub_license
+from .meissonic import MeissonicFamily, load_meissonic
+from .quantization import denoiser_quantization
+from .stable_diffusion import StableDiffusionFamily
+from .stable_diffusion_3 import StableDiffusion3Family
+from .stable_diffusion_xl import StableDiffusionXLFamily
+from .wan import WanFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, type[ModelFamily]] = {
+    "AmusedPipeline": AmusedFamily,
+    "StableDiffusionPipeline": StableDiffusionFamily,
+    "StableDiffusionXLPipeline": StableDiffusionXLFamily,
+    "StableDiffusion3Pipeline": StableDiffusion3Family,
+    "FluxPipeline": FluxFamily,
+    "WanPipeline": WanFamily,
+    "Pipeline": MeissonicFamily,
+}
+"""Pipeline class name to family. A new family is one file and one entry here."""
+
+_INDEX = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Arguments of `from_pretrained` that also say where the pipeline's index is."""
 
 __all__ = [
-    "DiffusionFamily",
-    "Draw",
-    "Family",
-    "FlowFamily",
-    "MaskedTokenFamily",
-    "RowGenerators",
-    "log_likelihood",
-    "mean_over_features",
+    "FAMILIES",
+    "AmusedFamily",
+    "FamilySettings",
+    "FluxFamily",
+    "MeissonicFamily",
+    "ModelFamily",
+    "ModelOrigin",
+    "StableDiffusion3Family",
+    "StableDiffusionFamily",
+    "StableDiffusionXLFamily",
+    "WanFamily",
+    "hub_license",
+    "load_family",
+    "load_meissonic",
+    "wrap_pipeline",
 ]
+
+
+def wrap_pipeline(
+    pipeline: DiffusionPipeline, origin: ModelOrigin | None = None, settings: FamilySettings | None = None
+) -> ModelFamily:
+    """
+    Choose the family of a loaded pipeline.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`):
+            Any pipeline; used as it is, not copied.
+        origin ([`ModelOrigin`], *optional*):
+            Where it came from; by default what its own config says.
+        settings ([`FamilySettings`], *optional*):
+            Choices of the run.
+
+    Returns:
+        [`ModelFamily`]
+
+    Raises:
+        ValueError: for a pipeline class without a family, or a tokenizer whose files were not there.
+    """
+    name = type(pipeline).__name__
+    _check_supported(name)
+    _check_tokenizers(pipeline)
+    family = FAMILIES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
+    if family.num_frames is None and family.settings.num_frames is not None:
+        raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
+    unused = []
+    if family.settings.timestep_sampling and not isinstance(family.likelihood, FlowLikelihood):
+        unused.append("`timestep_sampling` is for models of flow matching")
+    if family.settings.guidance != FamilySettings.guidance and not family.denoiser.config.get("guidance_embeds"):
+        unused.append("`train_guidance` is for models distilled with guidance")
+    for reason in unused:
+        logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
+    return family
+
+
+def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
+    """Refuse what transformers makes, instead of an error, of a folder without the files of a tokenizer."""
+    from transformers import PreTrainedTokenizerBase
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase) and part("cat").input_ids == part("dog").input_ids:
+            raise ValueError(
+                f"`{name}` of the pipeline knows no words: its files were not there when it was loaded, so every "
+                "prompt would be the same to the model. Download the model again, or mend its folder."
+            )
+
+
+def _check_supported(name: str) -> None:
+    if name not in FAMILIES:
+        supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
+        raise ValueError(
+            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a family: how "
+            "it encodes prompts and images, what its denoiser is called with, and its likelihood family "
+            "(CONTRIBUTING.md, 'A new model family')."
+        )
+
+
+def checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    Read a pipeline's `model_index.json`, before any weights are: they can be tens of gigabytes.
+
+    Args:
+        model (`str`):
+            Hub id or folder.
+        options (`dict[str, Any]`):
+            Of `from_pretrained`; `revision`, `token` and the like say where it is read.
+
+    Raises:
+        FileNotFoundError: for a folder that holds no pipeline, and for what is neither a folder nor a Hub id.
+        ValueError: for a pipeline class without a family.
+    """
+    if Path(model).exists():
+        file = Path(model) / "model_index.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{model} holds no model_index.json, so it is no folder of a diffusers pipeline. A single file of "
+                "weights is loaded with the pipeline class's `from_single_file`: pass the object."
+            )
+    elif HUB_ID.match(model):
+        place = {name: options[name] for name in _INDEX if name in options}
+        file = Path(hf_hub_download(model, "model_index.json", **place))
+    else:
+        raise FileNotFoundError(f"{model} does not exist, and it is no Hub id (`owner/name`).")
+    index: dict[str, Any] = json.loads(file.read_text())
+    name = index.get("_class_name")
+    if name == "Pipeline":
+        raise ValueError(
+            f"{model!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
+            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
+            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
+        )
+    if isinstance(name, str) and "custom_pipeline" not in options:
+        _check_supported(name)
+    return index
+
+
+def _read_dtype(value: Any) -> Any:
+    import torch
+
+    if not isinstance(value, str) or value == "auto":
+        return value
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`model_init_kwargs['dtype']` is {value!r}, which is no torch dtype.")
+    return dtype
+
+
+def load_family(
+    model: str | Path | DiffusionPipeline,
+    model_init_kwargs: dict[str, Any] | None = None,
+    settings: FamilySettings | None = None,
+) -> ModelFamily:
+    """
+    Load a pipeline and wrap it.
+
+    Args:
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`):
+            Hub id, local folder, or a loaded pipeline.
+        model_init_kwargs (`dict`, *optional*):
+            Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`, and by
+            component, `{"default": "bfloat16", "vae": "float32"}`; float32 by default), `revision`, `variant`,
+            `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
+            and `trust_remote_code=True`, passed to [`load_meissonic`] instead.
+        settings ([`FamilySettings`], *optional*):
+            Choices of the run.
+
+    Returns:
+        [`ModelFamily`]
+
+    Raises:
+        ValueError: for an unsupported pipeline, or `model_init_kwargs` beside a pipeline that is already loaded.
+        FileNotFoundError: for a folder that does not exist or holds no pipeline.
+        TypeError: for a `model` of another kind, such as a denoiser alone.
+    """
+    from diffusers import DiffusionPipeline
+
+    options = dict(model_init_kwargs or {})
+    if isinstance(model, DiffusionPipeline):
+        if options:
+            raise ValueError(
+                f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: "
+                "pass a Hub id or folder, or load the pipeline with these arguments yourself."
+            )
+        return wrap_pipeline(model, settings=settings)
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be a Hub id, a local folder, or a whole pipeline "
+            "(`diffusers.DiffusionPipeline`), whose text encoder and autoencoder are needed as well."
+        )
+    if "quantization_config" in options:
+        options.setdefault("dtype", "float32")  # else diffusers makes the layers that are not quantised float16
+    if "dtype" in options:
+        parts = options["dtype"] if isinstance(options["dtype"], dict) else {"default": options["dtype"]}
+        read = {part: _read_dtype(value) for part, value in parts.items()}
+        options["dtype"] = read if isinstance(options["dtype"], dict) else read["default"]
+    if "meissonic_repository" in options:
+        origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
+        return wrap_pipeline(load_meissonic(model, **options), origin, settings)
+    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
+    index = checked_index(source, options)
+    if "quantization_config" in options:
+        options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
+    pipeline = DiffusionPipeline.from_pretrained(source, **options)
+    return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)

@@ -1,72 +1,125 @@
-"""Masked-token models: the network predicts the codes of masked positions of a grid of image tokens."""
+"""What aMUSEd and Meissonic share: VQ codes as latents, CLIP conditioning, adapters that the denoiser loads itself."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Draw, RowGenerators
+from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
+
+from .base import FamilySettings, ModelFamily, ModelOrigin, count_cut_prompts, frozen_pass
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+AESTHETIC_SCORE = 6.0
+"""The fifth micro-condition: what both pipelines pass unless told otherwise."""
 
 
-class MaskedTokenFamily:
+class MaskedTokenFamily(ModelFamily):
     """
-    The surrogate `log π(y|x) = (1/|M|)·Σ_{i∈M} log p(t_i | visible tokens, x)` (paper, Sec. 3.5); T does not apply.
+    A pipeline of a VQ autoencoder, a CLIP text encoder with projection, and a transformer over masked image tokens.
 
-    Args:
-        mask_token_id (`int`):
-            Id that stands for "masked" in the network's input.
-        min_masking_rate (`float`, *optional*, defaults to 0.0):
-            Smallest share of masked positions, in [0, 1]. 0 is the default of the training scripts of aMUSEd and
-            Meissonic.
+    Raises:
+        ValueError: if the mask's id, the vocabulary and the autoencoder's codebook do not fit together.
     """
 
-    temperature_applies = False
+    denoiser_name = "transformer"
+    # The targets of both families' own training scripts.
+    default_target_modules = ("to_q", "to_k", "to_v")
+    required_components = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
+    pooled_argument: str
+    """The transformer's name for the pooled text embedding."""
 
-    def __init__(self, mask_token_id: int, min_masking_rate: float = 0.0) -> None:
-        if not 0 <= min_masking_rate <= 1:
-            raise ValueError(f"`min_masking_rate` is {min_masking_rate}; it is a share of positions, in [0, 1].")
-        self.mask_token_id = mask_token_id
-        self.min_masking_rate = min_masking_rate
+    def __init__(
+        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
+    ) -> None:
+        super().__init__(pipeline, origin, settings)
+        mask_token_id = pipeline.scheduler.config["mask_token_id"]
+        _check_vocabulary(pipeline, mask_token_id)
+        self.likelihood = MaskedTokenLikelihood(mask_token_id)
+        if pipeline.vqvae.dtype == torch.float16 and pipeline.vqvae.config.get("force_upcast"):
+            pipeline.vqvae.float()  # as the pipelines do before they decode
 
-    def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
+    @property
+    def resolution_multiple(self) -> int:
+        """The autoencoder's factor, twice that where the transformer halves the grid of tokens."""
+        return self.pipeline.vae_scale_factor * (2 if self.denoiser.config["downsample"] else 1)
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of text tokens that prompts are padded and cut to."""
+        return self.pipeline.tokenizer.model_max_length
+
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts have more tokens than the text encoder takes, and that number."""
+        return count_cut_prompts(prompts, [(self.pipeline.tokenizer, self.max_tokens)])
+
+    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` (N, tokens, D), the encoder's last layer but one, and the pooled output (N, P)."""
+        tokens = self.pipeline.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        encoder = self.pipeline.text_encoder
+        output = encoder(tokens.input_ids.to(encoder.device), return_dict=True, output_hidden_states=True)
+        dtype = self.denoiser.dtype
+        return {
+            "encoder_hidden_states": output.hidden_states[-2].to(dtype),
+            self.pooled_argument: output.text_embeds.to(dtype),
+        }
+
+    def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
         """
-        Mask a random share of the positions of each row: r = cos(π/2·U), U uniform, at least `min_masking_rate`.
+        `micro_conds` (B, 5) float32: width and height of the image, top and left of the crop, aesthetic score 6.
+
+        The order is that of both pipelines and of aMUSEd's training script: the size is flipped, the crop is not.
+        """
+        height, width, top, left = geometry.to(self.device, torch.float32).unbind(1)
+        return {"micro_conds": torch.stack([width, height, top, left, torch.full_like(width, AESTHETIC_SCORE)], dim=1)}
+
+    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """
+        Codes of the VQ autoencoder, which sees pixels in [0, 1].
 
         Args:
-            latents (`torch.Tensor`):
-                (B, h, w) int64 token ids.
+            pixels (`torch.Tensor`):
+                (B, 3, H, W) float32 in [-1, 1].
             rows ([`RowGenerators`]):
-                Source of every random number.
+                Not used.
+            sample (`bool`):
+                No effect: an image has one code, there is no posterior to sample.
 
         Returns:
-            [`Draw`]: `inputs` (B, h, w) int64, the ids with `round(h·w·r)` positions (one or more) replaced by the
-            mask id; `timesteps` (B,) float32, r times 1000 as Meissonic is trained with (aMUSEd takes none); `target`
-            the ids; `mask` (B, h, w) bool, true where masked.
+            `torch.Tensor`: (B, h, w) int64.
         """
-        ratio = torch.cos(rows.uniform("mask_ratio") * (math.pi / 2)).clamp(min=self.min_masking_rate)
-        positions = latents[0].numel()
-        count = (positions * ratio).round().clamp(min=1)
-        rank = torch.stack([torch.randperm(positions, generator=g) for g in rows.generators("mask")])
-        mask = (rank < count[:, None]).view(latents.shape).to(latents.device)
-        inputs = torch.where(mask, self.mask_token_id, latents)
-        return Draw(inputs, (ratio * 1000).to(latents.device), latents, mask)
+        vqvae = self.pipeline.vqvae
+        with frozen_pass(vqvae.device):
+            latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents
+            ids = vqvae.quantize(latents)[2][2]
+        return ids.reshape(len(latents), *latents.shape[-2:])
 
-    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """
-        Mean over the masked positions of the negative log-probability of the true code, computed in float32.
+    def usage(self, location: str, prompt: str) -> str:
+        """The snippet of the base class; the transformer itself loads the adapter, as the pipeline has no method."""
+        load = (
+            f'pipe.transformer.load_lora_adapter(\n    {location!r}, prefix="transformer", '
+            'weight_name="pytorch_lora_weights.safetensors"\n)'
+        )
+        return "\n".join([*self._loading_lines(), load, *self._image_lines(prompt)])
 
-        Args:
-            prediction (`torch.Tensor`):
-                (B, K, h, w) logits over K codes, of any dtype.
-            draw ([`Draw`]):
-                Made by `draw`.
 
-        Returns:
-            `torch.Tensor`: (B,) float32.
-        """
-        if draw.mask is None:
-            raise ValueError("The draw has no mask: make it with `MaskedTokenFamily.draw`.")
-        surprise = torch.nn.functional.cross_entropy(prediction.float(), draw.target, reduction="none")
-        mask = draw.mask.flatten(1)
-        return torch.where(mask, surprise.flatten(1), 0.0).sum(1) / mask.sum(1)
+def _check_vocabulary(pipeline: DiffusionPipeline, mask_token_id: int) -> None:
+    config, codes = pipeline.transformer.config, pipeline.vqvae.config["num_vq_embeddings"]
+    vocab_size, codebook_size = config["vocab_size"], config["codebook_size"]
+    if mask_token_id != vocab_size - 1:
+        raise ValueError(
+            f"The scheduler's mask_token_id is {mask_token_id}, the transformer's vocab_size {vocab_size}: in the "
+            f"training of this family the mask is the last id, {vocab_size - 1}. Give the pipeline a scheduler made "
+            f"with mask_token_id={vocab_size - 1}."
+        )
+    if not codes <= codebook_size < vocab_size:
+        raise ValueError(
+            f"The autoencoder has {codes} codes, the transformer predicts codebook_size={codebook_size} and embeds "
+            f"vocab_size={vocab_size}: the codes must fit into the codebook, and the mask's id lie outside it."
+        )

@@ -1,17 +1,10 @@
-"""Long work over many rows, in shards that survive a kill: making pictures, scoring them, comparing models."""
+"""Long work over many rows, in shards that survive a kill: making images, scoring them, comparing models."""
 
-from tgol_trainer.data.shards import read_rewards
+from tgol_trainer.sources.shards import read_rewards
 
 from .evaluate import EvaluationJob, run_evaluation
 from .generate import generate_dataset, image_seed
-from .publish import (
-    carry_rewards,
-    check_complete,
-    check_source_complete,
-    note_source,
-    push_dataset,
-    wait_for_shards,
-)
+from .publish import carry_rewards, check_complete, check_source_complete, note_source, push_dataset, wait_for_shards
 from .score import score_dataset
 from .score_stream import score_stream
 from .shards import Shards, process_share

@@ -1,4 +1,4 @@
-"""A base model and its adapters on the same prompts and seeds: pictures, scores and measures in resumable shards."""
+"""A base model and its adapters on the same prompts and seeds: images, scores and measures in resumable shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, ImageError, VideoError, open_image, read_video
-from tgol_trainer.data.shards import read_rewards
 from tgol_trainer.evaluation import (
     MEASURES,
     SPREADS,
@@ -27,11 +26,12 @@ from tgol_trainer.evaluation import (
     ModelRows,
     encode_preview,
     encode_thumbnail,
-    measure_picture,
+    measure_image,
     pixel_descriptor,
 )
 from tgol_trainer.evaluation.measures import FRAMES_LOOKED_AT, SPREAD
 from tgol_trainer.rewards import RewardFunction
+from tgol_trainer.sources.shards import read_rewards
 
 from .generate import generate_dataset
 from .score import note_rewards, score_dataset
@@ -50,8 +50,8 @@ class EvaluationJob:
     """
     What is compared, and the folder where it is done.
 
-    `output_dir/images/MODEL` holds the pictures as [`generate_dataset`] writes them, `output_dir/results/MODEL` one
-    row a picture with scores, measures and small copies, both as Parquet shards. A shard that is there is not made
+    `output_dir/images/MODEL` holds the images as [`generate_dataset`] writes them, `output_dir/results/MODEL` one
+    row an image with scores, measures and small copies, both as Parquet shards. A shard that is there is not made
     again, so the same call continues after a kill, and any number of processes share the work.
 
     Args:
@@ -63,15 +63,15 @@ class EvaluationJob:
         prompts (`Sequence[str]`):
             Prompts.
         images_per_prompt (`int`, *optional*, defaults to 1):
-            Pictures of each prompt, with seeds of their own.
+            Images of each prompt, with seeds of their own.
         seed (`int`, *optional*, defaults to 0):
             Seed of the run.
         batch_size (`int`, *optional*):
-            Pictures a call of the pipeline; the default of [`generate_dataset`] otherwise.
+            Images a call of the pipeline; the default of [`generate_dataset`] otherwise.
         shard_size (`int`, *optional*, defaults to 64):
-            Pictures a shard; rounded up to whole batches.
+            Images a shard; rounded up to whole batches.
         model (`str`, *optional*, defaults to `""`):
-            Name of the base model, written in every row of pictures.
+            Name of the base model, written in every row of images.
         sampling (`Mapping[str, Any]`, *optional*):
             `num_inference_steps`, `guidance_scale`, `height`, `width` and whatever else [`generate_dataset`] takes.
     """
@@ -112,7 +112,7 @@ class EvaluationJob:
         }
 
     def images(self, name: str, shard: int) -> Path:
-        """Return the file of pictures of a shard."""
+        """Return the file of images of a shard."""
         return self.output_dir / "images" / name / "data" / self.shards[name].path(shard).name
 
     def incomplete(self, columns: Sequence[str], share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, int]]:
@@ -131,16 +131,16 @@ class EvaluationJob:
         progress: bool = True,
     ) -> None:
         """
-        Make the pictures that are missing.
+        Make the images that are missing.
 
         Args:
             load (`Callable`):
                 Takes an adapter, or `None` for the base model, and returns the pipeline and the model's revision.
-                Called once a model that lacks pictures.
+                Called once a model that lacks images.
             wanted (`Sequence[tuple[str, int]]`):
                 (model, shard) of the results that are to be made.
             progress (`bool`, *optional*, defaults to `True`):
-                Show a bar over all pictures that are missing.
+                Show a bar over all images that are missing.
         """
         missing = [(name, shard) for name, shard in wanted if not self.images(name, shard).exists()]
         total = sum(len(self.shards[name].rows(shard)) for name, shard in missing)
@@ -182,7 +182,7 @@ class EvaluationJob:
         **options: Any,
     ) -> None:
         """
-        Score and measure the pictures, and write the rows of the results.
+        Score and measure the images, and write the rows of the results.
 
         Args:
             rewards (`Mapping[str, Callable]`):
@@ -195,9 +195,9 @@ class EvaluationJob:
             one_at_a_time (`bool`, *optional*, defaults to `False`):
                 Keep one reward in memory at a time.
             keep_images (`bool`, *optional*, defaults to `True`):
-                Keep the pictures; else each shard of them is deleted when its results are written.
+                Keep the images; else each shard of them is deleted when its results are written.
             progress (`bool`, *optional*, defaults to `True`):
-                Show a bar over all pictures, and rewards where these take turns.
+                Show a bar over all images, and rewards where these take turns.
             options (`Any`):
                 Further arguments of [`score_dataset`].
         """
@@ -243,12 +243,12 @@ class EvaluationJob:
     def _finish(self, name: str, shard: int, features: Callable[[list[Image.Image]], Any] | None, keep: bool) -> None:
         """Bring together what is known of a shard, then delete what it was made from."""
         path, shards = self.images(name, shard), self.shards[name]
-        pictures = pyarrow.parquet.read_table(path)
-        visual = "video" if "video" in pictures.column_names else "image"
+        images = pyarrow.parquet.read_table(path)
+        visual = "video" if "video" in images.column_names else "image"
         content: dict[str, list[Any]] = {
-            "prompt": pictures["prompt"].to_pylist(),
-            "seed": pictures["seed"].to_pylist(),
-            "image_index": pictures[f"{visual}_index"].to_pylist(),
+            "prompt": images["prompt"].to_pylist(),
+            "seed": images["seed"].to_pylist(),
+            "image_index": images[f"{visual}_index"].to_pylist(),
         }
         if shards.path(shard).exists():
             before = pyarrow.parquet.read_table(shards.path(shard))
@@ -260,7 +260,7 @@ class EvaluationJob:
                 if column not in ("prompt", visual):
                     content[column] = scored[column].to_pylist()
             facts |= read_rewards(folder)
-        content |= _looked_at(pictures[visual].to_pylist(), visual, features)
+        content |= _looked_at(images[visual].to_pylist(), visual, features)
         kinds = {"prompt": "string", "seed": "int64", "image_index": "int64", "thumbnail": "binary"}
         kinds |= {"preview": "binary", SPREAD: "binary"}
         types = {column: datasets.Value(kinds.get(column, "float64")) for column in content}
@@ -304,7 +304,7 @@ class EvaluationJob:
 
     def gallery(self, categories: Sequence[str] | None) -> Gallery:
         """
-        Return the small copies of all pictures; the larger ones are read when they are asked for.
+        Return the small copies of all images; the larger ones are read when they are asked for.
 
         Args:
             categories (`Sequence[str]`, *optional*):
@@ -353,7 +353,7 @@ class EvaluationJob:
 
 
 class _Previews(Sequence):  # type: ignore[type-arg]
-    """The larger pictures of a model, of which one shard at a time is in memory."""
+    """The larger images of a model, of which one shard at a time is in memory."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -375,13 +375,13 @@ class _Previews(Sequence):  # type: ignore[type-arg]
 def _looked_at(
     values: Sequence[Any], visual: str, features: Callable[[list[Image.Image]], Any] | None
 ) -> dict[str, list[Any]]:
-    """Return measures, descriptors and small copies of pictures or videos; `None` for what cannot be opened."""
+    """Return measures, descriptors and small copies of images or videos; `None` for what cannot be opened."""
     content: dict[str, list[Any]] = {"thumbnail": [], "preview": [], SPREAD: []}
     content |= {name: [] for name in MEASURES if name != "motion" or visual == "video"}
     middles: list[Image.Image | None] = []
     for value in values:
         frames = _frames(value, visual)
-        measured = measure_picture(frames) if frames else {}
+        measured = measure_image(frames) if frames else {}
         for name in content.keys() & set(MEASURES):
             content[name].append(measured.get(name))
         content[SPREAD].append(pixel_descriptor(frames).tobytes() if frames else None)

@@ -1,4 +1,4 @@
-"""Prompts to a dataset of pictures or videos, each from a seed of its own, in shards that survive a kill."""
+"""Prompts to a dataset of images or videos, each from a seed of its own, in shards that survive a kill."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import datasets
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, encode_video
-from tgol_trainer.data.shards import GENERATED
 from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos
+from tgol_trainer.sources.shards import GENERATED
 
 from .shards import Shards, process_share, weights_digest
 
@@ -39,9 +39,9 @@ _VIDEO = _Medium("video", datasets.Video(decode=False), 8, 1)
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
     """
-    Return the seed of one picture: a hash of the run's seed, the prompt and the number of the picture.
+    Return the seed of one image: a hash of the run's seed, the prompt and the number of the image.
 
-    It depends on nothing else, so more prompts, more pictures a prompt or another order leave it as it is.
+    It depends on nothing else, so more prompts, more images a prompt or another order leave it as it is.
 
     Args:
         seed (`int`):
@@ -49,7 +49,7 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
         prompt (`str`):
             The prompt.
         index (`int`):
-            Number of the picture among those of this prompt, from 0.
+            Number of the image among those of this prompt, from 0.
 
     Returns:
         `int`: in 0..2**63 - 1.
@@ -76,10 +76,10 @@ def generate_dataset(
     **sampling: Any,
 ) -> list[Path]:
     """
-    Make `images_per_prompt` pictures, or videos with a pipeline of videos, of every prompt and write Parquet shards.
+    Make `images_per_prompt` images, or videos with a pipeline of videos, of every prompt and write Parquet shards.
 
     A video is an MP4 file in the column `video`, without loss ([`encode_video`]), beside its `fps` and `num_frames`.
-    The same arguments give the same pictures whatever the number of processes, starts or kills: each picture has its
+    The same arguments give the same images whatever the number of processes, starts or kills: each image has its
     own seed ([`image_seed`]) and the batches of a shard are the same wherever it is made. A shard that exists is not
     made again.
 
@@ -87,7 +87,7 @@ def generate_dataset(
         pipeline (`DiffusionPipeline`):
             Any text-to-image or text-to-video pipeline, its adapter loaded.
         prompts (`Sequence[str]`):
-            Prompts, in order; a prompt that stands twice gets twice the pictures, all different.
+            Prompts, in order; a prompt that stands twice gets twice the images, all different.
         output_dir (`str` or `Path`):
             Holds `data/train-*.parquet` and `tgol_generate.json`; `datasets.load_dataset(output_dir)` reads it.
         model (`str`):
@@ -97,20 +97,20 @@ def generate_dataset(
         adapter (`str`, *optional*):
             Its name, written in every row. Other weights in the same folder do not continue what these began.
         images_per_prompt (`int`, *optional*, defaults to 1):
-            Pictures a prompt.
+            Images a prompt.
         seed (`int`, *optional*, defaults to 0):
             Seed of the run.
         shard_size (`int`, *optional*):
-            Pictures a shard, which a kill can lose; rounded up to whole batches. 256 by default, 8 of videos.
+            Images a shard, which a kill can lose; rounded up to whole batches. 256 by default, 8 of videos.
         batch_size (`int`, *optional*):
-            Pictures a call of the pipeline. Part of the settings: another moves pixels by up to a grey level. 8 by
+            Images a call of the pipeline. Part of the settings: another moves pixels by up to a grey level. 8 by
             default, 1 of videos.
         fps (`int`, *optional*, defaults to 16):
             Frames a second of a video; 16 is Wan 2.1's.
         share (`tuple[int, int]`, *optional*):
             Number of this process and how many there are; by default those of the environment ([`process_share`]).
         progress (`bool`, *optional*, defaults to `True`):
-            Show a bar with rate and time left, over this process's pictures.
+            Show a bar with rate and time left, over this process's images.
         sampling (`Any`):
             `num_inference_steps`, `guidance_scale`, `height`, `width` and, of videos, `num_frames`.
 
@@ -119,7 +119,7 @@ def generate_dataset(
 
     Raises:
         DataError: for no or blank prompts, numbers below 1, or an `output_dir` begun with other settings.
-        TypeError: for an argument that is none of these, as `num_frames` is to a pipeline of pictures.
+        TypeError: for an argument that is none of these, as `num_frames` is to a pipeline of images.
     """
     medium = _VIDEO if makes_videos(pipeline) else _IMAGE
     batch_size = medium.batch_size if batch_size is None else batch_size
@@ -163,7 +163,7 @@ def _check(prompts: Sequence[str], **numbers: int) -> None:
     blank = [row for row, prompt in enumerate(prompts) if not prompt.strip()]
     if not prompts or blank:
         cause = f"prompts {blank[:5]} of {len(prompts)} are blank (counted from 0)" if blank else "there are none"
-        raise DataError(f"`prompts`: {cause}. Give one text a picture.")
+        raise DataError(f"`prompts`: {cause}. Give one text an image.")
     for name, number in numbers.items():
         if number < 1:
             raise DataError(f"`{name}` is {number}; it must be at least 1.")
@@ -172,7 +172,7 @@ def _check(prompts: Sequence[str], **numbers: int) -> None:
 def _drawn(
     pipeline: Any, rows: list[tuple[str, int]], seeds: list[int], batch_size: int, options: dict[str, Any], bar: tqdm
 ) -> dict[str, list[Any]]:
-    """Return the pictures of one shard, in batches that begin with it."""
+    """Return the images of one shard, in batches that begin with it."""
     images = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
@@ -206,7 +206,7 @@ def _drawn_videos(
 
 
 def _numbered(prompts: Sequence[str], images_per_prompt: int) -> list[tuple[str, int]]:
-    """Return (prompt, number of the picture) of every row; repeats of a prompt count on."""
+    """Return (prompt, number of the image) of every row; repeats of a prompt count on."""
     used: dict[str, int] = {}
     rows = []
     for prompt in prompts:

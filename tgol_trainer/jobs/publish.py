@@ -17,12 +17,12 @@ from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
-from tgol_trainer.backbones import hub_license
-from tgol_trainer.card import DatasetCardFacts, ScoreFacts, write_dataset_card
 from tgol_trainer.data import DataError
-from tgol_trainer.data.shards import REWARDS, incomplete, missing_shards, read_rewards
-from tgol_trainer.hub import Repository, push_files
+from tgol_trainer.families import hub_license
+from tgol_trainer.saving.card import DatasetCardFacts, ScoreFacts, write_dataset_card
+from tgol_trainer.saving.hub import Repository, push_files
 from tgol_trainer.shapes import EMBEDDED
+from tgol_trainer.sources.shards import REWARDS, incomplete, missing_shards, read_rewards
 
 from .score import note_rewards
 from .shards import write_atomically

@@ -1,4 +1,4 @@
-"""A dataset of pictures or videos to the same dataset with a column a reward, in shards that survive a kill."""
+"""A dataset of images or videos to the same dataset with a column a reward, in shards that survive a kill."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
-from tgol_trainer.data.loading import AnyDataset
-from tgol_trainer.data.shards import REWARDS, SCORED, read_rewards
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
+from tgol_trainer.sources.loading import AnyDataset
+from tgol_trainer.sources.shards import REWARDS, SCORED, read_rewards
 
 from .shards import Shards, process_share, write_atomically, write_parquet
 

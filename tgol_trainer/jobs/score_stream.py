@@ -1,4 +1,4 @@
-"""A stream of pictures or videos to shards with a column a reward, one file of its source after another."""
+"""A stream of images or videos to shards with a column a reward, one file of its source after another."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import Columns, DataError
-from tgol_trainer.data.shards import READ, SCORED, is_whole, read_rewards
 from tgol_trainer.rewards import RewardFunction
+from tgol_trainer.sources.shards import READ, SCORED, is_whole, read_rewards
 
 from .score import (
     WEIGHTED,
@@ -121,7 +121,7 @@ def _check_stream(dataset: Any) -> None:
     if dataset.features is None:
         raise DataError(
             "dataset: the types of the columns of this stream are not known, as of a table of paths (CSV, JSON "
-            "Lines, metadata.jsonl). Such a table is small: leave out `--streaming`. Pictures in Parquet files stream."
+            "Lines, metadata.jsonl). Such a table is small: leave out `--streaming`. Images in Parquet files stream."
         )
 
 

@@ -1,4 +1,4 @@
-"""Reward functions: what they look like, how pictures are scored, and the usual ones by name. Light to import."""
+"""Reward functions: what they look like, how images are scored, and the usual ones by name. Light to import."""
 
 from .base import (
     Clip,

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how a picture is rated on its own, from its CLIP feature and a linear head."""
+"""LAION's aesthetic predictor: how an image is rated on its own, from its CLIP feature and a linear head."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class AestheticScore:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture, as [`RewardFunction`] says."""
+        """Return one score an image, as [`RewardFunction`] says."""
         same_number(images, prompts)
         if not images:
             return []

@@ -18,19 +18,19 @@ Medium = Literal["images", "videos"]
 
 class RewardFunction(Protocol):
     """
-    Any callable that turns pictures and their prompts into scores, higher is better.
+    Any callable that turns images and their prompts into scores, higher is better.
 
-    Called with a batch of `n` pictures and `n` prompts, it returns `n` finite numbers; `None` stands for a picture
+    Called with a batch of `n` images and `n` prompts, it returns `n` finite numbers; `None` stands for an image
     that could not be scored. It must not depend on what else is in the batch.
 
     A reward of videos says so by an attribute `takes = "videos"` and is called with a list of [`Clip`]s, lists of
-    frames, in place of the pictures. A reward that finds several numbers in one pass may have a method `columns`,
+    frames, in place of the images. A reward that finds several numbers in one pass may have a method `columns`,
     called like it (with empty lists too), that returns them as a dictionary of such lists: `""` for the score itself,
     and the endings of the other columns (`"_vq"`).
     """
 
     def __call__(self, images: list[Any], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture (or clip), or `None` for one that could not be scored."""
+        """Return one score an image (or clip), or `None` for one that could not be scored."""
         ...
 
 
@@ -138,7 +138,7 @@ def score_columns(
     first_row: int = 0,
 ) -> dict[str, list[float | None]]:
     """
-    Score pictures or clips, and return all numbers that the reward finds.
+    Score images or clips, and return all numbers that the reward finds.
 
     Args:
         reward (`RewardFunction`):
@@ -171,26 +171,26 @@ def score_images(
     first_row: int = 0,
 ) -> list[float | None]:
     """
-    Score pictures batch by batch and check what comes back.
+    Score images batch by batch and check what comes back.
 
     Args:
         reward (`RewardFunction`):
             Called as `reward(images, prompts)` with lists of at most `batch_size`. A one-dimensional array or tensor
             is accepted as a result too.
         images (`Sequence[PIL.Image.Image]`):
-            The pictures, or clips (lists of frames) for a reward that takes videos. `None` stands for one that could
+            The images, or clips (lists of frames) for a reward that takes videos. `None` stands for one that could
             not be had; the reward does not see it.
         prompts (`Sequence[str]`):
-            One prompt a picture.
+            One prompt an image.
         batch_size (`int`, *optional*, defaults to 64):
-            Largest number of pictures a call.
+            Largest number of images a call.
         progress (`bool`, *optional*, defaults to `False`):
-            Show a progress bar over the pictures.
+            Show a progress bar over the images.
         first_row (`int`, *optional*, defaults to 0):
-            Number of the first picture in messages.
+            Number of the first image in messages.
 
     Returns:
-        `list[float | None]`: one score a picture, in order; `None` where there is no picture or the reward gave none.
+        `list[float | None]`: one score an image, in order; `None` where there is no image or the reward gave none.
 
     Raises:
         ValueError: if the lengths differ, if `batch_size` is below 1, if the reward returned a wrong number of scores,
@@ -214,9 +214,9 @@ def _score(
     first_row: int,
 ) -> dict[str, list[float | None]]:
     if isinstance(prompts, str):
-        raise TypeError("`prompts` is one string; pass a list with one prompt a picture.")
+        raise TypeError("`prompts` is one string; pass a list with one prompt an image.")
     if len(images) != len(prompts):
-        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt an image.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     found: dict[str, list[float | None]] = {}
@@ -247,26 +247,26 @@ def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> l
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(
             f"The reward {name!r} returned {type(returned).__name__}; it must return a list with one number, or None, "
-            "a picture."
+            "an image."
         )
     if len(values) != len(prompts):
         where = f" (rows {rows[0]} to {rows[-1]})" if rows else ""
         raise ValueError(
-            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} pictures{where}. It must return "
-            "one a picture: None for one that cannot be scored."
+            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} images{where}. It must return "
+            "one an image: None for one that cannot be scored."
         )
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     wrong = [i for i, value in enumerate(values) if not (value is None or isinstance(value, numbers.Real))]
     if wrong:
         raise TypeError(
             f"The reward {name!r} returned something that is no number for {_shown(wrong, values, prompts, rows)}. "
-            "It must return a float, or None, a picture."
+            "It must return a float, or None, an image."
         )
     wrong = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
     if wrong:
         raise ValueError(
             f"The reward {name!r} returned NaN or infinity for {_shown(wrong, values, prompts, rows)}. "
-            "Return None for a picture that cannot be scored."
+            "Return None for an image that cannot be scored."
         )
     return [None if value is None else float(value) for value in values]
 

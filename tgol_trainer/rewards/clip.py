@@ -1,4 +1,4 @@
-"""Scores from the angle between a picture and its prompt in CLIP's feature space: CLIP score and PickScore."""
+"""Scores from the angle between an image and its prompt in CLIP's feature space: CLIP score and PickScore."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .checkpoints import find_file, from_pretrained, load_strictly, load_tokeniz
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the colours, in 0..1, by which CLIP normalises pictures."""
+"""Of the colours, in 0..1, by which CLIP normalises images."""
 _CACHED_PROMPTS = 1024
 
 
 def rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Return the pictures in RGB; transparency is dropped."""
+    """Return the images in RGB; transparency is dropped."""
     return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
 
 
 def colour_values(image: Image.Image) -> torch.Tensor:
-    """Return the pixels of an RGB picture: (3, height, width), fp32, whole numbers in 0..255."""
+    """Return the pixels of an RGB image: (3, height, width), fp32, whole numbers in 0..255."""
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.reshape(image.height, image.width, 3).permute(2, 0, 1).float()
 
@@ -36,17 +36,17 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def same_number(images: Sequence[Any], prompts: Sequence[str]) -> None:
-    """Raise a `ValueError` unless there is one prompt a picture."""
+    """Raise a `ValueError` unless there is one prompt an image."""
     if len(images) != len(prompts):
-        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt a picture.")
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt an image.")
 
 
 class ClipReward:
     """
-    Cosine of the CLIP features of a picture and its prompt, times a factor. Base of the rewards that compare so.
+    Cosine of the CLIP features of an image and its prompt, times a factor. Base of the rewards that compare so.
 
     Features are normalised and multiplied in fp32 whatever the dtype of the model: in half precision the steps between
-    scores would be as large as differences between pictures. A prompt is encoded once, however many pictures it has,
+    scores would be as large as differences between images. A prompt is encoded once, however many images it has,
     and the features of the last 1024 prompts are kept.
 
     Args:
@@ -121,7 +121,7 @@ class ClipReward:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture, as [`RewardFunction`] says."""
+        """Return one score an image, as [`RewardFunction`] says."""
         same_number(images, prompts)
         if not images:
             return []
@@ -130,7 +130,7 @@ class ClipReward:
 
     @torch.no_grad()
     def image_features(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return features of length 1, (n, D) float32, of n pictures."""
+        """Return features of length 1, (n, D) float32, of n images."""
         like = self.model.visual_projection.weight
         pixels = self._pixels(rgb(images)).to(like.device, like.dtype)
         return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
@@ -140,7 +140,7 @@ class ClipReward:
         return prompt
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return normalised pixels of RGB pictures."""
+        """Return normalised pixels of RGB images."""
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _texts(self, prompts: list[str]) -> torch.Tensor:
@@ -172,7 +172,7 @@ class ClipReward:
 
 class ClipScore(ClipReward):
     """
-    CLIP score: 100 times the cosine between a picture and its prompt, not clamped at 0.
+    CLIP score: 100 times the cosine between an image and its prompt, not clamped at 0.
 
     Source: Hessel et al., 2021, "CLIPScore" (arXiv 2104.08718), without its factor 2.5 and its prefix; backbone and
     factor as in the evaluations of Diffusion-DPO and its successors (OpenCLIP ViT-H/14 trained on LAION-2B). Scores of
@@ -187,7 +187,7 @@ class ClipScore(ClipReward):
 
 class PickScore(ClipReward):
     """
-    PickScore: the cosine between a picture and its prompt times the model's learned factor, near 100.
+    PickScore: the cosine between an image and its prompt times the model's learned factor, near 100.
 
     Source: Kirstain et al., 2023, "Pick-a-Pic" (arXiv 2305.01569). Some codes divide it by 26 or leave the factor out;
     here it is as in the authors' example.

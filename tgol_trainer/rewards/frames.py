@@ -1,4 +1,4 @@
-"""Rewards of pictures on videos: the mean over frames."""
+"""Rewards of images on videos: the mean over frames."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BATCH = 32
 
 class MeanOverFrames:
     """
-    A reward of pictures, averaged over frames that are spread evenly over a clip. What moves plays no part.
+    A reward of images, averaged over frames that are spread evenly over a clip. What moves plays no part.
 
     Args:
         reward (`RewardFunction`):
-            Of pictures.
+            Of images.
         num_frames (`int`):
             Frames of each clip, its first and last among them (one alone is its first); all of a shorter clip.
 

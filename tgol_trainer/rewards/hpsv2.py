@@ -109,9 +109,9 @@ def vit_h_14() -> Any:
 
 class HPSv2(ClipReward):
     """
-    HPSv2.1: the cosine between a picture and its prompt in a CLIP ViT-H/14 trained on human preferences.
+    HPSv2.1: the cosine between an image and its prompt in a CLIP ViT-H/14 trained on human preferences.
 
-    Pictures are shrunk or enlarged to the model's size at their longest side (bicubic with antialiasing) and padded
+    Images are shrunk or enlarged to the model's size at their longest side (bicubic with antialiasing) and padded
     with black, so nothing is cropped. The authors' code leaves antialiasing to torchvision, where it has been the
     default since version 0.17; numbers made with older versions differ a little. Prompts are cleaned with `ftfy` where
     it is installed. Scores of one prompt can be compared; those of v2.0 are on another scale.
@@ -216,11 +216,11 @@ def _refuse_version_2_0(path: Path) -> None:
 
 def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
     """
-    Return pictures as the reference code of HPSv2 prepares them.
+    Return images as the reference code of HPSv2 prepares them.
 
     Args:
         images (`list[PIL.Image.Image]`):
-            RGB pictures of any size.
+            RGB images of any size.
         size (`int`):
             Pixels a side of the result.
 

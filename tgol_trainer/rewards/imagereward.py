@@ -1,4 +1,4 @@
-"""ImageReward: human preference from BLIP, a text encoder that looks at the picture, and a linear head."""
+"""ImageReward: human preference from BLIP, a text encoder that looks at the image, and a linear head."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ class ImageRewardModel(torch.nn.Module):
         Returns:
             `torch.Tensor`: (n,), fp32.
         """
-        picture = self.vision(pixel_values=pixels).last_hidden_state
+        image = self.vision(pixel_values=pixels).last_hidden_state
         # The call's own default `is_decoder=False` keeps attention in both directions; the configuration's `True` is
         # what gives the model its cross-attention.
-        hidden = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=picture).last_hidden_state
+        hidden = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
         return self.mlp(hidden[:, 0].float())[:, 0]
 
 
@@ -209,7 +209,7 @@ class ImageReward:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture, as [`RewardFunction`] says."""
+        """Return one score an image, as [`RewardFunction`] says."""
         same_number(images, prompts)
         if not images:
             return []

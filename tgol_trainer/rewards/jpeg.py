@@ -1,4 +1,4 @@
-"""Rewards that read the file size of a picture: no model, useful to see a trainer work."""
+"""Rewards that read the file size of an image: no model, useful to see a trainer work."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .base import RewardFacts
 
 def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """
-    Score a picture by how small it gets as a JPEG file: minus the size in kilobytes (1000 bytes) at quality 95.
+    Score an image by how small it gets as a JPEG file: minus the size in kilobytes (1000 bytes) at quality 95.
 
     Source: the compressibility reward of DDPO (Black et al., 2023, "Training Diffusion Models with Reinforcement
     Learning", arXiv 2305.13301). Sizes depend a little on the JPEG library that Pillow was built with.
 
     Args:
         images (`list[PIL.Image.Image]`):
-            Pictures of any mode, converted to RGB first; transparency is dropped.
+            Images of any mode, converted to RGB first; transparency is dropped.
         prompts (`list[str]`):
             Not used.
 
@@ -30,13 +30,13 @@ def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[
 
 def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """
-    Score a picture by how large it gets as a JPEG file: minus [`jpeg_compressibility`].
+    Score an image by how large it gets as a JPEG file: minus [`jpeg_compressibility`].
 
     Source: the incompressibility reward of DDPO (Black et al., 2023, arXiv 2305.13301).
 
     Args:
         images (`list[PIL.Image.Image]`):
-            Pictures of any mode, converted to RGB first; transparency is dropped.
+            Images of any mode, converted to RGB first; transparency is dropped.
         prompts (`list[str]`):
             Not used.
 

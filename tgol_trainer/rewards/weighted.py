@@ -45,7 +45,7 @@ class WeightedReward:
         )
 
     def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score a picture; `None` where any of the parts gave none."""
+        """Return one score an image; `None` where any of the parts gave none."""
         totals: list[float | None] = [0.0] * len(images)
         for reward, weight in self.parts.values():
             scores = score_images(reward, images, prompts, batch_size=max(1, len(images)))

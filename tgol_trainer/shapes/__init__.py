@@ -1,4 +1,4 @@
-"""A small text-to-image model that ships with the package, and scores computed from its pictures' pixels."""
+"""A small text-to-image model that ships with the package, and scores computed from its images' pixels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
             Passed to `StableDiffusionPipeline.from_pretrained`; `dtype` defaults to `torch.float32`.
 
     Returns:
-        `diffusers.StableDiffusionPipeline`: 32 x 32 pictures, prompts up to 48 bytes and spaces.
+        `diffusers.StableDiffusionPipeline`: 32 x 32 images, prompts up to 48 bytes and spaces.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -57,14 +57,14 @@ def load_masked_pipeline(**kwargs: Any) -> AmusedPipeline:
     """
     Load the masked-token twin: a complete `AmusedPipeline` trained on the same drawn shapes, no download.
 
-    12 steps and guidance 2 suit it. Its colours are right for nine pictures of ten; its shapes are blurred.
+    12 steps and guidance 2 suit it. Its colours are right for nine images of ten; its shapes are blurred.
 
     Args:
         kwargs:
             Passed to `AmusedPipeline.from_pretrained`; `dtype` defaults to `torch.float32`.
 
     Returns:
-        `diffusers.AmusedPipeline`: 32 x 32 pictures.
+        `diffusers.AmusedPipeline`: 32 x 32 images.
     """
     from diffusers import AmusedPipeline
 
@@ -104,13 +104,13 @@ _LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
 EMBEDDED: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
     "shapes": (
         load_pipeline,
-        "the shapes model embedded in tgol_trainer (32×32 pictures, 1.35 M parameters)",
+        "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
         _LOADING_CODE.format("load_pipeline"),
         {"num_inference_steps": 15, "guidance_scale": 1.5},
     ),
     "shapes-masked": (
         load_masked_pipeline,
-        "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 pictures, 1.16 M parameters)",
+        "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
         _LOADING_CODE.format("load_masked_pipeline"),
         {"num_inference_steps": 12, "guidance_scale": 2.0},
     ),

@@ -27,7 +27,7 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
-            Pictures of any size and mode.
+            Images of any size and mode.
         prompts (`Sequence[str]`):
             Not used.
 
@@ -45,13 +45,13 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
 
 def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
     """
-    One minus the mean distance of the picture's centre from the colour that the prompt names.
+    One minus the mean distance of the image's centre from the colour that the prompt names.
 
     The centre is the middle eighth of each side (4 x 4 of 32 x 32 pixels), inside every shape.
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
-            Pictures of any size and mode.
+            Images of any size and mode.
         prompts (`Sequence[str]`):
             Each names a colour of the shapes world.
 

@@ -1,4 +1,4 @@
-"""The shapes world: 24 prompts, the pictures they stand for, and nothing random that is not seeded."""
+"""The shapes world: 24 prompts, the images they stand for, and nothing random that is not seeded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 RESOLUTION = 32
-"""Side of every picture, in pixels."""
+"""Side of every image, in pixels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -47,7 +47,7 @@ def colour_of(prompt: str) -> tuple[int, int, int]:
 
 def draw(colour: str, shape: str, rng: np.random.Generator, quality: str | None = None) -> Image.Image:
     """
-    Draw one picture of the world: a shape of random size and place on a background of random colour.
+    Draw one image of the world: a shape of random size and place on a background of random colour.
 
     Args:
         colour (`str`):
@@ -104,7 +104,7 @@ def samples(count: int, seed: int) -> Iterator[tuple[str, str, str, Image.Image]
             Seed of the whole sequence.
 
     Yields:
-        `tuple`: caption, colour, shape, picture.
+        `tuple`: caption, colour, shape, image.
     """
     rng = np.random.default_rng(seed)
     colours = list(COLOURS)

@@ -1,13 +1,7 @@
 """Scores to thresholds: columns, percentile, ties, groups, oracle, normalisation, weights, uncertainty. NumPy only."""
 
 from .base import Threshold, ThresholdError
-from .combination import (
-    CombinationMethod,
-    ScoreCombination,
-    check_combination,
-    combined_name,
-    fit_combination,
-)
+from .combination import CombinationMethod, ScoreCombination, check_combination, combined_name, fit_combination
 from .counts import GroupCounts, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization

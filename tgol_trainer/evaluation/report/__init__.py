@@ -29,15 +29,15 @@ _TONES = {"better": "good", "worse": "bad", "no clear difference": ""}
 @dataclasses.dataclass(frozen=True)
 class Gallery:
     """
-    The pictures of a report.
+    The images of a report.
 
     Args:
         prompts (`Sequence[str]`):
             One a row.
         numbers (`Sequence[int]`):
-            Number of each picture among those of its prompt, from 0.
+            Number of each image among those of its prompt, from 0.
         thumbnails (`Sequence[Sequence[bytes | None]]`):
-            One sequence a model, the base model first, of PNG or WebP pictures; `None` where there is none.
+            One sequence a model, the base model first, of PNG or WebP images; `None` where there is none.
         previews (`Sequence[Sequence[bytes | None]]`):
             The same, larger; `None` where the thumbnail is all there is. A sequence may read each item when it is
             asked for.
@@ -75,7 +75,7 @@ def write_report(
         models (`Sequence[ModelRows]`):
             What they came from, the base model first.
         gallery ([`Gallery`]):
-            The pictures.
+            The images.
         title (`str`, *optional*):
             Heading.
         prompt_set (`str`, *optional*, defaults to `""`):
@@ -85,8 +85,8 @@ def write_report(
         settings (`Mapping[str, Any]`, *optional*):
             How it was made, a line each.
         megabytes (`float`, *optional*, defaults to 50):
-            Limit of the file. Where the pictures do not fit, those of the pairs that changed most are kept, all
-            thumbnails before any larger picture; numbers are always complete.
+            Limit of the file. Where the images do not fit, those of the pairs that changed most are kept, all
+            thumbnails before any larger image; numbers are always complete.
 
     Returns:
         `str`: what was left out and why, empty where nothing was.
@@ -117,13 +117,13 @@ def write_report(
         "script_hash": _digest(script),
     }
     template = engine.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))
-    bare = len(template.render(**content, pictures="", picture_note="").encode())
+    bare = len(template.render(**content, images="", image_note="").encode())
     thumbnails, previews, note = _chosen(models, gallery, megabytes, bare + 1000)
-    pictures = json.dumps(
+    images = json.dumps(
         {"thumbnails": _embedded(gallery.thumbnails, thumbnails), "previews": _embedded(gallery.previews, previews)},
         separators=(",", ":"),
     )
-    replace_file(Path(path), template.render(**content, pictures=pictures, picture_note=note))
+    replace_file(Path(path), template.render(**content, images=images, image_note=note))
     return note
 
 
@@ -185,7 +185,7 @@ def _importance(models: Sequence[ModelRows], count: int) -> np.ndarray:
 
 
 def _ratio(gallery: Gallery) -> float:
-    """Return width over height of the first picture, for the room that is kept until a picture is decoded."""
+    """Return width over height of the first image, for the room that is kept until an image is decoded."""
     for thumbnails in gallery.thumbnails:
         for thumbnail in thumbnails:
             if thumbnail:
@@ -204,8 +204,8 @@ def _chosen(
     for kind in (gallery.thumbnails, gallery.previews):
         sizes = np.zeros(count)
         for model in kind:
-            # base64, and what JSON adds; a row without any picture takes no room.
-            sizes += [4 * -(-len(picture) // 3) + 16 if picture else 0 for picture in model]
+            # base64, and what JSON adds; a row without any image takes no room.
+            sizes += [4 * -(-len(image) // 3) + 16 if image else 0 for image in model]
         wanted = [row for row in order if sizes[row]]
         fitting = int((np.cumsum(sizes[wanted] + 16) <= room).sum())
         room -= float((sizes[wanted[:fitting]] + 16).sum())
@@ -214,7 +214,7 @@ def _chosen(
     if not any(left_out):
         return kept[0], kept[1], ""
     note = (
-        f"To stay below {megabytes:g} MB this file holds small pictures of {len(kept[0]):,} of {count:,} pairs and "
+        f"To stay below {megabytes:g} MB this file holds small images of {len(kept[0]):,} of {count:,} pairs and "
         f"large ones of {len(kept[1]):,}, of those that changed most in any score. Numbers are complete."
     )
     return kept[0], kept[1], note
@@ -224,8 +224,8 @@ def _embedded(kind: Sequence[Sequence[bytes | None]], rows: Sequence[int]) -> di
     found: dict[int, list[str | None]] = {row: [] for row in rows}
     for model in kind:
         for row in rows:
-            picture = model[row]
-            found[row].append(base64.b64encode(picture).decode() if picture else None)
+            image = model[row]
+            found[row].append(base64.b64encode(image).decode() if image else None)
     return found
 
 

@@ -2,8 +2,8 @@
 (() => {
   const find = (id) => document.getElementById(id);
   const data = JSON.parse(find("rows").textContent);
-  const pictures = JSON.parse(find("pictures").textContent);
-  find("pictures").textContent = "";
+  const images = JSON.parse(find("images").textContent);
+  find("images").textContent = "";
   const { models, scores, rows } = data;
   const page = 48;
   let shown = [];
@@ -33,9 +33,9 @@
   const source = (text) => `data:image/${text.startsWith("iVBOR") ? "png" : "webp"};base64,${text}`;
 
   const image = (row, model, large) => {
-    const text = (large && pictures.previews[row]?.[model]) || pictures.thumbnails[row]?.[model];
-    if (!text) return make("span", { className: "absent", textContent: pictures.thumbnails[row] ? "no picture" : "not in this file" });
-    const node = make("img", { alt: `${models[model]}: ${rows[row].prompt}, picture ${rows[row].number + 1}`, loading: "lazy", decoding: "async", draggable: false });
+    const text = (large && images.previews[row]?.[model]) || images.thumbnails[row]?.[model];
+    if (!text) return make("span", { className: "absent", textContent: images.thumbnails[row] ? "no image" : "not in this file" });
+    const node = make("img", { alt: `${models[model]}: ${rows[row].prompt}, image ${rows[row].number + 1}`, loading: "lazy", decoding: "async", draggable: false });
     // Pictures of a few pixels are shown as they are, not blurred.
     node.addEventListener("load", () => node.classList.toggle("small", node.naturalWidth < 100));
     node.src = source(text);
@@ -92,7 +92,7 @@
     const row = shown[place];
     find("position").textContent = `${place + 1} of ${shown.length}`;
     find("viewer-prompt").textContent = rows[row].prompt;
-    find("viewer-pictures").replaceChildren(...models.map((name, model) => make("figure", {}, image(row, model, true), make("figcaption", { textContent: name }))));
+    find("viewer-images").replaceChildren(...models.map((name, model) => make("figure", {}, image(row, model, true), make("figcaption", { textContent: name }))));
     const head = make("tr", {}, make("th", { scope: "col", textContent: "Score" }), ...models.map((name) => make("th", { scope: "col", textContent: name })));
     const lines = scores.map((name, k) => make("tr", {}, make("th", { scope: "row", textContent: name }), ...models.map((_, model) => {
       const amount = model ? change(row, model, k) : null;
@@ -114,7 +114,7 @@
   options("score", scores);
   for (const name of data.categories) find("category")?.append(make("option", { value: name, textContent: name }));
   find("score").value = String(data.first_score);
-  // Room for pictures before they are decoded, so that nothing jumps; set by script, which the policy allows.
+  // Room for images before they are decoded, so that nothing jumps; set by script, which the policy allows.
   find("cards").style.setProperty("--ratio", String(data.ratio));
   find("cards").className = models.length > 3 ? "many" : models.length > 2 ? "three" : "two";
   find("controls").addEventListener("submit", (event) => event.preventDefault());

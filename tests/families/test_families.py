@@ -1,0 +1,290 @@
+"""Every family, each claim once: likelihoods, latents, training, saving for diffusers, resuming, dtypes."""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
+from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
+from tgol_trainer.families import FAMILIES, load_family
+from tgol_trainer.likelihoods import RowGenerators, log_likelihood
+from tgol_trainer.metrics import RECORD
+
+LORA = LoraConfig(r=4, lora_alpha=12)
+
+
+def over(names):
+    """Run a test for each name, all of one name in the same process."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"family {name}")) for name in names]
+    )
+
+
+every_family, every_variant = over(TINY), over(VARIANTS)
+
+
+def test_every_backbone_is_tested_here():
+    assert {type(facts.build()).__name__ for facts in TINY.values()} == set(FAMILIES)
+
+
+# ---- Likelihoods, latents, conditioning ----
+
+
+def pixels_of(name):
+    return torch.rand(2, *VARIANTS[name].pixels, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def prediction_of(family, name, prompts=PROMPTS):
+    conditioning = family.condition(prompts, GEOMETRY, VARIANTS[name].pixels[-2:])
+    draw = family.likelihood.draw(family.encode_images(pixels_of(name), KEYS, sample=False), KEYS)
+    with torch.no_grad():
+        return family.predict(family.denoiser, draw, conditioning), draw
+
+
+@every_variant
+def test_the_log_likelihood_is_that_of_a_direct_computation_from_the_formula(name):
+    facts = VARIANTS[name]
+    family = load_family(facts.build())
+    prediction, draw = prediction_of(family, name)
+    ours = log_likelihood(family.likelihood, family.likelihood.error(prediction, draw), 0.001)
+    with torch.no_grad():
+        direct = -facts.error(family.pipeline, pixels_of(name)) / facts.temperature
+    torch.testing.assert_close(ours, direct, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_untrained_adapter_gives_a_log_ratio_of_exactly_zero(name, dtype):
+    family = load_family(TINY[name].build().to(dtype))
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=list(family.default_target_modules))
+    adapters.attach(family.denoiser, config, seed=0, probe=family.probe)
+    policy, draw = prediction_of(family, name)
+    with adapters.reference_policy(family.denoiser):
+        reference, _ = prediction_of(family, name)
+    assert policy.dtype == dtype
+    error, reference_error = (family.likelihood.error(prediction, draw) for prediction in (policy, reference))
+    assert error.min() > 0
+    assert (error - reference_error).tolist() == [0.0, 0.0]
+
+
+@every_variant
+def test_latents_have_the_denoisers_shape_and_are_sampled_by_row_or_the_mode_or_the_codes(name):
+    family, pixels = load_family(VARIANTS[name].build()), pixels_of(name)
+    mode = family.encode_images(pixels, KEYS, sample=False)
+    assert mode.shape == (2, *VARIANTS[name].latents)
+    sampled = family.encode_images(pixels, KEYS, sample=True)
+    alone = family.encode_images(pixels[1:], RowGenerators(0, 0, [6]), sample=True)
+    assert torch.equal(sampled, mode) != mode.is_floating_point()
+    torch.testing.assert_close(sampled[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
+    facts, pixels = TINY[name], pixels_of(name)
+    family = load_family(facts.build())
+    with torch.no_grad():
+        latents = family.encode_images(pixels, KEYS, sample=False)
+        decoded, own = facts.round_trip(family.pipeline, latents, pixels)
+    assert decoded.shape == pixels.shape
+    torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
+
+
+@every_family
+def test_autocast_of_the_training_step_does_not_reach_autoencoder_and_text_encoders(name):
+    """Or an autoencoder kept in float32 would compute in half precision all the same."""
+    family, pixels = load_family(TINY[name].build()), pixels_of(name)
+
+    def frozen():
+        conditioning = family.condition(PROMPTS, GEOMETRY, pixels.shape[-2:])
+        return [family.encode_images(pixels, KEYS, sample=True), *conditioning.values()]
+
+    expected = frozen()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = frozen()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@every_variant
+def test_prompts_change_the_prediction_and_each_keyword_of_the_conditioning_does(name):
+    family = load_family(VARIANTS[name].build())
+    both, draw = prediction_of(family, name)
+    assert not torch.allclose(both, prediction_of(family, name, ["a cat", "a cat"])[0], atol=1e-6)
+    conditioning = family.condition(PROMPTS, GEOMETRY, (16, 16))
+    for key, value in conditioning.items():
+        with torch.no_grad():
+            changed = family.predict(family.denoiser, draw, {**conditioning, key: value.flip(0)})
+        assert not torch.allclose(both, changed, atol=1e-7), key
+
+
+@every_variant
+def test_sizes_and_the_length_of_prompts_come_from_the_components(name):
+    """Three prompts of 32, 227 and 602 tokens of the tiny CLIP tokenizer, or 61, 301 and 801 of T5's."""
+    family = load_family(VARIANTS[name].build())
+    assert (family.native_size, family.resolution_multiple) == VARIANTS[name].sizes
+    assert family.count_long_prompts(["a " * 30, "abc " * 75, "abc " * 200]) == VARIANTS[name].long_prompts
+
+
+@every_family
+def test_the_default_adapter_reaches_every_kind_of_module_it_names(name):
+    family = load_family(TINY[name].build())
+    names = [module for module, _ in family.denoiser.named_modules()]
+    for target in family.default_target_modules:
+        assert any(module.endswith(f".{target}") for module in names), target
+
+
+@every_family
+def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
+    """Transformers makes an empty one of them, with which every prompt would be the same."""
+    pipeline = TINY[name].build()
+    tokenizers = [part for part in pipeline.components if part.startswith("tokenizer")]
+    assert tokenizers
+    for part in tokenizers:
+        whole = getattr(pipeline, part)
+        pipeline.register_modules(**{part: type(whole).from_pretrained(tmp_path)})
+        with pytest.raises(ValueError, match=f"`{part}` of the pipeline knows no words"):
+            load_family(pipeline)
+        pipeline.register_modules(**{part: whole})
+    load_family(pipeline)
+
+
+@every_family
+def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
+    pipe = TINY[name].build()
+    for component in set(load_family(pipe).required_components) - {"scheduler"}:
+        part = getattr(pipe, component)
+        setattr(pipe, component, None)
+        with pytest.raises(ValueError, match=f"has no {component}, which training needs"):
+            load_family(pipe)
+        setattr(pipe, component, part)
+
+
+# ---- Training ----
+
+
+def trainer_of(name, folder, dtype=torch.float32, **overrides):
+    facts = TINY[name]
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": facts.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **facts.settings,
+        **overrides,
+    }
+    return TGOLTrainer(facts.build().to(dtype), TGOLConfig(**settings), facts.dataset(), peft_config=LORA)
+
+
+def logged(trainer, key="loss"):
+    return [line[key] for line in trainer.state.log_history if "loss" in line]
+
+
+def sample_of(name, pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    output = pipe("a cat", num_inference_steps=2, generator=generator, output_type="np", **TINY[name].call)
+    return torch.tensor(output.frames if "frames" in output else output.images)
+
+
+_TRAINED = {}
+
+
+@pytest.fixture
+def trained(name, tmp_path_factory):
+    """Three steps, a checkpoint after the second, and what is published; once for each pipeline."""
+    if name not in _TRAINED:
+        folder = tmp_path_factory.mktemp("trained")
+        trainer = trainer_of(name, folder / "run", save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.save_model(str(folder / "saved"))
+        _TRAINED[name] = SimpleNamespace(
+            trainer=trainer, saved=folder / "saved", checkpoint=folder / "run/checkpoint-2"
+        )
+    return _TRAINED[name]
+
+
+@every_family
+def test_the_first_logged_loss_is_the_mean_weight_times_ln_2(name, trained):
+    """All four rows are in the batch: weights 1 + 5·|s - median| from the raw column."""
+    scores = np.asarray(TINY[name].dataset()["score"])
+    weights = 1 + 5 * np.abs(scores - np.median(scores))
+    assert logged(trained.trainer)[0] == pytest.approx(weights.mean() * math.log(2), rel=1e-6)
+
+
+@every_family
+def test_a_fresh_pipeline_loads_exactly_what_was_trained_and_draws_the_same(name, trained):
+    """With alpha three times the rank, so a file that lost alpha would not pass."""
+    fresh = load_family(TINY[name].build())
+    base, before = fresh.probe(), sample_of(name, fresh.pipeline)
+    TINY[name].load(fresh.pipeline, trained.saved)
+    assert (fresh.probe() - trained.trainer.family.probe()).abs().max().item() == 0.0
+    assert not torch.equal(fresh.probe(), base)
+    after = sample_of(name, fresh.pipeline)
+    torch.testing.assert_close(after, sample_of(name, trained.trainer.family.pipeline), rtol=0, atol=1e-5)
+    assert not torch.allclose(after, before, rtol=0, atol=1e-5)
+
+
+@every_family
+def test_stopping_and_resuming_equals_never_having_stopped(name, trained, tmp_path):
+    torch.manual_seed(12345)  # whatever happened to the global generator in between
+    resumed = trainer_of(name, tmp_path, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(trained.checkpoint))
+    assert logged(resumed) == logged(trained.trainer)
+    again = resumed.model.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in trained.trainer.model.state_dict().items())
+
+
+@every_family
+def test_gradient_checkpointing_runs_the_layers_twice_and_changes_neither_loss_nor_gradient(name, trained, tmp_path):
+    checkpointed, calls = trainer_of(name, tmp_path, activation_checkpointing=True), Counter()
+    for path, module in checkpointed.model.named_modules():
+        if path.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda *arguments, path=path: calls.update([path]))
+    checkpointed.train()
+    # Forward and again in backward, over three steps; the reference has no adapter.
+    assert max(calls.values()) == 2 * 3
+    for key in ("loss", "grad_norm"):
+        assert logged(checkpointed, key) == logged(trained.trainer, key)
+
+
+@every_family
+def test_eight_steps_on_one_batch_lower_the_loss_pull_positives_nearer_and_push_negatives_away(name, tmp_path):
+    trainer = trainer_of(name, tmp_path)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=TINY[name].learning_rate)
+    trainer.model.train()
+    batch, history, record = trainer.collator([trainer.train_dataset[row] for row in range(4)]), [], None
+    for _ in range(9):
+        loss, record = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    last = dict(zip(RECORD, record.T, strict=True))
+    change, positive = last["error"] - last["reference_error"], last["label"] > 0.5
+    assert history[-1] < 0.9 * history[0]
+    assert change[positive].mean() < 0 < change[~positive].mean()
+
+
+@every_family
+def test_a_bfloat16_base_trains_a_float32_adapter_and_still_generates(name, tmp_path):
+    trainer = trainer_of(name, tmp_path, torch.bfloat16, max_steps=2)
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    kinds = {(p.requires_grad, p.dtype) for p in trainer.model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+    first, second = logged(trainer)
+    assert first == pytest.approx(logged(trainer, "weights/mean")[0] * math.log(2), rel=1e-6)
+    assert math.isfinite(second) and second != first
+    assert torch.isfinite(sample_of(name, trainer.family.pipeline)).all()

@@ -1,0 +1,69 @@
+"""`tgol generate` with every family: from a folder, with a LoRA or without, the same rows however the work is cut."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.meissonic_standin import as_published
+from tests.pipelines import TINY
+from tgol_trainer import adapters, cli
+from tgol_trainer.families import load_family
+
+NAMES = ["sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic"]
+
+
+def saved(name, folder, repository):
+    """Write a family's pipeline and a LoRA of it; return what `tgol generate` needs to load them."""
+    pipeline, extra = TINY[name].build(), []
+    if name == "meissonic":
+        as_published(pipeline, folder / "model")
+        options = {"meissonic_repository": str(repository), "trust_remote_code": True}
+        extra = ["--model_init_kwargs", json.dumps(options)]
+    else:
+        pipeline.save_pretrained(folder / "model")
+    family = load_family(pipeline)
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=list(family.default_target_modules))
+    adapters.attach(family.denoiser, config, seed=0, probe=family.probe)
+    generator = torch.Generator().manual_seed(1)
+    for weight, parameter in family.denoiser.named_parameters():
+        if "lora_B" in weight:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    adapters.save_adapter(type(pipeline), family.denoiser_name, family.denoiser, folder / "lora")
+    return ["--model_name_or_path", str(folder / "model"), *extra], ["--adapter_name_or_path", str(folder / "lora")]
+
+
+def rows(folder):
+    files = sorted(str(file) for file in (folder / "data").iterdir())
+    table = datasets.load_dataset("parquet", data_files=files, split="train")
+    column = "video" if "video" in table.column_names else "image"
+    table = table.cast_column(column, (datasets.Video if column == "video" else datasets.Image)(decode=False))
+    return len(files), [(row["prompt"], row["seed"], row[column]["bytes"]) for row in table]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_the_same_whoever_makes_them_and_others_with_a_lora(name, tmp_path, repository, monkeypatch):
+    model, lora = saved(name, tmp_path, repository)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+    sizes = TINY[name].call or {"height": 16, "width": 16}
+    fixed = [text for option, value in sizes.items() for text in (f"--{option}", str(value))]
+    fixed += ["--num_inference_steps", "2", "--images_per_prompt", "2", "--batch_size", "2", "--shard_size", "2"]
+    fixed += ["--prompts", str(tmp_path / "prompts.txt"), "--use_cpu"]
+
+    def run(output, *more, share=(0, 1)):
+        monkeypatch.setenv("RANK", str(share[0]))
+        monkeypatch.setenv("WORLD_SIZE", str(share[1]))
+        assert cli.main(["generate", *model, "--output_dir", str(tmp_path / output), *fixed, *more]) == 0
+
+    run("base")
+    run("whole", *lora)
+    run("parts", *lora, share=(1, 2))
+    run("parts", *lora)  # a restart, alone, that finds the second half
+    files, expected = rows(tmp_path / "whole")
+    assert files == 2 and len({encoded for _, _, encoded in expected}) == 4
+    assert rows(tmp_path / "parts") == (2, expected)
+    base = rows(tmp_path / "base")[1]
+    assert [row[:2] for row in base] == [row[:2] for row in expected]
+    assert not {encoded for _, _, encoded in base} & {encoded for _, _, encoded in expected}

@@ -1,0 +1,307 @@
+"""The architecture, read from the source with `ast`: which file may import which, and the ceilings of a file."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+PACKAGE = ROOT / "tgol_trainer"
+
+# A module or a subpackage of tgol_trainer, to its layer: imports go to strictly lower layers.
+LAYERS = {
+    "_files": 0,
+    "_quiet": 0,
+    "_secrets": 0,
+    "_spacing": 0,
+    "thresholds": 0,
+    "losses": 0,
+    "metrics": 0,
+    "likelihoods": 1,
+    "adapters": 2,
+    "families": 2,
+    "rewards": 2,
+    "data": 3,
+    "config": 3,
+    "shapes": 3,
+    "labels": 4,
+    "sources": 4,
+    "objective": 5,
+    "saving": 5,
+    "converters": 5,
+    "checking": 5,
+    "evaluation": 5,
+    "exports": 6,
+    "jobs": 6,
+    "epochs": 6,
+    "sampling": 6,
+    "trainer": 7,
+    "rounds": 8,
+    "cli": 9,
+}
+# The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
+# it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.
+AT_ONCE = {"tgol_trainer._quiet"}
+FROM_THE_PACKAGE = {"__version__"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
+every_file = pytest.mark.parametrize("file", FILES, ids=NAMES)
+
+
+@cache
+def tree(file):
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def module_name(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file) for file in FILES}
+
+
+def imported(file):
+    """Every absolute module name that a file imports, at its top or inside a function, with its line."""
+    package = module_name(file).split(".")
+    package = package if file.name == "__init__.py" else package[:-1]
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # `from . import card` names a module, `from .card import write_card` a thing inside one.
+                inner = f"{source}.{alias.name}"
+                yield (inner if inner in MODULES or source == "tgol_trainer" else source), node.lineno
+
+
+def unit(name):
+    """`tgol_trainer.data.rows` -> `data`: what the table has a layer for."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def only_for_types(file):
+    """Lines inside `if TYPE_CHECKING:`."""
+    lines = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for child in node.body:
+                lines.update(range(child.lineno, child.end_lineno + 1))
+    return lines
+
+
+# ---- Imports ----
+
+
+def test_every_module_is_in_the_table_and_the_table_names_nothing_that_is_gone():
+    units = {unit(module_name(file)) for file in FILES} - {""}
+    assert units == set(LAYERS)
+
+
+@every_file
+def test_imports_go_to_strictly_lower_layers(file):
+    own = unit(module_name(file))
+    if not own:
+        return
+    upward = []
+    for name, line in imported(file):
+        if name.split(".")[0] != "tgol_trainer":
+            continue
+        target = unit(name)
+        if target in FROM_THE_PACKAGE or target == own:
+            continue
+        if target not in LAYERS or LAYERS[target] >= LAYERS[own]:
+            upward.append(f"line {line}: {own} (layer {LAYERS[own]}) imports {name} (layer {LAYERS.get(target)})")
+    assert not upward
+
+
+def test_the_package_itself_imports_nothing_at_once_but_what_is_light():
+    file = PACKAGE / "__init__.py"
+    inside = only_for_types(file)
+    assert {name for name, line in imported(file) if name.startswith("tgol_trainer") and line not in inside} == AT_ONCE
+    for name in AT_ONCE:
+        libraries = {target.split(".")[0] for target, _ in imported(ROOT / f"{name.replace('.', '/')}.py")}
+        assert libraries <= set(sys.stdlib_module_names)
+
+
+def test_files_of_one_subpackage_do_not_import_each_other_in_a_circle():
+    edges = defaultdict(set)
+    for file in FILES:
+        name = module_name(file)
+        edges[name] |= {target for target, _ in imported(file) if target in MODULES and unit(target) == unit(name)}
+        edges[name].discard("tgol_trainer")
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name in done:
+            return
+        path.append(name)
+        for target in sorted(edges[name]):
+            visit(target)
+        done.add(path.pop())
+
+    for name in sorted(MODULES):
+        visit(name)
+
+
+@pytest.mark.parametrize(
+    ("layer", "allowed"), [(0, {"torch", "numpy"}), (1, {"torch"})], ids=["tensors alone", "torch alone"]
+)
+def test_the_two_lowest_layers_import_no_other_library(layer, allowed):
+    checked = 0
+    for file in FILES:
+        if LAYERS.get(unit(module_name(file))) != layer:
+            continue
+        checked += 1
+        inside = only_for_types(file)
+        for name, line in imported(file):
+            library = name.split(".")[0]
+            if library == "diffusers" and line in inside and layer == 1:
+                continue
+            known = library in allowed or library in sys.stdlib_module_names or library == "tgol_trainer"
+            assert known, f"{file.name}, line {line}: {name}"
+    assert checked == len([name for name in MODULES if LAYERS.get(unit(name)) == layer]) > 0
+
+
+# What waits for other processes. Inside a branch that one process takes and another does not, it waits for ever.
+COLLECTIVES = {"all_gather", "all_gather_object", "all_reduce", "all_to_all", "allreduce", "barrier", "broadcast"}
+COLLECTIVES |= {"broadcast_object_list", "gather", "gather_for_metrics", "gather_object", "gather_function", "scatter"}
+COLLECTIVES |= {
+    "nested_gather",
+    "reduce_scatter",
+    "wait_for_everyone",
+    "main_process_first",
+    "local_main_process_first",
+}
+COLLECTIVES |= {"pad_across_processes", "monitored_barrier", "send", "recv"}
+
+
+def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
+    used = defaultdict(set)
+    for file in FILES:
+        name = unit(module_name(file))
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
+                used[name].add(f".{node.attr}")
+            elif isinstance(node, ast.Name) and node.id in COLLECTIVES:
+                used[name].add(node.id)
+        for target, _ in imported(file):
+            if target.startswith(("torch.distributed", "accelerate")):
+                used[name].add(target)
+    assert used.pop("metrics") == {"gather"}  # a parameter, not a method of anything
+    assert used.pop("trainer") == {
+        ".gather",
+        "gather_object",
+        ".main_process_first",
+        "accelerate.data_loader",
+        "accelerate.utils",
+    }
+    assert used.pop("sampling") == {"gather", ".gather"}  # what the trainer handed over
+    assert not used
+
+
+def test_the_metrics_take_gather_as_an_argument_and_call_it_in_one_place():
+    nodes = list(ast.walk(tree(PACKAGE / "metrics.py")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    takers = [function for function in functions if "gather" in {argument.arg for argument in function.args.args}]
+    assert [function.name for function in takers] == ["pop"]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "gather"]
+    assert len(calls) == 1
+
+
+# ---- Ceilings ----
+
+
+@every_file
+def test_a_file_has_at_most_500_lines_and_the_trainer_700(file):
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= (700 if module_name(file) == "tgol_trainer.trainer" else 500)
+
+
+@every_file
+def test_a_function_has_at_most_80_lines(file):
+    functions = [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert not {name: length for name, length in lengths.items() if length > 80}
+
+
+@every_file
+def test_nothing_is_asserted_and_only_commands_print(file):
+    found = []
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Assert):
+            found.append(f"line {node.lineno}: assert, which `python -O` removes")
+        if isinstance(node, ast.Name) and node.id == "print" and unit(module_name(file)) != "cli":
+            found.append(f"line {node.lineno}: print")
+    assert not found
+
+
+@every_file
+def test_every_argument_and_every_result_is_annotated(file):
+    bare = []
+    for node in ast.walk(tree(file)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra is not None]
+        bare += [
+            f"{node.name}({argument.arg}), line {argument.lineno}"
+            for argument in arguments
+            if argument.annotation is None and argument.arg not in ("self", "cls")
+        ]
+        if node.returns is None:
+            bare.append(f"{node.name} -> ?, line {node.lineno}")
+    assert not bare
+
+
+# ---- Import time ----
+
+
+def test_importing_the_package_takes_no_time_and_loads_neither_torch_nor_transformers_nor_numpy():
+    program = (
+        "import sys, time\n"
+        "start = time.perf_counter()\n"
+        "import tgol_trainer\n"
+        "seconds = time.perf_counter() - start\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'diffusers'} & set(sys.modules)\n"
+        "print(tgol_trainer.__file__, seconds, *heavy)"
+    )
+    seconds = []
+    for _ in range(3):
+        output = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.split()
+        file, duration, *loaded = output
+        assert Path(file) == PACKAGE / "__init__.py"
+        assert not loaded
+        seconds.append(float(duration))
+    assert min(seconds) <= 0.2
+
+
+# ---- The repository ----
+
+
+def test_no_file_of_the_repository_names_a_path_of_the_machine_it_was_written_on():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so what belongs to the repository is not known")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout.split(b"\0")
+    files = [ROOT / name.decode() for name in names if name]
+    assert PACKAGE / "trainer.py" in files
+    # Written with a gap, so that this file does not find itself.
+    pattern = re.compile(rb"/wo[r]k/|/tmp/bas[h]|\.\./share[d]|/ro[o]t/")
+    found = {}
+    for file in files:
+        if file.is_file() and (match := pattern.search(file.read_bytes())):
+            found[str(file.relative_to(ROOT))] = match[0]
+    assert not found

@@ -1,0 +1,74 @@
+"""`tgol train --config` takes each settings file, its model replaced by a tiny twin and its data by a few rows."""
+
+import pytest
+import yaml
+
+from tests import ROOT, tiny
+from tests.conftest import scored_dataset
+from tests.families.test_wan import clips  # noqa: F401 - a fixture
+from tgol_trainer.cli import main
+
+CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+TWINS = {
+    "amused_256": tiny.amused,
+    "amused_512": tiny.amused,
+    "flux_dev": tiny.flux,
+    "meissonic": tiny.meissonic,
+    "sd15_paper": tiny.stable_diffusion,
+    "sd35_medium": lambda: tiny.stable_diffusion_3("3.5"),
+    "sdxl": tiny.stable_diffusion_xl,
+    "wan21_1_3b": tiny.wan,
+}
+# Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
+SMALL = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "load_in_4bit": False,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+
+
+def test_every_settings_file_has_a_tiny_twin():
+    assert {path.stem for path in CONFIGS} == {*TWINS, "shapes"}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips, capfd):  # noqa: F811
+    settings = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())
+    TWINS[name]().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = clips if name.startswith("wan") else scored_dataset(8)
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    settings |= SMALL | {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "resolution": "16x32" if name.startswith("wan") else 16,
+    }
+    if name.startswith("wan"):
+        settings["num_frames"] = 5
+    if name == "flux_dev":  # means nothing without --load_in_4bit
+        del settings["bnb_4bit_quant_type"], settings["use_bnb_nested_quant"]
+    if name == "meissonic":
+        settings["model_init_kwargs"]["meissonic_repository"] = str(repository)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "settings.yaml")]) == 0
+    assert "Saved to" in capfd.readouterr().out
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "README.md" in written
+    assert ("unet" if settings.get("full_finetuning") else "pytorch_lora_weights.safetensors") in written
+
+
+def test_the_shapes_settings_train_the_embedded_model(tmp_path):
+    scored_dataset(8, side=32).rename_column("score", "background_darkness").to_parquet(tmp_path / "train.parquet")
+    flags = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    small = ["--max_steps", "1", "--per_device_train_batch_size", "4"]
+    assert main(["train", "--config", str(CONFIGS[0].parent / "shapes.yaml"), *flags, *small]) == 0
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -1,0 +1,62 @@
+"""Write files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    Yield a draft beside a file; the draft takes the file's place when the block ends without an error.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file. Missing folders are made. The mode of a file that exists is kept.
+
+    Raises:
+        OSError: where the folder cannot be written; the file is then as it was and no draft is left.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        if target.exists():
+            shutil.copymode(target, draft)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """
+    Write a file at once; text is UTF-8.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        content (`str` or `bytes`):
+            All of it.
+    """
+    with replacing(path) as draft:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any] | list[Any]) -> None:
+    """
+    Write indented JSON at once; values that JSON does not have become text.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        content (`dict` or `list`):
+            All of it.
+    """
+    write_file(path, json.dumps(content, indent=2, default=str) + "\n")

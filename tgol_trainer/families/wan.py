@@ -1,0 +1,140 @@
+"""Wan 2.1, text to video."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgol_trainer.likelihoods import Draw, FlowLikelihood, RowGenerators
+
+from .base import FamilySettings, ModelFamily, ModelOrigin, count_cut_prompts, flow_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 512
+"""Tokens of a prompt: `WanPipeline.__call__` asks for 512, while `encode_prompt` alone would take 226."""
+_SIZE = (480, 832)
+_NUM_FRAMES = 81
+_FRAMES_PER_SECOND = 16
+"""What `WanPipeline.__call__` generates by default, at the frame rate of the model's own videos."""
+
+
+class WanFamily(ModelFamily):
+    """
+    `WanPipeline` of Wan 2.1: UMT5 text encoder, causal video autoencoder, transformer that predicts the velocity.
+
+    Times are uniform by default: neither the paper nor diffusers says how to train this model, so that is an untested
+    default. The noise levels are those of `FlowMatchEulerDiscreteScheduler` with the shift of the pipeline's scheduler
+    (`flow_shift`: 3 for 480p, 5 for 720p).
+
+    The autoencoder is kept in float32, in which the model's authors run it. Some modules of the transformer must stay
+    float32 as well: `from_pretrained(dtype=torch.bfloat16)` keeps them, `.to(torch.bfloat16)` does not.
+
+    Raises:
+        ValueError: for Wan 2.2, and for a number of frames that the autoencoder would cut.
+    """
+
+    denoiser_name = "transformer"
+    default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    required_components = ("tokenizer", "text_encoder", "vae", "transformer")
+    pipeline_tag = "text-to-video"
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
+    ) -> None:
+        if getattr(pipeline, "transformer_2", None) is not None or pipeline.config.get("expand_timesteps"):
+            raise ValueError(
+                "This is Wan 2.2, which is not supported: it has a second transformer (`transformer_2`) for low "
+                "noise, or a time for each token. Use Wan 2.1, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+        super().__init__(pipeline, origin, settings)
+        self.likelihood = FlowLikelihood(*flow_schedule(pipeline), self.settings.timestep_sampling or "uniform")
+        self.num_frames: int = self._checked_frames(self.settings.num_frames or _NUM_FRAMES)
+        self._keep_precision()
+
+    def _checked_frames(self, num_frames: int) -> int:
+        step = self.pipeline.vae_scale_factor_temporal
+        below = (num_frames - 1) // step * step + 1
+        if below != num_frames:
+            raise ValueError(
+                f"`num_frames` is {num_frames}; it must be {step}·k + 1, since the autoencoder joins {step} frames to "
+                f"one and would drop the rest. Nearest are {below} and {below + step}."
+            )
+        return num_frames
+
+    def _keep_precision(self) -> None:
+        vae, transformer = self.pipeline.vae, self.pipeline.transformer
+        if vae.dtype != torch.float32:
+            logger.warning(
+                "The autoencoder was loaded in %s and is used in float32, with weights that are rounded already. Load "
+                'it in float32: model_init_kwargs={"dtype": {"default": "bfloat16", "vae": "float32"}}.',
+                str(vae.dtype).removeprefix("torch."),
+            )
+            vae.to(torch.float32)
+        kept = tuple(transformer._keep_in_fp32_modules or ())
+        lost = [
+            name
+            for name, parameter in transformer.named_parameters()
+            if parameter.dtype in (torch.bfloat16, torch.float16) and set(name.split(".")) & set(kept)
+        ]
+        if lost:
+            logger.warning(
+                "%d weights of the transformer that should stay in float32 are not (%s, ...), as after `.to(dtype)`. "
+                "Load it with `from_pretrained(..., dtype=...)`, which keeps them.",
+                len(lost),
+                lost[0],
+            )
+
+    @property
+    def native_resolution(self) -> int:
+        """Height in pixels; see [`~WanFamily.native_size`]."""
+        return _SIZE[0]
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """480 high, 832 wide: the defaults of `WanPipeline.__call__`, and what the 1.3B model was trained for."""
+        return _SIZE
+
+    @property
+    def resolution_multiple(self) -> int:
+        """16 pixels: the autoencoder's factor times the transformer's patch."""
+        return self.pipeline.vae_scale_factor_spatial * max(self.denoiser.config.patch_size[1:])
+
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts have more than 512 tokens, and that limit."""
+        return count_cut_prompts(prompts, [(self.pipeline.tokenizer, _TOKENS)])
+
+    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` (N, 512, D), with zeros past the prompt's end, as the pipeline makes them."""
+        embeddings, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=_TOKENS, device=self.device
+        )
+        return {"encoder_hidden_states": embeddings.to(self.denoiser.dtype)}
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Velocity (B, 16, f, h, w)."""
+        return model(hidden_states=draw.inputs, timestep=draw.timesteps, return_dict=False, **conditioning)[0]
+
+    def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
+        """Pixels (1, 3, F, H, W) of the smallest clip with more than one latent frame and one token a frame."""
+        frames, side = self.pipeline.vae_scale_factor_temporal + 1, 2 * self.resolution_multiple
+        return rows.normal("probe", torch.empty(1, 3, frames, side, side)).clamp(-1, 1)
+
+    def _image_lines(self, prompt: str) -> list[str]:
+        return [
+            f'frames = pipe({prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
+            "try:",
+            "    from diffusers.utils import export_to_video",
+            "",
+            "    # Needs two more packages: pip install imageio imageio-ffmpeg",
+            f'    export_to_video(frames, "sample.mp4", fps={_FRAMES_PER_SECOND})',
+            "except ImportError:  # without them, an image for each frame",
+            "    for number, frame in enumerate(frames):",
+            '        frame.save(f"sample_{number:03}.png")',
+        ]

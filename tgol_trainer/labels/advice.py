@@ -1,0 +1,233 @@
+"""A dry run's figures to plain words: what looks wrong with the labels, and the flag that mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .report import GroupReport, LabelReport
+
+# Where advice starts. Standardised normal scores with the paper's c = 5 have a mean weight of 5, and their largest 1 %
+# carry 2.8 % of it.
+_SMALL_MEAN_WEIGHT, _LARGE_MEAN_WEIGHT, _TOP_SHARE = 1.2, 12.0, 0.1
+_FLIP_SHARE, _TIE_SHARE, _MINORITY, _BETWEEN_SHARE, _ONE_SIDED_EXCESS = 0.1, 0.1, 0.2, 0.5, 0.2
+_COMPARED = 4  # images a prompt, on average
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """
+    One thing worth knowing before training.
+
+    Args:
+        topic (`str`):
+            A word for scripts; docs/labelling.md lists them.
+        text (`str`):
+            What was found and what it does.
+        flag (`str`):
+            What mends it: a flag of `tgol train`, or what to change in the data.
+    """
+
+    topic: str
+    text: str
+    flag: str
+
+
+def advise(report: LabelReport, *, can_center: bool = False) -> list[Advice]:
+    """
+    Return what looks wrong with the labels and weights, most serious first, then what the data would allow.
+
+    Args:
+        report ([`LabelReport`]):
+            Of the dry run.
+        can_center (`bool`, *optional*, defaults to `False`):
+            Whether the settings do not compare the images of a prompt, and could.
+    """
+    found = [*_of_sides(report), *_of_weights(report), *_of_uncertainty(report)]
+    for part in (report.prompts, report.groups):
+        found += _of_groups(part, report.labelling.rows is not None) if part is not None else []
+    found += _of_images(report) if can_center else []
+    combination = report.labelling.combination
+    return (
+        found if combination is None or combination.method != "min" else [_without_threshold(item) for item in found]
+    )
+
+
+def _without_threshold(item: Advice) -> Advice:
+    """Where every column has its own threshold, flags that set another one are refused."""
+    flags = {
+        "ties": "a higher --threshold_percentile makes them negative",
+        "imbalance": "--threshold_percentile, fewer columns, or --score_combination sum",
+    }
+    if "--threshold_strategy" in item.flag:
+        return dataclasses.replace(item, flag=f"{item.flag}, with --score_combination sum")
+    return dataclasses.replace(item, flag=flags.get(item.topic, item.flag))
+
+
+def _of_sides(report: LabelReport) -> list[Advice]:
+    threshold, found = report.labelling.threshold, []
+    share = threshold.num_positive / threshold.num_scores
+    if threshold.moved_from is not None:
+        found.append(
+            Advice(
+                "moved",
+                f"The {threshold.percentile:g}th percentile is the smallest score, which would make every row "
+                f"positive, so τ was moved halfway to the next score: {share:.1%} are positive.",
+                "nothing, if that is what you want; else --threshold, or --threshold_percentile "
+                f"{100 - 50 * share:.3g} for the better half of those",
+            )
+        )
+    ties = threshold.num_ties / threshold.num_scores
+    if ties > _TIE_SHARE and report.labelling.rows is None:
+        below = f"{share - ties:.1%} would be positive"
+        flag = f"--threshold {_number(report.tie_breaker)} makes them negative: {below}" if report.tie_breaker else ""
+        found.append(
+            Advice(
+                "ties",
+                f"{threshold.num_ties:,} rows ({ties:.1%}) have exactly the threshold's score; all count as positive.",
+                flag or f"a lower `--threshold`; no score is above {report.scores.max:g}",
+            )
+        )
+    if not _MINORITY <= share <= 1 - _MINORITY:
+        side = "positive" if share < 0.5 else "negative"
+        found.append(
+            Advice(
+                "imbalance",
+                f"Only {min(share, 1 - share):.1%} of the rows are {side}; most updates push one way.",
+                "--threshold_percentile or --threshold to move τ"
+                if threshold.source != "proxy"
+                else "a proxy set made with the same prompts and reward, or no --proxy_dataset_name",
+            )
+        )
+    return found
+
+
+def _of_weights(report: LabelReport) -> list[Advice]:
+    weights, weighting = report.labelling.weights, report.labelling.weighting
+    if weights is None or weighting.form == "none" or (weighting.form != "abs" and weighting.scale == 0):
+        return []
+    c = weighting.scale
+    plain = weighting.form == "linear" and weighting.divisor == weighting.desirable == weighting.undesirable == 1
+    unit, combination = report.labelling.normalization, report.labelling.combination
+    normalized = unit.method != "none" or combination is not None
+    found = []
+    if plain and weights.mean > _LARGE_MEAN_WEIGHT:
+        suited = c * 4 / (weights.mean - 1)  # a mean weight of 5
+        found.append(
+            Advice(
+                "scale too wide",
+                f"Scores are spread too wide for c = {c:g}: weights are {weights.mean:.3g} on average and reach "
+                f"{weights.max:.3g}, and the loss and its gradients grow with them.",
+                f"--confidence_scale {suited:.2g}"
+                if normalized
+                else f"--score_normalization zscore, or --confidence_scale {suited:.2g}",
+            )
+        )
+    elif plain and weights.mean < _SMALL_MEAN_WEIGHT:
+        suited = c * 4 / max(weights.mean - 1, 1e-12)
+        found.append(
+            Advice(
+                "scale too narrow",
+                f"Scores are spread too narrowly for c = {c:g}: weights lie between 1 and {weights.max:.3g}, so that "
+                "how far a score is from τ hardly counts (so it is in the paper for HPS scores).",
+                f"--confidence_scale {suited:.2g}"
+                if normalized
+                else f"--score_normalization zscore, or --confidence_scale {suited:.2g}",
+            )
+        )
+    if weights.top_1_percent_share > _TOP_SHARE and report.labelling.threshold.num_scores >= 100:
+        found.append(
+            Advice(
+                "heavy rows",
+                f"The heaviest 1 % of the rows carry {weights.top_1_percent_share:.0%} of the weight: a few outliers "
+                "lead the training. Look at the lowest and highest rows above.",
+                "remove wrong scores, or --weight_form clipped"
+                if weighting.form == "abs"
+                else "remove wrong scores, a smaller --confidence_scale, or --weight_form clipped",
+            )
+        )
+    return found
+
+
+def _of_uncertainty(report: LabelReport) -> list[Advice]:
+    total = report.labelling.threshold.num_scores
+    unsure = report.uncertainty
+    flips = unsure.num_flips / total if unsure else 0.0
+    if unsure is None or unsure.of == "running" or flips <= _FLIP_SHARE:
+        return []
+    if unsure.of == "groups":
+        return [
+            Advice(
+                "uncertain threshold",
+                f"Groups are small for thresholds of their own: within their intervals {flips:.1%} of the labels "
+                "change.",
+                "more images each, or --threshold_strategy global",
+            )
+        ]
+    return [
+        Advice(
+            "uncertain threshold",
+            f"{total:,} rows are few for this threshold: within its 95% interval {flips:.1%} of the labels change.",
+            "more rows, --proxy_dataset_name with a larger scored set, or --threshold from elsewhere",
+        )
+    ]
+
+
+def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
+    found = []
+    what = f"values of {part.column!r}"
+    if part.num_groups == 1:
+        return [
+            Advice(
+                "one group",
+                f"All rows share one value of {part.column!r}: what is learned may not hold for others.",
+                "rows with more variety, unless that one is what the model is for",
+            )
+        ]
+    if not own and part.between_share is not None and part.between_share > _BETWEEN_SHARE:
+        found.append(
+            Advice(
+                "variance between groups",
+                f"{part.between_share:.0%} of the variance of the scores lies between {what}, so one threshold mostly "
+                "separates those and not better from worse images.",
+                _group_flags(part),
+            )
+        )
+    excess = part.one_sided_share - part.one_sided_by_chance
+    if part.num_several and excess > _ONE_SIDED_EXCESS:
+        found.append(
+            Advice(
+                "one-sided groups",
+                f"Of {part.num_several:,} {what} with several rows, {part.num_positive_only:,} have positive labels "
+                f"alone and {part.num_negative_only:,} negative alone ({part.one_sided_share:.0%}; by chance "
+                f"{part.one_sided_by_chance:.0%}): nothing contrasts within them.",
+                "more images each" if own else f"more images each, or {_group_flags(part)}",
+            )
+        )
+    return found
+
+
+def _of_images(report: LabelReport) -> list[Advice]:
+    """Several images a prompt can be compared with each other, which docs/benchmarks.md measures."""
+    images = report.labelling.threshold.num_scores / report.prompts.num_groups
+    if images < _COMPARED or report.prompts.num_groups == 1:
+        return []
+    flags = (
+        f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --log_ratio_centering "
+        "pairs --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
+    )
+    return [
+        Advice(
+            "images to compare",
+            f"There are {images:,.1f} images a prompt. Compared with each other in a batch they gain more before they "
+            "are held back by the reference, whose hold is weaker then (docs/benchmarks.md).",
+            flags,
+        )
+    ]
+
+
+def _group_flags(part: GroupReport) -> str:
+    return f"--threshold_strategy group --group_column {part.column}"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.6g}"

@@ -1,0 +1,17 @@
+"""Likelihood families: how a denoiser's output becomes an error and a log-likelihood."""
+
+from .base import Draw, Likelihood, RowGenerators, log_likelihood, mean_over_features
+from .diffusion import DiffusionLikelihood
+from .flow import FlowLikelihood
+from .masked import MaskedTokenLikelihood
+
+__all__ = [
+    "DiffusionLikelihood",
+    "Draw",
+    "FlowLikelihood",
+    "Likelihood",
+    "MaskedTokenLikelihood",
+    "RowGenerators",
+    "log_likelihood",
+    "mean_over_features",
+]

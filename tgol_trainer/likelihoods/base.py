@@ -1,0 +1,120 @@
+"""The value that policy and reference share (`Draw`), the protocol of a likelihood, and row-keyed randomness."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """
+    One random choice of noise and time (or mask), made once and scored by policy and reference alike.
+
+    Args:
+        inputs (`torch.Tensor`):
+            (B, ...) what the network sees: the noised latents, in the latents' dtype.
+        timesteps (`torch.Tensor`):
+            (B,) times as the network takes them.
+        target (`torch.Tensor`):
+            (B, ...) what the network should predict: float32, or token ids.
+        mask (`torch.Tensor`, *optional*):
+            (B, ...) bool, the positions that count; `None` for all.
+    """
+
+    inputs: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class RowGenerators:
+    """
+    One random generator for each row, keyed by (seed, purpose, step, row id).
+
+    Nothing is drawn from the global generator, so the numbers a row gets do not depend on its place in the batch, on
+    the batch size, the number of processes or workers, or on what else drew before: resuming, splitting a batch and
+    adding processes leave them as they are. Numbers are drawn on the CPU in float32 and moved, so they also agree
+    between devices.
+
+    Args:
+        seed (`int`):
+            The run's seed.
+        step (`int`):
+            The optimizer step; any fixed number for evaluation.
+        row_ids (`Sequence[int]`):
+            B ids, each in [-2^63, 2^63).
+    """
+
+    def __init__(self, seed: int, step: int, row_ids: Sequence[int]) -> None:
+        self.seed, self.step, self.row_ids = seed, step, tuple(row_ids)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """Return B fresh CPU generators; the same purpose gives the same numbers again."""
+        made = []
+        for row_id in self.row_ids:
+            key = hashlib.blake2b(f"{self.seed}|{purpose}|{self.step}|{row_id}".encode(), digest_size=8).digest()
+            made.append(torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))
+        return made
+
+    def _stack(self, purpose: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([draw(generator) for generator in self.generators(purpose)])
+
+    def normal(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal numbers in the shape (B, ...) and on the device of `like`, float32."""
+        shape = like.shape[1:]
+        return self._stack(purpose, lambda generator: torch.randn(shape, generator=generator)).to(like.device)
+
+    def integers(self, purpose: str, high: int) -> torch.Tensor:
+        """(B,) int64 numbers, uniform on 0 .. high - 1, on the CPU."""
+        return self._stack(purpose, lambda generator: torch.randint(high, (), generator=generator))
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        """(B,) float32 numbers, uniform on [0, 1), on the CPU."""
+        return self._stack(purpose, lambda generator: torch.rand((), generator=generator))
+
+
+def mean_over_features(values: torch.Tensor) -> torch.Tensor:
+    """Mean over all dimensions but the first: (B, ...) to (B,)."""
+    return values.flatten(1).mean(1)
+
+
+class Likelihood(Protocol):
+    """
+    How one kind of generative model scores a sample.
+
+    A likelihood is a value without parameters. `error` is what the paper calls the surrogate: smaller is likelier.
+    """
+
+    temperature_applies: bool
+    """Whether the log-likelihood is the error over T (continuous models) or the error alone (masked tokens)."""
+
+    def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
+        """Draw noise and time for latents (B, ...) once, for policy and reference alike."""
+        ...
+
+    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Return the (B,) float32 error of a prediction (B, ...) of any dtype."""
+        ...
+
+
+def log_likelihood(likelihood: Likelihood, error: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Surrogate log-likelihood from an error (paper, Sec. 3.5): `-error / T`, or `-error` where T does not apply.
+
+    Args:
+        likelihood ([`Likelihood`]):
+            The likelihood that computed the error.
+        error (`torch.Tensor`):
+            (B,) float32.
+        temperature (`float`):
+            T > 0, in the unit of the error.
+
+    Returns:
+        `torch.Tensor`: (B,) float32.
+    """
+    return -error / temperature if likelihood.temperature_applies else -error

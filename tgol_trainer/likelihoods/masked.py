@@ -1,0 +1,72 @@
+"""Masked-token models: the network predicts the codes of masked positions of a grid of image tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .base import Draw, RowGenerators
+
+
+class MaskedTokenLikelihood:
+    """
+    The surrogate `log π(y|x) = (1/|M|)·Σ_{i∈M} log p(t_i | visible tokens, x)` (paper, Sec. 3.5); T does not apply.
+
+    Args:
+        mask_token_id (`int`):
+            Id that stands for "masked" in the network's input.
+        min_masking_rate (`float`, *optional*, defaults to 0.0):
+            Smallest share of masked positions, in [0, 1]. 0 is the default of the training scripts of aMUSEd and
+            Meissonic.
+    """
+
+    temperature_applies = False
+
+    def __init__(self, mask_token_id: int, min_masking_rate: float = 0.0) -> None:
+        if not 0 <= min_masking_rate <= 1:
+            raise ValueError(f"`min_masking_rate` is {min_masking_rate}; it is a share of positions, in [0, 1].")
+        self.mask_token_id = mask_token_id
+        self.min_masking_rate = min_masking_rate
+
+    def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
+        """
+        Mask a random share of the positions of each row: r = cos(π/2·U), U uniform, at least `min_masking_rate`.
+
+        Args:
+            latents (`torch.Tensor`):
+                (B, h, w) int64 token ids.
+            rows ([`RowGenerators`]):
+                Source of every random number.
+
+        Returns:
+            [`Draw`]: `inputs` (B, h, w) int64, the ids with `round(h·w·r)` positions (one or more) replaced by the
+            mask id; `timesteps` (B,) float32, r times 1000 as Meissonic is trained with (aMUSEd takes none); `target`
+            the ids; `mask` (B, h, w) bool, true where masked.
+        """
+        ratio = torch.cos(rows.uniform("mask_ratio") * (math.pi / 2)).clamp(min=self.min_masking_rate)
+        positions = latents[0].numel()
+        count = (positions * ratio).round().clamp(min=1)
+        rank = torch.stack([torch.randperm(positions, generator=g) for g in rows.generators("mask")])
+        mask = (rank < count[:, None]).view(latents.shape).to(latents.device)
+        inputs = torch.where(mask, self.mask_token_id, latents)
+        return Draw(inputs, (ratio * 1000).to(latents.device), latents, mask)
+
+    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """
+        Mean over the masked positions of the negative log-probability of the true code, computed in float32.
+
+        Args:
+            prediction (`torch.Tensor`):
+                (B, K, h, w) logits over K codes, of any dtype.
+            draw ([`Draw`]):
+                Made by `draw`.
+
+        Returns:
+            `torch.Tensor`: (B,) float32.
+        """
+        if draw.mask is None:
+            raise ValueError("The draw has no mask: make it with `MaskedTokenLikelihood.draw`.")
+        surprise = torch.nn.functional.cross_entropy(prediction.float(), draw.target, reduction="none")
+        mask = draw.mask.flatten(1)
+        return torch.where(mask, surprise.flatten(1), 0.0).sum(1) / mask.sum(1)

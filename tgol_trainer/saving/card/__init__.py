@@ -1,0 +1,24 @@
+"""The model card: facts of a run to README.md, with data escaped and a person's edits kept. Imports no torch."""
+
+from .dataset import DatasetCardFacts, ScoreFacts, write_dataset_card
+from .facts import CardFacts, CardImage, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter
+from .rendering import SECTIONS
+from .writing import FACTS_NAME, read_facts, render_card, update_card, write_card
+
+__all__ = [
+    "FACTS_NAME",
+    "SECTIONS",
+    "CardFacts",
+    "CardImage",
+    "DatasetCardFacts",
+    "DatasetFacts",
+    "EvaluationRow",
+    "ExportRow",
+    "Hyperparameter",
+    "ScoreFacts",
+    "read_facts",
+    "render_card",
+    "update_card",
+    "write_card",
+    "write_dataset_card",
+]

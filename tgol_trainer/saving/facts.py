@@ -1,0 +1,189 @@
+"""Gathering the facts that a card states, at any moment of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from typing import TYPE_CHECKING, Any
+
+from tgol_trainer.adapters import POLICY, adapter_metadata
+from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig
+from tgol_trainer.families import hub_license
+from tgol_trainer.labels import Labelling
+from tgol_trainer.thresholds import ScoreCombination
+
+from .card import CardFacts, DatasetFacts, Hyperparameter
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import Trainer, TrainerState
+
+_HUB_DATA = re.compile(r"^hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{7,40})/")
+
+# Settings of TrainingArguments that decide what is trained; those of TGOLConfig itself are listed by their class.
+_TRAINING_FIELDS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+    "dataloader_drop_last",
+    "torch_compile",
+)
+_PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
+# Where the data lie and how they are checked says nothing about the result.
+_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
+
+
+def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns: list[str]) -> DatasetFacts:
+    """
+    Name a dataset by its Hub id and commit where `datasets` recorded them, else not at all.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            As the user gave it.
+        columns (`list[str]`):
+            Names of the columns used.
+    """
+    for source in getattr(dataset.info, "download_checksums", None) or {}:
+        if match := _HUB_DATA.match(source):
+            return DatasetFacts(name=match[1], revision=match[2], columns=columns)
+    return DatasetFacts(columns=columns)
+
+
+def _hyperparameters(args: TGOLConfig, effective_batch: int) -> list[Hyperparameter]:
+    own = [*MethodArguments.__annotations__, *TGOLConfig.__annotations__]
+    items = {item.name: item for item in dataclasses.fields(TGOLConfig)}
+    defaults = {
+        name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for name, item in items.items()
+    }
+    defaults["learning_rate"] = FULL_LEARNING_RATE if args.full_finetuning else LORA_LEARNING_RATE
+    values = args.to_dict()
+    shown = [name for name in dict.fromkeys([*_TRAINING_FIELDS, *own]) if name in values and name not in _NOT_SHOWN]
+    shown = [
+        name
+        for name in shown
+        if name in _TRAINING_FIELDS or not name.startswith(("logging_", "remove_", "ddp_", "sample_"))
+    ]
+    listed = [Hyperparameter(name, values[name], values[name] == defaults[name]) for name in shown]
+    return [Hyperparameter("rows per update", effective_batch), *listed]
+
+
+def _hardware(world_size: int) -> str:
+    import torch
+
+    count = f"{world_size} × " if world_size > 1 else ""
+    if torch.cuda.is_available():
+        return f"{count}{torch.cuda.get_device_name()}"
+    return f"{count}CPU ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _versions() -> dict[str, str]:
+    from tgol_trainer import __version__
+
+    return {"tgol_trainer": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def _training(state: TrainerState) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if not state.global_step:
+        return facts
+    facts["steps"] = state.global_step
+    facts["epochs"] = round(state.epoch, 3) if state.epoch is not None else None
+    for line in state.log_history:
+        if "train_runtime" in line:
+            facts["train_seconds"] = line["train_runtime"]
+        for name in ("loss", "rewards/accuracies", "rewards/margins", "eval_loss", "eval_rewards/accuracies"):
+            if name in line:
+                facts[name] = line[name]
+    return facts
+
+
+def _combination_facts(combination: ScoreCombination) -> dict[str, Any]:
+    columns = zip(combination.columns, combination.weights, combination.centers, combination.scales, strict=True)
+    rows = [dict(zip(("name", "weight", "mean", "std"), column, strict=True)) for column in columns]
+    for row, tau in zip(rows, combination.raw_thresholds, strict=False):
+        row["threshold"] = tau
+    return {"method": combination.method, "columns": rows}
+
+
+def _labelling_facts(labelling: Labelling | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    if labelling is None:
+        return {}, {}
+    threshold = {
+        **labelling.threshold.to_dict(),
+        "num_negative": labelling.threshold.num_negative,
+        "normalization": dataclasses.asdict(labelling.normalization),
+        **({"combination": _combination_facts(labelling.combination)} if labelling.combination else {}),
+        **{name: value for name, value in labelling.strategy.items() if name != "name"},
+    }
+    weights = labelling.weights
+    if weights is None:
+        return threshold, {}
+    weighting = labelling.weighting
+    facts = {**dataclasses.asdict(weights), "formula": weighting.formula}
+    return threshold, {**facts, "confidence_scale": weighting.scale} if "c·" in weighting.formula else facts
+
+
+def harvest_facts(trainer: Trainer | Any) -> CardFacts:
+    """
+    Gather what a card states about a run, at any moment of it.
+
+    Args:
+        trainer ([`TGOLTrainer`]):
+            Whose run it is. `trainer.card_extras` overrides single fields.
+
+    Returns:
+        [`card.CardFacts`]
+    """
+    args, family, origin = trainer.args, trainer.family, trainer.family.origin
+    extras = dict(trainer.card_extras)
+    hub_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id
+    usage = family.full_usage if args.full_finetuning else family.usage
+    prompt = trainer.example_prompt or "a photo"
+    if args.loss_type == "csft":  # what it was trained to answer with its positives
+        prompt += args.csft_suffixes[0]
+    threshold, weights = _labelling_facts(trainer.labelling)
+    limits = ["It inherits the limits, the biases and the terms of use of its base model."]
+    adapter = {} if args.full_finetuning else adapter_metadata(family.denoiser.peft_config[POLICY])
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts = CardFacts(
+        model_name=os.path.basename(os.path.normpath(hub_id or args.output_dir)),
+        hub_model_id=hub_id,
+        base_model=origin.hub_id,
+        base_model_revision=origin.revision,
+        base_model_note=origin.note,
+        pipeline_class=type(family.pipeline).__name__,
+        pipeline_tag=family.pipeline_tag,
+        datasets=trainer.dataset_facts,
+        threshold=threshold,
+        weights=weights,
+        **(hub_license(origin.hub_id, origin.revision) if origin.hub_id else origin.license),
+        adapter=adapter,
+        full_finetuning=args.full_finetuning,
+        hyperparameters=_hyperparameters(args, batch),
+        training=_training(trainer.state),
+        example_prompt=trainer.example_prompt,
+        usage=usage(hub_id or ".", prompt),
+        hardware=_hardware(args.world_size),
+        versions=_versions(),
+        limits=limits,
+        created=datetime.date.today().isoformat(),
+    )
+    return dataclasses.replace(facts, **extras)

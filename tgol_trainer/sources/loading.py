@@ -1,0 +1,412 @@
+"""A name or a path to a dataset: the Hub, a saved dataset, a folder of images or videos, a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from pyarrow.dataset import ParquetFragmentScanOptions
+
+from tgol_trainer.data.images import DataError, describe
+from tgol_trainer.data.parquet import ParquetColumns
+from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
+
+from .shards import incomplete
+
+logger = logging.getLogger(__name__)
+
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg")
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
+_SAMPLE = 1_000_000
+"""Characters of a CSV file that are searched for decimal commas."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+
+
+def load_scored_dataset(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    columns: Columns = DEFAULT_COLUMNS,
+) -> AnyDataset:
+    """
+    Load a dataset of prompts, images or videos, and scores. Rows are not checked here, see [`prepare_dataset`].
+
+    Args:
+        source (`str`):
+            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
+            videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
+            Parquet, JSON Lines or CSV files; or one such file. Paths in a table count from the folder of the table.
+        name (`str`, *optional*):
+            Configuration of a dataset that has several.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
+            its name.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return a stream instead of downloading first.
+        columns ([`Columns`], *optional*):
+            Its image column, and its video column or else `"video"`, are those whose paths are resolved.
+
+    Returns:
+        [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
+
+    Raises:
+        DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
+    """
+    dataset: AnyDataset = _find(source, name, split, streaming, columns, None)
+    return dataset
+
+
+def load_columns(
+    source: str, only: Sequence[str], *, name: str | None = None, split: str = "train", streaming: bool = False
+) -> AnyDataset | ParquetColumns:
+    """
+    Load some columns of a dataset, for a look at its scores: paths are not resolved, and of Parquet files with all of
+    them nothing else is read and nothing copied to the cache.
+
+    Args:
+        source (`str`):
+            As for [`load_scored_dataset`]; so are the last three.
+        only (`Sequence[str]`):
+            Columns that are wanted. The result may have more.
+        name (`str`, *optional*):
+            Configuration.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return a stream, or [`ParquetColumns`].
+
+    Returns:
+        [`ParquetColumns`] of local Parquet files with all the columns, a stream of other Parquet files, else what
+        [`load_scored_dataset`] returns.
+
+    Raises:
+        DataError: as [`load_scored_dataset`].
+    """
+    dataset: AnyDataset | ParquetColumns = _find(source, name, split, streaming, DEFAULT_COLUMNS, only)
+    return dataset
+
+
+def _find(
+    source: str, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
+) -> Any:
+    path = Path(source).expanduser()
+    if streaming and split != _base_split(split):
+        raise DataError(f"`split`: a stream takes no slice such as {split!r}. Name the split alone, or do not stream.")
+    if path.is_file():
+        return _load_file(path, split, streaming, columns, only)
+    if path.is_dir():
+        return _load_folder(path, name, split, streaming, columns, only)
+    if not _HUB_ID.fullmatch(source) or path.suffix.lower() in _BUILDERS:
+        raise DataError(
+            f"`source`: {source!r} is no file and no folder here (looked from {os.getcwd()}), and no Hub id, which "
+            "has the form 'owner/name'. Check the path."
+        )
+    hint = (
+        f"No file or folder of that name exists here (looked from {os.getcwd()}), so it was taken for a Hub id. Check "
+        "its spelling, the `name` of the configuration and the `split`; for a private or gated dataset, log in with "
+        "`hf auth login`."
+    )
+    dataset = _attempt(source, hint, _load, source, name, split=split, streaming=streaming, only=only)
+    return _with_origin(dataset, source)
+
+
+def hub_commit(dataset: AnyDataset) -> str | None:
+    """Return the commit of the Hub that a dataset was downloaded from, where its place in the cache tells it."""
+    files = getattr(dataset, "cache_files", None) or [{"filename": ""}]
+    commit = re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", files[0]["filename"])
+    return commit[1] if commit else None
+
+
+def _with_origin(dataset: AnyDataset, source: str) -> AnyDataset:
+    """Note Hub id and commit where `datasets` itself did until it stopped to, for cards."""
+    commit = hub_commit(dataset)
+    if commit and not dataset.info.download_checksums:
+        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
+    return dataset
+
+
+def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return load(*args, **kwargs)
+    except LOAD_ERRORS as error:
+        inner = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise DataError(
+            f"`source`: {str(source)!r} could not be loaded: {type(inner).__name__}: {inner}\n{hint}"
+        ) from error
+
+
+def _load(
+    *args: Any, split: str, streaming: bool, only: Sequence[str] | None, **kwargs: Any
+) -> AnyDataset | ParquetColumns:
+    if only is None:
+        return datasets.load_dataset(*args, split=split, streaming=streaming, **kwargs)
+    builder = datasets.load_dataset_builder(*args, **kwargs)
+    by_column = hasattr(builder.config, "fragment_scan_options") and split == _base_split(
+        split
+    )  # Parquet; a stream takes no slice
+    if not (streaming or by_column):
+        return datasets.load_dataset(*args, split=split, **kwargs)
+    files = (builder.config.data_files or {}).get(split, [])
+    local = bool(files) and all(os.path.isfile(file) for file in files)
+    if by_column and local and set(only) <= set(pq.read_schema(files[0]).names):
+        return ParquetColumns(files, only)
+    dataset = builder.as_streaming_dataset(split=split)
+    if by_column and set(only) <= set(dataset.features or ()):
+        builder.config.columns = list(only)
+        # Without it the whole of the columns is held in memory before the first row.
+        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+        dataset = builder.as_streaming_dataset(split=split)
+    return dataset
+
+
+def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None) -> Any:
+    builder = _BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise DataError(
+            f"`source`: {str(path)!r} is a file of a kind that is not read; give one of {', '.join(_BUILDERS)}, or a "
+            "folder."
+        )
+    hint = (
+        "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 (of a "
+        "spreadsheet: save it as 'CSV UTF-8')."
+    )
+    dataset = _attempt(
+        path,
+        hint,
+        _load,
+        builder,
+        data_files={_base_split(split): str(path)},
+        split=split,
+        streaming=streaming,
+        only=only,
+        **(_csv_options([path]) if builder == "csv" else {}),
+    )
+    dataset = _without_blanks(dataset) if builder == "csv" else dataset
+    return dataset if only is not None else _resolve_files(dataset, path.parent, columns)
+
+
+def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the options of the CSV reader for files as spreadsheets write them; the first one decides."""
+    for path in paths[1:]:
+        _read_sample(path)  # refuses rows that are too long
+    separator, cells = _read_sample(paths[0])
+    decimal_comma = separator != "," and any(_DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells)
+    return {
+        "sep": separator,
+        "decimal": "," if decimal_comma else ".",
+        # Where the first row has more values than the header, the reader would take its first column for row names,
+        # and every other column for the one beside it; a separator at the end of each row is enough.
+        "index_col": False,
+        "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
+        # In one piece: else a word in a later piece of a column that began with numbers stops the reader, where the
+        # check of the rows can say which row it is.
+        "chunksize": 2**31 - 1,
+    }
+
+
+def _read_sample(path: Path) -> tuple[str, list[str]]:
+    """Return the separator of a CSV file and the cells of its beginning."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        beginning = file.read(_SAMPLE)
+    header = next((line for line in io.StringIO(beginning, newline="") if line.strip()), "")
+    # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
+    separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
+    rows = csv.reader(io.StringIO(beginning, newline=""), delimiter=separator, skipinitialspace=True)
+    columns: list[str] = next(filter(None, rows), [])  # the reader of `datasets` passes over blank lines too
+    cells: list[str] = []
+    for row in rows:
+        cells += row
+        if any(cell.strip() for cell in row[len(columns) :]):
+            sign = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
+            raise DataError(
+                f"`source`: line {rows.line_num} of {str(path)!r} has {len(row)} values, and the header names "
+                f"{len(columns)}: {columns}. The first line must name every column, and a text that holds a {sign} "
+                f'must stand in double quotation marks: "one{separator} two". The line: '
+                + describe(separator.join(row), 100)
+            )
+    return separator, cells
+
+
+def _load_folder(
+    path: Path, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
+) -> Any:
+    lacking = incomplete(path)
+    if lacking is not None and not any((path / "data").glob("*.parquet")):
+        raise DataError(f"`source`: {lacking}")  # what is there are settings
+    if lacking is not None:
+        logger.warning("%s Until then the rows that are there are read, and no others.", lacking)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _load_saved(path, split, streaming)
+    for folder in (path / split, path):
+        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
+        if metadata is not None:
+            return _load_file(metadata, split, streaming, columns, only)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
+    images = [file for file in files if file.suffix.lower() in _IMAGES + _VIDEOS]
+    if not any(file.name in _METADATA for file in files):
+        if images and not tables:
+            raise _no_metadata(path, images, columns)
+        if not tables:
+            raise DataError(
+                f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no "
+                f"{', '.join(_BUILDERS)} file."
+            )
+    hint = f"Check that the folder has a split {split!r} and that its files have the same columns."
+    builder, options = str(path), {"name": name}
+    if images and tables and not any(file.name in _METADATA for file in files):
+        # `datasets` takes a folder for what most of its files are, here images, and would leave the tables unread.
+        builder, options = _tables_of(path, tables, split)
+    elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
+        options |= _csv_options(tables)
+    dataset = _attempt(path, hint, _load, builder, split=split, streaming=streaming, only=only, **options)
+    dataset = _without_blanks(dataset) if "sep" in options else dataset
+    return dataset if only is not None else _resolve_files(dataset, path, columns)
+
+
+def _without_blanks(dataset: AnyDataset) -> AnyDataset:
+    """Take the blanks around the names of columns away, as in `prompt , score`."""
+    known = dataset.column_names or []
+    names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
+    return dataset.rename_columns(names) if names and len(set(names.values())) == len(names) else dataset
+
+
+def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
+    """Return the builder and the arguments that load the tables of one split, by the split in their names."""
+    builders = {_BUILDERS[file.suffix.lower()] for file in tables}
+    names = sorted(file.relative_to(path).as_posix() for file in tables)
+    if len(builders) > 1:
+        raise DataError(f"`source`: {str(path)!r} holds tables of several kinds: {names}. Name one file.")
+    base = _base_split(split)
+    words = {file: set(re.split(r"[\W\d_]+", file.relative_to(path).as_posix().lower())) for file in tables}
+    if any(words[file] & known for file in tables for known in _SPLIT_WORDS.values()):
+        tables = [file for file in tables if words[file] & _SPLIT_WORDS.get(base, {base.lower()})]
+    if not tables:
+        raise DataError(f"`split`: of the tables {names} in {str(path)!r}, none belongs to the split {base!r}.")
+    options = {"data_files": {base: [str(file) for file in sorted(tables)]}}
+    builder = builders.pop()
+    return builder, options | (_csv_options(tables) if builder == "csv" else {})
+
+
+def _base_split(split: str) -> str:
+    return re.sub(r"\W.*", "", split)  # "train[:100]" -> "train"
+
+
+def _load_saved(path: Path, split: str, streaming: bool) -> AnyDataset:
+    dataset = _attempt(path, "Save it again with `dataset.save_to_disk`.", datasets.load_from_disk, str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DataError(
+                f"`split`: {str(path)!r} has the splits {list(dataset)}, not {split!r}. Give one of them; a saved "
+                "dataset takes no slice such as 'train[:100]'."
+            )
+        dataset = dataset[split]
+    if streaming:
+        return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
+    return dataset
+
+
+def _no_metadata(path: Path, images: list[Path], columns: Columns) -> DataError:
+    names = sorted(file.relative_to(path).as_posix() for file in images)
+    lines = "\n".join(
+        json.dumps({"file_name": file, columns.prompt: prompt, columns.score: score}, ensure_ascii=False)
+        for file, prompt, score in ((names[0], "a red kite over the sea", 4), (names[-1], "a dog in a hat", 2.5))
+    )
+    medium = "video" if images[0].suffix.lower() in _VIDEOS else "image"
+    return DataError(
+        f"`source`: the folder {str(path)!r} holds {len(images)} {medium}s and no metadata, so there are no prompts "
+        f"and no scores. Add a file metadata.jsonl to it, with one line {'a' if medium == 'video' else 'an'} {medium}:"
+        f"\n{lines}"
+    )
+
+
+def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
+    """Make columns of paths absolute and of images or videos; anything else is left to the check of the columns."""
+    arguments = {"folder": str(folder.resolve()), "image": columns.image, "video": columns.video or "video"}
+    if dataset.features is None:
+        # A streamed CSV or JSON file: types are known once rows are read.
+        return dataset.map(_absolute_row, fn_kwargs=arguments)
+    if "file_name" in dataset.features and not {arguments["image"], arguments["video"]} & set(dataset.features):
+        first: dict[str, Any] = next(iter(dataset.select_columns(["file_name"])), {})
+        medium = "video" if _is_video(first.get("file_name")) else "image"
+        dataset = dataset.rename_column("file_name", arguments[medium])
+    for medium in ("image", "video"):
+        if arguments[medium] in dataset.features:
+            dataset = _resolve_column(dataset, arguments["folder"], arguments[medium], medium)
+    return dataset
+
+
+def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) -> AnyDataset:
+    feature = dataset.features[column]
+    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+    if dtype in ("string", "large_string", "null"):
+        features = dataset.features.copy()
+        features[column] = datasets.Value("string")
+        dataset = dataset.map(
+            _resolve_paths,
+            batched=True,
+            fn_kwargs={"folder": folder, "column": column},
+            features=features,
+            **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": f"Resolving {medium} paths"}),
+        )
+    if dtype in ("string", "large_string", "null", "binary", "large_binary") or isinstance(feature, dict):
+        # Videos are decoded here; the decoder of `datasets` is another package.
+        kind = datasets.Image() if medium == "image" else datasets.Video(decode=False)
+        dataset = dataset.cast_column(column, kind)
+    return dataset
+
+
+def _is_video(path: Any) -> bool:
+    return isinstance(path, str) and path.lower().endswith(_VIDEOS)
+
+
+def absolute_path(path: Any, folder: str | Path) -> Any:
+    """
+    Return a path of a table as an absolute one.
+
+    Args:
+        path (`Any`):
+            A path, absolute or relative to `folder`, written on Windows or not; URLs and what is no text stay.
+        folder (`str` or `Path`):
+            Of the table.
+    """
+    if not isinstance(path, str) or not path.strip() or "://" in path:
+        return path
+    # What is there is not looked at: `datasets` keeps the result, and the files may be put there later.
+    path = path.strip().replace("\\", os.sep)
+    return os.path.join(os.path.abspath(folder), path)  # an absolute path stays what it is
+
+
+def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
+    return {column: [absolute_path(path, folder) for path in batch[column]]}
+
+
+def _absolute_row(row: dict[str, Any], folder: str, image: str, video: str) -> dict[str, Any]:
+    found = {name: absolute_path(row[name], folder) for name in (image, video) if name in row}
+    if found or "file_name" not in row:
+        return found or {image: None}
+    name = video if _is_video(row["file_name"]) else image
+    return {name: absolute_path(row["file_name"], folder)}
