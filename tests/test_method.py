@@ -62,6 +62,9 @@ def expected_first_loss(name, scores, reference_error):
             distance = np.where(scores >= cut, offset, -offset)  # softplus(-(±1)·(0 - b)) = ln(1 + exp(±b))
             value += ((1 + 5 * np.abs(scores - cut)) * np.log1p(np.exp(distance))).mean() / 3
         return value
+    if name == "tgol_pairs":  # eight prompts in turn, eight rows each
+        differences = [abs(scores[i] - scores[j]) for i in range(64) for j in range(i % 8, 64, 8) if i != j]
+        return (1 + 5 * np.mean(differences)) * math.log(2)
     if name == "kto":
         return 0.5
     if name == "dro":
@@ -79,7 +82,7 @@ def expected_first_loss(name, scores, reference_error):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type):
     settings = {"max_steps": 1, "per_device_train_batch_size": 64, "loss_type": loss_type}
-    if loss_type == "dpo":
+    if loss_type in ("dpo", "tgol_pairs"):
         settings["group_size"] = 8
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
     with torch.no_grad():
@@ -95,7 +98,7 @@ def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type)
 def test_eight_steps_lower_every_loss_on_its_own_batch(config, grouped, loss_type):
     """Error of the reference for the supervised losses starts at a finite value; the others at their zero value."""
     settings = {"max_steps": 8, "per_device_train_batch_size": 16, "loss_type": loss_type}
-    if loss_type == "dpo":
+    if loss_type in ("dpo", "tgol_pairs"):
         settings["group_size"] = 8
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.select(range(16)), peft_config=LORA)
     batch = trainer.collator([trainer.train_dataset[row] for row in range(16)])
@@ -163,7 +166,7 @@ def test_a_group_column_other_than_the_prompt_is_read(config, grouped):
     trainer = TGOLTrainer(
         stable_diffusion(), config(threshold_strategy="group", group_column="domain"), rows, peft_config=LORA
     )
-    assert set(trainer.labelling.by_group) == {"domain 0", "domain 1"}
+    assert set(trainer.labeler.by_group) == {"domain 0", "domain 1"}
 
 
 def test_oracle_thresholds_come_from_the_prompts_of_a_proxy_set(config, grouped):
@@ -178,7 +181,8 @@ def test_oracle_thresholds_come_from_the_prompts_of_a_proxy_set(config, grouped)
     scores, prompts = np.asarray(proxy["score"]), np.asarray(proxy["prompt"])
     for row in range(32):
         own = scores[prompts == grouped["prompt"][row]].mean()
-        assert trainer.train_dataset[row]["threshold"] == pytest.approx(own, abs=1e-3)
+        assert trainer.labeler.rows[row] == pytest.approx(own, abs=1e-3)
+        assert trainer.train_dataset[row]["margin"] == pytest.approx(grouped["score"][row] - own, abs=1e-3)
 
 
 def test_cut_points_on_ties_divide_the_rows_and_weights_have_mean_one_over_them(config, grouped, tmp_path):
@@ -188,12 +192,12 @@ def test_cut_points_on_ties_divide_the_rows_and_weights_have_mean_one_over_them(
     settings = {"loss_type": "ordinal", "normalize_weights": True, "per_device_train_batch_size": 64, "max_steps": 1}
     settings |= {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
     trainer = trained(config, rows, **settings)
-    assert list(trainer.collator.cut_points) == [1.5, 1.5, 2.25]
+    assert list(trainer.labeler.cut_points) == [1.5, 1.5, 2.25]
     assert first_line(trainer)["weights/mean"] == pytest.approx(1.0, rel=1e-5)
-    assert trainer.labelling.weights.mean == pytest.approx(1.0)
+    assert trainer.labeler.weights.mean == pytest.approx(1.0)
     again = TGOLTrainer(stable_diffusion(), config(**settings), rows, peft_config=LORA)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert list(again.collator.cut_points) == [1.5, 1.5, 2.25]
+    assert list(again.labeler.cut_points) == [1.5, 1.5, 2.25]
 
 
 @pytest.mark.parametrize("loss_type", ["qrpo", "nft"])
@@ -202,7 +206,7 @@ def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_need
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.to_iterable_dataset(), peft_config=LORA)
     trainer.train()
     scores = np.asarray(grouped["score"])
-    assert trainer.labelling.score_std == pytest.approx(scores.std())
+    assert trainer.labeler.score_std == pytest.approx(scores.std())
     if loss_type == "qrpo":
         quantile = ((scores[:, None] > scores).sum(1) + 0.5)[:8] / 64
         expected = ((quantile - math.log(math.e - 1)) ** 2).mean()
@@ -210,7 +214,7 @@ def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_need
 
 
 @pytest.mark.parametrize(
-    "settings", [{"loss_type": "dpo"}, {"log_ratio_centering": "group"}, {"log_ratio_centering": "pairs"}]
+    "settings", [{"loss_type": "dpo"}, {"log_ratio_centering": "group"}, {"loss_type": "tgol_pairs"}]
 )
 def test_groups_without_two_different_scores_are_refused(config, grouped, settings):
     """They would give a loss of 0 for ever, or train without the centring that was asked for."""
@@ -241,7 +245,7 @@ def test_a_proxy_set_of_the_moved_reference_labels_training_and_evaluation_and_i
         weights.append(size)
         return grouped.map(lambda row: {"score": row["score"] + 0.2 * size / (1 + size)})
 
-    settings = {"sync_ref_model": "epoch", "threshold_update": "epoch", "threshold_strategy": "group"}
+    settings = {"reference_update": "epoch", "threshold_update": "epoch", "threshold_strategy": "group"}
     settings |= {"max_steps": 14, "save_strategy": "steps", "save_steps": 12, "learning_rate": 1e-3}
     settings |= {"output_dir": str(tmp_path)}
 
@@ -252,11 +256,11 @@ def test_a_proxy_set_of_the_moved_reference_labels_training_and_evaluation_and_i
     whole = trainer_of()
     whole.train()
     assert weights[0] == 0 < weights[1]
-    np.testing.assert_allclose(whole.eval_dataset.thresholds, whole.train_dataset.thresholds[:8])
+    np.testing.assert_allclose(whole.eval_dataset.labels.margin, whole.train_dataset.labels.margin[:8])
     again = trainer_of()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert weights[2:] == [0, pytest.approx(weights[1], rel=1e-6)]
-    np.testing.assert_allclose(again.train_dataset.thresholds, whole.train_dataset.thresholds, rtol=1e-6)
+    np.testing.assert_allclose(again.labeler.rows, whole.labeler.rows, rtol=1e-6)
     assert losses(again)[-2:] == losses(whole)[-2:]
 
 
@@ -273,7 +277,7 @@ def test_a_running_threshold_follows_the_stream(config, grouped):
     scores = np.asarray(grouped["score"])
     history = np.concatenate([scores[:8], scores])
     for row, sample in enumerate(trainer.train_dataset):
-        assert sample["threshold"] == pytest.approx(np.median(history[row + 1 : row + 9]))
+        assert sample["margin"] == pytest.approx(scores[row] - np.median(history[row + 1 : row + 9]), rel=1e-5)
     trainer.train()
 
 
@@ -334,7 +338,7 @@ def test_centring_takes_the_mean_of_the_others_off_log_ratios_and_scores(config,
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_pairs_take_each_other_sample_of_the_group_for_threshold(config, grouped, strength):
     """A group of eight and a row that is alone, everything again in loops: Eq. 10 of each difference, then means."""
-    settings = {"log_ratio_centering": "pairs", "centering_strength": strength, "group_size": 8}
+    settings = {"loss_type": "tgol_pairs", "centering_strength": strength, "group_size": 8}
     rows = [*range(0, 64, 8), 1]
     loss, log_ratio, scores = loss_of_a_moved_policy(config(**settings), grouped, rows)
     margin = scores - np.median(grouped["score"])
@@ -394,11 +398,10 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
         ({"loss_type": "dpo"}, "group_size"),
         ({"log_ratio_centering": "group"}, "group_size"),
         ({"group_size": 3}, "must divide"),
-        ({"log_ratio_centering": "pairs"}, "group_size"),
+        ({"loss_type": "tgol_pairs"}, "group_size"),
         ({"log_ratio_centering": "group", "group_size": 4, "loss_type": "nft"}, "centering"),
-        ({"log_ratio_centering": "pairs", "group_size": 4, "loss_type": "kto"}, "loss_type"),
-        ({"threshold_strategy": "fixed"}, "give its value"),
-        ({"threshold_strategy": "group", "threshold": 0.1}, "leave it out"),
+        ({"loss_type": "tgol_pairs", "group_size": 4, "log_ratio_centering": "group"}, "loss_type"),
+        ({"threshold_strategy": "group", "threshold": 0.1}, "leave one out"),
         ({"ordinal_percentiles": [50.0, 20.0]}, "increase"),
         ({"csft_suffixes": ["one"]}, "two texts"),
         ({"oracle_beta": -1.0}, "larger than 0"),
@@ -407,7 +410,7 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
         (
             {"threshold_strategy": "group", "threshold_update": "epoch", "dataloader_persistent_workers": True}
             | {"dataloader_num_workers": 1},
-            "thresholds of groups",
+            "labels of the first epoch",
         ),
     ],
 )
@@ -433,7 +436,7 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
     )
     with caplog.at_level("WARNING", logger="tgol_trainer"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "thresholds of the rows given now differ" in caplog.text
+    assert "have other thresholds than the checkpoint was trained with" in caplog.text
 
 
 @pytest.mark.parametrize(

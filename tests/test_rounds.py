@@ -111,7 +111,7 @@ def test_rounds_that_are_all_there_are_neither_trained_again_nor_forgotten(two):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"full_finetuning": True}, "full_finetuning"), ({"sync_ref_model": "epoch"}, "sync_ref_model")],
+    [({"full_finetuning": True}, "full_finetuning"), ({"reference_update": "epoch"}, "reference_update")],
 )
 def test_settings_that_rounds_cannot_have_are_refused(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):

@@ -188,7 +188,7 @@ def test_the_reference_stays_the_base_model_while_the_policy_moves(config, datas
 
 
 def test_syncing_each_epoch_makes_the_policy_the_reference_and_the_first_loss_ln_2_again(config, dataset):
-    args = config(max_steps=-1, num_train_epochs=2, sync_ref_model="epoch", learning_rate=1e-3)
+    args = config(max_steps=-1, num_train_epochs=2, reference_update="epoch", learning_rate=1e-3)
     trainer = TGOLTrainer(stable_diffusion(), args, dataset)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -222,7 +222,7 @@ def test_full_finetuning_trains_every_weight_against_a_frozen_copy(config, datas
     [
         {},
         {"full_finetuning": True, "learning_rate": 1e-4},
-        {"sync_ref_model": "epoch", "max_steps": -1, "num_train_epochs": 2},
+        {"reference_update": "epoch", "max_steps": -1, "num_train_epochs": 2},
         {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "random_flip": True},
     ],
     ids=["lora", "full", "synced", "accumulated"],
@@ -271,7 +271,7 @@ def test_the_threshold_of_the_checkpoint_wins_over_changed_data(config, dataset,
     caplog.set_level(logging.WARNING)
     other.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
     assert "The checkpoint's threshold is" in caplog.text
-    assert other.threshold.value == first.threshold.value == float(other.collator.threshold)
+    assert other.threshold.value == first.threshold.value == other.labeler.threshold.value
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(config, dataset, tmp_path):
@@ -369,10 +369,39 @@ def test_the_adapter_is_float32_on_a_base_of_lower_precision(config, dataset, dt
 def test_gradient_checkpointing_changes_memory_and_not_the_losses(config, dataset):
     plain = TGOLTrainer(stable_diffusion(), config(), dataset)
     plain.train()
-    checkpointed = TGOLTrainer(stable_diffusion(), config(gradient_checkpointing=True), dataset)
+    args = config(gradient_checkpointing=True)
+    checkpointed = TGOLTrainer(stable_diffusion(), args, dataset)
     assert checkpointed.model.is_gradient_checkpointing
     checkpointed.train()
     assert losses(checkpointed) == losses(plain)
+
+
+def test_checkpointing_stays_set_in_the_arguments_so_that_it_is_recorded_and_a_second_trainer_has_it(config, dataset):
+    args = config(gradient_checkpointing=True)
+    first = TGOLTrainer(stable_diffusion(), args, dataset)
+    first.train()
+    first.save_model()
+    assert json.loads(Path(args.output_dir, "training_args.json").read_text())["gradient_checkpointing"] is True
+    second = TGOLTrainer(stable_diffusion(), args, dataset)
+    assert args.gradient_checkpointing is True and second.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row, index: {"score": 1000 * row["score"]}, "Scores are spread too wide for c = 5"),
+        (lambda row, index: {"score": row["score"] / 1000}, "Scores are spread too narrowly for c = 5"),
+        (
+            lambda row, index: {"score": float(index % 5 > 1) + index / 1e3, "prompt": f"prompt {index % 5}"},
+            "have positive labels alone and",
+        ),
+    ],
+)
+def test_what_looks_wrong_with_the_labels_is_a_warning_with_its_flag(config, dataset, caplog, change, message):
+    with caplog.at_level("WARNING", logger="tgol_trainer"):
+        TGOLTrainer(stable_diffusion(), config(), dataset.map(change, with_indices=True))
+    found = [record.getMessage() for record in caplog.records if message in record.getMessage()]
+    assert len(found) == 1 and "To change that: " in found[0] and "--" in found[0]
 
 
 def test_bf16_autocast_trains(config, dataset):
@@ -479,7 +508,7 @@ def test_a_proxy_set_gives_the_threshold(config, dataset):
 def test_normalisation_takes_its_statistics_from_the_data_that_gave_the_threshold(config, dataset):
     proxy = datasets.Dataset.from_dict({"score": [-1.0, 0.0, 1.0]})
     trainer = TGOLTrainer(stable_diffusion(), config(score_normalization="zscore"), dataset, proxy_dataset=proxy)
-    assert (trainer.labelling.normalization.center, trainer.labelling.normalization.scale) == pytest.approx(
+    assert (trainer.labeler.normalization.center, trainer.labeler.normalization.scale) == pytest.approx(
         (0.0, math.sqrt(2 / 3))
     )
 
@@ -491,14 +520,13 @@ def test_a_proxy_function_is_called_again_after_each_sync(config, dataset):
         calls.append(pipe)
         return datasets.Dataset.from_dict({"score": [-0.1, 0.1 * len(calls)]})
 
-    args = config(max_steps=-1, num_train_epochs=2, sync_ref_model="epoch", threshold_update="epoch")
+    args = config(max_steps=-1, num_train_epochs=2, reference_update="epoch", threshold_update="epoch")
     pipe = stable_diffusion()
     trainer = TGOLTrainer(pipe, args, dataset, proxy_dataset=proxy)
     first = trainer.threshold.value
     trainer.train()
     assert calls == [pipe, pipe]
     assert trainer.threshold.value > first
-    assert float(trainer.collator.threshold) == trainer.threshold.value
 
 
 def test_ratings_full_of_ties_train_and_say_that_the_threshold_moved(config, caplog):
@@ -629,6 +657,6 @@ def test_the_state_file_holds_threshold_and_normalisation_as_json(config, datase
     assert state["threshold"]["value"] == trainer.threshold.value
     assert state["normalization"] == {
         "method": "zscore",
-        "center": trainer.labelling.normalization.center,
-        "scale": trainer.labelling.normalization.scale,
+        "center": trainer.labeler.normalization.center,
+        "scale": trainer.labeler.normalization.scale,
     }

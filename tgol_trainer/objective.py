@@ -1,4 +1,4 @@
-"""From what policy and reference say about a batch to its loss: one function a loss type."""
+"""Compute the loss of a batch from what policy and reference say about it: one loss function per loss type."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from tgol_trainer import losses, thresholds
-from tgol_trainer.config import MethodArguments
-from tgol_trainer.labels import Labelling
-from tgol_trainer.losses import LossRecord
+from . import losses, thresholds
+from .config import MethodArguments
+from .losses import LossRecord
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredBatch:
     """
-    A batch after both passes, all (B,).
+    A batch after the passes of policy and reference, all (B,).
 
     Args:
         log_ratio (`torch.Tensor`):
@@ -24,9 +23,9 @@ class Scored:
         error (`torch.Tensor`):
             float32 error of the policy, with gradient.
         batch (`dict[str, torch.Tensor]`):
-            Of [`data.Collator`]: `margin`, `score`, `group` and so on.
+            Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
         mixed_error (`Callable[[float], torch.Tensor]`):
-            The (B,) error of `v_ref + b·(v_θ - v_ref)`, for any b.
+            Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
     """
 
     log_ratio: torch.Tensor
@@ -35,52 +34,48 @@ class Scored:
     mixed_error: Callable[[float], torch.Tensor]
 
 
-def training_loss(scored: Scored, args: MethodArguments, labelling: Labelling | None) -> LossRecord:
+def training_loss(
+    scored: ScoredBatch, args: MethodArguments, weighting: thresholds.Weighting, score_std: float = 1.0
+) -> LossRecord:
     """
-    The loss of `args.loss_type` on a batch.
-
-    With `log_ratio_centering="group"` and strength κ, the log-ratio is less κ times the mean of the group's others in
-    the batch, and the margin `(1 - κ)·(s_i - τ) + κ·(s_i - mean_{j≠i} s_j)`; a sample that is alone keeps both.
-    "pairs" does the same with each of the others by itself.
+    Compute the loss of `args.loss_type` on a batch.
 
     Args:
-        scored ([`Scored`]):
+        scored ([`ScoredBatch`]):
             The batch after both passes.
         args ([`MethodArguments`]):
             Loss type and its settings.
-        labelling ([`data.Labelling`], *optional*):
-            Weights and the spread of the scores; `None` without training data.
+        weighting ([`thresholds.Weighting`]):
+            Weights of margins that only the batch knows: those within a group.
+        score_std (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the normalised scores, which NFT divides by.
 
     Returns:
         [`losses.LossRecord`]: all (B,).
     """
-    batch, beta = scored.batch, args.beta
-    weighting, score_std = (labelling.weighting, labelling.score_std) if labelling else (args.weighting, 1.0)
-    log_ratio, margin = scored.log_ratio, batch["margin"]
-    if args.log_ratio_centering == "group":
-        others, has = losses.group_mates_mean(log_ratio, batch["group"])
-        among = losses.group_differences(batch["score"], batch["group"])
-        log_ratio = log_ratio - args.centering_strength * others
-        margin = torch.where(has, margin + args.centering_strength * (among - margin), margin)
-    elif args.log_ratio_centering == "pairs":
-        among = batch["score"][:, None] - batch["score"][None, :]
-        margins = margin[:, None] + args.centering_strength * (among - margin[:, None])
-        margins = torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, margins)
-        return losses.mutual_threshold_loss(
+    batch, beta, log_ratio = scored.batch, args.beta, scored.log_ratio
+    margin, weight = batch["margin"], batch["weight"]
+    if args.loss_type == "tgol_pairs":
+        margins = losses.pair_margins(batch["score"], margin, args.centering_strength)
+        return losses.pairwise_threshold_loss(
             log_ratio, margins, batch["group"], weighting(margins), beta=beta, strength=args.centering_strength
         )
-    weight = weighting(margin)
+    if args.log_ratio_centering == "group":
+        log_ratio, margin = losses.centred_in_group(
+            log_ratio, margin, batch["score"], batch["group"], args.centering_strength
+        )
+        weight = weighting(margin)
     if args.loss_type == "tgol":
-        return losses.threshold_guided_loss(log_ratio, margin, 0.0, beta=beta, weight=weight)
+        return losses.threshold_guided_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "ordinal":
-        margins, offsets = batch["cut_margins"], thresholds.ordinal_offsets(args.ordinal_percentiles)
-        return losses.ordinal_loss(log_ratio, margins, offsets, weighting(margins), beta=beta)
+        offsets = thresholds.ordinal_offsets(args.ordinal_percentiles)
+        return losses.ordinal_loss(log_ratio, margin, offsets, weight, beta=beta)
     if args.loss_type == "kto":
-        return losses.kto_loss(log_ratio, margin, beta=beta, weight=weight)
+        return losses.kto_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "dro":
-        return losses.regression_loss(log_ratio, margin, beta=beta, weight=weight)
+        return losses.regression_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "qrpo":
-        return losses.quantile_regression_loss(log_ratio, batch["quantile"], beta=beta, weight=weight)
+        return losses.quantile_regression_loss(log_ratio, batch["quantile"], weight, beta=beta)
     if args.loss_type == "dpo":
         return losses.preference_loss(log_ratio, batch["score"], batch["group"], beta=beta)
     if args.loss_type == "nft":

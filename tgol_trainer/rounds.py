@@ -167,10 +167,10 @@ def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, imag
             "Rounds run in one process so far. With several, call `tgol generate`, `tgol score` and `tgol train "
             "--adapter_name_or_path PREVIOUS --reference initial` for each round."
         )
-    if args.full_finetuning or args.adapter_name_or_path or args.sync_ref_model != "no":
+    if args.full_finetuning or args.adapter_name_or_path or args.reference_update != "never":
         raise ValueError(
             "Rounds train an adapter, from the base model on, and move the reference between them: leave "
-            "`full_finetuning`, `adapter_name_or_path` and `sync_ref_model` at their defaults."
+            "`full_finetuning`, `adapter_name_or_path` and `reference_update` at their defaults."
         )
     if args.score_columns:
         raise ValueError(

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from tgol_trainer import adapters, shapes, thresholds
-from tgol_trainer._files import write_json
-from tgol_trainer.config import TGOLConfig
-from tgol_trainer.data import (
+from . import adapters, shapes, thresholds
+from .config import TGOLConfig
+from .data import (
     Collator,
     Columns,
     DataReport,
@@ -36,24 +35,24 @@ from tgol_trainer.data import (
     innermost_sampler,
     prepare_dataset,
 )
-from tgol_trainer.epochs import EpochStart
-from tgol_trainer.families import FamilySettings, ModelFamily, ModelOrigin, load_family, wrap_pipeline
-from tgol_trainer.labels import Labelling, fitting
-from tgol_trainer.labels.fitting import AnyDataset, ProxyDataset
-from tgol_trainer.likelihoods import RowGenerators, log_likelihood
-from tgol_trainer.metrics import RECORD, MetricSums, stack_record
-from tgol_trainer.objective import Scored, training_loss
-from tgol_trainer.sampling import RewardFuncs, SampleCallback
-from tgol_trainer.saving.card import DatasetFacts, write_card
-from tgol_trainer.saving.facts import dataset_facts, harvest_facts
-from tgol_trainer.saving.files import (
-    ARGUMENTS_NAME,
-    STATE_NAME,
-    ReportedConfig,
-    public_arguments,
-    saved_state,
+from .families import FamilySettings, ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from .labels import Labeler
+from .labels.advice import advise_training
+from .labels.training import (
+    STREAMED_COLUMNS,
+    AnyDataset,
+    ProxyDataset,
+    check_comparisons,
+    check_sources,
+    fit_rows,
 )
-from tgol_trainer.saving.trainer import HubTrainer
+from .likelihoods import RowGenerators, log_likelihood
+from .metrics import RECORD, MetricSums, stack_record
+from .objective import ScoredBatch, training_loss
+from .run import Run, RunCallback
+from .saving.facts import dataset_facts
+from .saving.files import STATE_NAME, ReportedConfig
+from .saving.trainer import SavingTrainer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -62,14 +61,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = -1
-"""Step that keys the random draws of evaluation, so that every evaluation uses the same ones."""
+"""Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
 
 
 class TrainingDivergedError(FloatingPointError):
     """The loss became NaN or infinite; the message names the usual causes and the last good checkpoint."""
 
 
-class TGOLTrainer(HubTrainer):
+class TGOLTrainer(SavingTrainer):
     """
     Align a diffusers pipeline from unpaired prompt / image / score rows (paper: arXiv 2605.04653).
 
@@ -83,7 +82,7 @@ class TGOLTrainer(HubTrainer):
             Prompt (str), image (or video) and score (real number, higher is better), in the columns that `args` names.
             Needed for `train()`.
         eval_dataset (the same, or `dict[str, Dataset]`, *optional*):
-            Labelled with the training threshold, so it needs a `train_dataset`.
+            Labelled with the training threshold, so a `train_dataset` is needed too.
         proxy_dataset (`datasets.Dataset`, or a callable `(pipeline) -> Dataset`, *optional*):
             Scores from which the threshold is estimated instead of the training scores (paper, Sec. 3.3). A callable
             gets the pipeline while the policy is the reference, and is called again after each sync where
@@ -92,11 +91,8 @@ class TGOLTrainer(HubTrainer):
             By default r = alpha = 16 on the model family's usual targets.
         quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
             Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
-        reward_funcs (`str`, `Callable` or a list of them, *optional*):
-            Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the images of
-            `args.sample_prompts`.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
-            Added to Trainer's own.
+            Added to Trainer's own; a [`sampling.SampleCallback`] draws and scores images during training.
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, as in Trainer.
 
@@ -118,7 +114,6 @@ class TGOLTrainer(HubTrainer):
         proxy_dataset: ProxyDataset | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
-        reward_funcs: RewardFuncs | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ) -> None:
@@ -129,13 +124,7 @@ class TGOLTrainer(HubTrainer):
         if args.score_columns:
             score = thresholds.combined_name(args.score_columns, args.score_combination)
         self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=score)
-        fitting.check_sources(
-            args,
-            streamed=None if train_dataset is None else isinstance(train_dataset, datasets.IterableDataset),
-            proxy=proxy_dataset is not None,
-            regenerated=callable(proxy_dataset),
-            proxy_streamed=isinstance(proxy_dataset, datasets.IterableDataset),
-        )
+        check_sources(args, train_dataset, proxy_dataset)
 
         self.family = self._load_family(model, quantization_config)
         if self.family.num_frames is not None:
@@ -148,22 +137,27 @@ class TGOLTrainer(HubTrainer):
 
         self.proxy_dataset = proxy_dataset
         self.data_reports: dict[str, DataReport] = {}
-        self.dataset_facts: list[DatasetFacts] = []
-        self.example_prompt: str | None = None
-        self.labelling: Labelling | None = None
+        self.dataset_facts = []
+        self.example_prompt = None
+        self.labeler: Labeler | None = None
         size = args.training_size(self.family.native_size, self.family.resolution_multiple)
         self.collator = Collator(size, num_frames=self.family.num_frames)
-        self._raw_stream = train_dataset if isinstance(train_dataset, datasets.IterableDataset) else None
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
-            train_rows = self._fit_threshold(train_rows)
+            train_rows = self._label(train_rows)
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
         self._train_sampler: Any = None
         self._reference_epoch = 0
-        self.card_extras: dict[str, Any] = {}
-        self.samples = SampleCallback(self, reward_funcs, gather_object)
+        self.card_extras = {}
+        self._run_callbacks = [callback for callback in callbacks or () if isinstance(callback, RunCallback)]
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("samples/") and not self._run_callbacks:
+            raise ValueError(
+                f"`metric_for_best_model` is {metric!r}, which will not be logged. Hand in a `SampleCallback` with "
+                "`reward_funcs` in `callbacks`."
+            )
 
         super().__init__(
             model=self.family.denoiser,
@@ -171,10 +165,12 @@ class TGOLTrainer(HubTrainer):
             data_collator=self.collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            compute_metrics=lambda records: {**_summarize_records(records), **self.samples.evaluate()},
-            callbacks=[EpochStart(self._on_epoch_begin), *(callbacks or []), self.samples],
+            compute_metrics=self._evaluation_metrics,
+            callbacks=[_EpochStart(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        for callback in self._run_callbacks:
+            callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
         self.label_names = ["row_id"]
 
@@ -232,8 +228,9 @@ class TGOLTrainer(HubTrainer):
             adapters.attach(family.denoiser, self._lora_config(peft_config), seed=args.seed, probe=family.probe)
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
             family.enable_gradient_checkpointing()
-            # diffusers' own switch; Trainer would look for transformers' method of another name.
-            args.gradient_checkpointing = args.activation_checkpointing = False
+            # Trainer calls the switch of transformers' models, which diffusers' models lack.
+            for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+                setattr(family.denoiser, name, _switched_on_already)
 
     def _lora_config(self, peft_config: PeftConfig | None) -> PeftConfig:
         from peft import LoraConfig
@@ -244,10 +241,27 @@ class TGOLTrainer(HubTrainer):
             config.target_modules = set(self.family.default_target_modules)
         return config
 
-    # ---- Data and threshold ----
+    def _run(self) -> Run:
+        """What a callback may use of this run."""
+        return Run(
+            args=self.args,
+            pipeline=self.family.pipeline,
+            size=self.collator.resolution,
+            num_frames=self.family.num_frames,
+            call_arguments=self.family.origin.call_arguments,
+            base_model=self._base_model,
+            gather=gather_object,
+            log=self.log,
+            add_card_image=self._add_card_image,
+            callbacks=lambda: self.callback_handler.callbacks,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+
+    # ---- Data and labels ----
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
-        fitting.check_columns_of_stream(dataset, name, self.args)
+        if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
+            raise ValueError(f"{name}: {STREAMED_COLUMNS}")
         check_columns(dataset, self.columns, name, scored=not self.args.score_columns)
         if isinstance(dataset, datasets.IterableDataset):
             return ScoredStream(dataset, self.columns, on_bad_sample=self.args.on_bad_sample, name=name)
@@ -267,25 +281,28 @@ class TGOLTrainer(HubTrainer):
         long, limit = self.family.count_long_prompts(prompts)
         if long:
             logger.warning(
-                "%s: %d of %d different prompts are longer than the text encoder's %d tokens; the rest of them is "
+                "%s: %d of %d different prompts are longer than the text encoder's %d tokens. The rest of them is "
                 "cut off, in training as in generation.",
                 *(name, long, report.num_unique_prompts, limit),
             )
-        if self.labelling is not None and self.labelling.combination is not None:  # of evaluation rows
-            rows.combine(self.labelling.combination)
-        if self.labelling is not None and self.labelling.by_group is not None:
-            rows.thresholds = self.labelling.row_thresholds(rows.groups)
         return rows
 
     def _prepare_eval_dataset(self, dataset: AnyDataset | dict[str, AnyDataset] | None) -> Any:
-        if dataset is not None and self.labelling is None:
+        if dataset is None:
+            return None
+        if self.labeler is None:
             raise ValueError(
                 "`eval_dataset` needs a `train_dataset`: its rows are labelled and weighted by what is estimated from "
                 "the training scores. Give the scored data that the adapter was, or would be, trained on."
             )
         if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-            return {name: self._prepare_dataset(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
-        return self._prepare_dataset(dataset, "eval_dataset") if dataset is not None else None
+            return {name: self._prepare_eval_rows(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+        return self._prepare_eval_rows(dataset, "eval_dataset")
+
+    def _prepare_eval_rows(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
+        rows = self._prepare_dataset(dataset, name)
+        self._label_evaluation(rows)
+        return rows
 
     def _record_facts(self, dataset: AnyDataset, rows: ScoredDataset | ScoredStream) -> None:
         facts = dataset_facts(dataset, [*self.columns.names[:2], *(self.args.score_columns or self.columns.names[2:])])
@@ -295,36 +312,45 @@ class TGOLTrainer(HubTrainer):
             self.example_prompt = rows[0]["prompt"]
         self.dataset_facts = [facts]
 
-    def _fit_threshold(self, rows: ScoredDataset | ScoredStream) -> ScoredDataset | ScoredStream:
-        """Estimate τ, hand it to the collator, and return the rows that are trained on."""
+    def _label(self, rows: ScoredDataset | ScoredStream) -> ScoredDataset | ScoredStream:
+        """Fit the labeler, label all rows, and return the rows that are trained on."""
         proxy = self.proxy_dataset
         if callable(proxy):
             proxy = proxy(self.family.pipeline)
-        before = self.labelling.combination if self.labelling else None
-        sources = {"proxy": proxy, "stream": self._raw_stream, "combination": before}
-        found = fitting.fit(rows, self.args, self.columns, **sources)
-        if found.kept is not None and isinstance(rows, ScoredDataset):
-            rows = rows.kept(found.kept)
-        if isinstance(rows, ScoredDataset):
-            fitting.check_pairs(rows, self.args)
-        self.labelling = found
-        fitting.set_labels(found, self.args, self.collator, rows)
+        before = self.labeler
+        combination = before.combination if before else None
+        self.labeler, labels, kept = fit_rows(rows, self.args, self.columns, proxy=proxy, combination=combination)
+        if isinstance(rows, ScoredStream):
+            rows.follower = self.labeler.follower
+        elif labels is not None:
+            rows = rows if kept is None else rows.kept(kept)
+            rows.labels = labels
+            check_comparisons(rows, labels.score, self.args)
+            advice = advise_training(self.labeler, labels, rows.prompts, self.args.prompt_column) if not before else []
+            for item in advice:
+                logger.warning("%s To change that: %s.", item.text, item.flag)
         for evaluated in self._evaluation_rows():
-            evaluated.thresholds = found.row_thresholds(evaluated.groups) if found.by_group is not None else None
+            self._label_evaluation(evaluated)
         return rows
 
-    def _evaluation_rows(self) -> list[ScoredDataset]:
+    def _label_evaluation(self, rows: ScoredDataset | ScoredStream) -> None:
+        labeler = self.labeler
+        if labeler is None:
+            return
+        if isinstance(rows, ScoredDataset):
+            tau = labeler.row_thresholds(rows.groups) if labeler.by_group is not None else None
+            rows.labels = labeler(rows.scores, tau)
+        else:  # every evaluation meets the same threshold
+            rows.follower = dataclasses.replace(labeler, window=None).follower
+
+    def _evaluation_rows(self) -> list[ScoredDataset | ScoredStream]:
         found = getattr(self, "eval_dataset", None)  # none yet while the trainer is set up
-        return [
-            rows
-            for rows in (found.values() if isinstance(found, dict) else [found])
-            if isinstance(rows, ScoredDataset)
-        ]
+        return [rows for rows in (found.values() if isinstance(found, dict) else [found]) if rows is not None]
 
     @property
     def threshold(self) -> thresholds.Threshold | None:
-        """τ and its counts; None for a trainer without training data."""
-        return self.labelling.threshold if self.labelling else None
+        """τ and its counts; `None` for a trainer without training data."""
+        return self.labeler.threshold if self.labeler else None
 
     def get_train_dataloader(self) -> DataLoader:
         """The training loader; streams are split by process here, maps by accelerate."""
@@ -383,19 +409,19 @@ class TGOLTrainer(HubTrainer):
         current = math.floor(epoch + 1e-6)
         if hasattr(self._train_sampler, "set_epoch"):
             self._train_sampler.set_epoch(current)
-        if self._raw_stream is not None:
-            if self.args.threshold_update == "epoch" and not first:
-                self._fit_threshold(self.train_dataset)
-            return
-        if self.args.sync_ref_model == "epoch" and current > self._reference_epoch:
-            self.sync_reference()
+        again = self.args.threshold_update == "epoch"
+        if isinstance(self.train_dataset, ScoredStream):
+            if again and not first:
+                self._label(self.train_dataset)
+        elif self.args.reference_update == "epoch" and current > self._reference_epoch:
+            self.update_reference()
             self._reference_epoch = current
-            if self.args.threshold_update == "epoch":
-                self._fit_threshold(self.train_dataset)
+            if again:
+                self._label(self.train_dataset)
 
     # ---- Loss ----
 
-    def sync_reference(self) -> None:
+    def update_reference(self) -> None:
         """Make the policy of this moment the reference (paper, Algorithm 1, line 15)."""
         if self.reference_model is not None:
             self.reference_model.load_state_dict(self.family.denoiser.state_dict())
@@ -417,6 +443,34 @@ class TGOLTrainer(HubTrainer):
         else:
             with adapters.reference_policy(self.family.denoiser):
                 yield model if model is not None else self.family.denoiser
+
+    @contextlib.contextmanager
+    def _base_model(self, moved: bool) -> Iterator[bool]:
+        """
+        Put the base model into the pipeline; yield whether it is still to be had.
+
+        Args:
+            moved (`bool`): Whether the policy may differ from the model that the run began with.
+        """
+        if self.reference_model is not None and self._reference_epoch:
+            yield False
+        elif self.reference_model is None and self.args.reference == "base":
+            with adapters.base_policy(self.family.denoiser):
+                yield True
+        elif not moved:  # the policy is its reference, and runs in the precision of every later step
+            yield True
+        else:
+            with self.reference_policy() as reference, self._in_pipeline(reference):
+                yield True
+
+    @contextlib.contextmanager
+    def _in_pipeline(self, network: torch.nn.Module) -> Iterator[None]:
+        pipeline, name, policy = self.family.pipeline, self.family.denoiser_name, self.family.denoiser
+        setattr(pipeline, name, network)
+        try:
+            yield
+        finally:
+            setattr(pipeline, name, policy)
 
     def compute_loss(
         self,
@@ -475,8 +529,10 @@ class TGOLTrainer(HubTrainer):
         def mixed_error(share: float) -> torch.Tensor:
             return likelihood.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
 
-        # The collator subtracted τ in float64, so labels are those of the float64 comparison.
-        result = training_loss(Scored(log_ratio, error, inputs, mixed_error), args, self.labelling)
+        scored = ScoredBatch(log_ratio, error, inputs, mixed_error)
+        labeler = self.labeler
+        weighting = labeler.weighting if labeler else args.weighting
+        result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
         record = stack_record(**result._asdict(), score=inputs["score"], error=error, reference_error=reference_error)
         if training:
             self._train_metrics.add(record)
@@ -513,36 +569,18 @@ class TGOLTrainer(HubTrainer):
         kept = f"The last checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
         return f"The loss is {loss} at step {self.state.global_step}. Usual causes: {causes}. {kept}"
 
-    # ---- Saving and loading ----
+    def _evaluation_metrics(self, records: EvalPrediction) -> dict[str, float]:
+        metrics = _summarize_records(records)
+        for callback in self._run_callbacks:
+            metrics |= callback.evaluate(self.state, self.control, self.is_in_train)
+        return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        family = self.family
-        checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self.reference_model is not None:
-            family.denoiser.save_pretrained(folder / family.denoiser_name)
-            if checkpoint and self._reference_epoch:
-                self.reference_model.save_pretrained(folder / f"reference_{family.denoiser_name}")
-        else:
-            save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
-            adapters.save_adapter(*save, state_dict=state_dict)
-            if checkpoint and adapters.REFERENCE in family.denoiser.peft_config:
-                adapters.save_adapter(
-                    *save,
-                    adapter=adapters.REFERENCE,
-                    weight_name=adapters.REFERENCE_WEIGHTS_NAME,
-                    state_dict=state_dict,
-                )
-        write_json(folder / STATE_NAME, self._state())
-        write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
-        self._write_card(folder)
+    # ---- Resuming ----
 
-    def _state(self) -> dict[str, Any]:
+    def state_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint must remember beside weights: labels, size, epoch of the reference."""
         return {
-            **(self.labelling.to_dict() if self.labelling else {"threshold": None}),
+            **(self.labeler.to_dict() if self.labeler else {"threshold": None}),
             "resolution": list(self.collator.resolution),
             "reference_epoch": self._reference_epoch,
         }
@@ -552,72 +590,43 @@ class TGOLTrainer(HubTrainer):
         self._load_policy(folder)
         state = json.loads((folder / STATE_NAME).read_text())
         self._reference_epoch = state["reference_epoch"]
-        name = self.family.denoiser_name
-        if self.reference_model is not None:
-            if self._reference_epoch:
-                self.reference_model.load_state_dict(saved_state(self.reference_model, folder, f"reference_{name}"))
-        elif (folder / adapters.REFERENCE_WEIGHTS_NAME).exists():
-            adapters.sync_reference(self.family.denoiser)
-            adapters.load_adapter(
-                self.family.denoiser, name, folder / adapters.REFERENCE_WEIGHTS_NAME, adapter=adapters.REFERENCE
-            )
+        self._load_reference(folder, self._reference_epoch)
         if self._reference_epoch and self.args.threshold_update == "epoch" and callable(self.proxy_dataset):
-            self._fit_to_reference()
-        if state["threshold"] is not None and self.labelling is not None:
-            self.labelling = self.labelling.restored(state)
-            if self.labelling.combination is not None:
-                self._combine(self.labelling.combination)
-            fitting.set_labels(self.labelling, self.args, self.collator, self.train_dataset)
-
-    def _fit_to_reference(self) -> None:
-        """Make the proxy set of the last sync again, from the reference that the checkpoint holds."""
-        pipeline, name, policy = self.family.pipeline, self.family.denoiser_name, self.family.denoiser
-        with self.reference_policy() as reference:
-            setattr(pipeline, name, reference)
-            try:
-                self._fit_threshold(self.train_dataset)
-            finally:
-                setattr(pipeline, name, policy)
-
-    def _combine(self, combination: thresholds.ScoreCombination) -> None:
-        for rows in (self.train_dataset, *self._evaluation_rows()):
-            if isinstance(rows, ScoredDataset):
-                rows.combine(combination)
-
-    def _load_policy(self, folder: Path) -> None:
-        if self.reference_model is not None:
-            denoiser = self.family.denoiser
-            denoiser.load_state_dict(saved_state(denoiser, folder, self.family.denoiser_name))
+            # The proxy set of the last update again, from the reference that the checkpoint holds.
+            with self.reference_policy() as reference, self._in_pipeline(reference):
+                self._label(self.train_dataset)
+        if state["threshold"] is None or self.labeler is None:
             return
-        file = folder / adapters.WEIGHTS_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no {adapters.WEIGHTS_NAME}: it is no checkpoint of TGOLTrainer.")
-        adapters.load_adapter(self.family.denoiser, self.family.denoiser_name, file)
+        self.labeler = self.labeler.restored(state)
+        if isinstance(self.train_dataset, ScoredDataset):
+            self.train_dataset.labels = self.labeler(self.train_dataset.scores, self.labeler.rows)
+        elif self.train_dataset is not None:
+            self.train_dataset.follower = self.labeler.follower
+        for rows in self._evaluation_rows():
+            self._label_evaluation(rows)
 
-    def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
-        self._load_policy(Path(self.state.best_model_checkpoint))
 
-    # ---- Card ----
+class _EpochStart(TrainerCallback):
+    """Tell the trainer that an epoch starts, and whether it is the first since `train()` was called."""
 
-    def _write_card(self, folder: Path) -> None:
-        write_card(harvest_facts(self), folder)
+    def __init__(self, trainer: TGOLTrainer) -> None:
+        self.trainer = trainer
+        self.first = True
 
-    def create_model_card(self, model_name: str | None = None, **extras: Any) -> None:
-        """
-        Write `README.md` in `args.output_dir`, keeping what a person edited.
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first = True
 
-        Args:
-            model_name (`str`, *optional*):
-                Title; by default the name of the Hub repository or output folder.
-            extras:
-                Further fields of [`card.CardFacts`] (`evaluations`, `pictures`, `license`, ...), kept for later saves.
-        """
-        if not self.args.should_save:
-            return
-        extras["model_name"] = model_name
-        self.card_extras.update({name: value for name, value in extras.items() if value is not None})
-        self._write_card(Path(self.args.output_dir))
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._on_epoch_begin(state.epoch or 0.0, self.first)
+        self.first = False
+
+
+def _switched_on_already(**kwargs: Any) -> None:
+    """Stand in for the switch of activation checkpointing that Trainer calls."""
 
 
 def _check_processes(args: TGOLConfig) -> None:

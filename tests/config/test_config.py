@@ -12,6 +12,7 @@ from trl import ScriptArguments, TrlParser
 
 from tgol_trainer import TGOLConfig
 from tgol_trainer.config import CHANGED_DEFAULTS
+from tgol_trainer.config.method import _ACTS_WITH
 
 INHERITED = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 FIELDS = {item.name: item for item in dataclasses.fields(TGOLConfig)}
@@ -56,7 +57,7 @@ def parse(tmp_path):
         ("num_train_epochs", 1.0),
         ("max_steps", -1),
         ("score_normalization", "none"),
-        ("sync_ref_model", "no"),
+        ("reference_update", "never"),
         ("full_finetuning", False),
     ],
 )
@@ -132,13 +133,50 @@ def test_a_choice_refuses_any_other_value_and_lists_the_allowed_ones(make, name)
 def test_a_choice_takes_each_of_its_values(make, name, value):
     needed = {
         "initial": {"adapter_name_or_path": "somewhere"},
-        "fixed": {"threshold": 0.5},
+        "tgol_pairs": {"group_size": 4},
         "dpo": {"group_size": 4},
         "score_combination": {"score_columns": ["a", "b"]},
         "log_ratio_centering": {"group_size": 4},
+        "group_statistic": {"threshold_strategy": "group"},
     }
     others = needed.get(value, {}) | needed.get(name, {})
     assert getattr(make(**{name: value}, **others), name) == value
+
+
+# A field that acts only beside another: a value that is not its default, and settings beside which it acts.
+CONDITIONAL = {
+    "threshold_percentile": (30.0, {}),
+    "group_column": ("domain", {"group_size": 4}),
+    "group_statistic": ("mean", {"threshold_strategy": "group"}),
+    "oracle_beta": (0.1, {"threshold_strategy": "oracle"}),
+    "reference_samples": (True, {"threshold_strategy": "oracle"}),
+    "threshold_window": (8, {"threshold_strategy": "running"}),
+    "ordinal_percentiles": ([40.0, 60.0], {"loss_type": "ordinal"}),
+    "weight_form": ("abs", {}),
+    "normalize_weights": (True, {}),
+    "confidence_scale": (2.0, {"weight_form": "clipped"}),
+    "weight_power": (0.25, {"weight_form": "power"}),
+    "weight_limit": (3.0, {"weight_form": "clipped"}),
+    "desirable_weight": (2.0, {"loss_type": "kto"}),
+    "undesirable_weight": (2.0, {"loss_type": "dro"}),
+    "centering_strength": (0.5, {"loss_type": "tgol_pairs", "group_size": 4}),
+    "csft_suffixes": (["a", "b"], {"loss_type": "csft"}),
+    "nft_mix": (0.5, {"loss_type": "nft"}),
+}
+WITHOUT_EFFECT = {"threshold_percentile": {"threshold": 0.5}, "confidence_scale": {"weight_form": "abs"}}
+
+
+def test_every_conditional_field_is_listed_here():
+    assert set(CONDITIONAL) == set(_ACTS_WITH)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_field_without_effect_is_refused_and_taken_where_it_acts(make, name):
+    value, beside = CONDITIONAL[name]
+    assert getattr(make(**{name: value}, **beside), name) == value
+    unweighted = {"loss_type": "sft"} if name.startswith(("weight_form", "normalize", "desirable", "undesir")) else {}
+    with pytest.raises(ValueError, match=f"^`{name}=.*` has no effect here: it acts only with"):
+        make(**{name: value}, **WITHOUT_EFFECT.get(name, unweighted))
 
 
 NAN, INF = float("nan"), float("inf")
@@ -178,19 +216,18 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(make, name, good, b
         ),
         ({"reference": "initial"}, "means the adapter of `adapter_name_or_path`, which is not given"),
         (
-            {"reference": "initial", "adapter_name_or_path": "x", "sync_ref_model": "epoch"},
+            {"reference": "initial", "adapter_name_or_path": "x", "reference_update": "epoch"},
             "both set the reference: choose one",
         ),
         ({"threshold": 0.0, "threshold_update": "epoch"}, "A fixed `threshold` has nothing to estimate"),
-        ({"model_init_kwargs": "bfloat16"}, "`model_init_kwargs` is no JSON object: 'bfloat16'"),
+        ({"model_init_kwargs": "bfloat16"}, "`model_init_kwargs` is not a JSON object: 'bfloat16'"),
         (
             {
                 "threshold_update": "epoch",
-                "score_normalization": "zscore",
                 "dataloader_persistent_workers": True,
                 "dataloader_num_workers": 1,
             },
-            "`dataloader_persistent_workers=True` keeps the first epoch's score normalisation",
+            "`dataloader_persistent_workers=True` keeps the labels of the first epoch",
         ),
     ],
 )
@@ -213,8 +250,8 @@ def test_a_combination_that_would_train_something_else_is_refused_and_each_half_
 
 
 def test_flags_and_a_yaml_file_are_parsed_and_flags_win(parse):
-    args = parse("--beta", "3.5", yaml="beta: 2.0\ntemperature: 0.01\nsync_ref_model: epoch\nrandom_flip: true\n")
-    assert (args.beta, args.temperature, args.sync_ref_model, args.random_flip) == (3.5, 0.01, "epoch", True)
+    args = parse("--beta", "3.5", yaml="beta: 2.0\ntemperature: 0.01\nreference_update: epoch\nrandom_flip: true\n")
+    assert (args.beta, args.temperature, args.reference_update, args.random_flip) == (3.5, 0.01, "epoch", True)
 
 
 def test_a_flag_wins_over_the_file_wherever_it_stands(parse, tmp_path):
@@ -266,10 +303,10 @@ def test_a_file_with_a_key_that_nothing_knows_is_refused_by_its_name(parse):
 
 
 def test_a_choice_in_a_file_is_checked_although_argparse_checks_flags_alone(parse):
-    with pytest.raises(ValueError, match="`sync_ref_model` must be one of no, epoch, got 'always'"):
-        parse(yaml="sync_ref_model: always\n")
+    with pytest.raises(ValueError, match="`reference_update` must be one of never, epoch, got 'always'"):
+        parse(yaml="reference_update: always\n")
     with pytest.raises(SystemExit):
-        parse("--sync_ref_model", "always")
+        parse("--reference_update", "always")
 
 
 def test_a_configuration_survives_json(make):

@@ -219,7 +219,7 @@ def test_a_checkpoint_keeps_the_combination_and_resumes_with_it(config, rows, tm
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "other means, standard deviations or thresholds" in caplog.text
     np.testing.assert_array_equal(margins(again, again.eval_dataset), margins(whole, whole.train_dataset))
-    assert again.labelling.combination == whole.labelling.combination
+    assert again.labeler.combination == whole.labeler.combination
     other = build(config, rows, **{**settings, "score_combination": "sum"})
     with pytest.raises(ValueError, match="this run asks for sum of"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -242,8 +242,8 @@ def test_tgol_label_shows_what_training_makes_of_several_columns(config, rows, t
     assert {name: shown["threshold"][name] for name in ("value", "num_positive", "num_ties")} == {
         name: getattr(trainer.threshold, name) for name in ("value", "num_positive", "num_ties")
     }
-    assert shown["weights"]["mean"] == pytest.approx(trainer.labelling.weights.mean, rel=1e-12)
-    assert shown["combination"]["centers"] == list(trainer.labelling.combination.centers)
+    assert shown["weights"]["mean"] == pytest.approx(trainer.labeler.weights.mean, rel=1e-12)
+    assert shown["combination"]["centers"] == list(trainer.labeler.combination.centers)
     assert f"{method}(looks, match): " in capsys.readouterr().out
 
 

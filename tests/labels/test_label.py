@@ -71,7 +71,7 @@ def test_threshold_labels_and_weights_are_those_of_a_trainer_on_the_same_file(tm
     trainer = TGOLTrainer(
         stable_diffusion(), config(**settings), load_scored_dataset(str(tmp_path / "rows.parquet"), columns=Columns())
     )
-    state = trainer.labelling.to_dict()
+    state = trainer.labeler.to_dict()
     assert {name: shown["threshold"][name] for name in state["threshold"]} == state["threshold"]
     assert shown["normalization"] == state["normalization"]
     assert {name: shown["weights"][name] for name in state["weights"]} == state["weights"]
@@ -116,7 +116,7 @@ def test_every_strategy_and_weight_is_that_of_a_trainer_row_by_row(tmp_path, con
         *(stable_diffusion(), config(**settings), train),
         proxy_dataset=load_scored_dataset(str(proxy)) if proxy else None,
     )
-    state = trainer.labelling.to_dict()
+    state = trainer.labeler.to_dict()
     assert {name: shown["threshold"][name] for name in state["threshold"]} == state["threshold"]
     assert shown["threshold"]["strategy"] == state["strategy"]
     assert (shown["weights"]["weighting"], shown["normalization"]) == (state["weighting"], state["normalization"])
@@ -127,11 +127,11 @@ def test_every_strategy_and_weight_is_that_of_a_trainer_row_by_row(tmp_path, con
     for example in shown["examples"]:
         margin = np.float64(margins[example["row"]])
         assert example["positive"] == (margin >= 0)
-        assert example["weight"] == pytest.approx(float(trainer.labelling.weighting(margin)), rel=1e-5)
+        assert example["weight"] == pytest.approx(float(trainer.labeler.weighting(margin)), rel=1e-5)
     if settings.get("loss_type") == "ordinal":
-        assert [cut for cut, _ in shown["threshold"]["cut_points"]] == trainer.collator.cut_points
+        assert [cut for cut, _ in shown["threshold"]["cut_points"]] == trainer.labeler.cut_points
         assert [n for _, n in shown["threshold"]["cut_points"]] == (batch["cut_margins"] >= 0).sum(0).tolist()
-    assert trainer.labelling.weighting.formula in capsys.readouterr().out
+    assert trainer.labeler.weighting.formula in capsys.readouterr().out
 
 
 def test_the_running_threshold_shown_is_where_the_trainer_starts_and_what_its_rows_meet(tmp_path, config):
@@ -146,7 +146,7 @@ def test_the_running_threshold_shown_is_where_the_trainer_starts_and_what_its_ro
     assert (shown["interval"]["low"], shown["interval"]["high"]) == pytest.approx((met[0], met[38]))
     stream = load_scored_dataset(str(tmp_path / "rows.parquet"), streaming=True)
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), stream)
-    assert trainer.labelling.source.tolist() == scores.tolist()
+    assert trainer.labeler.source.tolist() == scores.tolist()
 
 
 def test_a_proxy_set_and_a_limited_stream_give_the_threshold_that_the_trainer_takes(tmp_path, config):
@@ -158,14 +158,14 @@ def test_a_proxy_set_and_a_limited_stream_give_the_threshold_that_the_trainer_ta
         stable_diffusion(), config(), load_scored_dataset(rows), proxy_dataset=load_scored_dataset(proxy)
     )
     assert {
-        name: shown["threshold"][name] for name in trainer.labelling.to_dict()["threshold"]
-    } == trainer.labelling.to_dict()["threshold"]
+        name: shown["threshold"][name] for name in trainer.labeler.to_dict()["threshold"]
+    } == trainer.labeler.to_dict()["threshold"]
     shown = label(tmp_path, "--dataset_name", rows, "--dataset_streaming", "true", "--max_threshold_samples", 5)
     stream = load_scored_dataset(rows, streaming=True)
     trainer = TGOLTrainer(stable_diffusion(), config(max_threshold_samples=5), stream)
     assert {
-        name: shown["threshold"][name] for name in trainer.labelling.to_dict()["threshold"]
-    } == trainer.labelling.to_dict()["threshold"]
+        name: shown["threshold"][name] for name in trainer.labeler.to_dict()["threshold"]
+    } == trainer.labeler.to_dict()["threshold"]
     assert shown["num_rows"] == 5
 
 

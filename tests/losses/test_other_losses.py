@@ -10,9 +10,9 @@ from tgol_trainer.losses import (
     group_differences,
     group_mates_mean,
     kto_loss,
-    mutual_threshold_loss,
     nft_loss,
     ordinal_loss,
+    pairwise_threshold_loss,
     preference_loss,
     quantile_regression_loss,
     regression_loss,
@@ -92,7 +92,7 @@ def test_the_ordinal_loss_prefers_the_reward_that_its_rank_calls_for():
 def test_one_cut_point_is_the_threshold_guided_loss():
     generator = torch.Generator().manual_seed(0)
     log_ratio, margin = torch.randn(2, 50, generator=generator)
-    single = threshold_guided_loss(log_ratio, margin, 0.0, beta=2.0)
+    single = threshold_guided_loss(log_ratio, margin, confidence_weights(margin), beta=2.0)
     record = ordinal_loss(log_ratio, margin[:, None], [0.0], single.weight[:, None], beta=2.0)
     for found, expected in zip(record, single, strict=True):
         torch.testing.assert_close(found, expected)
@@ -117,7 +117,7 @@ def test_a_centred_pair_under_the_threshold_loss_is_dpo():
     """Two samples of a prompt, centred log-ratios and scores: -log σ(β·Δ) for both rows, as DPO's."""
     log_ratio, scores, groups = torch.tensor([0.7, -0.4]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5])
     centred = [values - group_mates_mean(values, groups)[0] for values in (log_ratio, scores)]
-    record = threshold_guided_loss(*centred, 0.0, beta=1.5, weight=torch.ones(2))
+    record = threshold_guided_loss(*centred, torch.ones(2), beta=1.5)
     expected = -math.log(1 / (1 + math.exp(-1.5 * 1.1)))
     close(record.loss, [expected, expected])
     close(preference_loss(log_ratio, scores, groups, beta=1.5).loss, [expected, expected])
@@ -144,7 +144,7 @@ def test_gradients_of_the_preference_loss_sum_to_zero_within_a_group():
     assert log_ratio.grad.abs().min() > 0.01
 
 
-def test_the_mutual_threshold_loss_by_hand():
+def test_the_pairwise_threshold_loss_by_hand():
     """
     Group 1: scores 3, 2, 2, rewards ln 3, 0, 0. Row 0 is above both: ln(4/3), with weights 1 and 3: 2·ln(4/3).
     Rows 1 and 2 are below row 0, ln(4/3), and equal, ln 2. Row 3 is alone and at τ, which is positive: 2·ln(4/3).
@@ -152,29 +152,29 @@ def test_the_mutual_threshold_loss_by_hand():
     margins = torch.tensor([3.0, 2.0, 2.0, 0.0])[:, None] - torch.tensor([3.0, 2.0, 2.0, 0.0])[None, :]
     weights = torch.ones(4, 4)
     weights[0, 2], weights[3, 3] = 3.0, 2.0
-    record = mutual_threshold_loss(torch.tensor([LN3, 0.0, 0.0, LN3]), margins, torch.tensor([1, 1, 1, 2]), weights)
+    record = pairwise_threshold_loss(torch.tensor([LN3, 0.0, 0.0, LN3]), margins, torch.tensor([1, 1, 1, 2]), weights)
     equal = (math.log(4 / 3) + math.log(2)) / 2
     close(record.loss, [2 * math.log(4 / 3), equal, equal, 2 * math.log(4 / 3)])
     close(record.weight, [2, 1, 1, 2])
     close(record.implicit_reward, [LN3, -LN3 / 2, -LN3 / 2, LN3])
     assert record.label.tolist() == [True, False, False, True]
-    untrained = mutual_threshold_loss(torch.zeros(4), margins, torch.tensor([1, 1, 1, 2]), weights)
+    untrained = pairwise_threshold_loss(torch.zeros(4), margins, torch.tensor([1, 1, 1, 2]), weights)
     close(untrained.loss, [math.log(2) * weight for weight in (2, 1, 1, 2)])
 
 
-def test_the_mutual_threshold_loss_with_equal_weights_is_that_of_preferences():
+def test_the_pairwise_threshold_loss_with_equal_weights_is_that_of_preferences():
     generator = torch.Generator().manual_seed(0)
     log_ratio, scores = torch.randn(8, generator=generator), torch.randperm(8, generator=generator).float()
     groups, margins = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), scores[:, None] - scores[None, :]
-    found = mutual_threshold_loss(log_ratio, margins, groups, torch.ones(8, 8), beta=1.5)
+    found = pairwise_threshold_loss(log_ratio, margins, groups, torch.ones(8, 8), beta=1.5)
     close(found.loss, preference_loss(log_ratio, scores, groups, beta=1.5).loss.tolist())
 
 
 @pytest.mark.parametrize("name", ["margins", "weights"])
-def test_the_mutual_threshold_loss_refuses_what_is_no_square(name):
+def test_the_pairwise_threshold_loss_refuses_what_is_no_square(name):
     square = {"margins": torch.zeros(3, 3), "weights": torch.ones(3, 3)}
     with pytest.raises(ValueError, match=r"must be \(3, 3\)"):
-        mutual_threshold_loss(torch.zeros(3), groups=torch.zeros(3), **(square | {name: torch.zeros(3)}))
+        pairwise_threshold_loss(torch.zeros(3), groups=torch.zeros(3), **(square | {name: torch.zeros(3)}))
 
 
 def test_kto_by_hand():
@@ -186,7 +186,7 @@ def test_kto_by_hand():
     close(kto_loss(torch.tensor([LN3, 0.0]), torch.tensor([0.2, -0.1])).loss, [expected, expected])
     close(kto_loss(torch.tensor([0.0, -LN3]), torch.tensor([0.2, -0.1])).loss, [0.5, 0.25])
     weight = torch.tensor([3.0, 1.0])
-    close(kto_loss(torch.zeros(2), torch.tensor([0.0, -1.0]), weight=weight).loss, [1.5, 0.5])
+    close(kto_loss(torch.zeros(2), torch.tensor([0.0, -1.0]), weight).loss, [1.5, 0.5])
 
 
 def test_the_reference_point_of_kto_has_no_gradient():

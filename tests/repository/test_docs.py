@@ -50,9 +50,11 @@ def test_commands_and_settings_named_in_prose_exist(page):
 def test_settings_files_hold_only_known_fields(path):
     from dataclasses import fields
 
-    from tgol_trainer.cli.train import ModelArguments, TrainArguments
+    from tgol_trainer.cli.train import ModelArguments, SampleArguments, TrainArguments
 
-    known = {item.name for kind in (TGOLConfig, ModelArguments, TrainArguments) for item in fields(kind)}
+    known = {
+        item.name for kind in (TGOLConfig, ModelArguments, TrainArguments, SampleArguments) for item in fields(kind)
+    }
     assert set(yaml.safe_load(path.read_text())) <= known
 
 

@@ -37,14 +37,17 @@ LAYERS = {
     "converters": 5,
     "checking": 5,
     "evaluation": 5,
+    "run": 6,
     "exports": 6,
     "jobs": 6,
-    "epochs": 6,
-    "sampling": 6,
     "trainer": 7,
+    "sampling": 7,
     "rounds": 8,
     "cli": 9,
 }
+# What trains never loads the tools beside it, which generate, score, evaluate, convert, check, export or report.
+CORE = {"_files", "_quiet", "_secrets", "_spacing", "thresholds", "losses", "metrics", "likelihoods", "adapters"}
+CORE |= {"families", "shapes", "rewards", "data", "config", "labels", "objective", "saving", "run", "trainer"}
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
 # it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.
 AT_ONCE = {"tgol_trainer._quiet"}
@@ -124,6 +127,14 @@ def test_imports_go_to_strictly_lower_layers(file):
     assert not upward
 
 
+@every_file
+def test_what_trains_imports_nothing_that_stands_beside_it(file):
+    if unit(module_name(file)) not in CORE:
+        return
+    names = {unit(name) for name, _ in imported(file) if name.split(".")[0] == "tgol_trainer"}
+    assert names - {""} - FROM_THE_PACKAGE <= CORE
+
+
 def test_the_package_itself_imports_nothing_at_once_but_what_is_light():
     file = PACKAGE / "__init__.py"
     inside = only_for_types(file)
@@ -200,13 +211,14 @@ def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
                 used[name].add(target)
     assert used.pop("metrics") == {"gather"}  # a parameter, not a method of anything
     assert used.pop("trainer") == {
-        ".gather",
         "gather_object",
+        ".gather",
         ".main_process_first",
         "accelerate.data_loader",
         "accelerate.utils",
     }
-    assert used.pop("sampling") == {"gather", ".gather"}  # what the trainer handed over
+    assert used.pop("run") == {"gather"}  # what the trainer hands over
+    assert used.pop("sampling") == {".gather"}
     assert not used
 
 

@@ -17,10 +17,15 @@ from tests.tiny import amused, stable_diffusion, wan
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.data import DataError
 from tgol_trainer.evaluation import generate_images, save_sample_strip
+from tgol_trainer.sampling import SampleCallback, SampleSettings
 from tgol_trainer.sampling.callback import read_sample_prompts
 
 PROMPTS = ["prompt number 0", "something else", "prompt number 2"]
-SAMPLING = {"sample_prompts": PROMPTS, "sample_num_inference_steps": 2, "per_device_eval_batch_size": 2}
+SAMPLING = {"per_device_eval_batch_size": 2}
+
+
+def sampler(reward_funcs=None, prompts=PROMPTS, **options):
+    return SampleCallback(prompts, reward_funcs, settings=SampleSettings(num_inference_steps=2), **options)
 
 
 def brightness(images, prompts):
@@ -57,7 +62,7 @@ SCENES = {
     "lora with dropout": ({}, {"peft_config": LoraConfig(r=4, lora_dropout=0.3)}),
     "all weights": ({"full_finetuning": True, "learning_rate": 1e-4}, {}),
     "bf16 autocast": ({"bf16": True}, {}),
-    "moving reference": ({"sync_ref_model": "epoch", "max_steps": -1, "num_train_epochs": 2}, {}),
+    "moving reference": ({"reference_update": "epoch", "max_steps": -1, "num_train_epochs": 2}, {}),
 }
 
 
@@ -90,7 +95,7 @@ def test_a_run_with_sampling_equals_one_without_step_by_step_bit_for_bit(config,
         return trainer, gradients, states, (flags, trained, kinds, random.getstate())
 
     plain, gradients, states, others = run("plain")
-    extra = {"sampling": {**SAMPLING, "sample_steps": 1}, "reward_funcs": [brightness, restless]}
+    extra = {"sampling": SAMPLING, "callbacks": [sampler([brightness, restless], steps=1)]}
     watched, gradients_too, states_too, others_too = run("watched", **extra)
     last = watched.state.global_step
     assert [line["step"] for line in sampled(watched)] == list(range(last + 1))
@@ -110,7 +115,7 @@ def test_a_run_with_sampling_equals_one_without_step_by_step_bit_for_bit(config,
 
 
 def test_the_base_is_the_model_without_adapter_and_later_images_are_those_of_the_policy(config, dataset):
-    trainer = TGOLTrainer(stable_diffusion(), config(**SAMPLING), dataset)
+    trainer = TGOLTrainer(stable_diffusion(), config(**SAMPLING), dataset, callbacks=[sampler()])
     trainer.train()
     options = {"batch_size": 2, "num_inference_steps": 2, "height": 16, "width": 16, "progress": False}
     bare = generate_images(stable_diffusion(), PROMPTS, [0, 0, 0], **options)
@@ -126,7 +131,7 @@ def test_an_adapter_to_start_from_is_compared_with_the_base_from_step_0_on(confi
     first.train()
     first.save_model()
     args = config(**SAMPLING, adapter_name_or_path=str(tmp_path / "first"), max_steps=1, learning_rate=0.0)
-    trainer = TGOLTrainer(stable_diffusion(), args, dataset, reward_funcs=brightness)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, callbacks=[sampler(brightness)])
     trainer.train()
     assert [column["step"] for column in moments(trainer)] == [None, 0, 1]
     start, end = sampled(trainer)
@@ -137,8 +142,13 @@ def test_an_adapter_to_start_from_is_compared_with_the_base_from_step_0_on(confi
 
 
 def test_the_log_holds_means_and_win_rates_of_the_images_in_the_files(config, dataset):
-    args = config(**SAMPLING, sample_steps=2, sample_seeds=[3, 4], max_steps=3, logging_steps=10)
-    trainer = TGOLTrainer(stable_diffusion(), args, dataset, reward_funcs=[brightness, picky, "jpeg_compressibility"])
+    args = config(**SAMPLING, max_steps=3, logging_steps=10)
+    trainer = TGOLTrainer(
+        stable_diffusion(),
+        args,
+        dataset,
+        callbacks=[sampler([brightness, picky, "jpeg_compressibility"], steps=2, seeds=[3, 4])],
+    )
     trainer.train()
     lines = sampled(trainer)
     assert [line["step"] for line in lines] == [0, 2, 3]
@@ -161,8 +171,8 @@ def test_images_reach_a_tensorboard_file_pixel_by_pixel(config, dataset, tmp_pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    args = config(**SAMPLING, sample_steps=2, report_to="tensorboard")
-    trainer = TGOLTrainer(stable_diffusion(), args, dataset, reward_funcs=brightness)
+    args = config(**SAMPLING, report_to="tensorboard")
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, callbacks=[sampler(brightness, steps=2)])
     trainer.train()
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
@@ -186,7 +196,7 @@ def test_a_score_of_samples_chooses_the_best_checkpoint(config, dataset):
         metric_for_best_model="samples/brightness/mean",
         learning_rate=1e-2,
     )
-    trainer = TGOLTrainer(stable_diffusion(), args, dataset, eval_dataset=dataset, reward_funcs=brightness)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, eval_dataset=dataset, callbacks=[sampler(brightness)])
     trainer.train()
     history = {line["step"]: line["samples/brightness/mean"] for line in sampled(trainer) if line["step"]}
     evaluated = [line["eval_samples/brightness/mean"] for line in sampled(trainer, "eval_samples/brightness/mean")]
@@ -209,8 +219,8 @@ def test_a_resumed_run_goes_on_with_the_strip_and_redraws_only_a_base_that_is_mi
         calls.append(len(images))
         return brightness(images, prompts)
 
-    settings = {**SAMPLING, "sample_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    whole = TGOLTrainer(stable_diffusion(), config(**settings), dataset, reward_funcs=counted)
+    settings = {**SAMPLING, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = TGOLTrainer(stable_diffusion(), config(**settings), dataset, callbacks=[sampler(counted, steps=2)])
     whole.train()
     folder = tmp_path / "run" / "samples"
     drawn = {file: file.read_bytes() for file in folder.rglob("*.png")}
@@ -219,7 +229,7 @@ def test_a_resumed_run_goes_on_with_the_strip_and_redraws_only_a_base_that_is_mi
     if lost:
         (folder / lost).unlink()
     calls.clear()
-    resumed = TGOLTrainer(stable_diffusion(), config(**settings), dataset, reward_funcs=counted)
+    resumed = TGOLTrainer(stable_diffusion(), config(**settings), dataset, callbacks=[sampler(counted, steps=2)])
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert sum(calls) == (6 if lost else 3)  # step 6, and the base where it was lost
     assert moments(resumed) == before
@@ -230,9 +240,9 @@ def test_a_resumed_run_goes_on_with_the_strip_and_redraws_only_a_base_that_is_mi
 
 
 def test_a_new_run_in_the_same_folder_takes_nothing_over(config, dataset):
-    first = TGOLTrainer(stable_diffusion(), config(**SAMPLING, max_steps=3), dataset)
+    first = TGOLTrainer(stable_diffusion(), config(**SAMPLING, max_steps=3), dataset, callbacks=[sampler()])
     first.train()
-    again = TGOLTrainer(stable_diffusion(seed=1), config(**SAMPLING, max_steps=2), dataset)
+    again = TGOLTrainer(stable_diffusion(seed=1), config(**SAMPLING, max_steps=2), dataset, callbacks=[sampler()])
     again.train()
     assert [column["step"] for column in moments(again)] == [None, 2]
     found = {path.name for path in Path(again.args.output_dir, "samples").iterdir()}
@@ -240,7 +250,7 @@ def test_a_new_run_in_the_same_folder_takes_nothing_over(config, dataset):
 
 
 def test_training_twice_compares_with_the_base_and_not_with_where_the_first_left_off(config, dataset):
-    trainer = TGOLTrainer(stable_diffusion(), config(**SAMPLING), dataset, reward_funcs=brightness)
+    trainer = TGOLTrainer(stable_diffusion(), config(**SAMPLING), dataset, callbacks=[sampler(brightness)])
     trainer.train()
     first = sampled(trainer)
     trainer.train()
@@ -270,7 +280,9 @@ def test_a_strip_shows_prompts_downwards_and_steps_rightwards(tmp_path):
 
 
 def test_a_model_of_tokens_is_sampled_one_image_a_call(config, dataset):
-    trainer = TGOLTrainer(amused(), config(**SAMPLING, max_steps=1), dataset, reward_funcs="jpeg_compressibility")
+    trainer = TGOLTrainer(
+        amused(), config(**SAMPLING, max_steps=1), dataset, callbacks=[sampler("jpeg_compressibility")]
+    )
     trainer.train()
     assert [line["step"] for line in sampled(trainer, "samples/jpeg_compressibility/mean")] == [0, 1]
 
@@ -280,7 +292,7 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
     rows = {"prompt": ["a"] * 4, "video": [encoded(clip) for clip in arrays], "score": [0.0, 1.0, 2.0, 3.0]}
     clips = Dataset.from_dict(rows)
     options = {"resolution": 32, "num_frames": 5, "max_steps": 1, "per_device_train_batch_size": 2}
-    trainer = TGOLTrainer(wan(), config(**{**SAMPLING, **options}), clips, reward_funcs=brightness)
+    trainer = TGOLTrainer(wan(), config(**{**SAMPLING, **options}), clips, callbacks=[sampler(brightness)])
     trainer.train()
     shown = image(trainer, "base", 0)
     assert shown.size == (3 * 128 + 2 * 2, 128)  # three frames of 32 pixels, four times their size
@@ -291,26 +303,28 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
 
 
 @pytest.mark.parametrize(
-    ("settings", "rewards", "message"),
+    ("sampling", "settings", "message"),
     [
-        ({"sample_steps": 2}, None, "`sample_steps` says when `sample_prompts` are drawn, of which there are none"),
-        ({**SAMPLING, "sample_steps": 0}, None, "`sample_steps` must be at least 1"),
-        ({**SAMPLING, "sample_seeds": [1, 1]}, None, "`sample_seeds` must be different numbers"),
-        (SAMPLING, "brightnes", "'brightnes' is no known reward"),
-        (SAMPLING, [brightness, brightness], "two rewards are called 'brightness'"),
-        ({**SAMPLING, "metric_for_best_model": "samples/dark/mean"}, brightness, "Known are samples/brightness/mean,"),
-        ({"metric_for_best_model": "eval_samples/a/mean"}, None, "Give `sample_prompts` and `reward_funcs`"),
+        ({"steps": 0}, {}, "`steps` must be at least 1"),
+        ({"seeds": [1, 1]}, {}, "`seeds` must be one or more different numbers"),
+        ({"reward_funcs": "brightnes"}, {}, "'brightnes' is no known reward"),
+        ({"reward_funcs": [brightness, brightness]}, {}, "two rewards are called 'brightness'"),
         (
-            {**SAMPLING, "sample_prompts": ["a", " "]},
-            None,
-            "`sample_prompts`: 1 of 2 cannot be used .row 1: empty prompt",
+            {"reward_funcs": brightness},
+            {"metric_for_best_model": "samples/dark/mean"},
+            "Logged are samples/brightness/mean,",
         ),
-        ({**SAMPLING, "sample_prompts": ["nowhere.txt"]}, None, "'nowhere.txt' is no file here"),
+        ({}, {"metric_for_best_model": "eval_samples/a/mean"}, "Give the callback `reward_funcs`"),
+        (None, {"metric_for_best_model": "eval_samples/a/mean"}, "Hand in a `SampleCallback`"),
+        ({"prompts": ["a", " "]}, {}, "1 of 2 cannot be used .row 1: empty prompt"),
+        ({"prompts": []}, {}, "is empty: give at least one prompt"),
+        ({"prompts": ["nowhere.txt"]}, {}, "'nowhere.txt' is no file here"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_before_training(config, dataset, settings, rewards, message):
+def test_what_cannot_be_sampled_is_refused_before_training(config, dataset, sampling, settings, message):
     with pytest.raises((ValueError, DataError), match=message):
-        TGOLTrainer(stable_diffusion(), config(**settings), dataset, reward_funcs=rewards)
+        callbacks = None if sampling is None else [sampler(**sampling)]
+        TGOLTrainer(stable_diffusion(), config(**settings), dataset, callbacks=callbacks)
 
 
 def test_prompts_come_from_a_list_or_a_text_file(tmp_path):
@@ -319,4 +333,3 @@ def test_prompts_come_from_a_list_or_a_text_file(tmp_path):
     assert read_sample_prompts(str(tmp_path / "prompts.txt")) == ["a cat", "a dog"]
     assert read_sample_prompts(["a cat.", "a dog"]) == ["a cat.", "a dog"]
     assert read_sample_prompts("a single prompt") == ["a single prompt"]
-    assert read_sample_prompts(None) == []

@@ -17,12 +17,8 @@ from .label_text import report_lines
 if TYPE_CHECKING:
     import numpy as np
 
-    from tgol_trainer.config import MethodArguments
-    from tgol_trainer.data import Columns
-    from tgol_trainer.data.scores import ScoredRows
     from tgol_trainer.labels.advice import Advice
     from tgol_trainer.labels.report import LabelReport
-    from tgol_trainer.thresholds import ScoreCombination
 
 _NOT_FROM_A_FILE = {"output_dir", "config", "help"}
 
@@ -130,22 +126,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     import logging
 
     # The report says the same, and more.
-    logging.getLogger("tgol_trainer.labels.labeler").setLevel(logging.ERROR)
+    logging.getLogger("tgol_trainer.labels.fitting").setLevel(logging.ERROR)
     logging.getLogger("tgol_trainer.labels.combining").setLevel(logging.WARNING)
     with plain_errors():
-        report, rows = _report(args)
+        report, scores = _report(args)
     from tgol_trainer.labels.advice import advise
 
-    advice = advise(report, can_center=_can_center(args))
+    advice = advise(report, can_compare=_can_compare(args))
     for line in report_lines(report, advice):
         print(line)
-    save_report(args.output_dir, report, advice, rows, _chosen(args))
+    save_report(args.output_dir, report, advice, scores, _chosen(args))
     print(f"\nWrote {args.output_dir / 'label.json'} and {args.output_dir / 'score_histogram.png'}.")
     return 0
 
 
-def _can_center(args: argparse.Namespace) -> bool:
-    """Whether centring within prompts is off and would be accepted."""
+def _can_compare(args: argparse.Namespace) -> bool:
+    """Whether `tgol_pairs` is not used and would be accepted."""
     plain = args.loss_type == "tgol" and args.log_ratio_centering == "none" and args.score_combination == "sum"
     return plain and not args.dataset_streaming and args.threshold_strategy == "global" and args.threshold is None
 
@@ -154,18 +150,18 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in _NOT_FROM_A_FILE}
 
 
-def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
+def _report(args: argparse.Namespace) -> tuple[LabelReport, np.ndarray]:
     from tgol_trainer.config import MethodArguments
     from tgol_trainer.data import Columns
     from tgol_trainer.data.scores import read_scores
-    from tgol_trainer.labels.combining import combine_columns
-    from tgol_trainer.labels.fitting import check_sources
+    from tgol_trainer.labels.dry_run import dry_run
+    from tgol_trainer.labels.training import check_sources
     from tgol_trainer.sources.loading import load_columns
     from tgol_trainer.thresholds import combined_name
 
     method = MethodArguments(**{item.name: getattr(args, item.name) for item in dataclasses.fields(MethodArguments)})
     method.check_method(method.group_size or 1)
-    check_sources(method, streamed=args.dataset_streaming, proxy=args.proxy_dataset_name is not None)
+    check_sources(method, proxy_dataset=args.proxy_dataset_name, streamed=args.dataset_streaming)
     if method.score_columns and args.score_column != "score":
         raise ValueError("`score_column` and `score_columns` both name the scores: leave one out.")
     several = method.score_columns
@@ -177,136 +173,46 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, ScoredRows]:
     wanted = dict.fromkeys([args.prompt_column, *scored, *([group] if group else [])])
     where: dict[str, Any] = {"name": args.dataset_config, "streaming": args.dataset_streaming}
     dataset = load_columns(args.dataset_name, list(wanted), split=args.dataset_train_split, **where)
+    reading: dict[str, Any] = {"score_columns": several, "on_bad_sample": args.on_bad_sample}
     rows = read_scores(
         dataset,
         columns,
-        score_columns=several,
         group_column=group,
-        on_bad_sample=args.on_bad_sample,
         scores_alone=args.dataset_streaming,  # as training makes the threshold of a stream
         limit=method.max_threshold_samples if args.dataset_streaming and not args.proxy_dataset_name else None,
+        **reading,
     )
     proxy = None
     if args.proxy_dataset_name:
         source = load_columns(args.proxy_dataset_name, [*scored, *([group] if grouped and group else [])], **where)
-        proxy = read_scores(
-            source,
-            columns,
-            score_columns=several,
-            group_column=group if grouped else None,
-            on_bad_sample=args.on_bad_sample,
-            scores_alone=True,
-            name="proxy_dataset",
-        )
-    combination = None
-    if several:
-        rule = (several, method.score_weights, method.score_combination, method.threshold_percentile)
-        combination = combine_columns(rows.scores if proxy is None else proxy.scores, *rule)
-        rows = dataclasses.replace(rows, scores=combination(rows.scores))
-        proxy = None if proxy is None else dataclasses.replace(proxy, scores=combination(proxy.scores))
-    return make_report(rows, method, columns, group_column=group, proxy=proxy, combination=combination), rows
-
-
-def make_report(
-    rows: ScoredRows,
-    method: MethodArguments,
-    columns: Columns,
-    *,
-    group_column: str | None = None,
-    proxy: ScoredRows | None = None,
-    combination: ScoreCombination | None = None,
-) -> LabelReport:
-    """
-    Label scores as training would, and describe the result.
-
-    Args:
-        rows ([`ScoredRows`]):
-            The training scores.
-        method ([`MethodArguments`]):
-            Checked settings.
-        columns ([`Columns`]):
-            As read.
-        group_column (`str`, *optional*):
-            Column of the groups, as read.
-        proxy ([`ScoredRows`], *optional*):
-            Scores that give the threshold instead.
-        combination ([`thresholds.ScoreCombination`], *optional*):
-            Made the scores of several columns.
-
-    Returns:
-        [`LabelReport`]
-
-    Raises:
-        ThresholdError: for scores that cannot be divided in two.
-    """
-    from tgol_trainer.labels import fit_labelling
-    from tgol_trainer.labels.combining import check_combined
-    from tgol_trainer.labels.fitting import label_settings, running_percentile
-    from tgol_trainer.labels.report import label_report, label_uncertainty
-    from tgol_trainer.thresholds import ThresholdError
-
-    settings = label_settings(method)
-    grouped = group_column if settings.strategy in ("group", "oracle") else None
-    source_keys = proxy.keys[grouped] if proxy and grouped else None
-    try:
-        if combination is not None:
-            check_combined(rows.scores, combination)
-        labelling = fit_labelling(
-            rows.scores if proxy is None else proxy.scores,
-            rows.scores,
-            settings,
-            groups=rows.keys[grouped] if grouped else None,
-            source_groups=source_keys,
-            proxy=proxy is not None,
-        )
-    except ThresholdError as error:
-        raise ThresholdError(f"Column {columns.score!r}: {error}") from None
-    uncertainty = label_uncertainty(
-        rows,
-        labelling,
-        settings,
-        source=proxy.scores if proxy else None,
-        group_column=grouped,
-        source_keys=source_keys,
-        running=running_percentile(labelling, method) if settings.strategy == "running" else None,
-    )
-    labelling = dataclasses.replace(labelling, source=None, by_group=None, combination=combination)
-    return label_report(
-        rows,
-        labelling,
-        prompt_column=columns.prompt,
-        score_column=columns.score,
-        group_column=group_column,
-        uncertainty=uncertainty,
-        cut_points=labelling.cut_points or None,
-    )
+        group_column = group if grouped else None
+        alone: dict[str, Any] = {"group_column": group_column, "scores_alone": True, "name": "proxy_dataset"}
+        proxy = read_scores(source, columns, **alone, **reading)
+    return dry_run(rows, method, columns, group_column=group, proxy=proxy)
 
 
 def save_report(
-    folder: Path, report: LabelReport, advice: list[Advice], rows: ScoredRows, settings: dict[str, Any]
+    folder: Path, report: LabelReport, advice: list[Advice], scores: np.ndarray, settings: dict[str, Any]
 ) -> None:
     """Write `label.json` and `score_histogram.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"settings": settings, **report.to_dict(), "advice": [dataclasses.asdict(item) for item in advice]}
     text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
     (folder / "label.json").write_text(text + "\n", encoding="utf-8")
-    save_label_histogram(folder / "score_histogram.png", report, rows.scores)
+    save_label_histogram(folder / "score_histogram.png", report, scores)
 
 
 def save_label_histogram(path: Path, report: LabelReport, scores: np.ndarray) -> None:
     """Draw the labels of the raw scores (N,) that were labelled, and their weights as an outline."""
     from tgol_trainer.evaluation import save_score_histogram
 
-    labelling = report.labelling
-    scores = scores if labelling.kept is None else scores[labelling.kept]
+    labeler = report.labeler
     margins = None
-    if labelling.rows is not None or labelling.normalization.method != "none":
-        margins = labelling.normalization(scores) - (
-            labelling.threshold.value if labelling.rows is None else labelling.rows
-        )
+    if labeler.rows is not None or labeler.normalization.method != "none":
+        margins = labeler.normalization(scores) - (labeler.threshold.value if labeler.rows is None else labeler.rows)
     save_score_histogram(
         *(path, scores, report.raw_threshold),
         name=report.score_column,
         margins=margins,
-        weighting=None if labelling.weighting.formula == "1" else labelling.weighting.replace,
+        weighting=None if labeler.weighting.formula == "1" else labeler.weighting,
     )

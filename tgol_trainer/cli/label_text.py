@@ -24,21 +24,21 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         advice (`list[Advice]`, *optional*):
             Printed last.
     """
-    threshold, weights = report.labelling.threshold, report.labelling.weights
+    threshold, weights = report.labeler.threshold, report.labeler.weights
     total, scores = threshold.num_scores, report.scores
     causes = dict(report.dropped)
-    if report.labelling.strategy.get("num_in_dead_zone"):
-        causes["in the dead zone"] = report.labelling.strategy["num_in_dead_zone"]
+    if report.labeler.strategy.get("num_in_dead_zone"):
+        causes["in the dead zone"] = report.labeler.strategy["num_in_dead_zone"]
     left_out = report.num_rows - total
     lines = [f"Rows       {total:,} labelled" + (f", {left_out:,} left out: {_counts(causes)}" if left_out else "")]
     lines.append(
         f"Scores     {report.score_column}: {scores.min:.6g} to {scores.max:.6g}, mean {scores.mean:.6g}, standard "
         f"deviation {scores.std:.4g}, {scores.num_distinct:,} different values"
     )
-    if report.labelling.combination is not None:
+    if report.labeler.combination is not None:
         from tgol_trainer.labels.combining import combination_lines
 
-        lines += [f"           {line}" for line in combination_lines(report.labelling.combination)]
+        lines += [f"           {line}" for line in combination_lines(report.labeler.combination)]
     lines += _threshold_lines(report)
     lines.append(
         f"Labels     {threshold.num_positive:,} positive, {threshold.num_negative:,} negative "
@@ -49,7 +49,7 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         for cut, count in report.levels or []
     ]
     if weights is not None:
-        weighting = report.labelling.weighting
+        weighting = report.labeler.weighting
         spread = ", ".join(f"{weight:.3g}" for weight in report.weight_percentiles.values())
         scale = f", c = {weighting.scale:g}" if "c·" in weighting.formula else ""
         lines.append(
@@ -60,7 +60,7 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
     lines += _group_lines("Prompts", report.prompts, names=False)
     if report.groups is not None:
         lines += _group_lines("Groups", report.groups, names=True)
-    one = report.raw_threshold if report.labelling.rows is None else None
+    one = report.raw_threshold if report.labeler.rows is None else None
     lines += ["", *histogram_lines(report.histogram, one), "", *_example_lines(report)]
     for item in advice or []:
         wrapped = textwrap.wrap(f"{item.text}", 112, initial_indent="  * ", subsequent_indent="    ")
@@ -74,8 +74,8 @@ def _counts(dropped: dict[str, int]) -> str:
 
 
 def _threshold_lines(report: LabelReport) -> list[str]:
-    threshold, unit, unsure = report.labelling.threshold, report.labelling.normalization, report.uncertainty
-    facts, total = report.labelling.strategy, threshold.num_scores
+    threshold, unit, unsure = report.labeler.threshold, report.labeler.normalization, report.uncertainty
+    facts, total = report.labeler.strategy, threshold.num_scores
     normalised = (
         "" if unit.method == "none" else f" in {unit.method} units, {report.raw_threshold:.6g} in the column's"
     )
@@ -112,14 +112,14 @@ def _threshold_lines(report: LabelReport) -> list[str]:
 
 
 def _origin(report: LabelReport) -> str:
-    threshold = report.labelling.threshold
-    combination = report.labelling.combination
+    threshold = report.labeler.threshold
+    combination = report.labeler.combination
     if combination is not None and combination.method == "min":
         return "reached where every column reaches its own"
     if threshold.percentile is None:
         return "fixed"
     which = "median" if threshold.percentile == 50 else f"{threshold.percentile:g}th percentile"
-    if report.labelling.strategy.get("statistic") == "mean":
+    if report.labeler.strategy.get("statistic") == "mean":
         which = "mean"
     source = " of the proxy scores" if threshold.source == "proxy" else ""
     return which + source + (", moved off the smallest score" if threshold.moved_from is not None else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import plain_errors, set_up_logging
-from .label import make_report, save_label_histogram
+from .label import save_label_histogram
 from .label_text import report_lines
 
 if TYPE_CHECKING:
@@ -232,11 +232,11 @@ def _show_labels(folder: Path, dataset: Dataset) -> None:
     from tgol_trainer.data import Columns
     from tgol_trainer.data.scores import read_scores
     from tgol_trainer.labels.advice import advise
+    from tgol_trainer.labels.dry_run import dry_run
 
     columns = Columns(score=TRAINED_SCORE)
-    rows = read_scores(dataset, columns, progress=False)
-    report = make_report(rows, MethodArguments(), columns)
-    save_label_histogram(folder / "score_histogram.png", report, rows.scores)
+    report, scores = dry_run(read_scores(dataset, columns, progress=False), MethodArguments(), columns)
+    save_label_histogram(folder / "score_histogram.png", report, scores)
     print()
     for line in report_lines(report, advise(report)):
         print(line)

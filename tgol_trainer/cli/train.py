@@ -28,21 +28,48 @@ class TrainArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of rewards or module:function, which score the images of --sample_prompts, and those of "
-            "--rounds."
+            "help": "Rewards that score the images of --sample_prompts or of --rounds: names, or module:function."
         },
     )
     rounds: int | None = field(
         default=None,
         metadata={
-            "help": "Train in so many rounds, each on images of --prompts that the policy makes and --reward_funcs "
-            "score, with the policy before the round as reference; instead of --dataset_name."
+            "help": "Train in this many rounds instead of on --dataset_name. Each round draws images of --prompts "
+            "from the policy, scores them with --reward_funcs, and trains with that policy as the reference."
         },
     )
     prompts: str | None = field(
-        default=None, metadata={"help": "With --rounds: text file, table, dataset or named set of prompts."}
+        default=None,
+        metadata={"help": "Prompts of --rounds: a text file, a table, a dataset or a named set of prompts."},
     )
-    images_per_prompt: int = field(default=8, metadata={"help": "With --rounds: images of each prompt a round."})
+    images_per_prompt: int = field(default=8, metadata={"help": "Images of each prompt in each of the --rounds."})
+
+
+@dataclass
+class SampleArguments:
+    """Images of the same prompts and seeds during training, see [`sampling.SampleCallback`]."""
+
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to draw at the start, during and at the end of training: texts, or one text file, table "
+            "or named set of prompts. --reward_funcs score the images."
+        },
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Draw them every so many updates. None: at each evaluation."}
+    )
+    sample_seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds. Each prompt is drawn once per seed."}
+    )
+    sample_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale of images drawn in training or --rounds. None: the pipeline's own default."},
+    )
+    sample_num_inference_steps: int | None = field(
+        default=None,
+        metadata={"help": "Denoising steps of images drawn in training or --rounds. None: the pipeline's default."},
+    )
 
 
 @dataclass
@@ -71,7 +98,27 @@ def _changed(arguments: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(arguments) if getattr(arguments, item.name) != item.default]
 
 
-def _check_arguments(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> None:
+def _sample_callback(sample: SampleArguments, script: TrainArguments) -> Any:
+    from tgol_trainer.sampling import SampleCallback, SampleSettings
+
+    return SampleCallback(
+        sample.sample_prompts or [],
+        script.reward_funcs,
+        steps=sample.sample_steps,
+        seeds=sample.sample_seeds,
+        settings=SampleSettings(sample.sample_guidance_scale, sample.sample_num_inference_steps),
+    )
+
+
+def _check_arguments(
+    script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments
+) -> None:
+    if sample.sample_prompts is None and script.rounds is None:
+        for name in ("sample_steps", "sample_guidance_scale", "sample_num_inference_steps"):
+            if getattr(sample, name) is not None:
+                raise SystemExit(f"error: --{name}: has no effect without --sample_prompts.")
+        if script.reward_funcs:
+            raise SystemExit("error: --reward_funcs: has no effect without --sample_prompts or --rounds.")
     changed = _changed(model)
     unused = [name for name in [*changed, *_changed(script)] if name in _UNUSED]
     if unused:
@@ -158,7 +205,7 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
     )
 
 
-def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> int:
+def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from functools import partial
 
     from tgol_trainer.rewards import load_reward
@@ -169,8 +216,8 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
 
     name, device = model.model_name_or_path or "", device_of(training.use_cpu)
     sampling = {
-        "num_inference_steps": training.sample_num_inference_steps,
-        "guidance_scale": training.sample_guidance_scale,
+        "num_inference_steps": sample.sample_num_inference_steps,
+        "guidance_scale": sample.sample_guidance_scale,
     }
     with plain_errors():
         train_rounds(
@@ -220,12 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0, or 3 where all is trained and saved and a push failed.
     """
     set_up_logging()
-    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments), prog="tgol train")
+    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
     try:
-        script, training, model = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+        script, training, model, sample = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
         raise SystemExit(f"error: {error}") from error
-    _check_arguments(script, training, model)
+    _check_arguments(script, training, model, sample)
     training.model_init_kwargs = _model_init_kwargs(model, training)
 
     from tgol_trainer.data import Columns
@@ -239,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     if script.rounds is not None:
-        return _train_rounds(script, training, model)
+        return _train_rounds(script, training, model, sample)
     with plain_errors():
         trainer = TGOLTrainer(
             model=model.model_name_or_path,
@@ -251,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
             peft_config=_lora_config(model, training),
             quantization_config=_quantization_config(model),
-            reward_funcs=script.reward_funcs,
+            callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
         )
         resume = training.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)

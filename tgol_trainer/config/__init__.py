@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .method import CONFIDENT_LOSSES, MethodArguments
+from .method import CONFIDENT_LOSSES, MethodArguments, default_of
 
 if TYPE_CHECKING:
     from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
@@ -17,6 +17,7 @@ __all__ = [
     "LORA_LEARNING_RATE",
     "MethodArguments",
     "TGOLConfig",
+    "default_of",
 ]
 
 

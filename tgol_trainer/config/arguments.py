@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from .method import MethodArguments, check_choices
+from tgol_trainer._secrets import is_secret
+
+from .method import MethodArguments, check_choices, default_of
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
@@ -22,8 +24,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Peak learning rate of AdamW. None means 1e-5 for full fine-tuning, the paper's value for "
-            "batches of 128, and 1e-4 for LoRA: ten times that, since a low-rank update needs larger steps."
+            "help": "Peak learning rate of AdamW. None: 1e-4 for LoRA, and 1e-5 for full fine-tuning (the paper's "
+            "value for batches of 128). LoRA takes ten times that because a low-rank update needs larger steps."
         },
     )
     num_train_epochs: float = field(
@@ -37,130 +39,111 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Hide NaN losses from the log. Off: a NaN stops training with its likely cause."},
+        metadata={"help": "Hide NaN losses from the log. False: a NaN stops training and names its likely cause."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: prompt, image and score are no arguments of a denoiser."}
+        default=False, metadata={"help": "Must stay False: prompt, image and score are not arguments of a denoiser."}
     )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last incomplete training batch. Evaluation always keeps it."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
-        metadata={"help": "Passed to DistributedDataParallel; every adapter weight takes part in each step."},
+        metadata={
+            "help": "Passed to DistributedDataParallel. False is right: every adapter weight takes part in each step."
+        },
     )
 
     # Of newer transformers; declared here so that settings files name it with every supported version.
     activation_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute the denoiser's activations in the backward pass: less memory, slower steps."},
+        metadata={"help": "Recompute the denoiser's activations in the backward pass. Saves memory, slows steps."},
     )
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Passed to `DiffusionPipeline.from_pretrained` where `model` is an id or folder: dtype, revision"
-        },
+        metadata={"help": "Passed to `DiffusionPipeline.from_pretrained`, such as dtype and revision."},
     )
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a LoRA adapter to start from, instead of a new one."}
+        default=None,
+        metadata={"help": "Folder or Hub id of a LoRA adapter to continue training. None: train a new one."},
     )
     reference: Literal["base", "initial"] = field(
         default="base",
         metadata={
-            "help": "With `adapter_name_or_path`: measure the policy against the base model, or against the adapter "
-            "it started from, kept frozen under a second name."
+            "help": "What log-ratios are measured against: the base model, or with 'initial' the adapter of "
+            "`adapter_name_or_path`, kept frozen under a second name."
         },
     )
     full_finetuning: bool = field(
         default=False,
-        metadata={"help": "Train every weight of the denoiser instead of an adapter; the reference is a frozen copy."},
+        metadata={
+            "help": "Train every weight of the denoiser instead of an adapter. The reference is then a frozen copy."
+        },
     )
 
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     video_column: str = field(
-        default="video", metadata={"help": "Column with the videos, read instead of images by models of videos."}
+        default="video", metadata={"help": "Column with the videos. Video models read it instead of the images."}
     )
     score_column: str = field(
-        default="score", metadata={"help": "Column with one real score an image; higher is better."}
+        default="score", metadata={"help": "Column with one real number per image; higher is better."}
     )
     resolution: int | str | None = field(
         default=None,
         metadata={
-            "help": "Pixels to which images and frames are resized and centre-cropped: a side, or height and width as "
-            "in '480x832'. None: the model's own."
+            "help": "Size in pixels that images and frames are resized and cropped to: one side, or height and width "
+            "as in '480x832'. None: the model's own size."
         },
     )
     num_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Models of videos only: frames taken of each clip, spread evenly over it. Wan takes 4·k + 1. "
-            "None: as many as the pipeline generates by default (Wan 2.1: 81)."
+            "help": "Frames taken of each video, evenly spaced; video models only. Wan takes 4·k + 1. None: as many "
+            "as the pipeline generates by default (Wan 2.1: 81)."
         },
     )
     random_flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
     caption_dropout: float = field(
         default=0.0,
-        metadata={
-            "help": "Probability of training an image with the empty prompt, the same for policy and reference."
-        },
+        metadata={"help": "Probability of training an image with the empty prompt, for policy and reference alike."},
     )
     latent_sampling: Literal["sample", "mode"] = field(
         default="sample",
-        metadata={"help": "Draw an image's latents from the autoencoder's posterior at each step, or take its mode."},
+        metadata={
+            "help": "Latents of an image: 'sample' draws from the posterior at each step, 'mode' takes its mode."
+        },
     )
     timestep_sampling: Literal["family", "uniform", "logit_normal"] = field(
         default="family",
         metadata={
-            "help": "Density of times of flow-matching models: the family's own (SD3 logit-normal, FLUX and Wan "
-            "uniform), or one of these. No effect on other models."
+            "help": "How flow-matching models draw times. 'family': SD3 logit-normal, FLUX and Wan uniform. Other "
+            "models do not use it."
         },
     )
     train_guidance: float = field(
         default=3.5,
-        metadata={"help": "Guidance value fed to guidance-distilled models (FLUX.1-dev), the same for both passes."},
+        metadata={"help": "Guidance value that guidance-distilled models (FLUX.1-dev) get in both passes."},
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
         metadata={
-            "help": "What to do with rows that cannot be trained on: stop before training, or drop and count them."
+            "help": "Rows that cannot be trained on: 'raise' stops before training, 'skip' leaves them out and counts."
         },
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that check the images before training."}
-    )
-
-    # Images during training
-    sample_prompts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts drawn at the start, during and at the end of training: texts, or one text file, table or "
-            "named prompt set. `reward_funcs` score the images."
-        },
-    )
-    sample_steps: int | None = field(
-        default=None,
-        metadata={"help": "Draw them every so many updates. None: at each evaluation, beside start and end."},
-    )
-    sample_seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Each prompt is drawn once a seed, the same at every step."}
-    )
-    sample_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance of these images. None: what suits the pipeline."}
-    )
-    sample_num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps of these images. None: what suits the pipeline."}
+        default=None, metadata={"help": "Number of processes that check the images before training."}
     )
 
     # Hub
     hub_gated: Literal["auto", "manual"] | None = field(
         default=None,
         metadata={
-            "help": "Ask those who want the files of the Hub repository to share their contact details first: 'auto' "
-            "lets all in who do, 'manual' those whom you accept. None changes nothing."
+            "help": "Gate the Hub repository: visitors share contact details first. 'auto' admits all who do, "
+            "'manual' those you accept. None: leave it as it is."
         },
     )
 
@@ -181,7 +164,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self._check_combinations()
 
     def to_dict(self) -> dict[str, Any]:
-        """As `TrainingArguments.to_dict`, without tokens in `model_init_kwargs`, dtypes as text, changing nothing."""
+        """Like `TrainingArguments.to_dict`, with secrets in `model_init_kwargs` masked and dtypes as text."""
         given, self.model_init_kwargs = self.model_init_kwargs, None
         try:
             values = super().to_dict()
@@ -193,14 +176,14 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         lines = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
         return f"{type(self).__name__}(\n{lines})"
 
-    # Else the dataclass makes one that shows the tokens.
+    # The dataclass' own would show the tokens.
     __repr__ = __str__
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as a dictionary, empty if there are none."""
         if isinstance(self.model_init_kwargs, str):
-            raise ValueError(f"`model_init_kwargs` is no JSON object: {self.model_init_kwargs!r}.")
+            raise ValueError(f"`model_init_kwargs` is not a JSON object: {self.model_init_kwargs!r}.")
         return dict(self.model_init_kwargs or {})
 
     def training_size(self, native: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -209,12 +192,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
 
         Args:
             native (`tuple[int, int]`):
-                The model's own, taken where `resolution` is not given.
+                The model's own size, used if `resolution` is not given.
             multiple (`int`):
                 Both must be multiples of it.
 
         Raises:
-            ValueError: if one is not; with the nearest sizes that are.
+            ValueError: if one is not, with the nearest sizes that are.
         """
         if self.resolution is None:
             return native
@@ -223,7 +206,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         fitting = [max(round(side / multiple), 1) * multiple for side in sides]
         if fitting != sides:
             raise ValueError(
-                f"`resolution` {self.resolution} is no multiple of {multiple}, the factor of the model's autoencoder"
+                f"`resolution` {self.resolution} is not a multiple of {multiple}, the factor of the autoencoder"
                 f"{', on both sides' if len(sides) > 1 else ''}: use {'x'.join(map(str, fitting))}."
             )
         return height, width
@@ -233,7 +216,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
         if self.hub_gated not in (None, "auto", "manual"):
             raise ValueError(f"`hub_gated` must be auto or manual, or left out, got {self.hub_gated!r}.")
-        for name in ("num_frames", "dataset_num_proc", "sample_steps", "sample_num_inference_steps"):
+        for name in ("num_frames", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -241,19 +224,15 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.check_method(self.per_device_train_batch_size)
 
     def _check_combinations(self) -> None:
-        # Running workers see a new τ, and nothing else that labels rows.
-        kept = self.threshold_strategy in ("group", "oracle") or self.loss_type in ("ordinal", "qrpo")
-        again = self.threshold_update == "epoch" and (kept or self.score_normalization != "none")
-        if again and self.dataloader_persistent_workers:
+        if self.threshold_update == "epoch" and self.dataloader_persistent_workers:
             raise ValueError(
-                "`dataloader_persistent_workers=True` keeps the first epoch's score normalisation, thresholds of "
-                "groups and quantiles in the workers, while `threshold_update='epoch'` fits them again. Set one of "
-                "the two back."
+                "`dataloader_persistent_workers=True` keeps the labels of the first epoch in the workers, while "
+                "`threshold_update='epoch'` makes new ones. Set one of the two back."
             )
         if self.remove_unused_columns:
             raise ValueError(
-                "`remove_unused_columns=True` would drop prompt, image and score, which are no arguments of the "
-                "denoiser. Leave it False; columns that are not needed are ignored."
+                "`remove_unused_columns=True` would drop prompt, image and score, which are not arguments of the "
+                "denoiser. Leave it False. Columns that are not needed are ignored."
             )
         if self.score_columns:
             if self.score_column != "score":
@@ -261,17 +240,14 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             for role in ("prompt_column", "image_column", "video_column", "group_column"):
                 if getattr(self, role) in self.score_columns:
                     raise ValueError(f"`score_columns` names {getattr(self, role)!r}, which is the `{role}`.")
-        if not self.sample_prompts and self.sample_steps is not None:
-            raise ValueError("`sample_steps` says when `sample_prompts` are drawn, of which there are none.")
-        seeds = self.sample_seeds
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError(f"`sample_seeds` must be different numbers, at least 0 and one or more, got {seeds}.")
         if self.full_finetuning and self.adapter_name_or_path:
             raise ValueError("`full_finetuning=True` trains no adapter: leave out `adapter_name_or_path`.")
         if self.reference == "initial" and not self.adapter_name_or_path:
             raise ValueError("`reference='initial'` means the adapter of `adapter_name_or_path`, which is not given.")
-        if self.reference == "initial" and self.sync_ref_model == "epoch":
-            raise ValueError("`reference='initial'` and `sync_ref_model='epoch'` both set the reference: choose one.")
+        if self.reference == "initial" and self.reference_update == "epoch":
+            raise ValueError(
+                "`reference='initial'` and `reference_update='epoch'` both set the reference: choose one."
+            )
 
 
 def _read_resolution(value: int | str | None) -> int | str | None:
@@ -288,10 +264,7 @@ def _read_resolution(value: int | str | None) -> int | str | None:
 
 def _as_text(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            name: f"<{name.upper()}>" if name == "token" or name.endswith("_token") else _as_text(item)
-            for name, item in value.items()
-        }
+        return {name: f"<{name.upper()}>" if is_secret(name) else _as_text(item) for name, item in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else str(value).removeprefix("torch.")
 
 
@@ -308,10 +281,6 @@ CHANGED_DEFAULTS: dict[str, str] = {
 """Fields of TrainingArguments with another default here, and why."""
 
 
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
 def _docstring() -> str:
     """One text for `help()` and `--help`: the fields' own help."""
     inherited = {item.name for item in fields(TrainingArguments)}
@@ -324,7 +293,7 @@ def _docstring() -> str:
         if item.name in inherited and item.name not in CHANGED_DEFAULTS:
             continue
         lines += [
-            f"    {item.name} (`{item.type}`, *optional*, defaults to `{_default(item)!r}`):",
+            f"    {item.name} (`{item.type}`, *optional*, defaults to `{default_of(item)!r}`):",
             f"        {item.metadata['help']}",
         ]
     return "\n".join(lines)

@@ -1,19 +1,18 @@
-"""The fields of `TGOLConfig` that say what is optimised: loss, threshold, weights, groups."""
+"""The fields of `TGOLConfig` that say what is optimised: loss, score, threshold, weights, groups, reference."""
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from tgol_trainer.thresholds import Weighting, check_combination, ordinal_offsets
 
-logger = logging.getLogger(__name__)
-
-LossType = Literal["tgol", "ordinal", "sft", "csft", "kto", "dro", "qrpo", "dpo", "nft"]
-CONFIDENT_LOSSES = ("tgol", "ordinal")
+LossType = Literal["tgol", "tgol_pairs", "ordinal", "sft", "csft", "kto", "dro", "qrpo", "dpo", "nft"]
+CONFIDENT_LOSSES = ("tgol", "tgol_pairs", "ordinal")
 """Losses that confidence weights act on; the others stand as their papers have them."""
+_UNWEIGHTED_LOSSES = ("sft", "csft", "dpo", "nft")
 
 
 @dataclass
@@ -21,42 +20,41 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     loss_type: LossType = field(
         default="tgol",
         metadata={
-            "help": "'tgol' is the paper's loss (Eq. 10), 'ordinal' has several thresholds. For comparison: 'sft' "
-            "(positives), 'csft' (all, label in the prompt), 'kto', 'dro', 'qrpo', 'dpo' (pairs of a group), 'nft'."
+            "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_pairs' compares the images of a prompt; 'ordinal' has "
+            "several thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
         },
     )
-    beta: float = field(default=1.0, metadata={"help": "β, scale of the implicit reward (paper: 1)."})
+    beta: float = field(default=1.0, metadata={"help": "β, the scale of the implicit reward (paper: 1)."})
     temperature: float = field(
         default=0.001,
         metadata={
-            "help": "T, by which the denoising error is divided to give a log-likelihood (paper: 0.001). A larger T "
-            "holds the policy less close to the reference. No effect on masked-token models."
+            "help": "T. The denoising error divided by T is the negative log-likelihood (paper: 0.001). A larger T "
+            "lets the policy move further from the reference. Masked-token models do not use it."
         },
     )
 
     # Score
     score_columns: list[str] | None = field(
         default=None,
-        metadata={"help": "Two or more columns whose scores make one, instead of `score_column`."},
+        metadata={"help": "Two or more columns that are combined to one score. Set it instead of `score_column`."},
     )
     score_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each of `score_columns`, once standardised. None: 1 each."}
+        default=None, metadata={"help": "One weight per entry of `score_columns`, applied after standardising."}
     )
     score_combination: Literal["sum", "min"] = field(
         default="sum",
         metadata={
-            "help": "How `score_columns` are combined, each standardised by mean and standard deviation: 'sum' adds "
-            "them by weight; 'min' takes the smallest margin to each column's `threshold_percentile`, so that a row "
-            "is positive if all of its scores are and negative if any is."
+            "help": "'sum' adds the standardised `score_columns` by weight. 'min' labels a row positive only if every "
+            "column reaches its own `threshold_percentile`."
         },
     )
 
     # Threshold
-    threshold_strategy: Literal["global", "fixed", "group", "oracle", "running"] = field(
+    threshold_strategy: Literal["global", "group", "oracle", "running"] = field(
         default="global",
         metadata={
-            "help": "Where τ comes from: a percentile of all scores (paper), `threshold`, one a group pooled towards "
-            "the global one, the log-mean-exp of a prompt's reference samples, or the last scores of a stream."
+            "help": "Where τ comes from: a percentile of all scores (paper); one τ per group, pooled towards the "
+            "global τ; the log-mean-exp of a prompt's reference samples; or the last scores of a stream."
         },
     )
     threshold_percentile: float = field(
@@ -64,57 +62,59 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         metadata={"help": "Percentile of the scores that becomes the threshold τ (paper: 50, the median)."},
     )
     threshold: float | None = field(
-        default=None, metadata={"help": "A fixed τ, in normalised score units, instead of a percentile."}
+        default=None,
+        metadata={"help": "A fixed τ in normalised score units. Set it instead of estimating τ from the scores."},
     )
     group_column: str | None = field(
         default=None,
-        metadata={"help": "Column whose equal values form a group, such as a domain or generator. None: the prompt."},
+        metadata={"help": "Column whose equal values form a group, such as a domain. None: rows of one prompt."},
     )
     group_statistic: Literal["percentile", "mean"] = field(
-        default="percentile", metadata={"help": "What a group's own threshold is: that percentile of it, or its mean."}
+        default="percentile",
+        metadata={"help": "A group's own threshold: that percentile of its scores, or their mean."},
     )
     oracle_beta: float | None = field(
         default=None,
         metadata={
-            "help": "β_r of the oracle threshold, in normalised score units. None: the standard deviation within "
-            "prompts. Large values give the mean of a prompt's samples, small ones their maximum."
+            "help": "β_r of the oracle threshold in normalised score units. Large values approach the mean of a "
+            "prompt's samples, small ones the maximum. None: the standard deviation within prompts."
         },
     )
     reference_samples: bool = field(
         default=False,
         metadata={
-            "help": "Say that the training images were made by the reference model, so that the oracle threshold may "
-            "be estimated from them; otherwise it needs a proxy dataset of such images."
+            "help": "Set to true if the reference model made the training images. The oracle threshold can then be "
+            "estimated from them; otherwise it needs a proxy dataset of such images."
         },
     )
     threshold_window: int = field(
-        default=1024, metadata={"help": "Scores that the running threshold looks back on, of each process's stream."}
+        default=1024, metadata={"help": "Number of last scores, per process and worker, in the running threshold."}
     )
     threshold_update: Literal["once", "epoch"] = field(
         default="once",
         metadata={
-            "help": "Estimate τ once, or again at each epoch. The latter only means something for streamed data or "
-            "for a proxy set that is made anew after the reference moves."
+            "help": "Estimate τ once, or again at each epoch. Use 'epoch' for streamed data, or for a proxy set that "
+            "is made anew after the reference moves."
         },
     )
     max_threshold_samples: int | None = field(
         default=None,
-        metadata={"help": "Streams only: rows read in the first pass over the scores. None reads them all."},
+        metadata={"help": "Rows of a stream to read for the threshold before training starts. None: all rows."},
     )
     score_normalization: Literal["none", "zscore", "robust"] = field(
         default="none",
         metadata={
             "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and "
-            "interquartile range. 'none' is the paper's."
+            "interquartile range. The paper uses 'none'."
         },
     )
     dead_zone: float = field(
         default=0.0,
-        metadata={"help": "Leave out training rows whose score is closer to τ than this, in normalised score units."},
+        metadata={"help": "Leave out rows whose score is closer to τ than this, in normalised score units."},
     )
     ordinal_percentiles: list[float] = field(
         default_factory=lambda: [25.0, 50.0, 75.0],
-        metadata={"help": "Percentiles of the scores that are the cut points of the ordinal loss, increasing."},
+        metadata={"help": "Increasing percentiles of the scores that become the cut points of the ordinal loss."},
     )
 
     # Weights
@@ -125,8 +125,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     weight_form: Literal["linear", "none", "abs", "power", "clipped"] = field(
         default="linear",
         metadata={
-            "help": "Weight of a sample at distance d from τ: 1 + c·d (paper), 1, d, 1 + c·d^weight_power, or "
-            "min(1 + c·d, weight_limit)."
+            "help": "Weight at distance d = |s - τ|: 'linear' 1 + c·d (paper), 'none' 1, 'abs' d, 'power' "
+            "1 + c·d^weight_power, 'clipped' min(1 + c·d, weight_limit)."
         },
     )
     weight_power: float = field(default=0.5, metadata={"help": "Exponent of the weight form 'power'."})
@@ -135,27 +135,29 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default=False, metadata={"help": "Divide the weights by their mean over the training rows."}
     )
     desirable_weight: float = field(
-        default=1.0, metadata={"help": "Factor of the weights of positive samples, against an imbalance of labels."}
+        default=1.0, metadata={"help": "Factor on the weights of positive samples. Use it if labels are imbalanced."}
     )
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Factor of the weights of negative samples."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Factor on the weights of negative samples."})
 
     # Groups in a batch
-    log_ratio_centering: Literal["none", "group", "pairs"] = field(
+    log_ratio_centering: Literal["none", "group"] = field(
         default="none",
         metadata={
-            "help": "'group' subtracts from log-ratio and score the mean of the other samples of the group in the "
-            "batch, which cancels the prompt's baseline as a pair does, and loses the anchor to the reference. "
-            "'pairs' compares with each of them in turn."
+            "help": "'group' subtracts the mean of the group's other images in the batch from log-ratio and score. "
+            "The prompt's baseline cancels, and the hold of the reference becomes weaker."
         },
     )
     centering_strength: float = field(
-        default=1.0, metadata={"help": "Share of that mean which is subtracted, 0 to 1; below 1 an anchor stays."}
+        default=1.0,
+        metadata={
+            "help": "Share of the other images' log-ratio that is subtracted, 0 to 1, with 'group' or 'tgol_pairs'."
+        },
     )
     group_size: int | None = field(
         default=None,
         metadata={
-            "help": "Put this many images of a group side by side in each batch; must divide "
-            "`per_device_train_batch_size`. None: rows in random order. Needed by 'dpo' and by centring."
+            "help": "Images of one group side by side in a batch. It must divide `per_device_train_batch_size`. "
+            "Needed by 'dpo', 'tgol_pairs' and centring. None: rows in random order."
         },
     )
     share_group_noise: bool = field(
@@ -163,21 +165,25 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         metadata={"help": "Give all samples of a group the same noise and time (or mask) at each step."},
     )
 
-    # Rivals and reference
+    # Settings of other losses, and the reference
     csft_suffixes: list[str] = field(
         default_factory=lambda: [", high quality", ", low quality"],
-        metadata={"help": "What 'csft' adds to the prompts of positives and of negatives; generate with the first."},
+        metadata={
+            "help": "Texts that 'csft' adds to the prompts of positives and negatives. Generate with the first."
+        },
     )
     nft_mix: float = field(
         default=1.0, metadata={"help": "b of 'nft': how far v⁺ and v⁻ lie from the reference towards the policy."}
     )
-    sync_ref_model: Literal["no", "epoch"] = field(
-        default="no",
-        metadata={
-            "help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15). Unlike "
-            "TRL's flag of this name, which mixes weights every 512 steps."
-        },
+    reference_update: Literal["never", "epoch"] = field(
+        default="never",
+        metadata={"help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15)."},
     )
+
+    @property
+    def strategy(self) -> Literal["global", "fixed", "group", "oracle", "running"]:
+        """`threshold_strategy`, or `"fixed"` where `threshold` is given."""
+        return "fixed" if self.threshold is not None else self.threshold_strategy
 
     @property
     def weighting(self) -> Weighting:
@@ -205,23 +211,21 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     @property
     def comparing(self) -> str | None:
         """The setting, as written, that compares samples of a group within a batch; `None` where nothing does."""
-        if self.loss_type == "dpo":
-            return "`loss_type='dpo'`"
+        if self.loss_type in ("dpo", "tgol_pairs"):
+            return f"`loss_type={self.loss_type!r}`"
         return f"`log_ratio_centering={self.log_ratio_centering!r}`" if self.log_ratio_centering != "none" else None
 
     def check_method(self, batch_size: int) -> None:
         """
-        Check the fields of this class, and fill in the strategy that a fixed threshold means.
+        Check the fields of this class.
 
         Args:
             batch_size (`int`):
                 Rows of a micro-batch of one process.
 
         Raises:
-            ValueError: for a value out of range, or fields that contradict each other.
+            ValueError: for a value out of range, fields that contradict each other, or a field that has no effect.
         """
-        if self.threshold is not None and self.threshold_strategy == "global":
-            self.threshold_strategy = "fixed"
         check_choices(self, MethodArguments)
         positive = {"beta", "temperature", "weight_power", "nft_mix"}
         for name in (*positive, "confidence_scale", "dead_zone", "desirable_weight", "undesirable_weight"):
@@ -244,21 +248,10 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         ordinal_offsets(self.ordinal_percentiles)
         if len(self.csft_suffixes) != 2:
             raise ValueError(f"`csft_suffixes` must be two texts, got {self.csft_suffixes!r}.")
-        weighted = self.weight_form != "linear" or self.normalize_weights
-        if weighted and self.loss_type not in CONFIDENT_LOSSES:
-            logger.warning(
-                "`loss_type=%r` has no confidence weights: `weight_form` and `normalize_weights` have no effect.",
-                self.loss_type,
-            )
-        by_class = (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0)
-        if by_class and self.loss_type in ("sft", "csft", "dpo", "nft"):
-            logger.warning(
-                "`loss_type=%r` takes no weights: `desirable_weight` and `undesirable_weight` have no effect.",
-                self.loss_type,
-            )
         self._check_columns()
         self._check_threshold()
         self._check_groups(batch_size)
+        self._check_effects()
 
     def _check_columns(self) -> None:
         check_combination(self.score_columns, self.score_weights, self.score_combination)
@@ -270,7 +263,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             "threshold_update": self.threshold_update != "once",
             "score_normalization": self.score_normalization != "none",
             "log_ratio_centering": self.log_ratio_centering != "none",
-            "loss_type": self.loss_type == "ordinal",
+            "loss_type": self.loss_type in ("ordinal", "tgol_pairs"),
         }
         for name in (name for name, clash in clashes.items() if clash):
             raise ValueError(
@@ -280,16 +273,18 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             )
 
     def _check_threshold(self) -> None:
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ValueError(f"`threshold` must be finite, got {self.threshold}.")
-        if (self.threshold is not None) != (self.threshold_strategy == "fixed"):
-            remedy = "leave it out" if self.threshold is not None else "give its value as `threshold`"
-            raise ValueError(f"`threshold_strategy={self.threshold_strategy!r}` and `threshold`: {remedy}.")
-        if self.threshold is not None and self.threshold_update == "epoch":
-            raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
+        if self.threshold is not None:
+            if not math.isfinite(self.threshold):
+                raise ValueError(f"`threshold` must be finite, got {self.threshold}.")
+            if self.threshold_strategy != "global":
+                raise ValueError(
+                    f"`threshold_strategy={self.threshold_strategy!r}` and `threshold` both set τ: leave one out."
+                )
+            if self.threshold_update == "epoch":
+                raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
         if self.threshold_strategy == "running" and self.threshold_update == "epoch":
             raise ValueError("`threshold_strategy='running'` follows the scores anyway: leave `threshold_update`.")
-        if self.loss_type == "ordinal" and self.threshold_strategy != "global":
+        if self.loss_type == "ordinal" and self.strategy != "global":
             raise ValueError(
                 f"`loss_type='ordinal'` cuts at the `ordinal_percentiles` of all scores, which "
                 f"`threshold_strategy={self.threshold_strategy!r}` and `threshold` do not change: leave them out."
@@ -308,12 +303,60 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError(
                 f"`group_size` {self.group_size} must divide `per_device_train_batch_size`, which is {batch_size}."
             )
-        accepted = {"none": None, "group": ("tgol", "kto", "dro"), "pairs": ("tgol",)}[self.log_ratio_centering]
-        if accepted and self.loss_type not in accepted:
+        if self.log_ratio_centering != "none" and self.loss_type not in ("tgol", "kto", "dro"):
             raise ValueError(
-                f"`log_ratio_centering={self.log_ratio_centering!r}` acts on log-ratios and margins, and is there for "
-                f"the loss types {', '.join(map(repr, accepted))}; `loss_type` is {self.loss_type!r}."
+                f"`log_ratio_centering='group'` acts on log-ratios and margins, and works with the loss types 'tgol', "
+                f"'kto' and 'dro'; `loss_type` is {self.loss_type!r}."
             )
+
+    def _check_effects(self) -> None:
+        """Refuse fields that are set and have no effect beside the others."""
+        defaults = {item.name: default_of(item) for item in fields(MethodArguments)}
+        for name, (acts, condition) in _ACTS_WITH.items():
+            if getattr(self, name) != defaults[name] and not acts(self):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect here: it acts only {condition}. Leave it "
+                    f"at its default, {defaults[name]!r}, or change the other setting."
+                )
+
+
+_ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
+    "threshold_percentile": (lambda args: args.threshold is None, "without a fixed `threshold`"),
+    "group_column": (lambda args: args.uses_groups, "with group thresholds, `group_size` or `share_group_noise`"),
+    "group_statistic": (lambda args: args.threshold_strategy == "group", "with `threshold_strategy='group'`"),
+    "oracle_beta": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
+    "reference_samples": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
+    "threshold_window": (lambda args: args.threshold_strategy == "running", "with `threshold_strategy='running'`"),
+    "ordinal_percentiles": (lambda args: args.loss_type == "ordinal", "with `loss_type='ordinal'`"),
+    "weight_form": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
+    "normalize_weights": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
+    "confidence_scale": (
+        lambda args: args.weighting.form in ("linear", "power", "clipped"),
+        f"with the loss types {CONFIDENT_LOSSES} and the weight forms 'linear', 'power' and 'clipped'",
+    ),
+    "weight_power": (lambda args: args.weighting.form == "power", "with `weight_form='power'`"),
+    "weight_limit": (lambda args: args.weighting.form == "clipped", "with `weight_form='clipped'`"),
+    "desirable_weight": (
+        lambda args: args.loss_type not in _UNWEIGHTED_LOSSES,
+        f"with other loss types than {_UNWEIGHTED_LOSSES}",
+    ),
+    "undesirable_weight": (
+        lambda args: args.loss_type not in _UNWEIGHTED_LOSSES,
+        f"with other loss types than {_UNWEIGHTED_LOSSES}",
+    ),
+    "centering_strength": (
+        lambda args: args.log_ratio_centering == "group" or args.loss_type == "tgol_pairs",
+        "with `log_ratio_centering='group'` or `loss_type='tgol_pairs'`",
+    ),
+    "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),
+    "nft_mix": (lambda args: args.loss_type == "nft", "with `loss_type='nft'`"),
+}
+"""Fields that act only under a condition: the condition, and how a message says it."""
+
+
+def default_of(item: Any) -> Any:
+    """Return the default value of a dataclass field."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def check_choices(arguments: Any, owner: type) -> None:
@@ -327,7 +370,7 @@ def check_choices(arguments: Any, owner: type) -> None:
             The class whose own annotations are checked.
 
     Raises:
-        ValueError: for a value that is none of the choices.
+        ValueError: for a value that is not among the choices.
     """
     hints = get_type_hints(owner)
     for name in owner.__annotations__:

@@ -7,14 +7,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-
-from tgol_trainer.thresholds import ScoreCombination
 
 from .checks import check_class, check_columns
 from .images import DataError, cropped_share
@@ -77,6 +75,14 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-serialisable dictionary."""
         return dataclasses.asdict(self) | {"resolution": list(self.resolution)}
+
+
+class RowValues(Protocol):
+    """Values of each row that are made after the rows are read, such as labels."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the values of one row by their names in a batch."""
+        ...
 
 
 _NO_NUMBERS = (
@@ -166,8 +172,7 @@ def prepare_dataset(
         resolution (`tuple[int, int]`):
             (height, width) in pixels, for the warnings about small and cut images.
         score_columns (`Sequence[str]`, *optional*):
-            K columns of scores instead of the one of `columns`, whose score names what is made of them by
-            [`ScoredDataset.combine`].
+            K columns of scores instead of the one of `columns`; the rows' scores are then (N, K).
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists all bad rows in one error; `"skip"` leaves them out and warns.
         num_proc (`int`, *optional*):
@@ -270,9 +275,10 @@ class ScoredDataset(torch.utils.data.Dataset):
     """
     The usable rows of a checked dataset; made by [`prepare_dataset`]. Images stay encoded, and on disk if they were.
 
-    `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": float, "row_id": int}`, with `"video"` instead
-    of `"image"` for videos; `row_id` is the row's number in the user's dataset, whatever was left out. Where `columns`
-    name a group there is `"group"`, a 63-bit hash of the row's, and where `thresholds` are set `"threshold"`.
+    `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": raw score, "row_id": int}`, with `"video"`
+    instead of `"image"` for videos. `row_id` is the row's number in the user's dataset, whatever rows were left out.
+    Where `columns` name a group there is `"group"`, a 63-bit hash of its name. Where `labels` are set, the values of
+    [`labels.RowLabels.row`] are added, and `"score"` is the normalised score.
 
     Args:
         rows ([`datasets.Dataset`]):
@@ -280,27 +286,21 @@ class ScoredDataset(torch.utils.data.Dataset):
         columns ([`Columns`]):
             Its column names.
         scores (`numpy.ndarray`):
-            (N,) float64, of the usable rows; (N, K) of several columns, of which [`combine`] makes one.
+            (N,) float64 raw scores of the usable rows; (N, K) of several columns.
         row_ids (`numpy.ndarray`):
-            (N,) int64, their numbers in `rows`.
+            (N,) int64, the numbers of the usable rows in `rows`.
 
     Attributes:
-        scores (`numpy.ndarray`):
-            (N,) as given or combined; NaN of several columns that are not combined yet.
-        column_scores (`numpy.ndarray`, *optional*):
-            (N, K) raw, where there are several columns.
-        thresholds (`numpy.ndarray`, *optional*):
-            (N,) τ of each row in normalised units, where rows differ.
+        labels ([`labels.RowLabels`], *optional*):
+            What the scores mean to training; set by the trainer.
     """
 
+    labels: RowValues | None = None
+
     def __init__(self, rows: datasets.Dataset, columns: Columns, scores: np.ndarray, row_ids: np.ndarray) -> None:
-        self.thresholds: np.ndarray | None = None
         self._rows = rows.with_format("arrow")
         self._columns = columns
         self.scores = np.asarray(scores, dtype=np.float64)
-        self.column_scores: np.ndarray | None = None
-        if self.scores.ndim == 2:
-            self.column_scores, self.scores = self.scores, np.full(len(self.scores), np.nan)
         self.row_ids = np.asarray(row_ids, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -312,14 +312,12 @@ class ScoredDataset(torch.utils.data.Dataset):
         sample = {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
             self._columns.medium: cell(row.column(self._columns.visual), 0),
-            "score": float(self.scores[index]),
+            "score": self.scores[index],
             "row_id": row_id,
         }
         if self._columns.group is not None:
             sample["group"] = _group_id(str(row.column(self._columns.group)[0].as_py()))
-        if self.thresholds is not None:
-            sample["threshold"] = float(self.thresholds[index])
-        return sample
+        return sample if self.labels is None else {**sample, **self.labels.row(index)}
 
     @property
     def prompts(self) -> list[str]:
@@ -337,29 +335,15 @@ class ScoredDataset(torch.utils.data.Dataset):
         column = self._rows.select_columns([name])[:].column(0)
         return column.take(pa.array(self.row_ids)).to_pylist()
 
-    def combine(self, combination: ScoreCombination) -> None:
-        """
-        Make one score of the rows' several, anew from the raw ones at each call.
-
-        Args:
-            combination ([`thresholds.ScoreCombination`]):
-                Fitted to these rows or to others.
-        """
-        if self.column_scores is not None:
-            self.scores = combination(self.column_scores)
-
     def kept(self, mask: np.ndarray) -> ScoredDataset:
         """
-        Return the rows where a mask is true, with their scores, ids and thresholds.
+        Return the rows where a mask is true, without labels.
 
         Args:
             mask (`numpy.ndarray`):
                 (N,) bool.
         """
-        part = ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
-        part.column_scores = None if self.column_scores is None else self.column_scores[mask]
-        part.thresholds = None if self.thresholds is None else self.thresholds[mask]
-        return part
+        return ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
 
 
 def _group_id(name: str) -> int:

@@ -32,9 +32,9 @@ class ScoredStream(torch.utils.data.IterableDataset):
     The usable rows of a stream, checked while it is read.
 
     Rows are those of [`ScoredDataset`], with the image already opened as an RGB image, or a video decoded once and
-    found good (training decodes it again, since clips in memory are large). `row_id` is a 63-bit hash of
-    the row's prompt, score and pixels, the same whatever reads the row and in which order; equal rows share it.
-    `dropped` counts the rows left out so far by cause, of this process (a DataLoader's workers count their own).
+    found good (training decodes it again, since clips in memory are large). `row_id` is a 63-bit hash of the row's
+    prompt, score and pixels, the same whatever reads the row and in which order; equal rows share it. `dropped` counts
+    by cause the rows that this process has left out so far; each worker of a DataLoader counts its own.
 
     Args:
         dataset ([`datasets.IterableDataset`]):
@@ -47,15 +47,17 @@ class ScoredStream(torch.utils.data.IterableDataset):
             The argument it was given as, for messages.
 
     Attributes:
-        running (`Callable[[], Callable[[float], float]]`, *optional*):
-            Makes, for each pass over the stream, a function from a row's raw score to its `"threshold"` in normalised
-            units. Each process and worker follows the rows that it reads.
+        follower (`Callable[[], Callable[[float], dict]]`, *optional*):
+            Makes, for each pass over the stream, a function from a row's raw score to its labels, such as
+            [`labels.Labeler.follower`]; set by the trainer. Each process and worker follows the rows that it reads.
+        source ([`datasets.IterableDataset`]):
+            The dataset as it was given.
 
     Raises:
         DataError: for a wrong class, column or type; while reading, for a bad row under `"raise"`.
     """
 
-    running: Callable[[], Callable[[float], float]] | None = None
+    follower: Callable[[], Callable[[float], dict[str, Any]]] | None = None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         if not isinstance(dataset, datasets.IterableDataset):
             raise DataError(f"{name}: it is no stream; use prepare_dataset for a datasets.Dataset.")
         check_columns(dataset, columns, name)
+        self.source = dataset
         self._dataset = undecoded(dataset, columns.names)
         self._columns = columns
         self._on_bad_sample = on_bad_sample
@@ -79,14 +82,14 @@ class ScoredStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = self._columns
         bad, index = BadRows(self._name, columns), -1
-        follow = self.running() if self.running is not None else None
+        label = self.follower() if self.follower is not None else None
         for index, values in enumerate(self._dataset):
             prompt, visual, score = (values.get(column) for column in columns.names)
             row = read_row(prompt, visual, score, columns.num_frames)
             if row.visual is not None and not row.problems:
                 row_id = _content_id(row.prompt, row.score, row.visual)
                 sample = {"prompt": row.prompt, columns.medium: row.visual, "score": row.score, "row_id": row_id}
-                yield sample if follow is None else {**sample, "threshold": follow(row.score)}
+                yield sample if label is None else {**sample, **label(row.score)}
                 continue
             bad.add(index, row.problems)
             if self._on_bad_sample == "raise":

@@ -1,5 +1,6 @@
 """What a score means to training: threshold, label and weight of each row, with a report and advice."""
 
-from .labeler import Labelling, LabelSettings, fit_labelling
+from .fitting import FittedLabels, LabelSettings, fit_labels
+from .labeler import Labeler, RowLabels
 
-__all__ = ["LabelSettings", "Labelling", "fit_labelling"]
+__all__ = ["FittedLabels", "LabelSettings", "Labeler", "RowLabels", "fit_labels"]

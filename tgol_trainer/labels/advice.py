@@ -1,10 +1,16 @@
-"""A dry run's figures to plain words: what looks wrong with the labels, and the flag that mends it."""
+"""Say what looks wrong with the labels of a dataset, and which flag changes it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from .report import GroupReport, LabelReport
+import numpy as np
+
+from tgol_trainer import thresholds
+
+from .labeler import Labeler, RowLabels
+from .report import GroupReport, LabelReport, summarize_groups, tie_breaker
 
 # Where advice starts. Standardised normal scores with the paper's c = 5 have a mean weight of 5, and their largest 1 %
 # carry 2.8 % of it.
@@ -32,24 +38,55 @@ class Advice:
     flag: str
 
 
-def advise(report: LabelReport, *, can_center: bool = False) -> list[Advice]:
+def advise(report: LabelReport, *, can_compare: bool = False) -> list[Advice]:
     """
     Return what looks wrong with the labels and weights, most serious first, then what the data would allow.
 
     Args:
         report ([`LabelReport`]):
-            Of the dry run.
-        can_center (`bool`, *optional*, defaults to `False`):
+            The dry run.
+        can_compare (`bool`, *optional*, defaults to `False`):
             Whether the settings do not compare the images of a prompt, and could.
     """
-    found = [*_of_sides(report), *_of_weights(report), *_of_uncertainty(report)]
+    labeler = report.labeler
+    found = [*_of_sides(labeler, report.tie_breaker, report.scores.max), *_of_weights(labeler)]
+    found += _of_uncertainty(report)
     for part in (report.prompts, report.groups):
-        found += _of_groups(part, report.labelling.rows is not None) if part is not None else []
-    found += _of_images(report) if can_center else []
-    combination = report.labelling.combination
-    return (
-        found if combination is None or combination.method != "min" else [_without_threshold(item) for item in found]
+        found += _of_groups(part, labeler.rows is not None) if part is not None else []
+    found += _of_images(report) if can_compare else []
+    return _fitting_flags(found, labeler)
+
+
+def advise_training(
+    labeler: Labeler, labels: RowLabels, prompts: Sequence[str], prompt_column: str = "prompt"
+) -> list[Advice]:
+    """
+    Return what looks wrong with the labels of a training run, as [`advise`] does for a dry run.
+
+    Args:
+        labeler ([`Labeler`]):
+            Fitted to the training rows.
+        labels ([`RowLabels`]):
+            Labels of the training rows.
+        prompts (`Sequence[str]`):
+            N prompts of these rows.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Their column.
+    """
+    scores = np.sort(labels.score.astype(np.float64))
+    numbers, names = thresholds.group_ids(prompts)
+    tau = labeler.threshold.value if labeler.rows is None else labeler.rows
+    groups = summarize_groups(
+        *(prompt_column, labels.score.astype(np.float64), tau, numbers, labeler.normalization),
+        lambda first: [names[numbers[index]] for index in first],
     )
+    found = [*_of_sides(labeler, tie_breaker(labeler, scores), float(scores[-1])), *_of_weights(labeler)]
+    return _fitting_flags([*found, *_of_groups(groups, labeler.rows is not None)], labeler)
+
+
+def _fitting_flags(found: list[Advice], labeler: Labeler) -> list[Advice]:
+    combination = labeler.combination
+    return [_without_threshold(item) for item in found] if combination and combination.method == "min" else found
 
 
 def _without_threshold(item: Advice) -> Advice:
@@ -63,8 +100,8 @@ def _without_threshold(item: Advice) -> Advice:
     return dataclasses.replace(item, flag=flags.get(item.topic, item.flag))
 
 
-def _of_sides(report: LabelReport) -> list[Advice]:
-    threshold, found = report.labelling.threshold, []
+def _of_sides(labeler: Labeler, breaker: float | None, largest: float) -> list[Advice]:
+    threshold, found = labeler.threshold, []
     share = threshold.num_positive / threshold.num_scores
     if threshold.moved_from is not None:
         found.append(
@@ -77,14 +114,14 @@ def _of_sides(report: LabelReport) -> list[Advice]:
             )
         )
     ties = threshold.num_ties / threshold.num_scores
-    if ties > _TIE_SHARE and report.labelling.rows is None:
+    if ties > _TIE_SHARE and labeler.rows is None:
         below = f"{share - ties:.1%} would be positive"
-        flag = f"--threshold {_number(report.tie_breaker)} makes them negative: {below}" if report.tie_breaker else ""
+        flag = f"--threshold {breaker:.6g} makes them negative: {below}" if breaker else ""
         found.append(
             Advice(
                 "ties",
                 f"{threshold.num_ties:,} rows ({ties:.1%}) have exactly the threshold's score; all count as positive.",
-                flag or f"a lower `--threshold`; no score is above {report.scores.max:g}",
+                flag or f"a lower `--threshold`; no score is above {largest:g}",
             )
         )
     if not _MINORITY <= share <= 1 - _MINORITY:
@@ -101,14 +138,13 @@ def _of_sides(report: LabelReport) -> list[Advice]:
     return found
 
 
-def _of_weights(report: LabelReport) -> list[Advice]:
-    weights, weighting = report.labelling.weights, report.labelling.weighting
+def _of_weights(labeler: Labeler) -> list[Advice]:
+    weights, weighting = labeler.weights, labeler.weighting
     if weights is None or weighting.form == "none" or (weighting.form != "abs" and weighting.scale == 0):
         return []
     c = weighting.scale
     plain = weighting.form == "linear" and weighting.divisor == weighting.desirable == weighting.undesirable == 1
-    unit, combination = report.labelling.normalization, report.labelling.combination
-    normalized = unit.method != "none" or combination is not None
+    normalized = labeler.normalization.method != "none" or labeler.combination is not None
     found = []
     if plain and weights.mean > _LARGE_MEAN_WEIGHT:
         suited = c * 4 / (weights.mean - 1)  # a mean weight of 5
@@ -134,7 +170,7 @@ def _of_weights(report: LabelReport) -> list[Advice]:
                 else f"--score_normalization zscore, or --confidence_scale {suited:.2g}",
             )
         )
-    if weights.top_1_percent_share > _TOP_SHARE and report.labelling.threshold.num_scores >= 100:
+    if weights.top_1_percent_share > _TOP_SHARE and labeler.threshold.num_scores >= 100:
         found.append(
             Advice(
                 "heavy rows",
@@ -149,7 +185,7 @@ def _of_weights(report: LabelReport) -> list[Advice]:
 
 
 def _of_uncertainty(report: LabelReport) -> list[Advice]:
-    total = report.labelling.threshold.num_scores
+    total = report.labeler.threshold.num_scores
     unsure = report.uncertainty
     flips = unsure.num_flips / total if unsure else 0.0
     if unsure is None or unsure.of == "running" or flips <= _FLIP_SHARE:
@@ -208,12 +244,12 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
 
 def _of_images(report: LabelReport) -> list[Advice]:
     """Several images a prompt can be compared with each other, which docs/benchmarks.md measures."""
-    images = report.labelling.threshold.num_scores / report.prompts.num_groups
+    images = report.labeler.threshold.num_scores / report.prompts.num_groups
     if images < _COMPARED or report.prompts.num_groups == 1:
         return []
     flags = (
-        f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --log_ratio_centering "
-        "pairs --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
+        f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --loss_type "
+        "tgol_pairs --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
     )
     return [
         Advice(
@@ -227,7 +263,3 @@ def _of_images(report: LabelReport) -> list[Advice]:
 
 def _group_flags(part: GroupReport) -> str:
     return f"--threshold_strategy group --group_column {part.column}"
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.6g}"

@@ -17,7 +17,7 @@ STREAMED_COLUMNS = (
 )
 
 
-def combine_columns(
+def fit_and_log(
     scores: np.ndarray,
     columns: Sequence[str],
     weights: Sequence[float] | None,

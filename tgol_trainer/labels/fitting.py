@@ -1,268 +1,292 @@
-"""Training data meet the configuration: which scores give τ, and what rows and collator get of it."""
+"""Fit a labeler to scores: combination, normalisation, threshold and weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
-import datasets
 import numpy as np
 
-from tgol_trainer import data, thresholds
-from tgol_trainer.config import CONFIDENT_LOSSES, MethodArguments
-from tgol_trainer.data import Columns, DataError
-from tgol_trainer.data.scores import read_scores
+from tgol_trainer import thresholds
+from tgol_trainer.thresholds import ScoreCombination, Threshold, ThresholdError, Weighting
 
-from . import Labelling, LabelSettings, fit_labelling
-from .combining import STREAMED_COLUMNS, check_combined, combine_columns
+from .combining import check_combined, fit_and_log
+from .labeler import Labeler, RowLabels
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+logger = logging.getLogger(__name__)
 
-    from tgol_trainer.config import TGOLConfig
-    from tgol_trainer.data import Collator, ScoredDataset, ScoredStream
-
-AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
-ProxyDataset: TypeAlias = AnyDataset | Callable[["DiffusionPipeline"], datasets.Dataset]
+Groups = Sequence[str] | np.ndarray
+ThresholdStrategy = Literal["global", "fixed", "group", "oracle", "running"]
 
 
-def check_sources(
-    args: MethodArguments,
-    *,
-    streamed: bool | None,
-    proxy: bool = False,
-    regenerated: bool = False,
-    proxy_streamed: bool = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class LabelSettings:
     """
-    Check that the data can give the threshold that the arguments ask for.
+    The settings that decide what a score means.
 
     Args:
-        args ([`MethodArguments`]):
-            The configuration.
-        streamed (`bool`, *optional*):
-            Whether the training data are a stream; `None` where there are none.
-        proxy (`bool`, *optional*, defaults to `False`):
-            Whether there is a proxy set.
-        regenerated (`bool`, *optional*, defaults to `False`):
-            Whether a function makes the proxy set anew after the reference moves.
-        proxy_streamed (`bool`, *optional*, defaults to `False`):
-            Whether the proxy set is a stream.
-
-    Raises:
-        ValueError: for a combination that would train something else than asked; with the remedy.
+        percentile (`float`, *optional*, defaults to 50.0):
+            Percentile of the source scores that becomes τ.
+        fixed (`float`, *optional*):
+            τ in normalised units, for the strategy `"fixed"`.
+        normalization (`str`, *optional*, defaults to `"none"`):
+            `"none"`, `"zscore"` or `"robust"`.
+        strategy (`str`, *optional*, defaults to `"global"`):
+            `"global"` and `"running"` (the percentile), `"fixed"`, `"group"`
+            ([`thresholds.estimate_group_thresholds`]) or `"oracle"` ([`thresholds.estimate_oracle_thresholds`]).
+        statistic (`str`, *optional*, defaults to `"percentile"`):
+            Statistic of a group: its percentile or its `"mean"`.
+        oracle_beta (`float`, *optional*):
+            β_r of the oracle, in normalised units.
+        weighting ([`thresholds.Weighting`], *optional*):
+            Turns margins into weights; by default the paper's.
+        unit_mean_weight (`bool`, *optional*, defaults to `False`):
+            Divide the weights by their mean over the training rows.
+        dead_zone (`float`, *optional*, defaults to 0.0):
+            Rows closer to their τ than this, in normalised units, are left out.
+        cut_percentiles (`Sequence[float]`, *optional*):
+            Percentiles of the source scores that become the cut points of the ordinal loss. Ties are resolved as in
+            [`thresholds.estimate_threshold`].
+        quantiles (`bool`, *optional*, defaults to `False`):
+            Whether rows get their quantile among the source scores (QRPO).
+        window (`int`, *optional*):
+            Number of last scores of the strategy `"running"`.
+        columns (`tuple[str, ...]`, *optional*):
+            Names of K score columns that make one score.
+        column_weights (`tuple[float, ...]`, *optional*):
+            Their weights; by default 1 each.
+        combination (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` or `"min"`, see [`thresholds.ScoreCombination`].
     """
-    for stream, name in ((streamed, "train_dataset"), (proxy_streamed, "proxy_dataset")):
-        if args.score_columns and stream:
-            raise ValueError(f"{name}: {STREAMED_COLUMNS}")
-    if proxy and args.threshold is not None:
-        raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
-    if args.sync_ref_model == "epoch" and streamed:
-        raise ValueError(
-            "`sync_ref_model='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
-            "training resumes. Use a `datasets.Dataset`, or leave it at 'no'."
-        )
-    if streamed and (args.uses_groups or args.dead_zone):
-        what = "a dead zone" if args.dead_zone else "groups (thresholds of groups, `group_size`, 'dpo')"
-        raise ValueError(f"{what} need a dataset with a length: load it without `streaming=True`.")
-    if streamed is False and args.threshold_strategy == "running":
-        raise ValueError(
-            "`threshold_strategy='running'` follows a stream; a dataset with a length has one percentile: use "
-            "'global'."
-        )
-    if args.threshold_strategy == "oracle" and not proxy and not args.reference_samples:
-        raise ValueError(
-            "`threshold_strategy='oracle'` is estimated from samples of the reference model. Give them as "
-            "`proxy_dataset`, or say with `reference_samples=True` that the training images are such samples."
-        )
-    remade = regenerated and args.sync_ref_model == "epoch"
-    if args.threshold_update == "epoch" and not streamed and not remade:
-        raise ValueError(
-            "`threshold_update='epoch'` would give the same τ each time: the scores do not change between "
-            "epochs. It means something for a streamed train_dataset, or for a `proxy_dataset` given as a "
-            "function together with `sync_ref_model='epoch'`."
-        )
-    if args.threshold_update == "epoch" and args.dead_zone:
-        raise ValueError(
-            "`dead_zone` drops rows once, which `threshold_update='epoch'` would have to undo: choose one."
-        )
+
+    percentile: float = 50.0
+    fixed: float | None = None
+    normalization: thresholds.NormalizationMethod = "none"
+    strategy: ThresholdStrategy = "global"
+    statistic: thresholds.GroupStatistic = "percentile"
+    oracle_beta: float | None = None
+    weighting: Weighting = dataclasses.field(default_factory=Weighting)
+    unit_mean_weight: bool = False
+    dead_zone: float = 0.0
+    cut_percentiles: Sequence[float] = ()
+    quantiles: bool = False
+    window: int | None = None
+    columns: Sequence[str] = ()
+    column_weights: Sequence[float] | None = None
+    combination: thresholds.CombinationMethod = "sum"
 
 
-def check_columns_of_stream(dataset: Any, name: str, args: MethodArguments) -> None:
-    """Raise ValueError for several columns of scores in a stream."""
-    if args.score_columns and isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(f"{name}: {STREAMED_COLUMNS}")
+class FittedLabels(NamedTuple):
+    """A labeler, the labels of the training rows that are kept, and (N,) bool which are kept (`None` for all)."""
+
+    labeler: Labeler
+    labels: RowLabels | None
+    kept: np.ndarray | None
 
 
-def label_settings(args: MethodArguments) -> LabelSettings:
-    """Return the part of a configuration that decides labels and weights."""
-    return LabelSettings(
-        percentile=args.threshold_percentile,
-        fixed=0.0 if args.score_combination == "min" else args.threshold,
-        normalization=args.score_normalization,
-        strategy="fixed" if args.score_combination == "min" else args.threshold_strategy,
-        statistic=args.group_statistic,
-        oracle_beta=args.oracle_beta,
-        weighting=args.weighting,
-        unit_mean_weight=args.normalize_weights and args.loss_type in CONFIDENT_LOSSES,
-        dead_zone=args.dead_zone,
-        keep_source=args.loss_type == "qrpo" or args.threshold_strategy == "running",
-        cut_percentiles=args.ordinal_percentiles if args.loss_type == "ordinal" else (),
-    )
-
-
-def running_percentile(labelling: Labelling, args: MethodArguments) -> thresholds.RunningPercentile:
-    """Return the running threshold as it stands before the first row of training."""
-    initial = [] if labelling.source is None else labelling.source[-args.threshold_window :].tolist()
-    return thresholds.RunningPercentile(args.threshold_percentile, args.threshold_window, initial)
-
-
-def fit(
-    rows: ScoredDataset | ScoredStream,
-    args: TGOLConfig,
-    columns: Columns,
+def fit_labels(
+    scores: np.ndarray | None,
+    settings: LabelSettings,
     *,
-    proxy: AnyDataset | None = None,
-    stream: datasets.IterableDataset | None = None,
-    combination: thresholds.ScoreCombination | None = None,
-) -> Labelling:
+    groups: Groups | None = None,
+    source: np.ndarray | None = None,
+    source_groups: Groups | None = None,
+    combination: ScoreCombination | None = None,
+    name: str = "score",
+) -> FittedLabels:
     """
-    Estimate normalisation, threshold and weights as the arguments ask.
+    Fit a labeler, and label the training rows with it.
 
     Args:
-        rows ([`data.ScoredDataset`] or [`data.ScoredStream`]):
-            The training rows.
-        args ([`TGOLConfig`]):
-            The configuration.
-        columns ([`data.Columns`]):
-            Names of the columns.
-        proxy (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            Scores to estimate from instead of the training scores.
-        stream (`datasets.IterableDataset`, *optional*):
-            The user's stream that `rows` reads.
+        scores (`np.ndarray`, *optional*):
+            (N,) raw training scores, or (N, K) of several columns; `None` for a stream that was not read.
+        settings ([`LabelSettings`]):
+            Strategy, percentile, weights.
+        groups (`Sequence[str]` or `np.ndarray`, *optional*):
+            N names or keys of the rows' groups, for the strategies `"group"` and `"oracle"`.
+        source (`np.ndarray`, *optional*):
+            (M,) or (M, K) raw scores of a proxy set, from which everything is estimated; by default `scores`.
+        source_groups (`Sequence[str]` or `np.ndarray`, *optional*):
+            M names or keys of the groups of `source`.
         combination ([`thresholds.ScoreCombination`], *optional*):
-            That was fitted before, of several score columns; by default it is fitted here. The rows' scores are
-            combined with it.
+            A combination fitted before, which is kept; by default it is fitted to the source scores.
+        name (`str`, *optional*, defaults to `"score"`):
+            Column of the scores, for messages.
 
     Returns:
-        [`data.Labelling`]
+        [`FittedLabels`]
 
     Raises:
-        ThresholdError: for scores that cannot be divided in two.
-        DataError: for bad scores of a proxy set or stream.
+        ThresholdError: for scores that cannot be divided in two, with the name of the column.
     """
-    source: np.ndarray | None = None
-    source_groups: list[str] | None = None
-    if args.threshold_strategy not in ("group", "oracle"):
-        columns = dataclasses.replace(columns, group=None)  # of a proxy set, scores are enough
-    read = functools.partial(data.stream_scores, columns=columns, on_bad_sample=args.on_bad_sample)
-    if args.score_columns and isinstance(rows, data.ScoredDataset) and rows.column_scores is not None:
-        given = rows.column_scores
-        if isinstance(proxy, datasets.Dataset):
-            given, source_groups = _proxy_columns(proxy, args, columns)
-        if combination is None:
-            rule = (args.score_columns, args.score_weights, args.score_combination)
-            combination = combine_columns(given, *rule, args.threshold_percentile)
-        rows.combine(combination)
-        source = combination(given)
-    elif proxy is not None:
-        proxy = proxy.to_iterable_dataset() if isinstance(proxy, datasets.Dataset) else proxy
-        source, source_groups = read(proxy, name="proxy_dataset")
-    elif isinstance(rows, data.ScoredDataset):
-        source = rows.scores
-    elif args.threshold is None or args.score_normalization != "none" or args.loss_type in ("qrpo", "nft"):
-        source, _ = read(stream, limit=args.max_threshold_samples)
-    # Of a stream, only what the first pass read is known.
-    scores = rows.scores if isinstance(rows, data.ScoredDataset) else None if proxy is not None else source
+    proxy = source is not None
+    source = source if proxy else scores
+    if settings.columns and combination is None and source is not None:
+        combination = fit_and_log(
+            source, settings.columns, settings.column_weights, settings.combination, settings.percentile
+        )
+    if combination is not None and source is not None:
+        source = combination(source)
+        scores = None if scores is None else combination(scores) if proxy else source
     try:
         if combination is not None and scores is not None:
             check_combined(scores, combination)
-        found = fit_labelling(
-            source,
-            scores,
-            label_settings(args),
-            groups=rows.groups if isinstance(rows, data.ScoredDataset) and columns.group else None,
-            source_groups=source_groups,
-            proxy=proxy is not None,
-        )
-    except thresholds.ThresholdError as error:
-        raise thresholds.ThresholdError(f"Column {columns.score!r}: {error}") from None
-    return dataclasses.replace(found, combination=combination)
+        unit = thresholds.ScoreNormalization()
+        if source is not None:
+            unit = thresholds.fit_normalization(source, settings.normalization)
+        normal_source = None if source is None else unit(source)
+        normal = normal_source if not proxy else None if scores is None else unit(scores)
+        labeler = _fit(normal_source, normal, settings, groups, source_groups if proxy else groups, proxy)
+    except ThresholdError as error:
+        raise ThresholdError(f"Column {name!r}: {error}") from None
+    labeler = dataclasses.replace(labeler, normalization=unit, combination=combination)
+    if scores is None or normal is None:
+        return FittedLabels(labeler, None, None)
+    kept = None
+    if settings.dead_zone:
+        labeler, kept = _without_dead_zone(labeler, normal, settings.dead_zone)
+        scores = scores[kept]
+    labels = labeler(scores, labeler.rows)
+    mean = float(labels.weight.mean(dtype=np.float64))
+    if settings.unit_mean_weight and mean > 0:
+        weighting = dataclasses.replace(labeler.weighting, divisor=mean)
+        labeler = dataclasses.replace(labeler, weighting=weighting)
+        labels = dataclasses.replace(labels, weight=labels.weight / np.float32(mean))
+    weights = thresholds.summarize_weights(labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1))
+    _log(labeler.threshold, weights)
+    return FittedLabels(dataclasses.replace(labeler, weights=weights), labels, kept)
 
 
-def _proxy_columns(proxy: datasets.Dataset, args: TGOLConfig, columns: Columns) -> tuple[np.ndarray, list[str] | None]:
-    """(N, K) scores of the usable rows of a proxy set, and the names of their groups."""
-    if columns.group is not None and columns.group not in proxy.column_names:
-        raise DataError(f"proxy_dataset: no column {columns.group!r} of groups; its columns are {proxy.column_names}.")
-    found = read_scores(
-        *(proxy, columns),
-        score_columns=args.score_columns,
-        on_bad_sample=args.on_bad_sample,
-        scores_alone=True,
-        name="proxy_dataset",
+def _log(threshold: Threshold, weights: thresholds.WeightSummary) -> None:
+    logger.info(
+        "Threshold %.6g (%s): %d positive, %d negative, %d tied. Weights: mean %.3g, max %.3g, the largest 1 %% carry "
+        "%.1f %%.",
+        *(threshold.value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
+        *(weights.mean, weights.max, 100 * weights.top_1_percent_share),
     )
-    if columns.group is None:
-        return found.scores, None
-    names = proxy.select_columns([columns.group]).with_format(None)[columns.group]
-    return found.scores, [str(names[int(row)]) for row in found.row_ids]
 
 
-def check_pairs(rows: ScoredDataset, args: TGOLConfig) -> None:
-    """
-    Check that there is something to compare within groups, where the arguments ask for that.
+def _fit(
+    source: np.ndarray | None,
+    scores: np.ndarray | None,
+    settings: LabelSettings,
+    groups: Groups | None,
+    source_groups: Groups | None,
+    proxy: bool,
+) -> Labeler:
+    """Fit to normalised scores."""
+    by_group: dict[Any, float] | None = None
+    rows: np.ndarray | None = None
+    facts: dict[str, Any] = {"name": settings.strategy}
+    if settings.strategy in ("group", "oracle"):
+        if source is None or scores is None or groups is None or source_groups is None:
+            raise ValueError(f"The strategy {settings.strategy!r} needs scores and the group of each of them.")
+        estimate = _of_groups if settings.strategy == "group" else _of_oracle
+        by_group, rows, pooled, more = estimate(source, source_groups, settings)
+        facts |= more
+        if proxy:
+            rows = np.array([by_group.get(group, pooled) for group in groups], dtype=np.float64)
+        threshold = _counted(scores, rows, Threshold(pooled, settings.strategy, 0, 0, 0, settings.percentile))
+    else:
+        threshold = _one_threshold(source, scores, settings, proxy)
+    keep_source = settings.quantiles or settings.window is not None
+    cut_points: list[float] = []
+    if source is not None:
+        cut_points = [thresholds.estimate_threshold(source, percentile=p).value for p in settings.cut_percentiles]
+    return Labeler(
+        threshold,
+        weighting=settings.weighting,
+        by_group=by_group,
+        rows=rows,
+        strategy=facts,
+        score_std=float(source.std()) if source is not None else 1.0,
+        source=source if keep_source else None,
+        cut_points=cut_points,
+        quantiles=settings.quantiles,
+        window=settings.window,
+    )
 
-    Args:
-        rows ([`data.ScoredDataset`]):
-            The rows that are trained on.
-        args ([`TGOLConfig`]):
-            The configuration.
 
-    Raises:
-        ValueError: if no group has two rows with different scores.
-    """
-    if args.comparing is None:
-        return
-    numbers, _ = thresholds.group_ids(rows.groups)
-    lowest, highest = np.full(numbers.max() + 1, np.inf), np.full(numbers.max() + 1, -np.inf)
-    np.minimum.at(lowest, numbers, rows.scores)
-    np.maximum.at(highest, numbers, rows.scores)
-    if not (highest > lowest).any():
-        raise ValueError(
-            f"{args.comparing} compares images of one group, and none of the {len(lowest)} groups (equal values of "
-            f"{args.group_column or args.prompt_column!r}) has two with different scores. Score several images a "
-            "prompt, name another `group_column`, or train with `loss_type='tgol'` without centring."
+def _without_dead_zone(labeler: Labeler, scores: np.ndarray, width: float) -> tuple[Labeler, np.ndarray]:
+    """Leave out the rows whose normalised score is closer to their τ than `width`; return which are kept."""
+    tau = labeler.threshold.value if labeler.rows is None else labeler.rows
+    kept = np.abs(scores - tau) >= width
+    rows = None if labeler.rows is None else labeler.rows[kept]
+    threshold = _counted(scores[kept], labeler.threshold.value if rows is None else rows, labeler.threshold)
+    left_out = int(kept.size - kept.sum())
+    logger.info("%d of %d rows lie in the dead zone and are left out.", left_out, kept.size)
+    strategy = {**labeler.strategy, "num_in_dead_zone": left_out}
+    return dataclasses.replace(labeler, threshold=threshold, rows=rows, strategy=strategy), kept
+
+
+_GroupFit = tuple[dict[Any, float], np.ndarray, float, dict[str, Any]]
+"""τ by group, τ of each source row, the pooled τ, and facts."""
+
+
+def _of_groups(source: np.ndarray, names: Groups, settings: LabelSettings) -> _GroupFit:
+    numbers, groups = thresholds.group_ids(names)
+    found = thresholds.estimate_group_thresholds(
+        source, numbers, percentile=settings.percentile, statistic=settings.statistic
+    )
+    facts = {
+        "num_groups": len(groups),
+        "num_one_sided_groups": found.num_one_sided,
+        "statistic": settings.statistic,
+        "mean_reliability": float(found.reliability.mean()),
+        "within_variance": found.within_variance,
+        "between_variance": found.between_variance,
+    }
+    logger.info(
+        "%d groups; %d of them have one label only. The variance of the scores is %.4g within groups and %.4g between "
+        "them. On average a group's own %s counts %.0f %%, the global threshold the rest.",
+        *(len(groups), found.num_one_sided, found.within_variance, found.between_variance, settings.statistic),
+        100 * facts["mean_reliability"],
+    )
+    values = dict(zip(groups.tolist(), found.values.tolist(), strict=True))
+    return values, found.values[numbers], found.pooled, facts
+
+
+def _of_oracle(source: np.ndarray, names: Groups, settings: LabelSettings) -> _GroupFit:
+    numbers, groups = thresholds.group_ids(names)
+    found = thresholds.estimate_oracle_thresholds(
+        source, numbers, beta=settings.oracle_beta, percentile=settings.percentile
+    )
+    logger.info("Oracle baselines of %d groups at β_r = %.4g.", len(groups), found.beta)
+    values = dict(zip(groups.tolist(), found.values.tolist(), strict=True))
+    return values, found.leave_one_out, found.pooled, {"num_groups": len(groups), "beta": found.beta}
+
+
+def _counted(scores: np.ndarray, tau: np.ndarray | float, threshold: Threshold) -> Threshold:
+    """Return a threshold with the counts of scores that meet `tau`; an empty side is an error."""
+    margin = scores - tau
+    positive = int((margin >= 0).sum())
+    if positive in (0, margin.size):
+        raise ThresholdError(
+            f"With the {threshold.source} threshold, all {margin.size} samples that are kept are "
+            f"{'positive' if positive else 'negative'}. Use another strategy or percentile, or a smaller dead zone."
         )
+    return dataclasses.replace(
+        threshold, num_scores=int(margin.size), num_positive=positive, num_ties=int((margin == 0).sum())
+    )
 
 
-def set_labels(
-    labelling: Labelling, args: TGOLConfig, collator: Collator, rows: ScoredDataset | ScoredStream | None
-) -> None:
-    """
-    Hand a labelling to the collator and to the training rows.
-
-    Args:
-        labelling ([`data.Labelling`]):
-            Fitted to the training data.
-        args ([`TGOLConfig`]):
-            Loss type and strategy.
-        collator ([`data.Collator`]):
-            Gets normalisation, τ, and what the loss type needs of the scores.
-        rows ([`data.ScoredDataset`] or [`data.ScoredStream`], *optional*):
-            Get their own thresholds, where rows differ; by default they keep what they have.
-    """
-    collator.normalization = labelling.normalization
-    collator.threshold = labelling.threshold.value
-    collator.cut_points = labelling.cut_points
-    if labelling.source is not None and args.loss_type == "qrpo":
-        collator.reference_scores = np.sort(labelling.source)
-    if isinstance(rows, data.ScoredDataset):
-        rows.thresholds = labelling.rows
-    elif rows is not None and args.threshold_strategy == "running":
-        rows.running = functools.partial(_running, labelling, args)
-
-
-def _running(labelling: Labelling, args: TGOLConfig) -> Callable[[float], float]:
-    percentile_of = running_percentile(labelling, args)
-    return lambda score: percentile_of.add(float(labelling.normalization(np.float64(score))))
+def _one_threshold(
+    source: np.ndarray | None, scores: np.ndarray | None, settings: LabelSettings, proxy: bool
+) -> Threshold:
+    percentile, fixed = settings.percentile, settings.fixed
+    if fixed is not None:
+        return Threshold(fixed, "fixed", 0, 0, 0) if scores is None else thresholds.apply_threshold(scores, fixed)
+    estimate = thresholds.estimate_threshold([] if source is None else source, percentile=percentile)
+    if estimate.moved_from is not None:
+        logger.warning(
+            "The %g-th percentile of the scores is their minimum, %g, so that `s >= τ` would make every sample "
+            "positive. τ was moved to %g, halfway to the next score: %d positive, %d negative.",
+            *(percentile, estimate.moved_from, estimate.value, estimate.num_positive, estimate.num_negative),
+        )
+    if not proxy:
+        return estimate
+    if scores is None:
+        return Threshold(estimate.value, "proxy", 0, 0, 0, percentile)
+    return thresholds.apply_threshold(scores, estimate.value, source="proxy", percentile=percentile)

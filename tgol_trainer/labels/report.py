@@ -1,10 +1,10 @@
-"""What training would see of a dataset: labels, weights, uncertainty, groups, example rows; no model involved."""
+"""Describe the labels that training would give a dataset: threshold, weights, uncertainty, groups, example rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 from tgol_trainer import thresholds
 from tgol_trainer.data.scores import ScoredRows
 
-from .labeler import Labelling, LabelSettings
+from .fitting import FittedLabels, LabelSettings
+from .labeler import Labeler
 
 _SHOWN_GROUPS = 20
 _BINS = 16
-_FIRST_ROWS = 20_000  # of a stream, that the running threshold is followed over
+_FIRST_ROWS = 20_000  # rows of a stream that the running threshold is followed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ScoreSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows that share a text: its rows, those that are positive, their mean raw score and their raw τ."""
+    """Rows that share a text: their number, how many are positive, their mean raw score and their raw τ."""
 
     name: str | None
     num_rows: int
@@ -52,15 +53,15 @@ class GroupReport:
         num_groups (`int`):
             Different texts.
         num_several (`int`):
-            Groups of at least two rows; the next three speak of them alone.
+            Groups of at least two rows. The next three fields count only these.
         num_positive_only (`int`):
-            Groups all of whose labels are positive.
+            Groups whose labels are all positive.
         num_negative_only (`int`):
-            Groups all of whose labels are negative.
+            Groups whose labels are all negative.
         one_sided_by_chance (`float`):
-            Share of them, 0 to 1, that would be one-sided if labels fell on rows at random.
+            Share of the groups, 0 to 1, that would have one label only if labels fell on rows at random.
         between_share (`float`, *optional*):
-            Share of the variance of scores that lies between groups; `None` where fewer than ten rows could tell.
+            Share of the variance of scores that lies between groups; `None` where fewer than ten rows tell.
         largest (`list[Group]`):
             Up to 20 groups, largest first.
     """
@@ -82,7 +83,7 @@ class GroupReport:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A row: where it lies, its number, raw score, label, weight and prompt."""
+    """One row: its place among the scores, its number, raw score, label, weight and prompt."""
 
     place: str
     row: int
@@ -99,15 +100,15 @@ class Uncertainty:
 
     Args:
         of (`str`):
-            What the interval is of: `"threshold"` (bootstrap of τ), `"groups"` (each group resampled within itself) or
-            `"running"` (the τ that the first rows meet while training).
+            What the interval describes: `"threshold"` (bootstrap of τ), `"groups"` (each group resampled within
+            itself) or `"running"` (the τ that the first rows meet while training).
         interval ([`thresholds.ThresholdInterval`], *optional*):
-            Of τ, in normalised units; `None` where groups have their own.
+            Interval of τ in normalised units; `None` where groups have their own.
         num_flips (`int`):
-            Labels that differ between the ends of the interval, of groups each its own; estimated from 2,000 groups
-            where there are more.
+            Labels that differ between the ends of the interval, or of the group's interval; estimated from 2,000
+            groups where there are more.
         median_width (`float`, *optional*):
-            Of the intervals of groups, in normalised units.
+            Median width of the groups' intervals in normalised units.
     """
 
     of: str
@@ -129,33 +130,33 @@ class LabelReport:
         dropped (`dict[str, int]`):
             Cause to number of rows left out.
         scores ([`ScoreSummary`]):
-            Of the rows labelled.
-        labelling ([`Labelling`]):
+            Summary of the scores of the labelled rows.
+        labeler ([`Labeler`]):
             What [`TGOLTrainer`] makes of the same data: τ, counts, normalisation, weights.
         uncertainty ([`Uncertainty`], *optional*):
-            Of τ; `None` for a fixed one.
+            How sure τ is; `None` for a fixed τ.
         tie_breaker (`float`, *optional*):
-            A τ that makes the scores tied with it negative, where there are ties, scores above, and one τ for all;
-            none of `"min"`.
+            A τ that makes the scores tied with τ negative. `None` without ties, without scores above, where rows
+            have their own τ, and for the combination `"min"`.
         weight_percentiles (`dict[str, float]`):
             Percentile to weight.
         prompts ([`GroupReport`]):
-            By prompt.
+            Labels by prompt.
         groups ([`GroupReport`], *optional*):
-            By the column asked for.
+            Labels by the column asked for.
         levels (`list[tuple[float, int]]`, *optional*):
-            Of the ordinal loss: each cut point in normalised units, and the rows from there up.
+            Each cut point of the ordinal loss in normalised units, and the number of rows from there up.
         histogram (`list[tuple[float, float, int]]`):
-            (low, high, count) of raw scores; low equals high where each value has its own.
+            (low, high, count) of raw scores; low equals high where each value has its own bar.
         examples (`list[Example]`):
-            Lowest, next to τ on both sides, highest.
+            The rows with the lowest scores, next to τ on both sides, and with the highest scores.
     """
 
     score_column: str
     num_rows: int
     dropped: dict[str, int]
     scores: ScoreSummary
-    labelling: Labelling
+    labeler: Labeler
     uncertainty: Uncertainty | None
     tie_breaker: float | None
     weight_percentiles: dict[str, float]
@@ -168,36 +169,35 @@ class LabelReport:
     @property
     def raw_threshold(self) -> float:
         """τ in the unit of the score column, or of the combined score."""
-        unit, value = self.labelling.normalization, self.labelling.threshold.value
+        unit, value = self.labeler.normalization, self.labeler.threshold.value
         return value if unit.method == "none" else value * unit.scale + unit.center
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-serialisable dictionary; docs/labelling.md lists them."""
         values = dataclasses.asdict(self)
-        labelling = values.pop("labelling")
-        values["threshold"] = labelling["threshold"] | {
+        labeler = values.pop("labeler")
+        values["threshold"] = labeler["threshold"] | {
             "raw_value": self.raw_threshold,
-            "strategy": self.labelling.strategy,
+            "strategy": self.labeler.strategy,
             "uncertainty": values.pop("uncertainty"),
             "tie_breaker": values.pop("tie_breaker"),
             "cut_points": values.pop("levels"),
         }
-        values["normalization"] = labelling["normalization"]
-        values["combination"] = labelling["combination"]
-        weights = {"weighting": labelling["weighting"]} | (labelling["weights"] or {})
+        values["normalization"] = labeler["normalization"]
+        values["combination"] = labeler["combination"]
+        weights = {"weighting": labeler["weighting"]} | (labeler["weights"] or {})
         values["weights"] = weights | {"percentiles": values.pop("weight_percentiles")}
         return values
 
 
 def label_report(
     rows: ScoredRows,
-    labelling: Labelling,
+    fitted: FittedLabels,
     *,
     prompt_column: str = "prompt",
     score_column: str = "score",
     group_column: str | None = None,
     uncertainty: Uncertainty | None = None,
-    cut_points: Sequence[float] | None = None,
 ) -> LabelReport:
     """
     Describe what labels and weights a dataset's scores get.
@@ -205,75 +205,92 @@ def label_report(
     Args:
         rows ([`ScoredRows`]):
             The scores, see [`read_scores`].
-        labelling ([`Labelling`]):
-            Of these scores, see [`fit_labelling`].
+        fitted ([`FittedLabels`]):
+            Labels of these scores, see [`fit_labels`].
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            As read.
+            Column of the prompts, as read.
         score_column (`str`, *optional*, defaults to `"score"`):
-            As read.
+            Column of the scores, as read, or the name of the combined score.
         group_column (`str`, *optional*):
-            As read.
+            Column of the groups, as read.
         uncertainty ([`Uncertainty`], *optional*):
             See [`label_uncertainty`].
-        cut_points (`Sequence[float]`, *optional*):
-            Of the ordinal loss, in normalised units.
 
     Returns:
         [`LabelReport`]
+
+    Raises:
+        ValueError: where `fitted` holds no labels.
     """
-    unit, threshold = labelling.normalization, labelling.threshold
-    num_rows = rows.num_rows
-    if labelling.kept is not None:
-        rows = rows.kept(labelling.kept)
-    values = unit(rows.scores)
-    tau = threshold.value if labelling.rows is None else labelling.rows
-    prompts = _group_report(rows, values, tau, prompt_column, unit)
-    groups = prompts if group_column == prompt_column else None
-    if group_column and groups is None:
-        groups = _group_report(rows, values, tau, group_column, unit)
-    margins = values - tau
-    examples = _examples(rows, margins, labelling.weighting, prompt_column)
-    labelling.weighting.replace(margins)
-    points = (1, 25, 50, 75, 99)
-    spread = np.percentile(margins, points, overwrite_input=True)
-    del margins
+    labeler, labels, kept = fitted
+    if labels is None:
+        raise ValueError("`fitted` has no labels: fit it to the scores of `rows`.")
+    num_rows, threshold, unit = rows.num_rows, labeler.threshold, labeler.normalization
+    rows = rows if kept is None else rows.kept(kept)
+    raw = rows.scores if labeler.combination is None else labeler.combination(rows.scores)
+    values = unit(raw)
+    tau = threshold.value if labeler.rows is None else labeler.rows
+
+    def group_report(column: str) -> GroupReport:
+        order, numbers = rows.groups(column)
+        own = tau[order] if isinstance(tau, np.ndarray) else tau
+        names = lambda first: rows.texts(column, rows.row_ids[order[first]])  # noqa: E731
+        return summarize_groups(column, values[order], own, numbers, unit, names)
+
+    prompts = group_report(prompt_column)
+    groups = prompts if group_column == prompt_column else group_report(group_column) if group_column else None
+    weight = labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1)
+    examples = _examples(rows, raw, values - tau, weight, prompt_column)
     ordered = np.sort(values)
-    above = int(np.searchsorted(ordered, threshold.value, side="right"))
-    combination = labelling.combination
-    movable = labelling.rows is None and (combination is None or combination.method == "sum")
-    breaks = movable and threshold.num_ties and above < ordered.size
     distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    points = (1, 25, 50, 75, 99)
+    spread = np.percentile(weight, points)
     return LabelReport(
         score_column=score_column,
         num_rows=num_rows,
         dropped=rows.dropped,
         scores=ScoreSummary(
-            *(float(rows.scores.min()), float(rows.scores.max()), float(rows.scores.mean()), float(rows.scores.std())),
+            *(float(raw.min()), float(raw.max()), float(raw.mean()), float(raw.std())),
             num_distinct=int(np.count_nonzero(distinct)),
         ),
-        labelling=labelling,
+        labeler=labeler,
         uncertainty=uncertainty,
-        tie_breaker=threshold.value + (float(ordered[above]) - threshold.value) / 2 if breaks else None,
+        tie_breaker=tie_breaker(labeler, ordered),
         weight_percentiles={str(point): float(value) for point, value in zip(points, spread, strict=True)},
         histogram=score_bars(ordered, distinct, unit),
         examples=examples,
         prompts=prompts,
         groups=groups,
-        levels=None
-        if cut_points is None
-        else [(float(cut), ordered.size - int(np.searchsorted(ordered, cut))) for cut in cut_points],
+        levels=[(float(cut), ordered.size - int(np.searchsorted(ordered, cut))) for cut in labeler.cut_points] or None,
     )
+
+
+def tie_breaker(labeler: Labeler, ordered: np.ndarray) -> float | None:
+    """
+    Return a τ that makes the scores tied with the present one negative, or `None` where there is none.
+
+    Args:
+        labeler ([`Labeler`]):
+            Its threshold must be one for all rows.
+        ordered (`np.ndarray`):
+            (N,) normalised scores in ascending order.
+    """
+    value = labeler.threshold.value
+    movable = labeler.rows is None and (labeler.combination is None or labeler.combination.method == "sum")
+    above = int(np.searchsorted(ordered, value, side="right"))
+    if not (movable and labeler.threshold.num_ties and above < ordered.size):
+        return None
+    return value + (float(ordered[above]) - value) / 2
 
 
 def label_uncertainty(
     rows: ScoredRows,
-    labelling: Labelling,
+    fitted: FittedLabels,
     settings: LabelSettings,
     *,
     source: np.ndarray | None = None,
     group_column: str | None = None,
     source_keys: np.ndarray | None = None,
-    running: thresholds.RunningPercentile | None = None,
 ) -> Uncertainty | None:
     """
     Say how far τ could lie from where it does, and how many labels would change; the normalisation is held fixed.
@@ -281,71 +298,122 @@ def label_uncertainty(
     Args:
         rows ([`ScoredRows`]):
             The scores.
-        labelling ([`Labelling`]):
-            Of these scores.
+        fitted ([`FittedLabels`]):
+            Labels of these scores.
         settings ([`LabelSettings`]):
-            It was made with.
+            The settings they were fitted with.
         source (`np.ndarray`, *optional*):
             Raw scores of the proxy set that τ comes from; by default those of `rows`.
         group_column (`str`, *optional*):
-            Column of `rows.keys` that groups are of, for the strategies `"group"` and `"oracle"`.
+            Column of `rows.keys` that holds the groups, for the strategies `"group"` and `"oracle"`.
         source_keys (`np.ndarray`, *optional*):
             Keys of the groups of `source`.
-        running ([`thresholds.RunningPercentile`], *optional*):
-            As it stands before training, for the strategy `"running"`.
 
     Returns:
         [`Uncertainty`]; `None` for a fixed τ.
     """
-    unit, threshold, facts = labelling.normalization, labelling.threshold, labelling.strategy
-    scores = unit(rows.scores)
+    labeler, kept = fitted.labeler, slice(None) if fitted.kept is None else fitted.kept
+    threshold, facts = labeler.threshold, labeler.strategy
+    scores = labeler.normalized(rows.scores)
+    estimated = scores if source is None else labeler.normalized(source)
     if settings.strategy in ("group", "oracle") and group_column is not None:
-        draw = (
-            thresholds.group_draw(
+        if settings.strategy == "group":
+            draw = thresholds.group_draw(
                 *(threshold.value, facts["within_variance"], facts["between_variance"]),
                 percentile=settings.percentile,
                 statistic=settings.statistic,
             )
-            if settings.strategy == "group"
-            else thresholds.oracle_draw(threshold.value, facts["beta"])
-        )
+        else:
+            draw = thresholds.oracle_draw(threshold.value, facts["beta"])
         keys = rows.keys[group_column]
-        own = (scores, keys) if source is None or source_keys is None else (unit(source), source_keys)
-        found = thresholds.bootstrap_groups(*own, draw)
-        kept = slice(None) if labelling.kept is None else labelling.kept
+        found = thresholds.bootstrap_groups(estimated, keys if source_keys is None else source_keys, draw)
         share = found.flip_share(scores[kept], keys[kept])
         width = float(np.median(found.high - found.low))
         return Uncertainty("groups", None, round(share * threshold.num_scores), width)
     if threshold.percentile is None:
         return None
-    if running is not None:
+    if settings.strategy == "running":
+        running = labeler.running_percentile()
         met = [running.add(score) for score in scores[:_FIRST_ROWS].tolist()]
         low, high = np.quantile(met, [0.025, 0.975], method="inverted_cdf")
         interval = thresholds.ThresholdInterval(float(low), float(high), 0.95)
-    else:
-        interval = thresholds.bootstrap_interval(
-            scores if source is None else unit(source), percentile=threshold.percentile
-        )
-    kept = slice(None) if labelling.kept is None else labelling.kept
-    return Uncertainty("threshold" if running is None else "running", interval, interval.num_flips(scores[kept]))
+        return Uncertainty("running", interval, interval.num_flips(scores[kept]))
+    interval = thresholds.bootstrap_interval(estimated, percentile=threshold.percentile)
+    return Uncertainty("threshold", interval, interval.num_flips(scores[kept]))
+
+
+def summarize_groups(
+    column: str,
+    values: np.ndarray,
+    tau: float | np.ndarray,
+    numbers: np.ndarray,
+    unit: thresholds.ScoreNormalization,
+    names: Callable[[np.ndarray], Sequence[str | None]],
+) -> GroupReport:
+    """
+    Describe labels by the text of a column.
+
+    Args:
+        column (`str`):
+            The column.
+        values (`np.ndarray`):
+            (N,) normalised scores.
+        tau (`float` or `np.ndarray`):
+            τ, one value or (N,), in normalised units.
+        numbers (`np.ndarray`):
+            (N,) integers 0 .. G - 1, the group of each row.
+        unit ([`thresholds.ScoreNormalization`]):
+            Normalisation of the scores; the report is in raw units.
+        names (`Callable[[np.ndarray], Sequence[str]]`):
+            Takes positions of rows, and returns the texts of their groups.
+
+    Returns:
+        [`GroupReport`]
+    """
+    within, between = thresholds.variance_components(values, numbers)
+    counts = thresholds.count_groups(numbers, values, tau)
+    spare = values.size - len(counts)
+    share = between / (between + within) if spare >= 10 and between + within > 0 else None
+    first = np.empty(len(counts), dtype=np.int64)
+    first[numbers[::-1]] = np.arange(values.size - 1, -1, -1)
+    largest = _smallest(-counts.num_rows, _SHOWN_GROUPS)
+    return GroupReport(
+        column=column,
+        num_groups=len(counts),
+        num_several=int(np.count_nonzero(counts.several)),
+        num_positive_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive > 0))),
+        num_negative_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive == 0))),
+        one_sided_by_chance=counts.one_sided_by_chance(),
+        between_share=share,
+        largest=[
+            Group(
+                name=name,
+                num_rows=int(counts.num_rows[group]),
+                num_positive=int(counts.num_positive[group]),
+                mean=float(counts.mean[group] * unit.scale + unit.center),
+                threshold=float(counts.threshold[group] * unit.scale + unit.center),
+            )
+            for name, group in zip(names(first[largest]), largest, strict=True)
+        ],
+    )
 
 
 def score_bars(
     ordered: np.ndarray, distinct: np.ndarray | None = None, unit: thresholds.ScoreNormalization | None = None
 ) -> list[tuple[float, float, int]]:
     """
-    Count one bar a value where there are few, else in equal bins, the outermost of which hold outliers too.
+    Count scores in bars: one bar per value where values are few, else equal bins whose outermost hold outliers too.
 
     Args:
         ordered (`np.ndarray`):
             (N,) scores in ascending order.
         distinct (`np.ndarray`, *optional*):
-            (N,) bool, where a score differs from the one before.
+            (N,) bool, true where a score differs from the one before.
         unit ([`thresholds.ScoreNormalization`], *optional*):
-            That of the scores; bars are in raw units.
+            Normalisation of the scores; bars are in raw units.
 
     Returns:
-        `list[tuple[float, float, int]]`: (low, high, count); low equals high where each value has its own.
+        `list[tuple[float, float, int]]`: (low, high, count); low equals high where each value has its own bar.
     """
     distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if distinct is None else distinct
     unit = unit or thresholds.ScoreNormalization()
@@ -368,29 +436,28 @@ def score_bars(
 
 
 def _examples(
-    rows: ScoredRows, margins: np.ndarray, weighting: thresholds.Weighting, prompt_column: str, count: int = 3
+    rows: ScoredRows, raw: np.ndarray, margins: np.ndarray, weight: np.ndarray, prompt_column: str, count: int = 3
 ) -> list[Example]:
     positive = margins >= 0
     places = {
-        "lowest": _smallest(rows.scores, count),
+        "lowest": _smallest(raw, count),
         "just below τ": _smallest(np.where(positive, np.inf, -margins), count)[::-1],
         "at or above τ": _smallest(np.where(positive, margins, np.inf), count),
-        "highest": _smallest(-rows.scores, count)[::-1],
+        "highest": _smallest(-raw, count)[::-1],
     }
     index = np.concatenate(list(places.values()))
     prompts = rows.texts(prompt_column, rows.row_ids[index])
     names = [place for place, found in places.items() for _ in found]
-    weights = weighting(margins[index])
     return [
         Example(
             place=place,
             row=int(rows.row_ids[i]),
-            score=float(rows.scores[i]),
+            score=float(raw[i]),
             positive=bool(positive[i]),
-            weight=float(weight),
+            weight=float(weight[i]),
             prompt=prompt,
         )
-        for place, i, weight, prompt in zip(names, index, weights, prompts, strict=True)
+        for place, i, prompt in zip(names, index, prompts, strict=True)
     ]
 
 
@@ -402,38 +469,3 @@ def _smallest(values: np.ndarray, count: int) -> np.ndarray:
     ties = np.flatnonzero(values == cut)[: count - below.size]
     found = np.concatenate([below[np.argsort(values[below], kind="stable")], ties])
     return found[np.isfinite(values[found])]
-
-
-def _group_report(
-    rows: ScoredRows, values: np.ndarray, tau: float | np.ndarray, column: str, unit: thresholds.ScoreNormalization
-) -> GroupReport:
-    order, groups = rows.groups(column)
-    first = order[np.searchsorted(groups, np.arange(groups[-1] + 1))] if groups[-1] + 1 < groups.size else order
-    values, tau = values[order], tau[order] if isinstance(tau, np.ndarray) else tau
-    del order
-    within, between = thresholds.variance_components(values, groups)
-    counts = thresholds.count_groups(groups, values, tau)
-    del groups
-    spare = values.size - len(counts)
-    share = between / (between + within) if spare >= 10 and between + within > 0 else None
-    largest = _smallest(-counts.num_rows, _SHOWN_GROUPS)
-    names = rows.texts(column, rows.row_ids[first[largest]])
-    return GroupReport(
-        column=column,
-        num_groups=len(counts),
-        num_several=int(np.count_nonzero(counts.several)),
-        num_positive_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive > 0))),
-        num_negative_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive == 0))),
-        one_sided_by_chance=counts.one_sided_by_chance(),
-        between_share=share,
-        largest=[
-            Group(
-                name=name,
-                num_rows=int(counts.num_rows[group]),
-                num_positive=int(counts.num_positive[group]),
-                mean=float(counts.mean[group] * unit.scale + unit.center),
-                threshold=float(counts.threshold[group] * unit.scale + unit.center),
-            )
-            for name, group in zip(names, largest, strict=True)
-        ],
-    )

@@ -1,4 +1,4 @@
-"""Samples of one prompt against each other, which cancels the prompt's baseline τ*(x)."""
+"""Compare samples of one prompt with each other, so that the prompt's baseline τ*(x) cancels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,53 @@ def _mates(groups: torch.Tensor) -> torch.Tensor:
     """(B, B) bool, true where two different rows are of one group."""
     same = groups[:, None] == groups[None, :]
     return same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+
+
+def centred_in_group(
+    log_ratio: torch.Tensor, margin: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, strength: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Centre log-ratios and margins on the other samples of the group.
+
+    With strength κ, the log-ratio loses κ times the mean of the group's others, and the margin becomes
+    `(1 - κ)·(s_i - τ) + κ·(s_i - mean_{j≠i} s_j)`. A sample that is alone in its group keeps both.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            (B,) log π_θ/π_ref, with gradient.
+        margin (`torch.Tensor`):
+            (B,) s - τ.
+        scores (`torch.Tensor`):
+            (B,) s.
+        groups (`torch.Tensor`):
+            (B,) integers; equal ones form a group.
+        strength (`float`):
+            κ between 0 and 1.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: (B,) log-ratios and (B,) margins.
+    """
+    others, has_others = group_mates_mean(log_ratio, groups)
+    among = group_differences(scores, groups)
+    margin = torch.where(has_others, margin + strength * (among - margin), margin)
+    return log_ratio - strength * others, margin
+
+
+def pair_margins(scores: torch.Tensor, margin: torch.Tensor, strength: float) -> torch.Tensor:
+    """
+    Return the (B, B) margins of [`pairwise_threshold_loss`]: `(1 - κ)·(s_i - τ) + κ·(s_i - s_j)`, s_i - τ where i = j.
+
+    Args:
+        scores (`torch.Tensor`):
+            (B,) s.
+        margin (`torch.Tensor`):
+            (B,) s - τ.
+        strength (`float`):
+            κ between 0 and 1.
+    """
+    among = scores[:, None] - scores[None, :]
+    margins = margin[:, None] + strength * (among - margin[:, None])
+    return torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, margins)
 
 
 def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +101,7 @@ def group_differences(values: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     return torch.where(mates, values[:, None] - values[None, :], 0.0).sum(1) / mates.sum(1).clamp(min=1)
 
 
-def mutual_threshold_loss(
+def pairwise_threshold_loss(
     log_ratio: torch.Tensor,
     margins: torch.Tensor,
     groups: torch.Tensor,
@@ -64,18 +111,18 @@ def mutual_threshold_loss(
     strength: float = 1.0,
 ) -> LossRecord:
     """
-    The threshold-guided loss (paper, Eq. 10) with each other row of a group for threshold in turn:
-    `mean_{j≠i} -w_ij·log σ(±(ŝ_i - κ·ŝ_j))`, plus where `margins[i, j] >= 0`.
+    The threshold-guided loss (paper, Eq. 10) with each other sample of the group as the threshold in turn:
+    `mean_{j≠i} -w_ij·log σ(±(ŝ_i - κ·ŝ_j))`, with plus where `margins[i, j] >= 0`.
 
-    The threshold of a prompt cancels in each difference as it does in a pair, and a difference that is right already
-    stops counting by itself, where centring on the mean looks at all others at once. With κ = 1 and weights of 1 it is
-    [`preference_loss`], but for equal scores: they are drawn together here.
+    The prompt's baseline cancels in each difference, as it does in a pair. A difference that is right already stops
+    counting by itself, whereas centring on the mean looks at all others at once. With κ = 1 and weights of 1 this is
+    [`preference_loss`], except that samples with equal scores are drawn together.
 
     Args:
         log_ratio (`torch.Tensor`):
             (B,) log π_θ/π_ref.
         margins (`torch.Tensor`):
-            (B, B), `s_i - s_j` for κ = 1; on the diagonal s - τ, which a row that is alone in its group is left with.
+            (B, B), see [`pair_margins`]. A sample that is alone in its group uses its diagonal entry, s - τ.
         groups (`torch.Tensor`):
             (B,) integers; equal ones form a group.
         weights (`torch.Tensor`):
@@ -86,8 +133,8 @@ def mutual_threshold_loss(
             κ between 0 and 1.
 
     Returns:
-        [`LossRecord`]: `implicit_reward` is the mean of the row's differences, `label` true where the mean of its
-        margins is at least 0, `weight` the mean of its weights; at a log-ratio of 0 the loss is `weight·ln 2`.
+        [`LossRecord`]: `implicit_reward` is the mean of the sample's differences, `label` is true where the mean of
+        its margins is at least 0, `weight` is the mean of its weights. At a log-ratio of 0 the loss is `weight·ln 2`.
 
     Raises:
         ValueError: for shapes that do not fit.

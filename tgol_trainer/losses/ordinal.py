@@ -48,7 +48,7 @@ def ordinal_loss(
             f"{tuple(margins.shape)} and {tuple(weights.shape)}."
         )
     if count == 1:
-        return threshold_guided_loss(log_ratio, margins[:, 0], 0.0, beta=beta, weight=weights[:, 0])
+        return threshold_guided_loss(log_ratio, margins[:, 0], weights[:, 0], beta=beta)
     implicit_reward = beta * log_ratio.float()
     above = margins >= 0
     distance = implicit_reward[:, None] - torch.tensor(offsets, dtype=torch.float32, device=log_ratio.device)

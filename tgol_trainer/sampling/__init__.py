@@ -1,5 +1,5 @@
 """Draw, score and log images during training."""
 
-from .callback import SAMPLE_METRICS, RewardFuncs, SampleCallback
+from .callback import SAMPLE_METRICS, RewardFuncs, SampleCallback, SampleSettings
 
-__all__ = ["SAMPLE_METRICS", "RewardFuncs", "SampleCallback"]
+__all__ = ["SAMPLE_METRICS", "RewardFuncs", "SampleCallback", "SampleSettings"]

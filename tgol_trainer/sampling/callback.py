@@ -1,12 +1,13 @@
-"""Images of the same prompts and seeds during training: drawn, scored, logged, and kept as a strip."""
+"""Draw, score and log images of the same prompts and seeds during training."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,10 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tgol_trainer import adapters
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.data import DataError
 from tgol_trainer.data.rows import prompt_problem
@@ -31,6 +31,7 @@ from tgol_trainer.rewards import (
     reward_takes,
     score_images,
 )
+from tgol_trainer.run import Run, RunCallback
 from tgol_trainer.saving.card import CardImage
 from tgol_trainer.sources import load_prompts, prompt_set
 
@@ -42,54 +43,83 @@ logger = logging.getLogger(__name__)
 RewardFuncs: TypeAlias = str | RewardFunction | Sequence[str | RewardFunction]
 
 SAMPLE_METRICS: dict[str, str] = {
-    "samples/<reward>/mean": "mean score of the images of `sample_prompts`",
-    "samples/<reward>/base": "the same of the base model's images of equal prompts and seeds",
-    "samples/<reward>/win_rate": "share of images that score higher than the base model's; ties count one half",
+    "samples/<reward>/mean": "mean score of the sampled images",
+    "samples/<reward>/base": "mean score of the base model's images of equal prompts and seeds",
+    "samples/<reward>/win_rate": "share of sampled images that score above the base model's; ties count one half",
 }
-"""What is logged for each of `reward_funcs` where images are drawn; evaluation adds the prefix `eval_`."""
+"""What is logged for each reward at each sampling; evaluation adds the prefix `eval_`."""
 
 _FRAMES_SCORED = 8
 _TABLES = {".txt", ".csv", ".jsonl", ".json", ".parquet"}
 
 
-class SampleCallback(TrainerCallback):
-    """
-    Draw `sample_prompts` at chosen steps without disturbing what is trained.
+@dataclasses.dataclass
+class SampleSettings:
+    """How sampled images are made. `None` takes what the model's own pipeline call takes."""
 
-    Every process draws and scores its share of the batches, then all meet once in `gather`, whatever they drew; the
-    first process writes and logs. Weights, gradients, random state, training flags, active adapters and scheduler are
-    afterwards as they were.
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+
+
+class SampleCallback(RunCallback):
+    """
+    Draw the same prompts and seeds at chosen steps without disturbing what is trained.
+
+    Every process draws and scores its share of the batches, then all meet once in `run.gather`, whatever they drew;
+    the first process writes and logs. Weights, gradients, random state, training flags, active adapters and scheduler
+    are afterwards as they were. Hand it to [`TGOLTrainer`] in `callbacks`.
 
     Args:
-        trainer ([`TGOLTrainer`]):
-            Its `args` hold the prompts and settings; without prompts nothing is ever done.
+        prompts (`list[str]` or `str`):
+            Prompts; or one text file, table or named prompt set that holds them.
         reward_funcs (`str`, `Callable` or a list of them, *optional*):
-            As for [`TGOLTrainer`]. Models are loaded at once, on the trainer's device.
-        gather (`Callable[[list], list]`):
-            Joins the lists of all processes, such as `accelerate.utils.gather_object`.
+            Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the images.
+            Rewards that are named are loaded on the trainer's device when the trainer is set up.
+        steps (`int`, *optional*):
+            Draw every so many updates; by default at each evaluation. The start and the end are always drawn.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`):
+            Each prompt is drawn once per seed.
+        settings ([`SampleSettings`], *optional*):
+            Guidance and denoising steps of the images.
 
     Raises:
-        ValueError: for an unknown reward, two of one name, one that scores another medium than the model makes, or a
-            `metric_for_best_model` that is none of the keys logged.
+        ValueError: for settings out of range; when the trainer is set up, for an unknown reward, two of one name, one
+            that scores another medium than the model makes, or a `metric_for_best_model` that will not be logged.
         DataError: for prompts that cannot be read.
     """
 
     def __init__(
-        self, trainer: Trainer | Any, reward_funcs: RewardFuncs | None, gather: Callable[[list[Any]], list[Any]]
+        self,
+        prompts: list[str] | str,
+        reward_funcs: RewardFuncs | None = None,
+        *,
+        steps: int | None = None,
+        seeds: Sequence[int] = (0,),
+        settings: SampleSettings | None = None,
     ) -> None:
-        args: TGOLConfig = trainer.args
-        self.trainer = trainer
-        self.gather = gather
-        self.makes_videos = trainer.family.num_frames is not None
-        prompts = read_sample_prompts(args.sample_prompts)
-        self.rows = [(prompt, seed) for prompt in prompts for seed in args.sample_seeds]
-        if reward_funcs and not self.rows:
-            logger.warning("`reward_funcs` score the images of `sample_prompts`, of which there are none.")
+        settings = settings or SampleSettings()
+        for name, value in (("steps", steps), ("num_inference_steps", settings.num_inference_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"`seeds` must be one or more different numbers of at least 0, got {list(seeds)}.")
+        self.rows = [(prompt, seed) for prompt in read_sample_prompts(prompts) for seed in seeds]
+        self.reward_funcs, self.steps, self.settings = reward_funcs, steps, settings
+        self.rewards: dict[str, RewardFunction] = {}
+        self.columns: list[SampleColumn] = []
+        self.base: SampleColumn | None = None
+        self.latest: tuple[int, dict[str, float]] | None = None
+        self.moved = False
+
+    def start(self, run: Run) -> None:
+        """Load the rewards and check the settings against the run."""
+        self.run, args = run, run.args
+        self.makes_videos = run.num_frames is not None
         with _undisturbed():
-            self.rewards = self._load_rewards(reward_funcs, args) if self.rows else {}
-        height, width = trainer.collator.resolution
-        own = trainer.family.origin.call_arguments
-        steps, guidance = args.sample_num_inference_steps, args.sample_guidance_scale
+            self.rewards = self._load_rewards(self.reward_funcs, args)
+        own = run.call_arguments
+        height, width = run.size
+        steps, guidance = self.settings.num_inference_steps, self.settings.guidance_scale
         self.sampling: dict[str, Any] = {
             "num_inference_steps": own.get("num_inference_steps") if steps is None else steps,
             "guidance_scale": own.get("guidance_scale") if guidance is None else guidance,
@@ -97,18 +127,15 @@ class SampleCallback(TrainerCallback):
             "width": width,
         }
         if self.makes_videos:
-            self.sampling["num_frames"] = trainer.family.num_frames
+            self.sampling["num_frames"] = run.num_frames
         self.files = SampleFiles(
             args.output_dir,
             [prompt for prompt, _ in self.rows],
             {"seeds": [seed for _, seed in self.rows], "batch_size": args.per_device_eval_batch_size, **self.sampling},
         )
-        self.columns: list[SampleColumn] = []
-        self.base: SampleColumn | None = None
-        self.latest: tuple[int, dict[str, float]] | None = None
         self.moved = bool(args.adapter_name_or_path and args.reference == "base")
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        self.at_evaluation = args.sample_steps is None or "samples/" in metric
+        self.at_evaluation = self.steps is None or "samples/" in metric
         if metric.startswith("samples/"):
             self._check_metric(metric)
 
@@ -132,7 +159,7 @@ class SampleCallback(TrainerCallback):
     def _check_metric(self, metric: str) -> None:
         known = [key.replace("<reward>", name) for name in self.rewards for key in SAMPLE_METRICS]
         if metric not in known:
-            found = f"Known are {', '.join(known)}." if known else "Give `sample_prompts` and `reward_funcs`."
+            found = f"Logged are {', '.join(known)}." if known else "Give the callback `reward_funcs`."
             raise ValueError(f"`metric_for_best_model` is {metric!r}, which will not be logged. {found}")
 
     # ---- When ----
@@ -141,13 +168,8 @@ class SampleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over what an earlier part of the run left, draw the base if it is missing, and log step 0."""
-        if not self.rows:
-            return
-        if self.trainer.is_world_process_zero():
-            found = [self.files.read(state.global_step, list(self.rewards))]
-        else:
-            found = []
-        self.columns, self.latest = self.gather(found)[0], None
+        found = [self.files.read(state.global_step, list(self.rewards))] if self._is_first() else []
+        self.columns, self.latest = self.run.gather(found)[0], None
         self.moved = self.moved or state.global_step > 0
         self.base = next((column for column in self.columns if column.step is None), None)
         with _kept(control):
@@ -159,10 +181,10 @@ class SampleCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sample every `sample_steps` updates and after the last."""
-        self.moved, every = True, self.trainer.args.sample_steps
-        due = every is not None and state.global_step % every == 0
-        if self.rows and (due or state.global_step >= state.max_steps):
+        """Sample every `steps` updates and after the last."""
+        self.moved = True
+        due = self.steps is not None and state.global_step % self.steps == 0
+        if due or state.global_step >= state.max_steps:
             with _kept(control):
                 self._sample(state.global_step)
 
@@ -170,29 +192,29 @@ class SampleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sample where training stops before its last step; later, in `on_train_end`, trackers are closed."""
-        if self.rows and control.should_training_stop:
+        if control.should_training_stop:
             with _kept(control):
                 self._sample(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Lay the strip beside the checkpoint's card, which shows it."""
         strip = self.files.folder / STRIP_NAME
-        if self.rows and args.should_save and strip.exists():
+        if args.should_save and strip.exists():
             target = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", FOLDER)
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(strip, target / STRIP_NAME)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, state: TrainerState, control: TrainerControl, in_train: bool) -> dict[str, float]:
         """
-        Return the scores for an evaluation at this moment, keys as in `SAMPLE_METRICS`; empty where none are wanted.
+        Return the scores for an evaluation at this moment, keys as in `SAMPLE_METRICS`.
 
         During training the images join the strip; else they are drawn, scored and dropped.
         """
-        if not (self.rows and self.rewards and self.at_evaluation):
+        if not (self.rewards and self.at_evaluation):
             return {}
-        if self.trainer.is_in_train:
-            with _kept(self.trainer.control):
-                return self._sample(self.trainer.state.global_step)
+        if in_train:
+            with _kept(control):
+                return self._sample(state.global_step)
         if self.base is None:
             self._draw_base(keep=False)
         return self._compare(self._draw("Sampling")[1])
@@ -202,7 +224,6 @@ class SampleCallback(TrainerCallback):
     def _sample(self, step: int) -> dict[str, float]:
         if self.latest is not None and self.latest[0] == step:
             return self.latest[1]
-        trainer = self.trainer
         if self.base is not None and not self.moved:
             scores = self.base.scores
         else:
@@ -211,50 +232,33 @@ class SampleCallback(TrainerCallback):
         metrics = self._compare(scores)
         self.latest = (step, metrics)
         if metrics:
-            trainer.log(dict(metrics))
+            self.run.log(dict(metrics))
         return metrics
 
     def _draw_base(self, keep: bool = True) -> None:
-        trainer = self.trainer
-        if trainer.reference_model is not None and trainer._reference_epoch:
-            logger.warning(
-                "The base model's images in %s are gone, and the reference has moved since: the strip goes on "
-                "without them and without win rates.",
-                self.files.folder,
-            )
-            return
-        with self._base_model():
+        with self.run.base_model(self.moved) as there:
+            if not there:
+                logger.warning(
+                    "The base model's images in %s are gone, and the reference has moved since: the strip goes on "
+                    "without them and without win rates.",
+                    self.files.folder,
+                )
+                return
             images, scores = self._draw("Sampling (base)")
         self.base = SampleColumn(None, scores)
         if keep:
             self._keep(self.base, images, first=True)
 
-    @contextlib.contextmanager
-    def _base_model(self) -> Iterator[None]:
-        trainer, family = self.trainer, self.trainer.family
-        policy = family.denoiser
-        if trainer.reference_model is None and trainer.args.reference == "base":
-            with adapters.base_policy(policy):
-                yield
-            return
-        if not self.moved:  # the policy is its reference, and runs in the precision of every later step
-            yield
-            return
-        with trainer.reference_policy() as reference:
-            setattr(family.pipeline, family.denoiser_name, reference)
-            try:
-                yield
-            finally:
-                setattr(family.pipeline, family.denoiser_name, policy)
+    def _is_first(self) -> bool:
+        return self.run.args.process_index == 0
 
     def _draw(self, description: str) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         """Return the images of all rows and their scores, the same on every process."""
-        trainer, args = self.trainer, self.trainer.args
+        args = self.run.args
         starts = range(0, len(self.rows), args.per_device_eval_batch_size)
         # A sharded network is called by all processes or by none, so there each draws everything.
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        mine = starts if sharded else starts[args.process_index :: args.world_size]
-        hidden = args.disable_tqdm or not trainer.is_world_process_zero()
+        mine = starts if self.run.sharded else starts[args.process_index :: args.world_size]
+        hidden = args.disable_tqdm or not self._is_first()
         parts = []
         with tqdm(total=len(mine), desc=description, unit="batch", leave=False, disable=hidden) as bar, _undisturbed():
             for start in mine:
@@ -263,7 +267,7 @@ class SampleCallback(TrainerCallback):
         images: list[Image.Image] = []
         scores: dict[str, list[float | None]] = {name: [] for name in self.rewards}
         for _, drawn, found in sorted(
-            {part[0]: part for part in self.gather(parts)}.values(), key=lambda part: part[0]
+            {part[0]: part for part in self.run.gather(parts)}.values(), key=lambda part: part[0]
         ):
             images += drawn
             for name, values in found.items():
@@ -273,7 +277,7 @@ class SampleCallback(TrainerCallback):
     def _draw_batch(self, rows: list[tuple[str, int]]) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         options = {"batch_size": len(rows), "progress": False, **self.sampling}
-        pipeline = self.trainer.family.pipeline
+        pipeline = self.run.pipeline
         if self.makes_videos:
             clips = [Clip(frames) for frames in generate_videos(pipeline, prompts, seeds, **options)]
             return [frame_row(clip) for clip in clips], self._score(clips, prompts)
@@ -301,23 +305,15 @@ class SampleCallback(TrainerCallback):
     # ---- Where ----
 
     def _keep(self, column: SampleColumn, images: list[Image.Image], first: bool = False) -> None:
-        trainer = self.trainer
         self.columns.insert(0 if first else len(self.columns), column)
-        if not trainer.is_world_process_zero():
+        if not self._is_first():
             return
         self.files.write(self.columns, column, images)
-        trainer.card_extras.setdefault(
-            "pictures",
-            [
-                CardImage(
-                    f"{FOLDER}/{STRIP_NAME}",
-                    alt="Images of equal prompts and seeds by step of training, with their scores; means at the top",
-                )
-            ],
-        )
+        alt = "Images of equal prompts and seeds by step of training, with their scores; means at the top"
+        self.run.add_card_image(CardImage(f"{FOLDER}/{STRIP_NAME}", alt=alt))
         shown = range(min(len(self.rows), MAX_ROWS))
         log_images(
-            trainer.callback_handler.callbacks,
+            self.run.callbacks(),
             [f"{row:02d}_{self.rows[row][0][:40]}" for row in shown],
             [self._caption(row, column) for row in shown],
             images[: len(shown)],
@@ -335,12 +331,12 @@ class SampleCallback(TrainerCallback):
         return ", ".join(parts)
 
 
-def read_sample_prompts(given: list[str] | str | None) -> list[str]:
+def read_sample_prompts(given: list[str] | str) -> list[str]:
     """
     Return the prompts to draw.
 
     Args:
-        given (`list[str]` or `str`, *optional*):
+        given (`list[str]` or `str`):
             Prompts; or one text file, table or named set that holds them.
 
     Returns:
@@ -349,14 +345,16 @@ def read_sample_prompts(given: list[str] | str | None) -> list[str]:
     Raises:
         DataError: for a file or set that cannot be read, or a blank prompt.
     """
-    prompts = [given] if isinstance(given, str) else list(given or ())
+    prompts = [given] if isinstance(given, str) else list(given)
+    if not prompts:
+        raise DataError("`prompts` of sampling is empty: give at least one prompt.")
     if len(prompts) == 1:
         path = Path(prompts[0])
         if prompt_set(prompts[0]) or path.suffix.lower() in _TABLES or path.is_file():
             return load_prompts(prompts[0]).texts
     bad = [f"row {row}: {cause}" for row, prompt in enumerate(prompts) if (cause := prompt_problem(prompt))]
     if bad:
-        raise DataError(f"`sample_prompts`: {len(bad)} of {len(prompts)} cannot be used ({', '.join(bad[:5])}).")
+        raise DataError(f"`prompts` of sampling: {len(bad)} of {len(prompts)} cannot be used ({', '.join(bad[:5])}).")
     return prompts
 
 

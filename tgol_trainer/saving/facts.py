@@ -1,4 +1,4 @@
-"""Gathering the facts that a card states, at any moment of a run."""
+"""Gather the facts that a model card states, at any moment of a run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import importlib.metadata
 import os
 import platform
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tgol_trainer.adapters import POLICY, adapter_metadata
-from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig
+from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig, default_of
 from tgol_trainer.families import hub_license
-from tgol_trainer.labels import Labelling
+from tgol_trainer.labels import Labeler
 from tgol_trainer.thresholds import ScoreCombination
 
 from .card import CardFacts, DatasetFacts, Hyperparameter
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import Trainer, TrainerState
+    from transformers import TrainerState
+
+    from tgol_trainer.families import ModelFamily
 
 _HUB_DATA = re.compile(r"^hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{7,40})/")
 
@@ -50,6 +52,19 @@ _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelera
 _NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
 
 
+class CardSource(Protocol):
+    """The members of a trainer that a card is made of; [`SavingTrainer`] says what they are."""
+
+    args: TGOLConfig
+    family: ModelFamily
+    labeler: Labeler | None
+    state: TrainerState
+    dataset_facts: list[DatasetFacts]
+    example_prompt: str | None
+    card_extras: dict[str, Any]
+    hub_model_id: str | None
+
+
 def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns: list[str]) -> DatasetFacts:
     """
     Name a dataset by its Hub id and commit where `datasets` recorded them, else not at all.
@@ -68,18 +83,12 @@ def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns:
 
 def _hyperparameters(args: TGOLConfig, effective_batch: int) -> list[Hyperparameter]:
     own = [*MethodArguments.__annotations__, *TGOLConfig.__annotations__]
-    items = {item.name: item for item in dataclasses.fields(TGOLConfig)}
-    defaults = {
-        name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        for name, item in items.items()
-    }
+    defaults = {item.name: default_of(item) for item in dataclasses.fields(TGOLConfig)}
     defaults["learning_rate"] = FULL_LEARNING_RATE if args.full_finetuning else LORA_LEARNING_RATE
     values = args.to_dict()
     shown = [name for name in dict.fromkeys([*_TRAINING_FIELDS, *own]) if name in values and name not in _NOT_SHOWN]
     shown = [
-        name
-        for name in shown
-        if name in _TRAINING_FIELDS or not name.startswith(("logging_", "remove_", "ddp_", "sample_"))
+        name for name in shown if name in _TRAINING_FIELDS or not name.startswith(("logging_", "remove_", "ddp_"))
     ]
     listed = [Hyperparameter(name, values[name], values[name] == defaults[name]) for name in shown]
     return [Hyperparameter("rows per update", effective_batch), *listed]
@@ -123,31 +132,31 @@ def _combination_facts(combination: ScoreCombination) -> dict[str, Any]:
     return {"method": combination.method, "columns": rows}
 
 
-def _labelling_facts(labelling: Labelling | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    if labelling is None:
+def _label_facts(labeler: Labeler | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the card says of the threshold, and of the weights."""
+    if labeler is None:
         return {}, {}
     threshold = {
-        **labelling.threshold.to_dict(),
-        "num_negative": labelling.threshold.num_negative,
-        "normalization": dataclasses.asdict(labelling.normalization),
-        **({"combination": _combination_facts(labelling.combination)} if labelling.combination else {}),
-        **{name: value for name, value in labelling.strategy.items() if name != "name"},
+        **labeler.threshold.to_dict(),
+        "num_negative": labeler.threshold.num_negative,
+        "normalization": dataclasses.asdict(labeler.normalization),
+        **({"combination": _combination_facts(labeler.combination)} if labeler.combination else {}),
+        **{name: value for name, value in labeler.strategy.items() if name != "name"},
     }
-    weights = labelling.weights
-    if weights is None:
+    if labeler.weights is None:
         return threshold, {}
-    weighting = labelling.weighting
-    facts = {**dataclasses.asdict(weights), "formula": weighting.formula}
+    weighting = labeler.weighting
+    facts = {**dataclasses.asdict(labeler.weights), "formula": weighting.formula}
     return threshold, {**facts, "confidence_scale": weighting.scale} if "c·" in weighting.formula else facts
 
 
-def harvest_facts(trainer: Trainer | Any) -> CardFacts:
+def harvest_facts(trainer: CardSource) -> CardFacts:
     """
     Gather what a card states about a run, at any moment of it.
 
     Args:
-        trainer ([`TGOLTrainer`]):
-            Whose run it is. `trainer.card_extras` overrides single fields.
+        trainer ([`CardSource`]):
+            The trainer. Its `card_extras` override single fields.
 
     Returns:
         [`card.CardFacts`]
@@ -157,12 +166,15 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
     hub_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id
     usage = family.full_usage if args.full_finetuning else family.usage
     prompt = trainer.example_prompt or "a photo"
-    if args.loss_type == "csft":  # what it was trained to answer with its positives
+    if args.loss_type == "csft":  # the suffix that it was trained to answer with its positives
         prompt += args.csft_suffixes[0]
-    threshold, weights = _labelling_facts(trainer.labelling)
+    threshold, weights = _label_facts(trainer.labeler)
     limits = ["It inherits the limits, the biases and the terms of use of its base model."]
     adapter = {} if args.full_finetuning else adapter_metadata(family.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    license_facts: dict[str, Any] = dict(
+        hub_license(origin.hub_id, origin.revision) if origin.hub_id else origin.license
+    )
     facts = CardFacts(
         model_name=os.path.basename(os.path.normpath(hub_id or args.output_dir)),
         hub_model_id=hub_id,
@@ -174,7 +186,7 @@ def harvest_facts(trainer: Trainer | Any) -> CardFacts:
         datasets=trainer.dataset_facts,
         threshold=threshold,
         weights=weights,
-        **(hub_license(origin.hub_id, origin.revision) if origin.hub_id else origin.license),
+        **license_facts,
         adapter=adapter,
         full_finetuning=args.full_finetuning,
         hyperparameters=_hyperparameters(args, batch),

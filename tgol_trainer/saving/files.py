@@ -1,4 +1,4 @@
-"""The files of a run beside its weights: state, arguments without secrets, and a config that reports can read."""
+"""Name and fill the files of a run beside its weights: state, and arguments without secrets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 
+from tgol_trainer._secrets import without_secrets
 from tgol_trainer.config import TGOLConfig
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ ARGUMENTS_NAME = "training_args.json"
 
 
 class ReportedConfig(FrozenDict):
-    """A denoiser's config with the methods by which Trainer's reporting integrations (TensorBoard, MLflow) read it."""
+    """A denoiser's config with the methods that Trainer's reporting integrations (TensorBoard, MLflow) call."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary."""
@@ -31,17 +32,10 @@ class ReportedConfig(FrozenDict):
 
 
 def public_arguments(args: TGOLConfig) -> dict[str, Any]:
-    """Every argument of a run but tokens and paths of this machine; JSON-serialisable."""
+    """Return every argument of a run but secrets, private fields and paths of this machine; JSON-serialisable."""
     private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name"}
-    return _without_tokens({name: value for name, value in args.to_dict().items() if name not in private})
-
-
-def _without_tokens(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_tokens(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if name != "token" and not name.endswith("_token") and not name.startswith("_")
-    }
+    values = without_secrets(args.to_dict())
+    return {name: value for name, value in values.items() if name not in private and not name.startswith("_")}
 
 
 def saved_state(model: ModelMixin, folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def supervised_loss(
 
 
 def kto_loss(
-    log_ratio: torch.Tensor, margin: torch.Tensor, *, beta: float = 1.0, weight: torch.Tensor | None = None
+    log_ratio: torch.Tensor, margin: torch.Tensor, weight: torch.Tensor | None = None, *, beta: float = 1.0
 ) -> LossRecord:
     """
     Diffusion-KTO (arXiv 2404.04465) with the sigmoid utility: `w·(1 - σ(±(ŝ - Q)))`, plus for positives.
@@ -74,7 +74,7 @@ def kto_loss(
 
 
 def regression_loss(
-    log_ratio: torch.Tensor, margin: torch.Tensor, *, beta: float = 1.0, weight: torch.Tensor | None = None
+    log_ratio: torch.Tensor, margin: torch.Tensor, weight: torch.Tensor | None = None, *, beta: float = 1.0
 ) -> LossRecord:
     """
     Direct reward optimization (DRO, arXiv 2405.19107): `w·½·(ŝ - (s - τ))²`, with τ in place of its value function.
@@ -99,7 +99,7 @@ def regression_loss(
 
 
 def quantile_regression_loss(
-    log_ratio: torch.Tensor, quantile: torch.Tensor, *, beta: float = 1.0, weight: torch.Tensor | None = None
+    log_ratio: torch.Tensor, quantile: torch.Tensor, weight: torch.Tensor | None = None, *, beta: float = 1.0
 ) -> LossRecord:
     """
     Quantile reward policy optimization (QRPO, arXiv 2507.08068): `w·(q - β·log Z - ŝ)²`.
