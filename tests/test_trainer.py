@@ -545,7 +545,7 @@ def test_ratings_full_of_ties_train_and_say_that_the_threshold_moved(config, cap
         ({"threshold": 50.0}, None, "leaves the positive side empty"),
         ({"threshold": 0.0}, datasets.Dataset.from_dict({"score": [1.0, 2.0]}), "both set τ"),
         ({"threshold_update": "epoch"}, None, "would give the same τ each time"),
-        ({"resolution": 17}, None, "no multiple of 2"),
+        ({"resolution": 17}, None, "not a multiple of 2"),
         ({"per_device_train_batch_size": 64}, None, "do not fill one batch of 64"),
     ],
 )
@@ -622,8 +622,8 @@ def test_a_stream_can_estimate_its_threshold_anew_at_each_pass(config, dataset, 
         stable_diffusion(), config(max_steps=8, threshold_update="epoch"), dataset.to_iterable_dataset()
     )
     fits = []
-    fit = trainer._fit_threshold
-    monkeypatch.setattr(trainer, "_fit_threshold", lambda rows: fits.append(rows) or fit(rows))
+    fit = trainer._label
+    monkeypatch.setattr(trainer, "_label", lambda rows: fits.append(rows) or fit(rows))
     trainer.train()
     assert len(fits) == 1  # 32 rows are 4 steps: one new pass in 8 steps
 

@@ -122,15 +122,17 @@ def test_every_strategy_and_weight_is_that_of_a_trainer_row_by_row(tmp_path, con
     assert (shown["weights"]["weighting"], shown["normalization"]) == (state["weighting"], state["normalization"])
     assert {name: shown["weights"][name] for name in state["weights"]} == state["weights"]
     batch = trainer.collator([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
-    margins = dict(zip(batch["row_id"].tolist(), batch["margin"].tolist(), strict=True))
-    assert {example["row"] for example in shown["examples"]} <= set(margins)
+    tau = trainer.threshold.value if trainer.labeler.rows is None else batch["score"] - batch["margin"]
+    place = {row: index for index, row in enumerate(batch["row_id"].tolist())}
+    weights = batch["weight"].reshape(len(place), -1).mean(dim=1)  # of the ordinal loss: over its cut points
+    assert {example["row"] for example in shown["examples"]} <= set(place)
     for example in shown["examples"]:
-        margin = np.float64(margins[example["row"]])
-        assert example["positive"] == (margin >= 0)
-        assert example["weight"] == pytest.approx(float(trainer.labeler.weighting(margin)), rel=1e-5)
+        index = place[example["row"]]
+        assert example["positive"] == bool((batch["score"] - tau >= -1e-7)[index])
+        assert example["weight"] == pytest.approx(weights[index].item(), rel=1e-5)
     if settings.get("loss_type") == "ordinal":
         assert [cut for cut, _ in shown["threshold"]["cut_points"]] == trainer.labeler.cut_points
-        assert [n for _, n in shown["threshold"]["cut_points"]] == (batch["cut_margins"] >= 0).sum(0).tolist()
+        assert [n for _, n in shown["threshold"]["cut_points"]] == (batch["margin"] >= 0).sum(0).tolist()
     assert trainer.labeler.weighting.formula in capsys.readouterr().out
 
 

@@ -159,7 +159,11 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, np.ndarray]:
     from tgol_trainer.sources.loading import load_columns
     from tgol_trainer.thresholds import combined_name
 
-    method = MethodArguments(**{item.name: getattr(args, item.name) for item in dataclasses.fields(MethodArguments)})
+    values = {item.name: getattr(args, item.name) for item in dataclasses.fields(MethodArguments)}
+    counted = values.pop("group_column")  # labels are counted by it, also where training does not use groups
+    method = MethodArguments(**values)
+    if method.uses_groups:
+        method.group_column = counted
     method.check_method(method.group_size or 1)
     check_sources(method, proxy_dataset=args.proxy_dataset_name, streamed=args.dataset_streaming)
     if method.score_columns and args.score_column != "score":
@@ -169,7 +173,7 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, np.ndarray]:
     columns = Columns(prompt=args.prompt_column, score=name)
     scored = several or [args.score_column]
     grouped = method.threshold_strategy in ("group", "oracle")
-    group = method.group_column or (args.prompt_column if grouped else None)
+    group = counted or (args.prompt_column if grouped else None)
     wanted = dict.fromkeys([args.prompt_column, *scored, *([group] if group else [])])
     where: dict[str, Any] = {"name": args.dataset_config, "streaming": args.dataset_streaming}
     dataset = load_columns(args.dataset_name, list(wanted), split=args.dataset_train_split, **where)

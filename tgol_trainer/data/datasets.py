@@ -312,7 +312,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         sample = {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
             self._columns.medium: cell(row.column(self._columns.visual), 0),
-            "score": self.scores[index],
+            "score": self.scores[index].tolist(),
             "row_id": row_id,
         }
         if self._columns.group is not None:
