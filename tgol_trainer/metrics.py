@@ -1,8 +1,8 @@
 """
-What is logged about a batch: per-example rows, fixed-shape sums and counts, one reduction over processes.
+Collect what is logged about batches: per-example rows, sums and counts of fixed shape, one reduction over processes.
 
-A batch in which one class is absent is the normal case. Nothing here changes its shape for it: sums and counts of both
-classes always travel together, and a ratio whose count is 0 on every process is left out of the log.
+A batch without one of the classes is normal and changes no shape: sums and counts of both classes always travel
+together. A ratio whose count is 0 on every process is left out of the log.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Iterative rounds: sample the policy, score, set the threshold anew, train, and make the policy the reference."""
+"""Train in rounds: draw images of the policy, score them, fit the threshold, train, and move the reference."""
 
 from __future__ import annotations
 
@@ -47,40 +47,40 @@ def train_rounds(
     """
     Train in rounds on images of the policy itself (paper, Algorithm 1, with line 15 after each round).
 
-    Round r samples `images_per_prompt` images a prompt from the policy that round r - 1 left, scores them, estimates
-    threshold and normalisation from these scores, trains as `args` say, and measures against the policy it began with.
-    `round-r/` keeps images (`pictures/`), scores (`scored/`) and adapter; `rounds.json` the mean score of the
-    images, the threshold and the seconds of each. The same call goes on after a kill: a round that is recorded is
-    passed over, images and scores that are there are not made again.
+    Round r draws `images_per_prompt` images per prompt from the policy that round r - 1 left, scores them, fits
+    threshold and normalisation to these scores, and trains as `args` say, with the policy it began with as reference.
+    `round-r/` keeps the images (`pictures/`), the scores (`scored/`) and the adapter. `rounds.json` keeps the mean
+    score of the images, the threshold and the seconds of each round. The same call continues after a kill: it skips
+    rounds that are recorded, and does not make images and scores again that are there.
 
     Args:
         model (`str`):
             Hub id, folder or the name of an embedded model.
         args ([`TGOLConfig`]):
-            Of each round; `output_dir` gets the last round's adapter and card. Where several rewards are given,
-            `score_column` names the one that is trained on.
+            Settings of each round. `output_dir` gets the last round's adapter and card. With several rewards,
+            `score_column` names the one to train on.
         prompts (`Sequence[str]`):
-            Prompts that are sampled in each round.
+            Prompts that images are drawn of in each round.
         rewards (`Mapping[str, Callable]`):
             Name to a function that loads the reward.
         load (`Callable`):
-            Takes an adapter's folder, or `None` for the base model, and returns the pipeline and the model's revision.
+            Takes the folder of an adapter, or `None` for the base model. Returns the pipeline and its revision.
         num_rounds (`int`):
-            Rounds in all, at least 1.
+            Number of rounds in all, at least 1.
         images_per_prompt (`int`, *optional*, defaults to 8):
-            Images of each prompt a round.
+            Images of each prompt in each round.
         sampling (`Mapping[str, Any]`, *optional*):
-            `num_inference_steps`, `guidance_scale` and whatever else [`generate_dataset`] takes.
+            Further arguments of [`generate_dataset`], such as `num_inference_steps` and `guidance_scale`.
         peft_config (`peft.LoraConfig`, *optional*):
             As in [`TGOLTrainer`].
         quantization_config (`Any`, *optional*):
             As in [`TGOLTrainer`].
 
     Returns:
-        [`TGOLTrainer`]: of the last round; `None` where all rounds were there.
+        [`TGOLTrainer`]: that of the last round; `None` if all rounds were there.
 
     Raises:
-        ValueError: for settings that rounds cannot have, with the remedy.
+        ValueError: for settings that do not go with rounds, with the remedy.
     """
     score = _checked(args, rewards, num_rounds, images_per_prompt)
     output = Path(args.output_dir)
@@ -109,7 +109,7 @@ def train_rounds(
         records.append({"round": number, **facts})
         write_json(output / RECORD, records)
     if trainer is None:
-        logger.info("All %d rounds are there; a larger number adds to them.", num_rounds)
+        logger.info("All %d rounds are there. A larger number adds rounds.", num_rounds)
     return trainer
 
 
@@ -123,7 +123,7 @@ def _samples(
     seed: int,
     options: Mapping[str, Any],
 ) -> datasets.Dataset:
-    """Return scored images of the policy; those that are there are not made again."""
+    """Return scored images of the policy; images that are there are not made again."""
     with _without_bars_of_files():
         pipeline, revision = load(None if policy is None else str(policy))
         generate_dataset(pipeline, prompts, folder / "pictures", model=model, revision=revision, seed=seed, **options)
@@ -157,30 +157,31 @@ def _facts(trainer: TGOLTrainer, rows: datasets.Dataset, score: str) -> dict[str
 
 
 def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, images_per_prompt: int) -> str:
-    """Return the name of the score that is trained on."""
+    """Return the name of the score to train on."""
     if num_rounds < 1 or images_per_prompt < 1:
         raise ValueError(
             f"`num_rounds` and `images_per_prompt` must be at least 1, got {num_rounds} and {images_per_prompt}."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "Rounds run in one process so far. With several, call `tgol generate`, `tgol score` and `tgol train "
+            "Rounds run in one process. With several processes, call `tgol generate`, `tgol score` and `tgol train "
             "--adapter_name_or_path PREVIOUS --reference initial` for each round."
         )
     if args.full_finetuning or args.adapter_name_or_path or args.reference_update != "never":
         raise ValueError(
-            "Rounds train an adapter, from the base model on, and move the reference between them: leave "
+            "Rounds train an adapter that starts from the base model, and move the reference in between: leave "
             "`full_finetuning`, `adapter_name_or_path` and `reference_update` at their defaults."
         )
     if args.score_columns:
         raise ValueError(
-            "Rounds train on one score: leave out `score_columns`, and give a reward that adds others by weight."
+            "Rounds train on one score: leave out `score_columns`, and give one reward that adds several by weight."
         )
     if not rewards:
         raise ValueError("Rounds score their own images: give `reward_funcs`.")
     if len(rewards) > 1 and args.score_column not in rewards:
         raise ValueError(
-            f"Which of {', '.join(rewards)} is trained on? Name it as `score_column`, which is {args.score_column!r}."
+            f"`score_column` is {args.score_column!r}, and the rewards are {', '.join(rewards)}. Set it to the reward "
+            "to train on."
         )
     return args.score_column if args.score_column in rewards else next(iter(rewards))
 
@@ -199,6 +200,6 @@ def _round_arguments(args: TGOLConfig, folder: Path, policy: Path | None, score:
 
 
 def read_shards(folder: Path) -> datasets.Dataset:
-    """Return the rows of `folder/data`, whose shards are all there, in order."""
+    """Return the rows of the shards in `folder/data`, in order."""
     files = sorted(map(str, (folder / "data").glob("train-*.parquet")))
     return datasets.load_dataset("parquet", data_files=files, split="train")

@@ -1,4 +1,4 @@
-"""Several columns of scores of a dataset become one: fitted, said in the log, and checked for two sides."""
+"""Combine several score columns to one: fit the combination, log it, and check that both labels occur."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from tgol_trainer.thresholds import CombinationMethod, ScoreCombination, Thresho
 
 logger = logging.getLogger(__name__)
 
-STREAMED_COLUMNS = (
-    "`score_columns` are standardised by all of their scores, which are not known of a stream. Load it without "
-    "`streaming=True`, or add one column of combined scores yourself (`.map`) and name it as `score_column`."
-)
-
 
 def fit_and_log(
     scores: np.ndarray,
@@ -25,7 +20,7 @@ def fit_and_log(
     percentile: float,
 ) -> ScoreCombination:
     """
-    Fit a combination and say what it is.
+    Fit a combination of score columns and log it.
 
     Args:
         scores (`np.ndarray`):
@@ -33,11 +28,11 @@ def fit_and_log(
         columns (`Sequence[str]`):
             Names of the K columns.
         weights (`Sequence[float]`, *optional*):
-            One a column; by default 1 each.
+            One weight per column; by default 1 each.
         method (`str`):
             `"sum"` or `"min"`.
         percentile (`float`):
-            Of each column, 0 to 100, that is its threshold under `"min"`.
+            Percentile of each column, 0 to 100, that is its threshold under `"min"`.
 
     Returns:
         [`thresholds.ScoreCombination`]
@@ -70,16 +65,16 @@ def combination_lines(combination: ScoreCombination) -> list[str]:
 
 def check_combined(scores: np.ndarray, combination: ScoreCombination) -> None:
     """
-    Check that `"min"` leaves rows on both sides of 0; other combinations get their threshold from the scores.
+    Check that `"min"` gives both labels. Other combinations get their threshold from the scores.
 
     Args:
         scores (`np.ndarray`):
             (N,) combined.
         combination ([`thresholds.ScoreCombination`]):
-            That made them.
+            The combination that made them.
 
     Raises:
-        ThresholdError: where no row, or every row, reaches the threshold in every column.
+        ThresholdError: if no row, or every row, reaches the threshold in every column.
     """
     positive = int((scores >= 0).sum())
     if combination.method == "min" and positive in (0, scores.size):

@@ -1,4 +1,4 @@
-"""The files of sampling during training: images by step, an index of them, and the strip."""
+"""Read and write the files of sampling during training: images by step, their index, and the strip."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tgol_trainer._files import write_json
+from tgol_trainer._spacing import evenly_spaced
 from tgol_trainer.evaluation import save_sample_strip
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ class SampleColumn:
 
     Args:
         step (`int`, *optional*):
-            Updates made before; `None` for the base model.
+            Number of updates made before; `None` for the base model.
         scores (`dict[str, list[float | None]]`):
-            Name of a reward to one score an image.
+            Name of a reward to one score per image.
     """
 
     step: int | None
@@ -40,7 +41,7 @@ class SampleColumn:
 
     @property
     def folder(self) -> str:
-        """Where the images lie, inside the folder of samples."""
+        """Folder of the images, inside the folder of samples."""
         return "base" if self.step is None else f"step-{self.step:06d}"
 
     @property
@@ -51,15 +52,15 @@ class SampleColumn:
 
 class SampleFiles:
     """
-    Read and write `samples/` of a run; one process does.
+    Read and write `samples/` of a run. Only one process does.
 
     Args:
         output_dir (`str` or `Path`):
             Folder of the run.
         prompts (`Sequence[str]`):
-            One an image.
+            One prompt per image.
         settings (`Mapping[str, Any]`):
-            JSON-serialisable; what the images depend on beside the weights.
+            What the images depend on beside the weights; JSON-serialisable.
     """
 
     def __init__(self, output_dir: str | Path, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -73,12 +74,12 @@ class SampleFiles:
 
         Args:
             step (`int`):
-                Updates already made: 0 for a new run, which takes nothing over.
+                Number of updates already made. A new run, with 0, takes nothing over.
             rewards (`Sequence[str]`):
-                A base without a score of one of them counts as missing.
+                Names of the rewards. A base column without a score of one of them counts as missing.
 
         Returns:
-            `list[SampleColumn]`: the base first, if its images are whole; then those up to `step`.
+            `list[SampleColumn]`: the base first, if all its images are there; then the columns up to `step`.
         """
         file = self.folder / INDEX_NAME
         if not file.exists():
@@ -87,7 +88,7 @@ class SampleFiles:
         same = index["settings"] == self.settings
         if step and not same:
             logger.warning(
-                "%s was begun with other prompts, seeds or sampling settings: a new strip is begun at step %d.",
+                "%s was begun with other prompts, seeds or sampling settings. A new strip begins at step %d.",
                 *(self.folder, step),
             )
         kept = []
@@ -102,15 +103,15 @@ class SampleFiles:
 
     def write(self, columns: Sequence[SampleColumn], new: SampleColumn, images: Sequence[Image.Image]) -> None:
         """
-        Add the images of one moment and draw the strip anew.
+        Add the images of one column and draw the strip anew.
 
         Args:
             columns (`Sequence[SampleColumn]`):
-                All moments in order, `new` among them.
+                All columns in order, `new` among them.
             new ([`SampleColumn`]):
-                The moment to add.
+                The column to add.
             images (`Sequence[PIL.Image.Image]`):
-                Its images.
+                Images of the new column.
         """
         (self.folder / new.folder).mkdir(parents=True, exist_ok=True)
         for path, image in zip(self._paths(new), images, strict=True):
@@ -123,7 +124,7 @@ class SampleFiles:
         return [self.folder / column.folder / f"{row:03d}.png" for row in range(len(self.prompts))]
 
     def _draw(self, columns: Sequence[SampleColumn]) -> None:
-        shown = [columns[number] for number in _spread(len(columns), MAX_COLUMNS)]
+        shown = [columns[number] for number in evenly_spaced(len(columns), MAX_COLUMNS)]
         rows = min(len(self.prompts), MAX_ROWS)
         names = list(dict.fromkeys(name for column in columns for name in column.scores))
         unscored: list[float | None] = [None] * len(self.prompts)
@@ -141,10 +142,3 @@ class SampleFiles:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _spread(total: int, limit: int) -> list[int]:
-    """Return at most `limit` numbers of 0 .. total - 1, the first and the last among them."""
-    if total <= limit:
-        return list(range(total))
-    return [round(number * (total - 1) / (limit - 1)) for number in range(limit)]

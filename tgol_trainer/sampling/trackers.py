@@ -1,4 +1,4 @@
-"""Images for the trackers that Trainer reports to."""
+"""Send images to the trackers that Trainer reports to."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def log_images(
     step: int,
 ) -> None:
     """
-    Send images to TensorBoard, W&B and trackio, to those of the three that a run reports to.
+    Send images to TensorBoard, W&B and trackio, as far as the run reports to them.
 
     Args:
         callbacks (`Iterable[transformers.TrainerCallback]`):
-            Those of a Trainer on its first process; Trainer's own integrations among them are written through.
+            The callbacks of a Trainer on its first process. Images go through Trainer's own integrations.
         names (`Sequence[str]`):
-            One an image, the same at every step: TensorBoard and trackio show one series for each.
+            One name per image, the same at every step. TensorBoard and trackio show one series per name.
         captions (`Sequence[str]`):
-            One an image, for W&B and trackio.
+            One caption per image, for W&B and trackio.
         images (`Sequence[PIL.Image.Image]`):
             The images.
         step (`int`):
-            Updates made so far.
+            Number of updates made so far.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
