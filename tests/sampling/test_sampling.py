@@ -296,7 +296,7 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
         ({"sample_steps": 2}, None, "`sample_steps` says when `sample_prompts` are drawn, of which there are none"),
         ({**SAMPLING, "sample_steps": 0}, None, "`sample_steps` must be at least 1"),
         ({**SAMPLING, "sample_seeds": [1, 1]}, None, "`sample_seeds` must be different numbers"),
-        (SAMPLING, "brightnes", "'brightnes' is no known reward"),
+        (SAMPLING, "brightnes", "'brightnes' is not a known reward"),
         (SAMPLING, [brightness, brightness], "two rewards are called 'brightness'"),
         ({**SAMPLING, "metric_for_best_model": "samples/dark/mean"}, brightness, "Known are samples/brightness/mean,"),
         ({"metric_for_best_model": "eval_samples/a/mean"}, None, "Give `sample_prompts` and `reward_funcs`"),
