@@ -46,9 +46,9 @@ def merged_weights(
     """
     Add the LoRA of the published file to its base and rename all weights to those of [`VideoRewardModel`].
 
-    The names of `model.pth` are those of PEFT around transformers 4.45's Qwen2-VL. The rank of the LoRA is read from
-    the weights; with `rslora` its factor is divided by the root of the rank. Products are computed in fp32 and the
-    result is in `dtype`. The weights of `lm_head`, which the score does not use, are dropped; unknown names stay.
+    The names of `model.pth` are those of PEFT around transformers 4.45's Qwen2-VL. The LoRA's factor is `alpha` over
+    its rank, or over the root of its rank with `rslora`. Products are computed in fp32; the result is in `dtype`. The
+    weights of `lm_head`, which the score does not use, are dropped; unknown names stay.
     """
     merged = dict(weights)
     for name in weights:
@@ -72,16 +72,14 @@ def merged_weights(
 
 
 def qwen2_vl_2b(vocab_size: int) -> Any:
-    """Return the `Qwen2VLConfig` of Qwen2-VL-2B; the authors' number of tokens is that of the tokenizer."""
+    """Return the `Qwen2VLConfig` of Qwen2-VL-2B with the number of tokens of the tokenizer, as the authors set it."""
     from transformers import Qwen2VLConfig
 
-    sizes = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 2}
-    tokens = {"vocab_size": vocab_size, "bos_token_id": 151643, "eos_token_id": 151645}
-    text = {
-        **{**sizes, **heads, **tokens, "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
+    text: dict[str, Any] = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    text |= {"vocab_size": vocab_size, "bos_token_id": 151643, "eos_token_id": 151645}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    text |= {"max_position_embeddings": 32768}
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
     return Qwen2VLConfig(text_config=text, vision_config=vision)
 
@@ -135,7 +133,7 @@ def read_template(path: str | Path) -> str:
     """
     Read the question to the model from `prompt_template.py` of KwaiVGI/VideoAlign, without running the file.
 
-    It holds `{text_prompt}` in the place of the prompt. A `ValueError` is raised if the file does not hold it.
+    `{text_prompt}` stands in the place of the prompt. A file without such a question raises a `ValueError`.
     """
     try:
         statements = ast.parse(Path(path).read_text(encoding="utf-8")).body
@@ -205,7 +203,7 @@ class VideoReward(ModelReward):
 
     default_source = "KlingTeam/VideoReward"
     default_config = staticmethod(qwen2_vl_2b)
-    """Number of tokens to the sizes of the model that `from_pretrained` loads; a subclass may have another."""
+    """Returns the `Qwen2VLConfig` for a number of tokens; a subclass for a model of another size replaces it."""
     name = "videoreward"
     scale = "VQ + MQ + TA, each standardised, higher is better"
     takes: ClassVar[Medium] = "videos"
