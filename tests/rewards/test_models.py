@@ -108,6 +108,8 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(rewards, kind):
     assert rewards[kind]([], []) == []
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         rewards[kind](images[:2], ["a"])
+    with pytest.raises(TypeError, match="is one string"):
+        rewards[kind](images[:2], "ab")
 
 
 def test_each_prompt_is_encoded_once(clip_folder):
