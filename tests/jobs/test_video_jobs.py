@@ -255,7 +255,7 @@ def test_a_reward_that_cannot_be_had_is_one_message_with_the_way_out(clips, tmp_
     with pytest.raises(SystemExit):
         cli.main(["score", str(clips), "--rewards", "videoreward", "--output_dir", str(tmp_path), "--use_cpu"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: The file model_config.json of KlingTeam/VideoReward could not be had")
+    assert error.startswith("error: The file model_config.json of KlingTeam/VideoReward could not be loaded")
     assert "--reward_options" in error
 
 

@@ -130,7 +130,7 @@ def test_anything_but_a_list_is_a_type_error(returned):
 
 @pytest.mark.parametrize("entry", ["1.0", [1.0], 1j])
 def test_an_entry_that_is_no_number_is_a_type_error_with_its_row(entry):
-    with pytest.raises(TypeError, match="is no number for row 1"):
+    with pytest.raises(TypeError, match="is not a number for row 1"):
         score_images(returning([1.0, entry]), some_images(2), ["p", "q"])
 
 
@@ -247,7 +247,7 @@ def test_a_function_of_the_user_is_found_in_the_current_directory(tmp_path, monk
     monkeypatch.delitem(sys.modules, "my_own_reward", raising=False)
     assert load_reward("my_own_reward:width")(some_images(2), ["a", "b"]) == [8, 8]
     assert load_reward("my_own_reward:Scaled", factor=3)(some_images(1), ["a"]) == [24]
-    with pytest.raises(TypeError, match=r"is no class, so it takes no options \(factor\)"):
+    with pytest.raises(TypeError, match=r"is not a class, so it takes no options \(factor\)"):
         load_reward("my_own_reward:width", factor=3)
     monkeypatch.delitem(sys.modules, "my_own_reward")
 
@@ -264,7 +264,7 @@ def test_a_class_with_from_pretrained_gets_device_and_dtype(tmp_path, monkeypatc
     made = load_reward("my_own_model:Model", device="meta", dtype=torch.float16, source="y")
     assert made.given == ("y", "meta", torch.float16)
     assert load_reward("my_own_model:Model", dtype="bfloat16").given == ("x", "cpu", torch.bfloat16)
-    with pytest.raises(ValueError, match="'bf16', which is no torch dtype"):
+    with pytest.raises(ValueError, match="'bf16', which is not a torch dtype"):
         load_reward("my_own_model:Model", dtype="bf16")
     with pytest.raises(TypeError, match=r"'my_own_model:Model': .*'sauce'\. It takes source, device, dtype"):
         load_reward("my_own_model:Model", sauce="y")
@@ -274,7 +274,7 @@ def test_a_class_with_from_pretrained_gets_device_and_dtype(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("spec", [":reward", ".module:reward"])
 def test_a_function_without_its_module_is_refused(spec):
-    with pytest.raises(ValueError, match=f"{re.escape(repr(spec))} is no known reward.*module:function"):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(spec))} is not a known reward.*module:function"):
         load_reward(spec)
 
 

@@ -12,7 +12,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import gelu, silu
 from transformers import PreTrainedTokenizerFast
 
-from tests.rewards.test_models import Weights, attention, linear_shapes, noise, norm_shapes, shrunk, weights_of
+from tests.rewards.published import (
+    MEAN,
+    STD,
+    Weights,
+    attention,
+    linear_shapes,
+    noise,
+    norm_shapes,
+    shrunk,
+    weights_of,
+)
 from tgol_trainer.rewards import Clip, RewardFacts, load_reward, score_columns
 from tgol_trainer.rewards.video_patches import chosen_frames, frame_size, patches_of
 from tgol_trainer.rewards.videoreward import VideoReward, VideoRewardModel, qwen2_vl_2b, read_template
@@ -35,7 +45,7 @@ def tokenizer():
     return made
 
 
-def tiny_config():
+def tiny_config(vocab_size):
     config = qwen2_vl_2b(264)
     text, vision = config.text_config, config.vision_config
     shrunk(text, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS)
@@ -175,8 +185,7 @@ def clip(frames=9, width=84, height=56, fps=4.0, seed=0):
 
 def normalised(video, indices):
     frames = torch.stack([torch.tensor(np.asarray(video[index])).permute(2, 0, 1) for index in indices]).double()
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).double().view(3, 1, 1)
-    return (frames / 255 - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).double().view(3, 1, 1)
+    return (frames / 255 - MEAN) / STD
 
 
 def write(folder, weights=None, **changes):
@@ -198,8 +207,12 @@ def write(folder, weights=None, **changes):
     return folder
 
 
+class TinyVideoReward(VideoReward):
+    default_config = staticmethod(tiny_config)
+
+
 def load(folder, **options):
-    return VideoReward.from_pretrained(folder, tokenizer=folder / "tokenizer", config=tiny_config(), **options)
+    return TinyVideoReward.from_pretrained(folder, tokenizer=folder / "tokenizer", **options)
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +331,7 @@ def test_each_value_of_a_patch_comes_from_its_frame_row_column_and_colour():
 def test_frames_are_resized_bicubically_with_antialiasing_to_whole_values():
     frames = [noise(100, 60, seed=1)] * 2
     patches, _ = patches_of(frames, (28, 56))
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    values = (patches.view(-1, 3, 392) * std.view(3, 1) + mean.view(3, 1)) * 255
+    values = (patches.view(-1, 3, 392) * STD.float().view(3, 1) + MEAN.float().view(3, 1)) * 255
     assert torch.allclose(values, values.round(), atol=1e-3)
     pillow = frames[0].resize((56, 28), Image.Resampling.BICUBIC)  # Pillow's always antialiases
     expected, _ = patches_of([pillow, pillow], (28, 56))
@@ -360,11 +372,11 @@ def test_a_missing_an_extra_and_a_misshapen_weight_are_refused(tmp_path):
 def test_another_way_of_scoring_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"data_config\.sample_type is 'multi_pts'; only 'uniform'"):
         load(write(tmp_path, data_config={"sample_type": "multi_pts"}))
-    for content, message in (("[1]", "holds list, not the settings"), ("{", "is no JSON")):
+    for content, message in (("[1]", "holds list, not the settings"), ("{", "is not JSON")):
         (tmp_path / "model_config.json").write_text(content)
         with pytest.raises(ValueError, match=rf"model_config\.json {message}"):
             load(tmp_path)
-    with pytest.raises(ValueError, match=r"is a file; give the folder with model_config\.json"):
+    with pytest.raises(ValueError, match=r"is a file; pass the folder with model_config\.json"):
         load(tmp_path / "model_config.json")
 
 
@@ -382,7 +394,7 @@ def test_without_a_network_the_question_is_asked_for_by_its_address(folder, tmp_
     write(tmp_path / "weights")
     template = tmp_path / "weights" / "prompt_template.py"
     template.rename(tmp_path / "moved.py")
-    with pytest.raises(OSError, match=r"lay this file beside model_config\.json or pass its path"):
+    with pytest.raises(OSError, match=r"put this file beside model_config\.json or pass its path"):
         load(tmp_path / "weights")
     assert load(tmp_path / "weights", template=tmp_path / "moved.py").template == QUESTION
     (tmp_path / "page.py").write_text("<html>Log in</html>")
@@ -398,8 +410,7 @@ def test_without_a_network_the_question_is_asked_for_by_its_address(folder, tmp_
     assert load(tmp_path / "weights").template == QUESTION
 
 
-def test_it_is_loaded_by_name_with_its_facts(folder):
-    made = load_reward(
-        "videoreward", source=folder, tokenizer=folder / "tokenizer", config=tiny_config(), dtype=torch.bfloat16
-    )
+def test_it_is_loaded_by_name_with_its_facts(folder, monkeypatch):
+    monkeypatch.setattr(VideoReward, "default_config", staticmethod(tiny_config))
+    made = load_reward("videoreward", source=folder, tokenizer=folder / "tokenizer", dtype=torch.bfloat16)
     assert made.facts == RewardFacts("videoreward", str(folder), None, made.scale) and made.takes == "videos"

@@ -307,7 +307,7 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
     [
         ({"steps": 0}, {}, "`steps` must be at least 1"),
         ({"seeds": [1, 1]}, {}, "`seeds` must be one or more different numbers"),
-        ({"reward_funcs": "brightnes"}, {}, "'brightnes' is no known reward"),
+        ({"reward_funcs": "brightnes"}, {}, "'brightnes' is not a known reward"),
         ({"reward_funcs": [brightness, brightness]}, {}, "two rewards are called 'brightness'"),
         (
             {"reward_funcs": brightness},

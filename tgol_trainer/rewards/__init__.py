@@ -1,4 +1,4 @@
-"""Reward functions: what they look like, how images are scored, and the usual ones by name. Light to import."""
+"""Score images and videos: the form of a reward, the known rewards by name, and functions that call them."""
 
 from .base import (
     Clip,

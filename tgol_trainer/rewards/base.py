@@ -1,4 +1,4 @@
-"""The protocol of a reward and the one place where rewards are called."""
+"""Define what a reward is, and call rewards batch by batch with a check of what they return."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class RewardFunction(Protocol):
     """
     Any callable that turns images and their prompts into scores, higher is better.
 
-    Called with a batch of `n` images and `n` prompts, it returns `n` finite numbers; `None` stands for an image
-    that could not be scored. It must not depend on what else is in the batch.
+    It is called with a batch of `n` images and `n` prompts and returns `n` finite numbers, or `None` for an image that
+    it cannot score. A score must not depend on what else is in the batch.
 
-    A reward of videos says so by an attribute `takes = "videos"` and is called with a list of [`Clip`]s, lists of
-    frames, in place of the images. A reward that finds several numbers in one pass may have a method `columns`,
-    called like it (with empty lists too), that returns them as a dictionary of such lists: `""` for the score itself,
-    and the endings of the other columns (`"_vq"`).
+    A reward that scores videos has an attribute `takes = "videos"`; it gets a list of [`Clip`]s (lists of frames)
+    instead of the images. A reward that computes several numbers in one pass may have a method `columns`. It is called
+    like the reward (with empty lists too) and returns a dictionary of such lists: `""` for the score itself, and an
+    ending for each further column (`"_vq"`).
     """
 
     def __call__(self, images: list[Any], prompts: list[str], /) -> list[float | None]:
-        """Return one score an image (or clip), or `None` for one that could not be scored."""
+        """Return one score per image (or clip), `None` for one that cannot be scored."""
         ...
 
 
 class Clip(list[Image.Image]):
     """
-    The frames of a video, upright and RGB, of one size, and how fast they are shown.
+    The frames of a video: upright, RGB and of one size.
 
     Args:
         frames (`Iterable[PIL.Image.Image]`):
             In order.
         fps (`float`, *optional*):
-            Frames a second; `None` where that is not known.
+            Frames per second; `None` where that is not known.
     """
 
     def __init__(self, frames: Iterable[Image.Image] = (), fps: float | None = None) -> None:
@@ -61,7 +61,7 @@ class RewardFacts:
         model_id (`str`, *optional*):
             Hub repository or path of the reward model.
         revision (`str`, *optional*):
-            Commit of it, where it is known.
+            Its commit, where it is known.
         scale (`str`, *optional*, defaults to `""`):
             Unit and direction, in words.
     """
@@ -81,28 +81,18 @@ def reward_facts(reward: Callable[..., Any]) -> RewardFacts:
             A function, a `functools.partial` of one, or an instance with `__call__`.
 
     Returns:
-        [`RewardFacts`]: its attribute `facts` where that is a [`RewardFacts`], else the name alone: `__name__`, that
-        of the wrapped function for a partial, or the class name.
+        [`RewardFacts`]: its attribute `facts` where that is a [`RewardFacts`]. Otherwise only the name: `__name__` of
+        the function (for a partial, of the wrapped one), or the class name.
     """
-    facts = getattr(reward, "facts", None)
-    reward = getattr(reward, "func", reward)
-    facts = facts or getattr(reward, "facts", None)
+    facts = _attribute(reward, "facts", None)
     if isinstance(facts, RewardFacts):
         return facts
+    reward = getattr(reward, "func", reward)
     return RewardFacts(getattr(reward, "__name__", type(reward).__name__))
 
 
 def reward_name(reward: Callable[..., Any]) -> str:
-    """
-    Return the name under which a reward appears in tables and messages.
-
-    Args:
-        reward (`Callable`):
-            A function, a `functools.partial` of one, or an instance with `__call__`.
-
-    Returns:
-        `str`: the name in [`reward_facts`].
-    """
+    """Return the name of a reward in tables and messages: that in its [`reward_facts`]."""
     return reward_facts(reward).name
 
 
@@ -120,12 +110,25 @@ def reward_takes(reward: Callable[..., Any]) -> Medium:
     Raises:
         ValueError: for another value of `takes`.
     """
-    takes: Any = getattr(reward, "takes", getattr(getattr(reward, "func", reward), "takes", "images"))
+    takes = _attribute(reward, "takes", "images")
     if takes not in get_args(Medium):
         raise ValueError(
             f"The reward {reward_name(reward)!r} has `takes = {takes!r}`; it must be 'images' or 'videos'."
         )
     return takes
+
+
+def _attribute(reward: Callable[..., Any], name: str, default: Any) -> Any:
+    """Return an attribute of a reward or of the function that a partial wraps."""
+    return getattr(reward, name, getattr(getattr(reward, "func", reward), name, default))
+
+
+def check_prompts(images: Sequence[Any], prompts: Sequence[str]) -> None:
+    """Raise an error unless `prompts` is a list with one prompt per image."""
+    if isinstance(prompts, str):
+        raise TypeError("`prompts` is one string; pass a list with one prompt per image.")
+    if len(images) != len(prompts):
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt per image.")
 
 
 def score_columns(
@@ -138,7 +141,7 @@ def score_columns(
     first_row: int = 0,
 ) -> dict[str, list[float | None]]:
     """
-    Score images or clips, and return all numbers that the reward finds.
+    Score images or clips, and return all numbers that the reward computes.
 
     Args:
         reward (`RewardFunction`):
@@ -154,11 +157,8 @@ def score_columns(
         ValueError, TypeError: as [`score_images`], for each column; and if `columns` returned no `""` or changed its
             names.
     """
-    columns = getattr(reward, "columns", None)
-    if columns is None:
-        scores = score_images(reward, images, prompts, batch_size=batch_size, progress=progress, first_row=first_row)
-        return {"": scores}
-    return _score(columns, reward_name(reward), images, prompts, batch_size, progress, first_row)
+    call = getattr(reward, "columns", None) or _as_columns(reward)
+    return _score(call, reward_name(reward), images, prompts, batch_size, progress, first_row)
 
 
 def score_images(
@@ -171,37 +171,37 @@ def score_images(
     first_row: int = 0,
 ) -> list[float | None]:
     """
-    Score images batch by batch and check what comes back.
+    Score images batch by batch and check what the reward returns.
 
     Args:
         reward (`RewardFunction`):
-            Called as `reward(images, prompts)` with lists of at most `batch_size`. A one-dimensional array or tensor
-            is accepted as a result too.
+            Called as `reward(images, prompts)` with lists of at most `batch_size`. It may also return a
+            one-dimensional array or tensor.
         images (`Sequence[PIL.Image.Image]`):
-            The images, or clips (lists of frames) for a reward that takes videos. `None` stands for one that could
-            not be had; the reward does not see it.
+            The images, or clips (lists of frames) for a reward that takes videos. The reward is not shown an image
+            that is `None`, one that could not be read.
         prompts (`Sequence[str]`):
-            One prompt an image.
+            One prompt per image.
         batch_size (`int`, *optional*, defaults to 64):
-            Largest number of images a call.
+            Largest number of images per call.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar over the images.
         first_row (`int`, *optional*, defaults to 0):
             Number of the first image in messages.
 
     Returns:
-        `list[float | None]`: one score an image, in order; `None` where there is no image or the reward gave none.
+        `list[float | None]`: one score per image, in order; `None` where there is no image or the reward gave none.
 
     Raises:
         ValueError: if the lengths differ, if `batch_size` is below 1, if the reward returned a wrong number of scores,
             or a NaN or infinite one.
         TypeError: if the reward returned something other than a list of numbers and `None`.
     """
+    return _score(_as_columns(reward), reward_name(reward), images, prompts, batch_size, progress, first_row)[""]
 
-    def alone(batch: list[Any], texts: list[str]) -> dict[str, Any]:
-        return {"": reward(batch, texts) if batch else []}
 
-    return _score(alone, reward_name(reward), images, prompts, batch_size, progress, first_row)[""]
+def _as_columns(reward: RewardFunction) -> Callable[[list[Any], list[str]], dict[str, Any]]:
+    return lambda images, prompts: {"": reward(images, prompts) if images else []}
 
 
 def _score(
@@ -213,28 +213,25 @@ def _score(
     progress: bool,
     first_row: int,
 ) -> dict[str, list[float | None]]:
-    if isinstance(prompts, str):
-        raise TypeError("`prompts` is one string; pass a list with one prompt an image.")
-    if len(images) != len(prompts):
-        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt an image.")
+    check_prompts(images, prompts)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     found: dict[str, list[float | None]] = {}
     with tqdm(total=len(images), desc=f"Scoring ({name})", unit="image", disable=not progress) as bar:
         for start in range(0, max(1, len(images)), batch_size):
             batch = images[start : start + batch_size]
-            there = [index for index, image in enumerate(batch) if image is not None]
-            texts = [prompts[start + index] for index in there]
-            returned = call([batch[index] for index in there], texts)
+            present = [index for index, image in enumerate(batch) if image is not None]
+            texts = [prompts[start + index] for index in present]
+            returned = call([batch[index] for index in present], texts)
             if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
                 raise ValueError(
-                    f"`columns` of the reward {name!r} must return a dictionary with always the same keys, '' among "
-                    "them."
+                    f"`columns` of the reward {name!r} must return a dictionary with the same keys each time, and '' "
+                    "must be one of them."
                 )
-            rows = [first_row + start + index for index in there]
+            rows = [first_row + start + index for index in present]
             for ending, values in returned.items():
                 scores: list[float | None] = [None] * len(batch)
-                for index, score in zip(there, _checked(values, texts, rows, name + ending), strict=True):
+                for index, score in zip(present, _checked(values, texts, rows, name + ending), strict=True):
                     scores[index] = score
                 found.setdefault(ending, []).extend(scores)
             bar.update(len(batch))
@@ -247,20 +244,20 @@ def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> l
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(
             f"The reward {name!r} returned {type(returned).__name__}; it must return a list with one number, or None, "
-            "an image."
+            "per image."
         )
     if len(values) != len(prompts):
         where = f" (rows {rows[0]} to {rows[-1]})" if rows else ""
         raise ValueError(
             f"The reward {name!r} returned {len(values)} scores for {len(prompts)} images{where}. It must return "
-            "one an image: None for one that cannot be scored."
+            "one per image: None for one that cannot be scored."
         )
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     wrong = [i for i, value in enumerate(values) if not (value is None or isinstance(value, numbers.Real))]
     if wrong:
         raise TypeError(
-            f"The reward {name!r} returned something that is no number for {_shown(wrong, values, prompts, rows)}. "
-            "It must return a float, or None, an image."
+            f"The reward {name!r} returned something that is not a number for {_shown(wrong, values, prompts, rows)}. "
+            "It must return a float, or None, per image."
         )
     wrong = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
     if wrong:

@@ -1,4 +1,4 @@
-"""Weights of reward models as their authors published them: found, read and loaded with nothing left over."""
+"""Find, read and load the published weights of reward models, and refuse files that do not fit exactly."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 _SHOWN = 5
+_WITHOUT_NETWORK = (
+    "Where there is no network, pass the path of a downloaded {what} (`{argument}=`; `tgol score` takes it in "
+    "`--reward_options`)."
+)
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -23,20 +27,10 @@ def find_file(
     source: str | Path, filename: str, *, revision: str | None = None, argument: str = "source"
 ) -> tuple[Path, str | None]:
     """
-    Find a file of weights: on this machine, or on the Hugging Face Hub.
+    Return a file, on this machine or downloaded from the Hugging Face Hub, and its commit (`None` for a local file).
 
-    Args:
-        source (`str` or `Path`):
-            The file itself, a folder that holds `filename`, or a Hub repository `owner/name`.
-        filename (`str`):
-            Name in the folder or the repository.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the repository; its default branch otherwise. Not used for local files.
-        argument (`str`, *optional*, defaults to `"source"`):
-            Name of the argument that `source` comes from, for messages.
-
-    Returns:
-        `tuple[Path, str | None]`: the file, and the commit it belongs to; `None` for a local file.
+    `source` is the file itself, a folder that holds `filename`, or a Hub repository `owner/name` (at `revision`).
+    Messages call it `argument`.
 
     Raises:
         FileNotFoundError: if the folder does not hold the file.
@@ -55,13 +49,12 @@ def find_file(
         found = hf_hub_download(str(source), filename, revision=revision)
     except HFValidationError as error:
         raise ValueError(
-            f"{str(source)!r} is no existing file or folder, and no Hub repository owner/name."
+            f"{str(source)!r} is not an existing file or folder, and not a Hub repository owner/name."
         ) from error
     except OSError as error:
         raise OSError(
-            f"The file {filename} of {source} could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}: {error}). Where there is no network, pass the path of a downloaded file or "
-            f"folder (`{argument}=`; `tgol score` takes it in `--reward_options`)."
+            f"The file {filename} of {source} could not be loaded from the Hugging Face Hub "
+            f"({type(error).__name__}: {error}). " + _WITHOUT_NETWORK.format(what="file or folder", argument=argument)
         ) from error
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", found)
     return Path(found), commit[1] if commit else revision
@@ -69,19 +62,13 @@ def find_file(
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    Read a file of weights without running code from it: safetensors, or a pickle restricted to tensors.
+    Read named tensors, on the CPU and in the dtypes of the file, without running code from the file.
 
-    Args:
-        path (`str` or `Path`):
-            A `.safetensors` file or one written by `torch.save`, told apart by content. Weights under a key
-            `state_dict` are taken out.
-
-    Returns:
-        `dict[str, torch.Tensor]`: on the CPU, in the dtypes of the file.
+    The content decides whether it is safetensors or a pickle of `torch.save`, whose weights may be under `state_dict`.
 
     Raises:
-        ValueError: if the file is a Git-LFS pointer, a web page, damaged, a pickle that needs code to be read, or
-            holds something other than named tensors.
+        ValueError: if the file is a Git-LFS pointer, a web page, damaged, a pickle that can only be read by running
+            code, or holds something other than named tensors.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -90,21 +77,18 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is a Git-LFS pointer, not the weights: fetch the file itself (`git lfs pull`).")
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not weights: download the file itself (`hf download`).")
-    if head[8:9] == b"{":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
     try:
-        read = torch.load(path, weights_only=True, map_location="cpu")
+        read = load_file(path) if head[8:9] == b"{" else torch.load(path, weights_only=True, map_location="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no plain file of weights: to read it means to run code that is inside, or it is damaged. "
-            "It was not read."
+            f"{path} was not read: it is damaged, or it is a pickle that can only be read by running code that is "
+            "inside."
         ) from error
     except Exception as error:  # of any type: the bytes of a damaged pickle are read as anything
         raise ValueError(
-            f"{path} is damaged or no file of weights ({type(error).__name__}: {error}). Download it again."
+            f"{path} is damaged or not a file of weights ({type(error).__name__}: {error}). Download it again."
         ) from error
     if isinstance(read, Mapping) and isinstance(read.get("state_dict"), Mapping):
         read = read["state_dict"]
@@ -118,23 +102,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], source: str | Path) -> Module:
     """
-    Make a module and load weights into it, all of them and no others.
+    Make a module and load weights into it, or raise a `ValueError` if one is missing, left over or of another shape.
 
-    The module is made without memory of its own, so that the weights are held once, in the dtypes of the file.
-
-    Args:
-        make (`Callable`):
-            Returns the module.
-        weights (`Mapping[str, torch.Tensor]`):
-            By the names of the module's `state_dict()`.
-        source (`str` or `Path`):
-            Where the weights come from, for messages.
-
-    Returns:
-        `torch.nn.Module`: what `make` returned, loaded.
-
-    Raises:
-        ValueError: if a weight is missing, left over, or of another shape.
+    The module is made on the meta device, so that the weights are held only once, in the dtypes of the file. Messages
+    name the `source` of the weights.
     """
     with torch.device("meta"):
         module = make()
@@ -155,27 +126,13 @@ def build(make: Callable[[], Module], weights: Mapping[str, torch.Tensor], sourc
     return module
 
 
-def from_pretrained(kind: Any, source: str, *, argument: str = "source", **options: Any) -> Any:
+def load_part(kind: Any, source: str, *, argument: str = "source", **options: Any) -> Any:
     """
-    Load a part of a reward in the format of transformers, or say which part failed and what can be passed instead.
-
-    Args:
-        kind (`type`):
-            Class with `from_pretrained`.
-        source (`str`):
-            Hub repository or folder.
-        argument (`str`, *optional*, defaults to `"source"`):
-            Name of the argument that `source` comes from, for messages.
-        options:
-            Passed to `from_pretrained`.
-
-    Returns:
-        `Any`: what `kind.from_pretrained` returns.
+    Call `kind.from_pretrained(source, **options)` of a class of transformers.
 
     Raises:
-        ValueError: if the file of weights is damaged, a Git-LFS pointer, or a pickle that needs code to be read, or a
-            file holds something else.
-        OSError: if the files cannot be had.
+        ValueError: if a file cannot be read, or holds something else.
+        OSError: if the files cannot be found or downloaded. The message says that `argument` takes a folder instead.
     """
     folder = Path(source).expanduser()
     try:
@@ -183,80 +140,48 @@ def from_pretrained(kind: Any, source: str, *, argument: str = "source", **optio
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"The weights of {source} were not read: the file is damaged, a Git-LFS pointer (`git lfs pull`), or a "
-            "pickle that means to run code. Download it again."
+            "pickle that would run code. Download it again."
         ) from error
     except ValueError as error:
         raise ValueError(f"{kind.__name__} of {source} cannot be loaded: {_first_line(error)}") from error
     except OSError as error:
         raise OSError(
-            f"{kind.__name__} of {source} could not be had, here or from the Hugging Face Hub: {_first_line(error)} "
-            f"Where there is no network, pass the path of a downloaded folder (`{argument}=`; `tgol score` takes it "
-            "in `--reward_options`)."
+            f"{kind.__name__} of {source} could not be loaded, here or from the Hugging Face Hub: "
+            f"{_first_line(error)} " + _WITHOUT_NETWORK.format(what="folder", argument=argument)
         ) from error
 
 
-def load_tokenizer(kind: Any, source: str | Path, sizes: Sequence[int], **options: Any) -> Any:
+def load_tokenizer(
+    kind: Any, source: str | Path, sizes: Sequence[int], argument: str = "tokenizer", **options: Any
+) -> Any:
     """
-    Load a tokenizer and refuse one that does not fit the weights.
+    Load a tokenizer by [`load_part`], and raise a `ValueError` unless its number of tokens is one of `sizes`.
 
     Without its files transformers makes an empty tokenizer instead of an error; its scores would know no words.
-
-    Args:
-        kind (`type`):
-            Class of the tokenizer.
-        source (`str` or `Path`):
-            Hub repository or folder.
-        sizes (`Sequence[int]`):
-            Numbers of tokens that fit.
-        options:
-            Passed to [`from_pretrained`], with `argument="tokenizer"` by default.
-
-    Returns:
-        `transformers.PreTrainedTokenizerBase`
-
-    Raises:
-        ValueError: if it has another number of tokens.
-        OSError: if it cannot be had.
     """
-    tokenizer = from_pretrained(kind, str(source), **{"argument": "tokenizer", **options})
+    tokenizer = load_part(kind, str(source), argument=argument, **options)
     if len(tokenizer) not in sizes:
-        argument = options.get("argument", "tokenizer")
         raise ValueError(
             f"The tokenizer of {source} has {len(tokenizer)} tokens, the weights are for "
-            f"{' or '.join(map(str, sizes))}: it is another model's, or its files could not be had, here or from the "
-            "Hugging Face Hub. Where there is no network, pass the path of a folder with them "
-            f"(`{argument}=`; `tgol score` takes it in `--reward_options`)."
+            f"{' or '.join(map(str, sizes))}: it belongs to another model, or its files could not be loaded, here or "
+            "from the Hugging Face Hub. " + _WITHOUT_NETWORK.format(what="folder", argument=argument)
         )
     return tokenizer
 
 
-def load_strictly(model_class: Any, source: str, *, unused: str = "", **options: Any) -> Any:
+def load_model(model_class: Any, source: str, *, unused: str = "", **options: Any) -> Any:
     """
-    Load a model of transformers and refuse a file that does not hold exactly its weights, where transformers warns.
+    Load a model by [`load_part`], or raise a `ValueError` if the file does not hold exactly its weights.
 
-    Args:
-        model_class (`type`):
-            Class with `from_pretrained`.
-        source (`str`):
-            Hub repository or folder.
-        unused (`str`, *optional*, defaults to `""`):
-            Pattern of names that the file may hold beside, such as those of the other tower.
-        options:
-            Passed to [`from_pretrained`].
-
-    Returns:
-        `transformers.PreTrainedModel`
-
-    Raises:
-        ValueError: if a weight is missing, left over or of another shape, or the file cannot be read.
-        OSError: if the model cannot be had.
+    Transformers only warns. The file may also hold names that match the pattern `unused`, such as those of the other
+    tower.
     """
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of what is missing or left over: the towers that are not used
+    logging.set_verbosity_error()  # hides a table of missing and left-over weights; `_refuse` raises instead
     try:
-        model, found = from_pretrained(
+        model, found = load_part(
             model_class, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     finally:
@@ -273,7 +198,7 @@ def _refuse(
     unexpected: Iterable[str],
     shapes: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    """Raise a `ValueError` unless all are empty; `shapes` are names with what is there and what should be."""
+    """Raise a `ValueError` unless all are empty; `shapes` holds names with the shape found and the shape wanted."""
     kinds = {
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
@@ -286,26 +211,13 @@ def _refuse(
 
 def linear_head(width: int) -> torch.nn.Sequential:
     """
-    Return the head of ImageReward and of the LAION aesthetic predictor: five linear layers, no activation between.
+    Return the head of ImageReward and of the LAION aesthetic predictor for features of a width, in fp32.
 
-    Args:
-        width (`int`):
-            Length of a feature.
-
-    Returns:
-        `torch.nn.Sequential`: with linear layers at 0, 2, 4, 6 and 7, as in the published weights; in fp32.
+    Its linear layers, with no activation between, are at 0, 2, 4, 6 and 7, as in the published weights.
     """
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
-    return torch.nn.Sequential(
-        linear(width, 1024),
-        dropout(0.2),
-        linear(1024, 128),
-        dropout(0.2),
-        linear(128, 64),
-        dropout(0.1),
-        linear(64, 16),
-        linear(16, 1),
-    )
+    first = [linear(width, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)]
+    return torch.nn.Sequential(*first, linear(64, 16), linear(16, 1))
 
 
 def _few(names: Iterable[str]) -> str:

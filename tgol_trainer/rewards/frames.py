@@ -1,25 +1,27 @@
-"""Rewards of images on videos: the mean over frames."""
+"""Score videos with a reward of images: the mean over frames."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 from PIL import Image
 
-from .base import Medium, RewardFacts, RewardFunction, reward_facts, reward_takes, score_images
+from .base import Medium, RewardFunction, reward_facts, reward_takes, score_images
 
 _BATCH = 32
 
 
 class MeanOverFrames:
     """
-    A reward of images, averaged over frames that are spread evenly over a clip. What moves plays no part.
+    A reward of images, averaged over frames that are spread evenly over a clip. It takes no notice of motion.
 
     Args:
         reward (`RewardFunction`):
-            Of images.
+            A reward of images.
         num_frames (`int`):
-            Frames of each clip, its first and last among them (one alone is its first); all of a shorter clip.
+            Frames of each clip, the first and the last among them (a single one is the first). A shorter clip is
+            scored by all its frames.
 
     Raises:
         ValueError: if the reward takes videos itself, or `num_frames` is below 1.
@@ -35,31 +37,24 @@ class MeanOverFrames:
             raise ValueError(f"`num_frames` is {num_frames}; it must be at least 1.")
         self.reward, self.num_frames = reward, num_frames
         scale = f"mean over {num_frames} frames" + (f", {facts.scale}" if facts.scale else "")
-        self.facts = RewardFacts(facts.name, facts.model_id, facts.revision, scale)
+        self.facts = dataclasses.replace(facts, scale=scale)
 
     def __call__(self, videos: list[list[Image.Image]], prompts: list[str], /) -> list[float | None]:
-        """Return one score a clip; `None` where a frame has none, or there is no frame."""
+        """Return one score per clip; `None` where a frame has no score, or the clip has no frames."""
         scores: list[float | None] = []
         for video, prompt in zip(videos, prompts, strict=True):
-            chosen = [video[index] for index in spread(len(video), min(self.num_frames, len(video)))]
+            chosen = [video[index] for index in spread_frames(len(video), min(self.num_frames, len(video)))]
             found = score_images(self.reward, chosen, [prompt] * len(chosen), batch_size=_BATCH)
             known = [score for score in found if score is not None]
             scores.append(sum(known) / len(known) if known and len(known) == len(found) else None)
         return scores
 
 
-def spread(total: int, count: int) -> list[int]:
+def spread_frames(total: int, count: int) -> list[int]:
     """
-    Choose frames spread evenly, as `torch.linspace(0, total - 1, count).round()` does.
+    Return the numbers of `count` of `total` frames, spread as in VideoReward's reference code.
 
-    Args:
-        total (`int`):
-            Frames there are.
-        count (`int`):
-            Frames to choose.
-
-    Returns:
-        `list[int]`: `count` numbers in 0 .. total - 1.
+    Where a position lies halfway between two frames, `torch.linspace` can choose another one than `evenly_spaced`.
     """
     import torch
 

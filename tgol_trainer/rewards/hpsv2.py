@@ -1,4 +1,4 @@
-"""HPSv2.1: agreement with human preferences, from a fine-tuned CLIP whose published weights have OpenCLIP's names."""
+"""Score images by HPSv2.1, a CLIP trained on human preferences whose published weights have OpenCLIP's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import html
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, load_tokenizer, read_weights
-from .clip import ClipReward, colour_values, normalised
+from .clip import ClipReward
+from .pixels import colour_values, normalised, resized
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,7 @@ _IN_BLOCK = {
 
 
 def open_clip_to_transformers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Rename the weights of an OpenCLIP model to those of `CLIPModel`.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            By OpenCLIP's names, of any size and number of layers.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by the names of transformers; a name that is not known stays as it is.
-    """
+    """Rename the weights of an OpenCLIP model of any size to those of `CLIPModel`; unknown names stay as they are."""
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         block = _BLOCK.fullmatch(name)
@@ -82,39 +74,25 @@ def vit_h_14() -> Any:
     """Return the `CLIPConfig` of OpenCLIP's ViT-H/14."""
     from transformers import CLIPConfig
 
-    vision = {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 224,
-        "hidden_act": "gelu",
-        "projection_dim": 1024,
-    }
-    text = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "hidden_act": "gelu",
-        "projection_dim": 1024,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-    }
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+    both = {"num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    tokens = {"max_position_embeddings": 77, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    return CLIPConfig(
+        text_config={**both, **text, **tokens},
+        vision_config={**both, **vision, "patch_size": 14, "image_size": 224},
+        projection_dim=1024,
+    )
 
 
 class HPSv2(ClipReward):
     """
     HPSv2.1: the cosine between an image and its prompt in a CLIP ViT-H/14 trained on human preferences.
 
-    Images are shrunk or enlarged to the model's size at their longest side (bicubic with antialiasing) and padded
-    with black, so nothing is cropped. The authors' code leaves antialiasing to torchvision, where it has been the
-    default since version 0.17; numbers made with older versions differ a little. Prompts are cleaned with `ftfy` where
-    it is installed. Scores of one prompt can be compared; those of v2.0 are on another scale.
+    The longest side of an image is resized to the model's size (bicubic with antialiasing) and the rest is padded with
+    black, so nothing is cropped. The authors' code leaves antialiasing to torchvision, where it has been the default
+    since version 0.17; scores made with older versions differ a little. Prompts are cleaned with `ftfy` where it is
+    installed. Scores can be compared within one prompt; those of v2.0 are on another scale.
 
     Source: Wu et al., 2023, "Human Preference Score v2" (arXiv 2306.09341), without the factor 100 of its tables.
     """
@@ -127,16 +105,16 @@ class HPSv2(ClipReward):
         self, model: Any, tokenizer: Any, image_processor: Any = None, *, facts: RewardFacts | None = None
     ) -> None:
         super().__init__(model, tokenizer, image_processor, facts=facts)
+        self._fix_text: Callable[[str], str] = str
         try:
             from ftfy import fix_text
+
+            self._fix_text = fix_text
         except ImportError:
             logger.warning(
                 "ftfy is not installed: prompts with broken or unusual characters can get other tokens than in the "
                 "reference code of HPSv2 (`pip install ftfy`)."
             )
-            self._fix_text = None
-        else:
-            self._fix_text = fix_text
 
     @classmethod
     def from_pretrained(
@@ -154,19 +132,13 @@ class HPSv2(ClipReward):
         Load the published weights.
 
         Args:
-            source (`str` or `Path`, *optional*):
-                Hub repository, folder or file; `xswu/HPSv2` by default.
-            revision (`str`, *optional*):
-                Branch, tag or commit of the repository of the weights.
-            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-                Where to compute.
-            dtype (`torch.dtype`, *optional*):
-                Of the model; `torch.float32` by default.
+            source, revision, device, dtype:
+                As in [`ModelReward.from_pretrained`]; `source` is `xswu/HPSv2` by default.
             filename (`str`, *optional*, defaults to `"HPS_v2.1_compressed.pt"`):
                 Name of the weights in the repository or the folder.
             tokenizer (`str` or `Path`, *optional*):
-                Repository or folder of the tokenizer, which the weights come without. Any CLIP tokenizer with the
-                usual 49408 tokens does.
+                Repository or folder of the tokenizer, which does not come with the weights. Any CLIP tokenizer with
+                the usual 49408 tokens fits; `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` by default.
             config (`CLIPConfig`, *optional*):
                 Sizes of the model; ViT-H/14 by default.
 
@@ -174,9 +146,7 @@ class HPSv2(ClipReward):
             [`HPSv2`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model, or those of version 2.0, or the
-                tokenizer does not fit.
-            OSError: if a file cannot be had.
+            ValueError, OSError: as [`ModelReward.from_pretrained`]; and `ValueError` for the weights of version 2.0.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -190,16 +160,15 @@ class HPSv2(ClipReward):
         return cls(model.to(device, dtype or torch.float32), words, facts=facts)
 
     def _clean(self, prompt: str) -> str:
-        fixed = self._fix_text(prompt) if self._fix_text is not None else prompt
-        # Twice, as in the reference; lower case is made by the tokenizer.
-        return " ".join(html.unescape(html.unescape(fixed)).split())
+        # Twice, as in the reference; the tokenizer turns capitals into lower case.
+        return " ".join(html.unescape(html.unescape(self._fix_text(prompt))).split())
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         return padded_pixels(images, self.model.config.vision_config.image_size)
 
 
 def _refuse_version_2_0(path: Path) -> None:
-    """Raise a `ValueError` for the weights of HPSv2.0, which load as well; a page of the authors calls them v2_1."""
+    """Raise a `ValueError` for the weights of HPSv2.0, which would load; the authors' Space calls them v2_1."""
     size, digest = _VERSION_2_0
     if path.stat().st_size != size:
         return
@@ -209,34 +178,22 @@ def _refuse_version_2_0(path: Path) -> None:
             found.update(block)
     if found.hexdigest().startswith(digest):
         raise ValueError(
-            f"{path} holds HPSv2.0 by its checksum, whatever its name: its scores are on another scale. Take "
+            f"{path} holds HPSv2.0, as its checksum shows, and its scores are on another scale. Use "
             "HPS_v2.1_compressed.pt of xswu/HPSv2."
         )
 
 
 def padded_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
     """
-    Return images as the reference code of HPSv2 prepares them.
+    Return RGB images as the reference code of HPSv2 prepares them: (len(images), 3, size, size), fp32, normalised.
 
-    Args:
-        images (`list[PIL.Image.Image]`):
-            RGB images of any size.
-        size (`int`):
-            Pixels a side of the result.
-
-    Returns:
-        `torch.Tensor`: (len(images), 3, size, size), fp32: the longest side fills the square, the rest is black, all
-        is normalised with CLIP's mean and standard deviation.
+    The longest side fills the square, and the rest is black.
     """
     squares = torch.zeros(len(images), 3, size, size)
     for square, image in zip(squares, images, strict=True):
-        pixels = colour_values(image)[None] / 255
-        scale = size / max(image.size)  # first, as in the reference: halves are rounded as they come out so
+        scale = size / max(image.size)  # computed first, as in the reference: it decides how halves are rounded
         height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
-        if scale != 1:
-            pixels = torch.nn.functional.interpolate(
-                pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False
-            )
         top, left = (size - height) // 2, (size - width) // 2
-        square[:, top : top + height, left : left + width] = pixels[0]
+        pixels = resized(colour_values(image) / 255, (height, width))
+        square[:, top : top + height, left : left + width] = pixels
     return normalised(squares)

@@ -1,63 +1,55 @@
-"""ImageReward: human preference from BLIP, a text encoder that looks at the image, and a linear head."""
+"""Score images by ImageReward: BLIP, whose text encoder attends to the image, and a linear head."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 
 from .base import RewardFacts
 from .checkpoints import build, find_file, linear_head, load_tokenizer, read_weights
-from .clip import colour_values, normalised, rgb, same_number
+from .model import ModelReward
+from .pixels import colour_values, normalised
 
 # Mean and standard deviation of the head's output on the authors' calibration data.
 _MEAN = 0.16717362830052426
 _STD = 1.0333394966054072
 _MAX_TOKENS = 35
 
-_VISION = (
-    (re.compile(r"cls_token"), "embeddings.class_embedding"),
-    (re.compile(r"pos_embed"), "embeddings.position_embedding"),
-    (re.compile(r"patch_embed\.proj\.(weight|bias)"), r"embeddings.patch_embedding.\1"),
-    (re.compile(r"norm\.(weight|bias)"), r"post_layernorm.\1"),
-    (re.compile(r"blocks\.(\d+)\.norm([12])\.(weight|bias)"), r"encoder.layers.\1.layer_norm\2.\3"),
-    (re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)"), r"encoder.layers.\1.self_attn.qkv.\2"),
-    (re.compile(r"blocks\.(\d+)\.attn\.proj\.(weight|bias)"), r"encoder.layers.\1.self_attn.projection.\2"),
-    (re.compile(r"blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)"), r"encoder.layers.\1.mlp.\2.\3"),
-)
 _UNUSED = re.compile(r"blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))")
+_NAMES = {
+    r"blip\.text_encoder\.(.+)": r"text.\1",
+    r"mlp\.layers\.(.+)": r"mlp.\1",
+    r"blip\.visual_encoder\.cls_token": "vision.embeddings.class_embedding",
+    r"blip\.visual_encoder\.pos_embed": "vision.embeddings.position_embedding",
+    r"blip\.visual_encoder\.patch_embed\.proj\.(\w+)": r"vision.embeddings.patch_embedding.\1",
+    r"blip\.visual_encoder\.norm\.(\w+)": r"vision.post_layernorm.\1",
+    r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.(\w+)": r"vision.encoder.layers.\1.layer_norm\2.\3",
+    r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(\w+)": r"vision.encoder.layers.\1.self_attn.qkv.\2",
+    r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.(\w+)": r"vision.encoder.layers.\1.self_attn.projection.\2",
+    r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"vision.encoder.layers.\1.mlp.\2.\3",
+}
 
 
 def image_reward_to_transformers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Rename the published weights to those of [`ImageRewardModel`], and drop the ones that play no part in the score.
+    Rename the weights of `ImageReward.pt`, of any size, to those of [`ImageRewardModel`]; unknown names stay.
 
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            By the names of `ImageReward.pt`, of any size and number of layers.
-
-    Returns:
-        `dict[str, torch.Tensor]`: a name that is not known stays as it is.
+    Weights that the score does not use are dropped.
     """
     renamed = {}
     for name, tensor in weights.items():
         if _UNUSED.fullmatch(name):
             continue
-        new = name
-        if name.startswith("blip.text_encoder."):
-            new = "text." + name.removeprefix("blip.text_encoder.")
-        elif name.startswith("mlp.layers."):
-            new = "mlp." + name.removeprefix("mlp.layers.")
-        elif name.startswith("blip.visual_encoder."):
-            rest = name.removeprefix("blip.visual_encoder.")
-            for pattern, replacement in _VISION:
-                if match := pattern.fullmatch(rest):
-                    new = "vision." + match.expand(replacement)
-        renamed[new] = tensor
+        for pattern, new in _NAMES.items():
+            if match := re.fullmatch(pattern, name):
+                name = match.expand(new)
+                break
+        renamed[name] = tensor
     return renamed
 
 
@@ -65,39 +57,20 @@ def blip_configs() -> tuple[Any, Any]:
     """Return the `BlipVisionConfig` (ViT-L/16) and the `BlipTextConfig` (BERT base) of the published weights."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    vision = BlipVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=16,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text |= {"encoder_hidden_size": 1024, "max_position_embeddings": 512, "vocab_size": 30524}
+    return (
+        BlipVisionConfig(**vision, image_size=224, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-6),
+        BlipTextConfig(**text, hidden_act="gelu", layer_norm_eps=1e-12),
     )
-    text = BlipTextConfig(
-        vocab_size=30524,
-        hidden_size=768,
-        encoder_hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=512,
-        hidden_act="gelu",
-        layer_norm_eps=1e-12,
-    )
-    return vision, text
 
 
 class ImageRewardModel(torch.nn.Module):
     """
     BLIP's vision tower, its text encoder with cross-attention, and the head.
 
-    Args:
-        vision_config (`BlipVisionConfig`):
-            Sizes of the vision tower.
-        text_config (`BlipTextConfig`):
-            Sizes of the text encoder.
+    Sizes are those of a `BlipVisionConfig` and a `BlipTextConfig`.
     """
 
     def __init__(self, vision_config: Any, text_config: Any) -> None:
@@ -110,27 +83,18 @@ class ImageRewardModel(torch.nn.Module):
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
-        Return the head's output.
+        Return the head's output, (n,) in fp32.
 
-        Args:
-            pixels (`torch.Tensor`):
-                (n, 3, side, side), normalised.
-            ids (`torch.Tensor`):
-                (n, length) token ids.
-            mask (`torch.Tensor`):
-                (n, length), 1 for a token and 0 for padding.
-
-        Returns:
-            `torch.Tensor`: (n,), fp32.
+        `pixels` are normalised, (n, 3, side, side); `ids` are (n, length) token ids, and `mask` is 0 for padding.
         """
         image = self.vision(pixel_values=pixels).last_hidden_state
-        # The call's own default `is_decoder=False` keeps attention in both directions; the configuration's `True` is
-        # what gives the model its cross-attention.
+        # The call's default `is_decoder=False` keeps attention in both directions, while the configuration's `True`
+        # gives the model its cross-attention.
         hidden = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
         return self.mlp(hidden[:, 0].float())[:, 0]
 
 
-class ImageReward:
+class ImageReward(ModelReward):
     """
     ImageReward: a learned human preference, about 0 ± 1 over its calibration data. Prompts are cut at 35 tokens.
 
@@ -145,14 +109,14 @@ class ImageReward:
             What the scores are.
     """
 
-    default_source: ClassVar[str] = "zai-org/ImageReward"
-    name: ClassVar[str] = "imagereward"
-    scale: ClassVar[str] = "standardised, about -2.3 to 2, higher is better"
+    default_source = "zai-org/ImageReward"
+    name = "imagereward"
+    scale = "standardised, about -2.3 to 2, higher is better"
 
     def __init__(self, model: ImageRewardModel, tokenizer: Any, *, facts: RewardFacts | None = None) -> None:
+        super().__init__(facts)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.facts = facts or RewardFacts(self.name, scale=self.scale)
 
     @classmethod
     def from_pretrained(
@@ -170,14 +134,8 @@ class ImageReward:
         Load the published weights.
 
         Args:
-            source (`str` or `Path`, *optional*):
-                Hub repository, folder or file; `zai-org/ImageReward` by default.
-            revision (`str`, *optional*):
-                Branch, tag or commit of the repository of the weights.
-            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-                Where to compute.
-            dtype (`torch.dtype`, *optional*):
-                Of the two towers; `torch.float32` by default. The head stays in fp32.
+            source, revision, device, dtype:
+                As in [`ModelReward.from_pretrained`]; `source` is `zai-org/ImageReward` by default.
             filename (`str`, *optional*, defaults to `"ImageReward.pt"`):
                 Name of the weights in the repository or the folder.
             tokenizer (`str` or `Path`, *optional*, defaults to `"google-bert/bert-base-uncased"`):
@@ -189,32 +147,25 @@ class ImageReward:
             [`ImageReward`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model, or the tokenizer does not fit.
-            OSError: if a file cannot be had.
+            ValueError, OSError: as [`ModelReward.from_pretrained`].
         """
         from transformers import BertTokenizer
 
         source = str(source or cls.default_source)
         path, commit = find_file(source, filename, revision=revision)
         sizes = configs or blip_configs()
-        # The authors add two tokens to BERT's that no prompt uses.
+        # The authors add two tokens to BERT's, which no prompt uses.
         words = load_tokenizer(BertTokenizer, tokenizer, [sizes[1].vocab_size - 2, sizes[1].vocab_size])
         weights = image_reward_to_transformers(read_weights(path))
         model = build(lambda: ImageRewardModel(*sizes), weights, path).to(device)
         model.vision.to(dtype or torch.float32)
         model.text.to(dtype or torch.float32)
         model.mlp.float()
-        facts = RewardFacts(cls.name, source, commit, cls.scale)
-        return cls(model, words, facts=facts)
+        return cls(model, words, facts=RewardFacts(cls.name, source, commit, cls.scale))
 
-    @torch.no_grad()
-    def __call__(self, images: list[Image.Image], prompts: list[str], /) -> list[float | None]:
-        """Return one score an image, as [`RewardFunction`] says."""
-        same_number(images, prompts)
-        if not images:
-            return []
+    def _scores(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
         like, side = next(self.model.vision.parameters()), self.model.vision.config.image_size
-        squares = torch.stack([colour_values(_centre(image, side)) for image in rgb(images)])
+        squares = torch.stack([colour_values(_centre(image, side)) for image in images])
         pixels = normalised(squares / 255).to(like.device, like.dtype)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
@@ -224,10 +175,7 @@ class ImageReward:
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:
-    """
-    Resize the shortest side and crop the centre as the authors' code does by torchvision, which rounds the margin half
-    to even where transformers rounds it down.
-    """
+    """Resize the shortest side and crop the centre as torchvision does: it rounds half a margin to even, not down."""
     short = min(image.size)
     width, height = (side if length == short else int(side * length / short) for length in image.size)
     if image.size != (width, height):

@@ -1,4 +1,4 @@
-"""Rewards that read the file size of an image: no model, useful to see a trainer work."""
+"""Score images by their size as JPEG files; no model is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import RewardFacts
 
 def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """
-    Score an image by how small it gets as a JPEG file: minus the size in kilobytes (1000 bytes) at quality 95.
+    Return minus the size of each image as a JPEG file of quality 95, in kilobytes (1000 bytes).
 
     Source: the compressibility reward of DDPO (Black et al., 2023, "Training Diffusion Models with Reinforcement
     Learning", arXiv 2305.13301). Sizes depend a little on the JPEG library that Pillow was built with.
@@ -25,31 +25,28 @@ def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[
     Returns:
         `list[float]`: negative numbers; higher means a smaller file.
     """
-    return [-_jpeg_bytes(image) / 1000 for image in images]
+    return [-size for size in jpeg_incompressibility(images, prompts)]
 
 
 def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """
-    Score an image by how large it gets as a JPEG file: minus [`jpeg_compressibility`].
+    Return the size of each image as a JPEG file of quality 95: minus [`jpeg_compressibility`].
 
-    Source: the incompressibility reward of DDPO (Black et al., 2023, arXiv 2305.13301).
+    Source: the incompressibility reward of DDPO (arXiv 2305.13301).
 
     Args:
-        images (`list[PIL.Image.Image]`):
-            Images of any mode, converted to RGB first; transparency is dropped.
-        prompts (`list[str]`):
-            Not used.
+        images, prompts:
+            As in [`jpeg_compressibility`].
 
     Returns:
-        `list[float]`: kilobytes (1000 bytes) at quality 95; higher means a larger file.
+        `list[float]`: kilobytes (1000 bytes); higher means a larger file.
     """
-    return [_jpeg_bytes(image) / 1000 for image in images]
-
-
-def _jpeg_bytes(image: Image.Image) -> int:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=95)
-    return buffer.tell()
+    sizes = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return sizes
 
 
 _SCALE = "kilobytes (1000 bytes) as a JPEG file of quality 95"

@@ -1,4 +1,4 @@
-"""A reward by name: those of this library, or a function of the user's."""
+"""Load a reward by its name in this library, or as `module:attribute` of the user's."""
 
 from __future__ import annotations
 
@@ -26,46 +26,44 @@ REWARDS: dict[str, str] = {
     "background_darkness": "tgol_trainer.shapes:background_darkness",
     "colour_faithfulness": "tgol_trainer.shapes:colour_faithfulness",
 }
-"""Name to `module:attribute`, imported when asked for."""
+"""Name to `module:attribute`, which is imported only when it is loaded."""
 
 
 def load_reward(
     spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, **options: Any
 ) -> RewardFunction:
     """
-    Find a reward by name, and load its model where it has one.
+    Find a reward by name, and load its model if it has one.
 
     Args:
         spec (`str`):
-            A name of [`REWARDS`], or `module:attribute` of your own: a function `(images, prompts) -> scores`, an
+            A name in [`REWARDS`], or `module:attribute` of your own: a function `(images, prompts) -> scores`, an
             object with such a `__call__`, or a class of such objects. Modules are found in the current directory too.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where a model computes.
         dtype (`torch.dtype` or `str`, *optional*):
-            Of a model, `"bfloat16"` for instance; its class's default otherwise, which is `torch.float32` for those of
-            this library.
+            Of a model, for instance `"bfloat16"`; the default of its class otherwise, which is `torch.float32` in this
+            library.
         options:
-            Passed to `from_pretrained` of a class that has it, together with `device` and `dtype`, or else to the
-            class itself.
+            Passed to the class: to its `from_pretrained` together with `device` and `dtype`, or, without that method,
+            to the class itself.
 
     Returns:
         [`RewardFunction`]
 
     Raises:
         ValueError: if the name is unknown, if the module or the attribute cannot be found, or for an unknown dtype.
-        TypeError: if what is found cannot be called, or does not take the options given.
+        TypeError: if the attribute cannot be called, or does not take the options given.
     """
     found = find_reward(spec)
     if not callable(found):
         raise TypeError(f"`rewards`: {spec!r} is {type(found).__name__}, not a function of images and prompts.")
     if not isinstance(found, type):
         if options:
-            raise TypeError(f"`rewards`: {spec!r} is no class, so it takes no options ({', '.join(options)}).")
+            raise TypeError(f"`rewards`: {spec!r} is not a class, so it takes no options ({', '.join(options)}).")
         return found
-    make: Any = getattr(found, "from_pretrained", None)
-    if make is None:
-        make = found
-    else:
+    make: Any = getattr(found, "from_pretrained", found)
+    if make is not found:
         options = {"device": device, "dtype": _as_dtype(dtype), **options}
     try:
         inspect.signature(make).bind(**options)
@@ -86,20 +84,20 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"`dtype` is {dtype!r}, which is no torch dtype, such as bfloat16.")
+        raise ValueError(f"`dtype` is {dtype!r}, which is not a torch dtype such as bfloat16.")
     return found
 
 
 def find_reward(spec: str) -> Any:
     """
-    Find a reward without loading its model, so that a wrong name is known before the work.
+    Find a reward without loading its model, so that a wrong name is reported before any work.
 
     Args:
         spec (`str`):
-            As [`load_reward`] takes it.
+            As in [`load_reward`].
 
     Returns:
-        `Any`: the function or class that is named.
+        `Any`: the named function or class.
 
     Raises:
         ValueError: as [`load_reward`].
@@ -109,10 +107,10 @@ def find_reward(spec: str) -> Any:
         close = difflib.get_close_matches(spec, REWARDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"`rewards`: {spec!r} is no known reward.{hint} Known are {', '.join(REWARDS)}; a function of your own is "
-            "named as module:function."
+            f"`rewards`: {spec!r} is not a known reward.{hint} Known are {', '.join(REWARDS)}; name a function of "
+            "your own as module:function."
         )
-    # A command's own search path does not hold the current directory. Last, so that it hides nothing.
+    # The search path of a command does not hold the current directory. It goes last, so that it hides no module.
     if spec not in REWARDS and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:

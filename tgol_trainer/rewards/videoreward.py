@@ -1,4 +1,4 @@
-"""VideoReward: visual quality, motion quality and text alignment of a video, from a Qwen2-VL with a linear head."""
+"""Score videos by VideoReward: visual quality, motion quality and text alignment, from a Qwen2-VL with a head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import json
 import logging
 import math
-import os
 import re
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,12 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from .base import Medium, RewardFacts
-from .checkpoints import build, find_file, from_pretrained, read_weights
-from .clip import rgb, same_number
+from tgol_trainer._files import replacing
+
+from .base import Medium, RewardFacts, check_prompts
+from .checkpoints import build, find_file, load_part, read_weights
+from .model import ModelReward
+from .pixels import rgb
 from .video_patches import chosen_frames, frame_size, patches_of
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,9 @@ logger = logging.getLogger(__name__)
 NAMES = ("VQ", "MQ", "TA")
 _TOKENS = tuple(f"<|{name}_reward|>" for name in NAMES)
 _VIDEO = "<|video_pad|>"
-# Mean and standard deviation of each score on the authors' data, where `model_config.json` does not tell them.
-_STATISTICS = {
-    **{"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811},
-    **{"TA_mean": 2.8105, "TA_std": 2.5121},
-}
+# Mean and standard deviation of each score on the authors' data; those in `model_config.json` come first.
+_STATISTICS = {"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811}
+_STATISTICS |= {"TA_mean": 2.8105, "TA_std": 2.5121}
 _MAX_RATIO = 200
 _TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 _TEMPLATE_FILE = "prompt_template.py"
@@ -46,19 +46,9 @@ def merged_weights(
     """
     Add the LoRA of the published file to its base and rename all weights to those of [`VideoRewardModel`].
 
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            By the names of `model.pth`: those of PEFT around transformers 4.45's Qwen2-VL, of any size.
-        alpha (`float`):
-            Numerator of the LoRA's factor; its rank is read from the weights.
-        rslora (`bool`):
-            Whether the denominator is the root of the rank instead of the rank.
-        dtype (`torch.dtype`):
-            Of the result; products are made in fp32.
-
-    Returns:
-        `dict[str, torch.Tensor]`: the weights of `lm_head`, which play no part in the score, are dropped; a name that
-        is not known stays as it is.
+    The names of `model.pth` are those of PEFT around transformers 4.45's Qwen2-VL. The LoRA's factor is `alpha` over
+    its rank, or over the root of its rank with `rslora`. Products are computed in fp32; the result is in `dtype`. The
+    weights of `lm_head`, which the score does not use, are dropped; unknown names stay.
     """
     merged = dict(weights)
     for name in weights:
@@ -82,32 +72,14 @@ def merged_weights(
 
 
 def qwen2_vl_2b(vocab_size: int) -> Any:
-    """
-    Return the `Qwen2VLConfig` of Qwen2-VL-2B.
-
-    Args:
-        vocab_size (`int`):
-            Number of tokens, which the authors set to that of the tokenizer.
-
-    Returns:
-        `Qwen2VLConfig`
-    """
+    """Return the `Qwen2VLConfig` of Qwen2-VL-2B with the number of tokens of the tokenizer, as the authors set it."""
     from transformers import Qwen2VLConfig
 
-    text = {
-        "vocab_size": vocab_size,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    }
+    text: dict[str, Any] = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    text |= {"vocab_size": vocab_size, "bos_token_id": 151643, "eos_token_id": 151645}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    text |= {"max_position_embeddings": 32768}
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
     return Qwen2VLConfig(text_config=text, vision_config=vision)
 
@@ -116,14 +88,14 @@ class VideoRewardModel(torch.nn.Module):
     """
     Qwen2-VL without its language head, and the head that reads the scores.
 
-    Positions are those that the authors' code gives: plainly 0, 1, 2, ... in all three axes instead of Qwen2-VL's own
-    ones, and with rotary frequencies that were rounded to bfloat16 when the authors cast the whole model.
+    Positions are those of the authors' code: 0, 1, 2, ... in all three axes, unlike Qwen2-VL's own, and with rotary
+    frequencies rounded to bfloat16, since the authors cast the whole model.
 
     Args:
         config (`Qwen2VLConfig`):
             Sizes.
         output_dim (`int`):
-            Numbers that the head gives a token: one, or one a score.
+            Numbers that the head gives for a token: one, or one for each score.
     """
 
     def __init__(self, config: Any, output_dim: int) -> None:
@@ -143,26 +115,14 @@ class VideoRewardModel(torch.nn.Module):
         self, ids: torch.Tensor, patches: torch.Tensor, grid: torch.Tensor, video_id: int, score_ids: Sequence[int]
     ) -> torch.Tensor:
         """
-        Return the head's numbers of one video.
+        Return the head's numbers for one video at the tokens `score_ids`: (len(score_ids),), fp32.
 
-        Args:
-            ids (`torch.Tensor`):
-                (length,) token ids, `video_id` once for each patch that is left after merging.
-            patches (`torch.Tensor`):
-                (number, values) from [`patches_of`].
-            grid (`torch.Tensor`):
-                (1, 3), patches in time, height and width.
-            video_id (`int`):
-                Token that stands for a patch.
-            score_ids (`Sequence[int]`):
-                Tokens at which the scores are read.
-
-        Returns:
-            `torch.Tensor`: (len(score_ids),), fp32.
+        `ids` are (length,) token ids, with `video_id` once for each patch that is left after merging; `patches`
+        (number, values) and `grid` (1, 3) are those of [`patches_of`].
         """
         embeddings = self.model.language_model.embed_tokens(ids)
         embeddings[ids == video_id] = self.model.visual(patches, grid_thw=grid).pooler_output.to(embeddings.dtype)
-        # Without `position_ids` the language model counts plainly; Qwen2VLModel would make its own.
+        # Without `position_ids` the language model counts 0, 1, 2, ...; Qwen2VLModel would compute its own positions.
         hidden = self.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
         places = torch.cat([(ids == score_id).nonzero()[:, 0] for score_id in score_ids])
         numbers = self.rm_head(hidden[places].float())
@@ -171,35 +131,28 @@ class VideoRewardModel(torch.nn.Module):
 
 def read_template(path: str | Path) -> str:
     """
-    Read the question that is put to the model from the authors' `prompt_template.py`, without running the file.
+    Read the question to the model from `prompt_template.py` of KwaiVGI/VideoAlign, without running the file.
 
-    Args:
-        path (`str` or `Path`):
-            The file of the repository KwaiVGI/VideoAlign.
-
-    Returns:
-        `str`: with `{text_prompt}` where the prompt belongs.
-
-    Raises:
-        ValueError: if the file does not hold this text.
+    `{text_prompt}` stands in the place of the prompt. A file without such a question raises a `ValueError`.
     """
     try:
         statements = ast.parse(Path(path).read_text(encoding="utf-8")).body
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as Python source: {error}. Give {_TEMPLATE_URL}.") from error
+        raise ValueError(f"{path} cannot be read as Python source: {error}. Use {_TEMPLATE_URL}.") from error
     for statement in statements:
         names = [target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)]
         if isinstance(statement, ast.Assign) and _TEMPLATE_NAME in names and isinstance(statement.value, ast.Constant):
             text = str(statement.value.value)
             if all(text.count(part) == 1 for part in (*_TOKENS, "{text_prompt}")):
                 return text
-    raise ValueError(f"{path} holds no text {_TEMPLATE_NAME} with {', '.join(_TOKENS)}. Give {_TEMPLATE_URL}.")
+    raise ValueError(f"{path} holds no text {_TEMPLATE_NAME} with {', '.join(_TOKENS)}. Use {_TEMPLATE_URL}.")
 
 
 def _find_template(folder: str | Path) -> Path:
-    """Return the file beside the weights, or a copy that is fetched once."""
-    if (Path(folder).expanduser() / _TEMPLATE_FILE).is_file():
-        return Path(folder).expanduser() / _TEMPLATE_FILE
+    """Return the file beside the weights, or a copy that is downloaded once."""
+    beside = Path(folder).expanduser() / _TEMPLATE_FILE
+    if beside.is_file():
+        return beside
     from huggingface_hub import cached_assets_path
 
     cached = cached_assets_path("tgol_trainer", namespace="videoreward") / _TEMPLATE_FILE
@@ -209,27 +162,23 @@ def _find_template(folder: str | Path) -> Path:
                 content = answer.read()
         except OSError as error:
             raise OSError(
-                f"The question that VideoReward is asked could not be had from {_TEMPLATE_URL} "
-                f"({type(error).__name__}: {error}). Where there is no network, lay this file beside "
+                f"The question to VideoReward could not be downloaded from {_TEMPLATE_URL} "
+                f"({type(error).__name__}: {error}). Where there is no network, put this file beside "
                 "model_config.json or pass its path: template=..."
             ) from error
-        arrived = cached.with_name(f"{_TEMPLATE_FILE}.{os.getpid()}")
-        arrived.write_bytes(content)
-        try:
-            read_template(arrived)  # not a page of a proxy, which would be found here ever after
-            arrived.replace(cached)
-        finally:
-            arrived.unlink(missing_ok=True)
+        with replacing(cached) as draft:
+            draft.write_bytes(content)
+            read_template(draft)  # an error keeps a proxy's page out of the cache
     return cached
 
 
-class VideoReward:
+class VideoReward(ModelReward):
     """
     VideoReward: visual quality (VQ), motion quality (MQ) and text alignment (TA) of a video; the score is their sum.
 
-    About two frames a second are looked at, so the frame rate of a clip matters: that of a [`Clip`] is used, or else
-    `fps`. A clip of fewer than two frames, one that is 200 times as long as wide, and a prompt that holds the model's
-    own tokens have no score. Clips are computed one after the other; prompts are not cut.
+    The model sees about two frames per second, so the frame rate of a clip matters: that of a [`Clip`] is used, or
+    else `fps`. There is no score for a clip of fewer than two frames, for one over 200 times as long as wide, and for
+    a prompt that holds the model's own tokens. Clips are computed one after the other; prompts are not cut.
 
     Source: Liu et al., 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13918), code VideoAlign.
 
@@ -237,24 +186,26 @@ class VideoReward:
         model ([`VideoRewardModel`]):
             On the device and in the dtype to compute with; its head in fp32. It is put in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`):
-            Of Qwen2-VL, with the three score tokens.
+            Qwen2-VL's, with the three score tokens.
         template (`str`):
-            The question, from [`read_template`].
+            The question to the model, from [`read_template`].
         statistics (`Mapping[str, float]`, *optional*):
             `VQ_mean`, `VQ_std` and so on.
         sampling_fps (`float`, *optional*, defaults to 2.0):
-            Frames a second to look at.
+            Frames per second that the model sees.
         max_pixels (`int`, *optional*, defaults to 200704):
             Largest area of a frame.
         fps (`float`, *optional*, defaults to 16.0):
-            Frames a second of clips that do not tell; 16 is Wan 2.1's.
+            Frames per second of clips that do not state it; 16 is Wan 2.1's.
         facts ([`RewardFacts`], *optional*):
             What the scores are.
     """
 
-    default_source: ClassVar[str] = "KlingTeam/VideoReward"
-    name: ClassVar[str] = "videoreward"
-    scale: ClassVar[str] = "VQ + MQ + TA, each standardised, higher is better"
+    default_source = "KlingTeam/VideoReward"
+    default_config = staticmethod(qwen2_vl_2b)
+    """Returns the `Qwen2VLConfig` for a number of tokens; a subclass for a model of another size replaces it."""
+    name = "videoreward"
+    scale = "VQ + MQ + TA, each standardised, higher is better"
     takes: ClassVar[Medium] = "videos"
 
     def __init__(
@@ -269,12 +220,12 @@ class VideoReward:
         fps: float = 16.0,
         facts: RewardFacts | None = None,
     ) -> None:
+        super().__init__(facts)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.template = template
         self.statistics = dict(statistics)
         self.sampling_fps, self.max_pixels, self.fps = sampling_fps, max_pixels, fps
-        self.facts = facts or RewardFacts(self.name, scale=self.scale)
 
     @classmethod
     def from_pretrained(
@@ -287,49 +238,40 @@ class VideoReward:
         filename: str = "checkpoint-11352/model.pth",
         tokenizer: str | Path = "Qwen/Qwen2-VL-2B-Instruct",
         template: str | Path | None = None,
-        config: Any = None,
         fps: float = 16.0,
     ) -> VideoReward:
         """
         Load the published weights and merge their LoRA.
 
         Args:
-            source (`str` or `Path`, *optional*):
-                Hub repository or folder with `model_config.json`; `KlingTeam/VideoReward` by default.
-            revision (`str`, *optional*):
-                Branch, tag or commit of the repository.
-            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-                Where to compute.
-            dtype (`torch.dtype`, *optional*):
-                Of the model; `torch.float32` by default, while the authors use `torch.bfloat16`. The head stays in
-                fp32.
+            source, revision, device, dtype:
+                As in [`ModelReward.from_pretrained`]; `source` is a repository or a folder with `model_config.json`,
+                `KlingTeam/VideoReward` by default. The authors use `torch.bfloat16`.
             filename (`str`, *optional*, defaults to `"checkpoint-11352/model.pth"`):
                 Name of the weights in the repository or the folder.
             tokenizer (`str` or `Path`, *optional*, defaults to `"Qwen/Qwen2-VL-2B-Instruct"`):
                 Repository or folder of the tokenizer of Qwen2-VL.
             template (`str` or `Path`, *optional*):
-                The authors' `prompt_template.py`, which holds the question put to the model and is not run. By default
-                the one beside `model_config.json`, or else it is fetched once from their repository.
-            config (`Qwen2VLConfig`, *optional*):
-                Sizes of the model; Qwen2-VL-2B by default.
+                The authors' `prompt_template.py`, which holds the question to the model and is not run. By default it
+                is the one beside `model_config.json`, or else it is downloaded once from their repository.
             fps (`float`, *optional*, defaults to 16.0):
-                Frames a second of clips that do not tell.
+                Frames per second of clips that do not state it.
 
         Returns:
             [`VideoReward`]
 
         Raises:
-            ValueError: if the file does not hold exactly the weights of this model, or `model_config.json` asks for
+            ValueError, OSError: as [`ModelReward.from_pretrained`]; and `ValueError` if `model_config.json` asks for
                 another way of scoring.
         """
         from transformers import AutoTokenizer
 
         source = str(source or cls.default_source)
         if Path(source).expanduser().is_file():
-            raise ValueError(f"`source`: {source} is a file; give the folder with model_config.json and {filename}.")
+            raise ValueError(f"`source`: {source} is a file; pass the folder with model_config.json and {filename}.")
         settings = _read_settings(find_file(source, "model_config.json", revision=revision)[0])
         path, commit = find_file(source, filename, revision=revision)
-        words = from_pretrained(AutoTokenizer, str(tokenizer), argument="tokenizer")
+        words = load_part(AutoTokenizer, str(tokenizer), argument="tokenizer")
         words.add_tokens(list(_TOKENS), special_tokens=True)
         question = read_template(template or _find_template(source))
         lora = settings["peft_lora_config"]
@@ -339,8 +281,8 @@ class VideoReward:
             rslora=bool(lora.get("use_rslora", False)),
             dtype=dtype or torch.float32,
         )
-        sizes, outputs = config or qwen2_vl_2b(len(words)), int(settings["model_config"].get("output_dim", 1))
-        model = build(lambda: VideoRewardModel(sizes, outputs), weights, path)
+        outputs = int(settings["model_config"].get("output_dim", 1))
+        model = build(lambda: VideoRewardModel(cls.default_config(len(words)), outputs), weights, path)
         data = settings["data_config"]
         return cls(
             model.to(device),  # not its dtype: that would round the frequencies
@@ -354,7 +296,7 @@ class VideoReward:
         )
 
     def __call__(self, videos: list[list[Image.Image]], prompts: list[str], /) -> list[float | None]:
-        """Return one score a video, the sum of the three, as [`RewardFunction`] says."""
+        """Return one score per video, the sum of the three, as [`RewardFunction`] says."""
         return self.columns(videos, prompts)[""]
 
     def columns(self, videos: list[list[Image.Image]], prompts: list[str]) -> dict[str, list[float | None]]:
@@ -365,20 +307,20 @@ class VideoReward:
             videos (`list[list[PIL.Image.Image]]`):
                 Frames of each video, best as [`Clip`]s.
             prompts (`list[str]`):
-                One prompt a video.
+                One prompt per video.
 
         Returns:
             `dict[str, list[float | None]]`: `""` for the sum, `"_vq"`, `"_mq"` and `"_ta"`.
         """
-        same_number(videos, prompts)
-        found = [self._scores(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        check_prompts(videos, prompts)
+        found = [self._three_scores(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
         columns: dict[str, list[float | None]] = {"": [None if scores is None else sum(scores) for scores in found]}
         for index, name in enumerate(NAMES):
             columns[f"_{name.lower()}"] = [None if scores is None else scores[index] for scores in found]
         return columns
 
     @torch.no_grad()
-    def _scores(self, video: list[Image.Image], prompt: str) -> list[float] | None:
+    def _three_scores(self, video: list[Image.Image], prompt: str) -> list[float] | None:
         chosen = chosen_frames(len(video), getattr(video, "fps", None) or self.fps, self.sampling_fps)
         if not chosen or max(video[0].size) > _MAX_RATIO * min(video[0].size):
             return None
@@ -409,7 +351,7 @@ class VideoReward:
         ]
 
     def _question(self, prompt: str, places: int) -> str:
-        """Return the conversation in the form of Qwen2-VL, with room for the patches of the video."""
+        """Return the conversation in the form of Qwen2-VL, with one token for each merged patch of the video."""
         question = self.template.replace("{text_prompt}", prompt)
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -422,21 +364,21 @@ def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Download it again.") from error
+        raise ValueError(f"{path} is not JSON: {error}. Download it again.") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path} holds {type(read).__name__}, not the settings of VideoReward. Download it again.")
     names = ("data_config", "model_config", "peft_lora_config", "inference_config")
     settings = {name: dict(read.get(name) or {}) for name in names}
     known: dict[str, dict[str, Any]] = {
         "data_config": {"sample_type": "uniform", "prompt_template_type": "detailed_special", "num_frames": None},
-        # With these the authors' code reads the scores at them, whatever `reward_token` says.
+        # With special tokens the authors' code reads the scores at them, whatever `reward_token` says.
         "model_config": {"use_special_tokens": True},
     }
     for part, values in known.items():
         for name, value in values.items():
             if settings[part].get(name, value) != value:
                 raise ValueError(
-                    f"{path}: {part}.{name} is {settings[part][name]!r}; only {value!r}, as KlingTeam/VideoReward has "
-                    "it, is supported."
+                    f"{path}: {part}.{name} is {settings[part][name]!r}; only {value!r}, the value of "
+                    "KlingTeam/VideoReward, is supported."
                 )
     return settings

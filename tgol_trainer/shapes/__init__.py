@@ -1,11 +1,10 @@
-"""A small text-to-image model that ships with the package, and scores computed from its images' pixels."""
+"""Load the small text-to-image models that ship with the package, and score their images from pixels."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .scores import background_darkness, colour_faithfulness
 from .world import COLOURS, PROMPTS, RESOLUTION, SHAPES, colour_of
@@ -14,10 +13,10 @@ if TYPE_CHECKING:
     from diffusers import AmusedPipeline, StableDiffusionPipeline
 
 PIPELINE_DIR = Path(__file__).parent / "pipeline"
-"""A diffusers folder: weights in float16, `build.json` with the command, time and quality of its training."""
+"""A diffusers folder with weights in float16; `build.json` holds the command, time and quality of its training."""
 
 MASKED_PIPELINE_DIR = Path(__file__).parent / "masked_pipeline"
-"""The same for the masked-token twin."""
+"""The same for the masked-token model."""
 
 __all__ = [
     "COLOURS",
@@ -37,9 +36,9 @@ __all__ = [
 
 def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     """
-    Load the shapes model: a complete `StableDiffusionPipeline` trained on drawn shapes, no download.
+    Load the shapes model, a complete `StableDiffusionPipeline` trained on drawn shapes; nothing is downloaded.
 
-    15 DDIM steps and guidance 1.5 suit it: `pipe("a red circle", num_inference_steps=15, guidance_scale=1.5)`.
+    Use 15 DDIM steps and guidance 1.5: `pipe("a red circle", num_inference_steps=15, guidance_scale=1.5)`.
 
     Args:
         kwargs:
@@ -55,9 +54,9 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
 
 def load_masked_pipeline(**kwargs: Any) -> AmusedPipeline:
     """
-    Load the masked-token twin: a complete `AmusedPipeline` trained on the same drawn shapes, no download.
+    Load the masked-token twin, a complete `AmusedPipeline` trained on the same drawn shapes; nothing is downloaded.
 
-    12 steps and guidance 2 suit it. Its colours are right for nine images of ten; its shapes are blurred.
+    Use 12 steps and guidance 2. Its colours are right for nine images of ten; its shapes are blurred.
 
     Args:
         kwargs:
@@ -73,46 +72,45 @@ def load_masked_pipeline(**kwargs: Any) -> AmusedPipeline:
 
 def _load(pipeline_class: Any, folder: Path, options: dict[str, Any]) -> Any:
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    with _no_loading_bars():
-        pipeline = pipeline_class.from_pretrained(
-            folder, **{"dtype": torch.float32, "local_files_only": True, **options}
-        )
+    # Three megabytes load before a progress bar can be read.
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        options = {"dtype": torch.float32, "local_files_only": True, **options}
+        pipeline = pipeline_class.from_pretrained(folder, **options)
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
     # The folder is inside site-packages: no path of this machine should look like the model's name.
     pipeline.register_to_config(_name_or_path="")
     return pipeline
 
 
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    # Three megabytes load before a bar can be read.
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+class EmbeddedModel(NamedTuple):
+    """A model that ships with the package: its loader, its name and code for cards, its sampling settings."""
 
-    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
-    for module in shown:
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module in shown:
-            module.enable_progress_bar()
+    load: Callable[..., Any]
+    note: str
+    loading_code: str
+    call_arguments: dict[str, Any]
 
 
-_LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
-
-EMBEDDED: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
-    "shapes": (
+EMBEDDED = {
+    "shapes": EmbeddedModel(
         load_pipeline,
         "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
-        _LOADING_CODE.format("load_pipeline"),
+        "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()",
         {"num_inference_steps": 15, "guidance_scale": 1.5},
     ),
-    "shapes-masked": (
+    "shapes-masked": EmbeddedModel(
         load_masked_pipeline,
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
-        _LOADING_CODE.format("load_masked_pipeline"),
+        "from tgol_trainer.shapes import load_masked_pipeline\n\npipe = load_masked_pipeline()",
         {"num_inference_steps": 12, "guidance_scale": 2.0},
     ),
 }
-"""Name for `TGOLTrainer(model=...)` to loader, a phrase for the card, code that loads it, arguments that suit it."""
+"""The models by their name for `TGOLTrainer(model=...)`."""

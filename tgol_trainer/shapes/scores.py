@@ -1,4 +1,4 @@
-"""Scores of the shapes world, from pixels: `(images, prompts) -> list[float | None]`, higher is better."""
+"""Score images of the shapes world from their pixels; higher is better."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-
-
 def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """
-    One minus the mean brightness of the two outermost rows and columns, which no shape reaches.
+    Return one minus the mean brightness of the two outermost rows and columns, which no shape reaches.
 
     No prompt asks for it, and the shapes model draws backgrounds of every brightness.
 
@@ -45,7 +41,7 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
 
 def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
     """
-    One minus the mean distance of the image's centre from the colour that the prompt names.
+    Return one minus the mean distance of each image's centre from the colour that its prompt names.
 
     The centre is the middle eighth of each side (4 x 4 of 32 x 32 pixels), inside every shape.
 
@@ -56,8 +52,8 @@ def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -
             Each names a colour of the shapes world.
 
     Returns:
-        `list[float | None]`: 0 to 1; distances are mean absolute differences of RGB values in 0 to 1. `None` for a
-        prompt that names no colour.
+        `list[float | None]`: 0 to 1; a distance is the mean absolute difference of RGB values in 0 to 1. `None` for a
+        prompt that does not name a colour.
     """
     scores: list[float | None] = []
     for image, prompt in zip(images, prompts, strict=True):
@@ -72,6 +68,10 @@ def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -
         else:
             scores.append(float(1 - np.abs(centre - target).mean()))
     return scores
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
 
 
 background_darkness.facts = RewardFacts(  # type: ignore[attr-defined]

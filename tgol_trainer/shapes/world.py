@@ -1,4 +1,4 @@
-"""The shapes world: 24 prompts, the images they stand for, and nothing random that is not seeded."""
+"""Define the prompts and colours of the shapes world, and draw its images from a seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Colour name to its RGB value in 0..255."""
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
-QUALITIES: tuple[str, ...] = ("good", "bad")
 PROMPTS: tuple[str, ...] = tuple(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
 """The 24 prompts of the demo, all of the form `"a {colour} {shape}"`."""
 
@@ -30,14 +29,10 @@ _OVERSAMPLING = 4
 
 def colour_of(prompt: str) -> tuple[int, int, int]:
     """
-    Return the RGB value (0..255) of the colour that a prompt names.
-
-    Args:
-        prompt (`str`):
-            Any text that contains one of the colour names as a word.
+    Return the RGB value (0..255) of the first colour that a prompt names as a word.
 
     Raises:
-        ValueError: if no word of the prompt is a colour of this world.
+        ValueError: if no word of the prompt is a colour of the shapes world.
     """
     for word in prompt.lower().replace(",", " ").split():
         if word in COLOURS:
@@ -47,7 +42,7 @@ def colour_of(prompt: str) -> tuple[int, int, int]:
 
 def draw(colour: str, shape: str, rng: np.random.Generator, quality: str | None = None) -> Image.Image:
     """
-    Draw one image of the world: a shape of random size and place on a background of random colour.
+    Draw one image: a shape of random size and place on a background of random colour.
 
     Args:
         colour (`str`):
@@ -69,20 +64,19 @@ def draw(colour: str, shape: str, rng: np.random.Generator, quality: str | None 
     spread = 0.0 if quality == "good" else 0.05
     x, y = rng.uniform(0.5 - spread, 0.5 + spread, 2) * side if spread else (side / 2, side / 2)
     noise = rng.normal(0, 0 if quality == "good" else 15, 3)
-    fill = np.clip(np.asarray(COLOURS[colour]) + noise, 0, 255)
-    if quality == "bad":
-        fill = 0.5 * fill + 0.5 * 128
-    fill_colour = tuple(int(value) for value in fill)
+    exact = np.clip(np.asarray(COLOURS[colour]) + noise, 0, 255)
+    fill = tuple(int(value) for value in (0.5 * exact + 0.5 * 128 if quality == "bad" else exact))
+    box = [x - radius, y - radius, x + radius, y + radius]
     if shape == "circle":
-        canvas.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill_colour)
+        canvas.ellipse(box, fill=fill)
     elif shape == "square":
-        canvas.rectangle([x - radius, y - radius, x + radius, y + radius], fill=fill_colour)
+        canvas.rectangle(box, fill=fill)
     elif shape == "triangle":
-        canvas.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill_colour)
+        canvas.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
     elif shape == "cross":
         arm = 0.4 * radius
-        canvas.rectangle([x - radius, y - arm, x + radius, y + arm], fill=fill_colour)
-        canvas.rectangle([x - arm, y - radius, x + arm, y + radius], fill=fill_colour)
+        canvas.rectangle([x - radius, y - arm, x + radius, y + arm], fill=fill)
+        canvas.rectangle([x - arm, y - radius, x + arm, y + radius], fill=fill)
     else:
         raise ValueError(f"Unknown shape {shape!r}: choose one of {', '.join(SHAPES)}.")
     if quality == "bad":
@@ -94,8 +88,8 @@ def samples(count: int, seed: int) -> Iterator[tuple[str, str, str, Image.Image]
     """
     Yield drawn training examples, the same ones for the same seed.
 
-    Of five captions one says "good", one "bad" and three say nothing of quality; the word stands before the colour or,
-    as often, before the whole caption.
+    One caption in five says "good", one says "bad" and three do not mention quality. The word stands before the colour
+    or, equally often, before the whole caption.
 
     Args:
         count (`int`):
