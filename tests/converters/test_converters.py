@@ -202,7 +202,7 @@ def test_a_stream_text_and_unknown_settings_are_refused():
     chat = Dataset.from_dict({"prompt": ["a"], "chosen": [[{"role": "user"}]], "rejected": [[{"role": "user"}]]})
     with pytest.raises(DataError, match="'chosen' must hold images"):
         pairs_to_scores(chat)
-    with pytest.raises(DataError, match="'chosen' is named as a column of images and as another"):
+    with pytest.raises(DataError, match="column 'chosen' is named for images and for something else"):
         pairs_to_scores(chat, PairColumns(prompt="chosen"))
 
 

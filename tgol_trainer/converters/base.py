@@ -34,17 +34,7 @@ Problem = tuple[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Source:
     """
-    A dataset to convert.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            Prompts with images, paths or encoded bytes.
-        image_root (`str` or `Path`, *optional*):
-            Folder that relative paths start from; by default the working directory.
-        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` lists the rows that cannot be used in an error; `"skip"` leaves them out and warns.
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call the dataset.
+    A dataset to convert; see [`pairs_to_scores`] for its fields. Messages call it by `name`.
 
     Raises:
         DataError: for another class, a stream, an empty dataset, or an unknown `on_bad_sample`.
@@ -65,20 +55,7 @@ class Source:
             raise DataError(f"`on_bad_sample`: got {self.on_bad_sample!r}; it must be 'raise' or 'skip'.")
 
     def column(self, given: str | None, option: str, known: Sequence[str] = ()) -> str:
-        """
-        Return the given column, or without one the first known column that is there.
-
-        Args:
-            given (`str`, *optional*):
-                The user's choice.
-            option (`str`):
-                Name of the command's option, for the message.
-            known (`Sequence[str]`, *optional*):
-                Usual names.
-
-        Raises:
-            DataError: if it is not there.
-        """
+        """Return the given column, or without one the first known column; `option` is the command's, for the error."""
         present = self.dataset.column_names
         found = next((column for column in ([given] if given is not None else known) if column in present), None)
         if found is None:
@@ -90,23 +67,10 @@ class Source:
         return found
 
     def undecoded(self, images: Sequence[str], others: Sequence[str]) -> datasets.Dataset:
-        """
-        Return the named columns alone, with images as undecoded files.
-
-        Args:
-            images (`Sequence[str]`):
-                Columns of images.
-            others (`Sequence[str]`):
-                Columns to keep beside them.
-
-        Raises:
-            DataError: for a column of images of another type, or one that is also named for something else.
-        """
+        """Return these columns of images, as undecoded files, and these other columns; refuse what is not an image."""
         twice = set(images) & set(others)
         if twice:
-            raise DataError(
-                f"{self.name}: {min(twice)!r} is named as a column of images and as another. Name it once."
-            )
+            raise DataError(f"{self.name}: column {min(twice)!r} is named for images and for something else too.")
         dataset = self.dataset.with_format(None).select_columns(list(dict.fromkeys([*images, *others])))
         for column in images:
             feature = dataset.features[column]
@@ -126,27 +90,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """
-    A converted dataset and its counts.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            One row per image.
-        num_rows (`int`):
-            Rows of the source.
-        num_used (`int`):
-            Comparisons or ratings that count.
-        num_ties (`int`):
-            Comparisons without a winner.
-        num_dropped (`int`):
-            Rows left out.
-    """
+    """A converted dataset with one row per image, and its counts."""
 
     dataset: datasets.Dataset
-    num_rows: int
-    num_used: int
-    num_ties: int
-    num_dropped: int
+    num_rows: int  # rows of the source
+    num_used: int  # comparisons or ratings that count
+    num_ties: int  # comparisons without a winner
+    num_dropped: int  # rows left out
 
 
 class SourceRow(NamedTuple):
@@ -163,18 +113,10 @@ def read_rows(
     files: datasets.Dataset, prompt: str, images: Sequence[str], uids: Sequence[str] = ()
 ) -> Iterator[SourceRow]:
     """
-    Yield the rows of a source in order, with a progress bar.
+    Yield the rows of a [`Source.undecoded`] dataset in order, with a progress bar.
 
-    Args:
-        files ([`datasets.Dataset`]):
-            From [`Source.undecoded`].
-        prompt (`str`):
-            Its column of prompts.
-        images (`Sequence[str]`):
-            Its columns of images.
-        uids (`Sequence[str]`, *optional*):
-            Columns of the dataset's own ids of these images. Without them the encoded bytes tell images apart, or the
-            paths where there are no bytes.
+    `uids` are columns of the dataset's own ids, one per column of images. Without them the encoded bytes tell images
+    apart, or the paths where there are no bytes.
     """
     number = 0
     with tqdm(total=len(files), desc="Reading", unit=" rows", leave=False) as bar:
@@ -184,18 +126,24 @@ def read_rows(
                 cells = {name: column[offset] for name, column in columns.items()}
                 cause = prompt_problem(cells[prompt])
                 bad_prompt = None if cause is None else (cause, cells[prompt])
-                keys: list[bytes] = []
-                bad_image = None
-                for place, name in enumerate(images):
-                    image = table.column(name)[offset]
-                    key, cause = _image_key(image, cells[uids[place]] if uids else None)
-                    if cause is not None and bad_image is None:
-                        cause = cause if len(images) == 1 else f"{cause} in {name!r}"
-                        bad_image = cause, image["path"].as_py() if image.is_valid else None
-                    keys.append(key)
+                found = {name: table.column(name)[offset] for name in images}
+                keys, bad_image = _image_keys(found, [cells[uid] for uid in uids] or [None] * len(images))
                 yield SourceRow(number, cells, keys, bad_prompt, bad_image)
                 number += 1
             bar.update(table.num_rows)
+
+
+def _image_keys(images: dict[str, pa.StructScalar], uids: list[Any]) -> tuple[list[bytes], Problem | None]:
+    """Return the keys of the images of a row, and what is wrong with the first bad one."""
+    keys: list[bytes] = []
+    problem = None
+    for (column, image), uid in zip(images.items(), uids, strict=True):
+        key, cause = _image_key(image, uid)
+        keys.append(key)
+        if cause is not None and problem is None:
+            cause = f"{cause} in {column!r}" if len(images) > 1 else cause
+            problem = cause, image["path"].as_py() if image.is_valid else None
+    return keys, problem
 
 
 def _image_key(image: pa.StructScalar, uid: Any) -> tuple[bytes, str | None]:
@@ -230,16 +178,7 @@ class Dropped:
         self.num_rows += 1
 
     def raise_or_warn(self, source: Source) -> None:
-        """
-        Report the rows that cannot be used, if there are any.
-
-        Args:
-            source ([`Source`]):
-                What was read.
-
-        Raises:
-            DataError: for any such row under `"raise"`, or if no other row is left.
-        """
+        """List the rows that cannot be used in an error, or in a warning if they may be skipped and others are left."""
         if not self.num_rows:
             return
         total = len(source.dataset)
@@ -271,17 +210,7 @@ class ImageIndex:
         return np.array(self._prompt_ids, dtype=np.int64)
 
     def add(self, prompt: str, row: SourceRow, side: int = 0) -> int:
-        """
-        Return the number of an image, a new one if it was not seen with this prompt.
-
-        Args:
-            prompt (`str`):
-                Its prompt.
-            row ([`SourceRow`]):
-                The row that holds it.
-            side (`int`, *optional*, defaults to 0):
-                Which of the row's images it is.
-        """
+        """Return the number of one image of a row, a new number if it was not seen with this prompt."""
         text = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         number = self._numbers.setdefault(text + row.keys[side], len(self))
         if number == len(self):
@@ -294,17 +223,9 @@ class ImageIndex:
         self, files: datasets.Dataset, prompt: str, images: Sequence[str], values: Mapping[str, np.ndarray]
     ) -> datasets.Dataset:
         """
-        Return one row per image, in the order of the numbers. The rows point into `files`: no image is copied.
+        Return one row per image in the order of the numbers, with columns of `values` added.
 
-        Args:
-            files ([`datasets.Dataset`]):
-                From [`Source.undecoded`].
-            prompt (`str`):
-                Its column of prompts.
-            images (`Sequence[str]`):
-                Its columns of images, by side.
-            values (`Mapping[str, np.ndarray]`):
-                Columns to add, with one number per image.
+        The rows point into `files`, of which `images` are the columns by side: no image is copied.
         """
         rows, sides = np.array(self._rows, dtype=np.int64), np.array(self._sides, dtype=np.int64)
         parts, numbers = [], []
