@@ -1,4 +1,4 @@
-"""One pass over a dataset in several processes: every row checked as training checks it, and what else there is."""
+"""Read a dataset once, in several processes: check each row as training does, and keep facts about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -23,27 +23,22 @@ from tgol_trainer.data.rows import CAUSES, BadRows, Columns, read_row, read_scor
 from tgol_trainer.data.streams import undecoded
 
 from .duplicates import MARK_BYTES, image_mark
+from .limits import CountLongPrompts
 
-_CHUNK = 16
-"""Rows a task: so many encoded images are in memory for each task that waits."""
+_CHUNK = 16  # rows per task: encoded images in memory for each task that waits
 _PROMPTS_AT_ONCE = 512
 _SHOWN = 5
 
-_Values = tuple[Any, Any, tuple[Any, ...]]
-CountLongPrompts = Callable[[Sequence[str]], tuple[int, int]]
-"""Prompts to (how many are cut, the limit in tokens), as `ModelFamily.count_long_prompts`."""
+_Values = tuple[Any, Any, tuple[Any, ...]]  # prompt, image or video, scores
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """
-    What one row holds: causes and texts of what is wrong with prompt and image, number of the column, cause and value
-    of scores that are none; the last four are of a usable row.
-    """
+    """What one row holds; the last four fields are of a usable row."""
 
     scores: tuple[float, ...]
-    problems: tuple[tuple[str, str], ...]
-    bad_scores: tuple[tuple[int, str, Any], ...]
+    problems: tuple[tuple[str, str], ...]  # cause and text, of prompt and image
+    bad_scores: tuple[tuple[int, str, Any], ...]  # number of the score column, cause, value
     size: tuple[int, int] = (0, 0)
     mode: str | None = None
     digest: bytes = b""
@@ -51,35 +46,19 @@ class _Facts:
 
 
 class Survey:
-    """
-    What is known of the rows after the pass: about 100 bytes a row and as much a prompt, whatever the images' sizes.
-
-    Args:
-        columns ([`Columns`]):
-            Of the dataset.
-        score_columns (`Sequence[str]`):
-            K columns of scores, in place of that of `columns`.
-        name (`str`):
-            What messages call the dataset.
-        count_long_prompts (`Callable`, *optional*):
-            Counts prompts that the text encoder cuts; `None` counts none.
-    """
+    """What is known of the rows: about 100 bytes per row and per different prompt, whatever the images' sizes."""
 
     def __init__(
-        self,
-        columns: Columns,
-        score_columns: Sequence[str],
-        name: str,
-        count_long_prompts: CountLongPrompts | None,
+        self, columns: Columns, score_columns: list[str], name: str, count_long_prompts: CountLongPrompts | None
     ) -> None:
-        self.columns, self.score_columns = columns, list(score_columns)
+        self.columns, self.score_columns = columns, score_columns
         self.num_rows = 0
         self.bad = BadRows(name, columns)
         self.bad_rows: dict[tuple[str, str], array] = {}  # by cause and column
         self.modes: Counter[str] = Counter()
-        self.mode_rows: dict[str, list[int]] = {}  # the first of each mode
+        self.mode_rows: dict[str, list[int]] = {}  # the first rows of each mode
         self.token_limit: int | None = None
-        self.long_prompts: dict[int, str] = {}  # the first, by the row they come in first
+        self.long_prompts: dict[int, str] = {}  # the first few, by their first row
         self.num_long_prompts = 0
         self._count_long_prompts = count_long_prompts
         self._new_prompts: list[tuple[int, str]] = []
@@ -88,15 +67,7 @@ class Survey:
         self._sizes, self._digests, self._marks = array("i"), bytearray(), bytearray()
 
     def add(self, prompt: Any, facts: _Facts) -> None:
-        """
-        Take in the next row.
-
-        Args:
-            prompt (`Any`):
-                Its prompt.
-            facts (`_Facts`):
-                What its examination found.
-        """
+        """Take in the next row."""
         row = self.num_rows
         self.num_rows += 1
         if facts.problems or facts.bad_scores:
@@ -125,7 +96,7 @@ class Survey:
             self.mode_rows.setdefault(mode, []).append(row)
 
     def count_prompts(self) -> None:
-        """Count the long ones among the prompts that are new since the last time."""
+        """Count the long prompts among those that came since the last call."""
         new, self._new_prompts = self._new_prompts, []
         if self._count_long_prompts is None or not new:
             return
@@ -137,7 +108,7 @@ class Survey:
 
     @property
     def rows(self) -> np.ndarray:
-        """(N,) int64, the numbers of the usable rows, from 0."""
+        """(N,) int64, numbers of the usable rows, from 0."""
         return np.array(self._rows, dtype=np.int64)
 
     @property
@@ -177,42 +148,25 @@ def survey_rows(
     dataset: datasets.Dataset | datasets.IterableDataset,
     columns: Columns,
     *,
-    score_columns: Sequence[str] | None = None,
-    name: str = "dataset",
-    count_long_prompts: CountLongPrompts | None = None,
-    num_proc: int = 1,
-    progress: bool = True,
+    score_columns: Sequence[str] | None,
+    name: str,
+    count_long_prompts: CountLongPrompts | None,
+    num_proc: int,
+    progress: bool,
 ) -> Survey:
     """
     Read every row once, in order, and examine rows in several processes.
 
-    A few chunks of encoded rows a process are in memory at a time, and one decoded image each.
-
-    Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            With the columns, of fitting types.
-        columns ([`Columns`]):
-            Their names.
-        score_columns (`Sequence[str]`, *optional*):
-            Several columns of scores, in place of that of `columns`; a row needs a score in each.
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call it.
-        count_long_prompts (`Callable`, *optional*):
-            As in [`Survey`].
-        num_proc (`int`, *optional*, defaults to 1):
-            Processes that decode; 1 decodes in this one.
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a bar.
-
-    Returns:
-        [`Survey`]
+    A few chunks of encoded rows per process are in memory at a time, and one decoded image per process. Arguments are
+    those of [`diagnose`]; with several score columns a row needs a score in each.
 
     Raises:
         ChildProcessError: if one of several processes was stopped from outside.
     """
-    survey = Survey(columns, score_columns or [columns.score], name, count_long_prompts)
+    survey = Survey(columns, list(score_columns or [columns.score]), name, count_long_prompts)
     total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
-    chunks = _chunks(_values(dataset, [columns.prompt, columns.visual, *survey.score_columns]))
+    values = _values(dataset, [columns.prompt, columns.visual, *survey.score_columns])
+    chunks = iter(lambda: list(islice(values, _CHUNK)), [])
     with tqdm(total=total, desc="Checking", unit=columns.medium, disable=not progress) as bar:
         for prompts, found in _examined(chunks, columns.num_frames, num_proc):
             for prompt, facts in zip(prompts, found, strict=True):
@@ -235,21 +189,15 @@ def _values(dataset: datasets.Dataset | datasets.IterableDataset, names: list[st
             yield first, second, tuple(others)
 
 
-def _chunks(values: Iterable[_Values]) -> Iterator[list[_Values]]:
-    values = iter(values)
-    while chunk := list(islice(values, _CHUNK)):
-        yield chunk
-
-
 def _examined(
     chunks: Iterator[list[_Values]], num_frames: int | None, num_proc: int
 ) -> Iterator[tuple[list[Any], list[_Facts]]]:
-    """Yield the prompts of each chunk and what was found, in order."""
+    """Yield the prompts of each chunk and the facts of its rows, in order."""
     if num_proc <= 1:
         for chunk in chunks:
             yield [prompt for prompt, _, _ in chunk], _examine(chunk, num_frames)
         return
-    # Never more than this many are submitted: a pool that is given all at once would hold the whole dataset.
+    # A pool that is given all chunks at once would hold the whole dataset.
     waiting: deque[tuple[list[Any], Future[list[_Facts]]]] = deque()
     with ProcessPoolExecutor(num_proc) as pool:
         try:
@@ -263,8 +211,8 @@ def _examined(
                 yield prompts, future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                f"One of {num_proc} processes that decode ended without an error, as one does that the system stops "
-                "for want of memory. Start again with fewer: `num_proc=1` (`--num_proc 1`)."
+                f"One of the {num_proc} decoding processes ended without an error. The system probably stopped it for "
+                "want of memory. Start again with fewer processes: `num_proc=1` (`--num_proc 1`)."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

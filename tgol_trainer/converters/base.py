@@ -178,7 +178,7 @@ class Dropped:
         self.num_rows += 1
 
     def raise_or_warn(self, source: Source) -> None:
-        """List the rows that cannot be used in an error, or in a warning if they may be skipped and others are left."""
+        """List the rows that cannot be used in an error, or in a warning if they are to be left out."""
         if not self.num_rows:
             return
         total = len(source.dataset)
