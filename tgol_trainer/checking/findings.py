@@ -91,7 +91,7 @@ class Diagnosis:
         return int(bool(self.of_level("problem") or (strict and self.of_level("warning"))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as a JSON-serialisable dictionary; infinite numbers, of scores beyond 1e150, are `None`."""
+        """Return everything for JSON; infinite numbers, which come of scores beyond 1e150, are `None`."""
         plain: dict[str, Any] = _without_infinities(dataclasses.asdict(self))
         return plain
 
@@ -159,7 +159,7 @@ def diagnose(
     findings, facts = _bad_rows(survey), {}
     if not survey.num_rows:
         findings.append(Finding("rows", "problem", 0, "There are no rows. Check the split and the filters."))
-    elif not len(survey.rows):
+    elif not len(survey.table):
         findings.append(Finding("rows", "problem", survey.num_rows, "No row can be used."))
     else:
         findings += _classes(survey, dataset.features)
@@ -168,9 +168,9 @@ def diagnose(
         about_sizes, facts["sizes"] = _sizes(survey, limits.resolution)
         about_copies, facts["duplicates"] = _duplicates(survey, thresholds, max_distance)
         findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
-        facts["modes"] = dict(survey.modes.most_common())
+        facts["modes"] = dict(_count_modes(survey).most_common())
     findings.sort(key=lambda finding: get_args(Level).index(finding.level))
-    return Diagnosis(name, survey.num_rows, len(survey.rows), findings, facts)
+    return Diagnosis(name, survey.num_rows, len(survey.table), findings, facts)
 
 
 def _first(items: Iterable[str], total: int, separator: str = ", ") -> str:
@@ -187,7 +187,7 @@ def _bad_rows(survey: Survey) -> list[Finding]:
     for cause, (role, _) in CAUSES.items():
         for column in survey.score_columns if role == "score" else [getattr(survey.columns, role)]:
             if (cause, column) in survey.bad_rows:
-                rows = survey.bad_rows[cause, column].tolist()
+                rows = survey.bad_rows[cause, column]
                 text = f"column {column!r}, {_first(survey.bad.examples(cause, column), len(rows))}"
                 findings.append(Finding(cause, "problem", len(rows), text, rows, survey.bad.remedy(cause, column)))
     return findings
@@ -203,7 +203,7 @@ def _classes(survey: Survey, features: datasets.Features | None) -> list[Finding
                 f"to {len(feature.names) - 1} for {feature.names[-1]!r}."
             )
             remedy = "If that order is not from worst to best, store numbers instead."
-            findings.append(Finding("classes as scores", "warning", len(survey.rows), text, remedy=remedy))
+            findings.append(Finding("classes as scores", "warning", len(survey.table), text, remedy=remedy))
     return findings
 
 
@@ -211,7 +211,7 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
     """Return the threshold of each column (`None` if all of its scores are equal), findings, and facts by column."""
     thresholds: list[Threshold | None] = []
     findings, facts = [], {}
-    for column, scores in zip(survey.score_columns, survey.scores.T, strict=True):
+    for column, scores in zip(survey.score_columns, survey.table["scores"].T, strict=True):
         values = np.unique(scores)
         found: dict[str, Any] = {"min": float(values[0]), "max": float(values[-1]), "num_distinct": len(values)}
         with np.errstate(over="ignore"):  # of scores beyond 1e150
@@ -240,7 +240,7 @@ def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str,
     number = survey.num_long_prompts
     facts = {
         "num_distinct": survey.num_prompts,
-        "most_rows_of_one": int(np.bincount(survey.prompt_ids).max()),
+        "most_rows_of_one": int(np.bincount(survey.table["prompt"]).max()),
         "token_limit": survey.token_limit,
         "num_too_long": number if counted else None,
     }
@@ -263,7 +263,7 @@ def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str,
 
 
 def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:
-    medium, rows, sizes = survey.columns.medium, survey.rows, survey.sizes
+    medium, rows, sizes = survey.columns.medium, survey.table["row"], survey.table["size"]
     level: Level = "note" if resolution is None else "warning"
     height, width = resolution or _DEFAULT_RESOLUTION
     different, inverse, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
@@ -314,16 +314,22 @@ def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Fin
     return findings, facts
 
 
+def _count_modes(survey: Survey) -> Counter[str]:
+    return Counter(survey.table["mode"].astype(str).tolist())
+
+
 def _modes(survey: Survey) -> list[Finding]:
-    other = Counter({mode: count for mode, count in survey.modes.items() if mode not in ("RGB", "unknown")})
+    modes = _count_modes(survey)
+    other = {mode: count for mode, count in modes.most_common() if mode not in ("RGB", "unknown")}
     if not other:
         return []
-    total, rows = survey.modes.total(), {mode: survey.mode_rows[mode] for mode in other}
-    shares = ", ".join(
-        f"{mode} {100 * n / total:.3g} % ({_numbered(rows[mode], n)})" for mode, n in other.most_common()
+    rows = {mode: survey.table["row"][survey.table["mode"] == mode.encode()][:_SHOWN].tolist() for mode in other}
+    shares = (f"{mode} {100 * n / modes.total():.3g} % ({_numbered(rows[mode], n)})" for mode, n in other.items())
+    text = (
+        f"images that are not RGB: {', '.join(shares)}. Transparency is laid over white, grey becomes three equal "
+        "channels."
     )
-    text = f"images that are not RGB: {shares}. Transparency is laid over white, grey becomes three equal channels."
-    return [Finding("colour mode", "note", other.total(), text, sorted(chain(*rows.values())))]
+    return [Finding("colour mode", "note", sum(other.values()), text, sorted(chain(*rows.values())))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +362,7 @@ def _group_copies(
     images: np.ndarray, survey: Survey, thresholds: list[Threshold | None], pixels: np.ndarray | None = None
 ) -> _Copies:
     """Group rows by image and prompt; with `pixels`, only groups of different pixels count."""
-    prompts = survey.prompt_ids
+    prompts = survey.table["prompt"]
     order = np.lexsort((prompts, images))
     new = (np.diff(images[order]) != 0) | (np.diff(prompts[order]) != 0)
     starts = np.concatenate([[0], np.flatnonzero(new) + 1])
@@ -364,7 +370,7 @@ def _group_copies(
     counts = lengths > 1
     if pixels is not None:
         counts &= np.maximum.reduceat(pixels[order], starts) > np.minimum.reduceat(pixels[order], starts)
-    scores = survey.scores[order]
+    scores = survey.table["scores"][order]
     low, high = np.minimum.reduceat(scores, starts), np.maximum.reduceat(scores, starts)
     different, opposite = np.any(high > low, axis=1), np.any(_opposite(low, high, thresholds), axis=1)
     return _Copies(order, starts[counts], lengths[counts], different[counts], opposite[counts])
@@ -379,13 +385,13 @@ def _opposite(low: np.ndarray, high: np.ndarray, thresholds: list[Threshold | No
 def _duplicates(
     survey: Survey, thresholds: list[Threshold | None], max_distance: int
 ) -> tuple[list[Finding], dict[str, Any]]:
-    medium, row_numbers, findings = survey.columns.medium, survey.rows, []
+    medium, table, findings = survey.columns.medium, survey.table, []
 
     def add(check: str, level: Level, count: int, text: str, groups: list[np.ndarray], remedy: str = "") -> None:
-        rows = [int(row) for group in groups[:_SHOWN] for row in np.sort(row_numbers[group])]
+        rows = [int(row) for group in groups[:_SHOWN] for row in np.sort(table["row"][group])]
         findings.append(Finding(check, level, count, text, rows, remedy))
 
-    pixels = np.unique(survey.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    pixels = np.unique(table["digest"], axis=0, return_inverse=True)[1].reshape(-1)
     exact = _group_copies(pixels, survey, thresholds)
     counts = exact.facts()
     if counts["different_scores"]:
@@ -403,16 +409,16 @@ def _duplicates(
         same = exact.first(~exact.different)
         text = f"the same {medium} with the same prompt and score, several times; each counts as often: "
         add("duplicates", "note", num_same, text + _listed(survey, same), same)
-    pairs = np.unique(np.stack([pixels, survey.prompt_ids], axis=1), axis=0)
+    pairs = np.unique(np.stack([pixels, table["prompt"]], axis=1), axis=0)
     shared = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
     facts: dict[str, Any] = {"exact": counts, "several_prompts": len(shared)}
     if shared.size:
         groups = [np.flatnonzero(pixels == image) for image in shared[: _SHOWN + 1]]
         text = f"the same {medium} with more than one prompt: {_listed(survey, groups)}"
         add("several prompts", "note", len(shared), text, groups)
-    if survey.marks is None:
+    if survey.columns.video is not None:
         return findings, facts
-    near = _group_copies(group_marks(survey.marks, max_distance), survey, thresholds, pixels)
+    near = _group_copies(group_marks(table["mark"], max_distance), survey, thresholds, pixels)
     counts = near.facts()
     facts["near"] = {"max_distance": max_distance, **counts}
     if counts["groups"]:
@@ -430,7 +436,7 @@ def _duplicates(
 
 def _with_scores(survey: Survey, groups: list[np.ndarray], thresholds: list[Threshold | None]) -> str:
     """Name the rows of the lowest and the highest score of each group, in its column that differs most clearly."""
-    rows, scores, shown = survey.rows, survey.scores, []
+    rows, scores, shown = survey.table["row"], survey.table["scores"], []
     for group in groups[:_SHOWN]:
         low, high = scores[group].min(axis=0), scores[group].max(axis=0)
         column = int(np.argmax((high > low).astype(int) + _opposite(low, high, thresholds)))
@@ -445,6 +451,5 @@ def _with_scores(survey: Survey, groups: list[np.ndarray], thresholds: list[Thre
 
 def _listed(survey: Survey, groups: list[np.ndarray]) -> str:
     """Name the first groups by the first rows of each."""
-    rows = survey.rows
-    shown = (_numbered(np.sort(rows[group]).tolist(), len(group)) for group in groups)
+    shown = (_numbered(np.sort(survey.table["row"][group]).tolist(), len(group)) for group in groups)
     return _first(shown, len(groups), "; ")

@@ -99,22 +99,11 @@ def _clip_counter() -> CountLongPrompts | None:
 
 
 def refuse_unnamed_videos(dataset: datasets.Dataset | datasets.IterableDataset, image_column: str) -> None:
-    """
-    Refuse a dataset that has videos instead of the column of images.
-
-    Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            Loaded without a model.
-        image_column (`str`):
-            Column of images.
-
-    Raises:
-        DataError: with the options that read the videos.
-    """
+    """Raise a `DataError` that names the options for videos, if there are videos but no column of images."""
     features = dataset.features or {}
     found = next((name for name, feature in features.items() if isinstance(feature, datasets.Video)), None)
     if found is not None and image_column not in features:
         raise DataError(
-            f"The column {found!r} holds videos. Give `--video_column {found} --num_frames N`, where N is the number of "
-            "frames of a training clip, or give a video model with `--model_name_or_path`."
+            f"The column {found!r} holds videos. Give `--video_column {found} --num_frames N`, where N is the number "
+            "of frames of a training clip, or give a video model with `--model_name_or_path`."
         )

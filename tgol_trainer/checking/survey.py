@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -28,21 +26,18 @@ from .limits import CountLongPrompts
 _CHUNK = 16  # rows per task: encoded images in memory for each task that waits
 _PROMPTS_AT_ONCE = 512
 _SHOWN = 5
+_DIGEST_BYTES = 16
 
 _Values = tuple[Any, Any, tuple[Any, ...]]  # prompt, image or video, scores
+_Facts = tuple[tuple[float, ...], tuple[int, int], str, np.ndarray, np.ndarray]  # the fields of a row after the prompt
 
 
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    """What one row holds; the last four fields are of a usable row."""
+class _Examined(NamedTuple):
+    """What one row holds: `facts` if it is usable, else what is wrong with it."""
 
-    scores: tuple[float, ...]
     problems: tuple[tuple[str, str], ...]  # cause and text, of prompt and image
     bad_scores: tuple[tuple[int, str, Any], ...]  # number of the score column, cause, value
-    size: tuple[int, int] = (0, 0)
-    mode: str | None = None
-    digest: bytes = b""
-    mark: bytes = b""
+    facts: _Facts | None
 
 
 class Survey:
@@ -54,46 +49,48 @@ class Survey:
         self.columns, self.score_columns = columns, score_columns
         self.num_rows = 0
         self.bad = BadRows(name, columns)
-        self.bad_rows: dict[tuple[str, str], array] = {}  # by cause and column
-        self.modes: Counter[str] = Counter()
-        self.mode_rows: dict[str, list[int]] = {}  # the first rows of each mode
+        self.bad_rows: dict[tuple[str, str], list[int]] = {}  # by cause and column
         self.token_limit: int | None = None
         self.long_prompts: dict[int, str] = {}  # the first few, by their first row
         self.num_long_prompts = 0
         self._count_long_prompts = count_long_prompts
         self._new_prompts: list[tuple[int, str]] = []
         self._prompts: dict[bytes, int] = {}
-        self._rows, self._prompt_ids, self._scores = array("q"), array("q"), array("d")
-        self._sizes, self._digests, self._marks = array("i"), bytearray(), bytearray()
+        # Of a usable row: its number from 0, its prompt (equal numbers are equal prompts), scores, width and height,
+        # mode as stored, digest of the pixels, and mark; videos have no mark.
+        self._fields = np.dtype(
+            [
+                ("row", np.int64),
+                ("prompt", np.int64),
+                ("scores", np.float64, (len(score_columns),)),
+                ("size", np.int32, (2,)),
+                ("mode", "S8"),
+                ("digest", np.uint8, (_DIGEST_BYTES,)),
+                ("mark", np.uint8, (MARK_BYTES,)),
+            ]
+        )
+        self._table = bytearray()
 
-    def add(self, prompt: Any, facts: _Facts) -> None:
+    def add(self, prompt: Any, found: _Examined) -> None:
         """Take in the next row."""
         row = self.num_rows
         self.num_rows += 1
-        if facts.problems or facts.bad_scores:
-            self.bad.add(row, facts.problems)
-            found = [(cause, getattr(self.columns, CAUSES[cause][0])) for cause, _ in facts.problems]
-            for index, cause, value in facts.bad_scores:
+        if found.facts is None:
+            self.bad.add(row, found.problems)
+            bad = [(cause, getattr(self.columns, CAUSES[cause][0])) for cause, _ in found.problems]
+            for index, cause, value in found.bad_scores:
                 self.bad.add_rows(cause, np.array([row]), value, self.score_columns[index])
-                found.append((cause, self.score_columns[index]))
-            for cause_and_column in found:
-                self.bad_rows.setdefault(cause_and_column, array("q")).append(row)
+                bad.append((cause, self.score_columns[index]))
+            for cause_and_column in bad:
+                self.bad_rows.setdefault(cause_and_column, []).append(row)
             return
         key = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         if key not in self._prompts:
             self._new_prompts.append((row, prompt))
             if len(self._new_prompts) == _PROMPTS_AT_ONCE:
                 self.count_prompts()
-        self._prompt_ids.append(self._prompts.setdefault(key, len(self._prompts)))
-        self._rows.append(row)
-        self._scores.extend(facts.scores)
-        self._sizes.extend(facts.size)
-        self._digests += facts.digest
-        self._marks += facts.mark
-        mode = facts.mode or "unknown"
-        self.modes[mode] += 1
-        if self.modes[mode] <= _SHOWN:
-            self.mode_rows.setdefault(mode, []).append(row)
+        prompt_id = self._prompts.setdefault(key, len(self._prompts))
+        self._table += np.array((row, prompt_id, *found.facts), dtype=self._fields).tobytes()
 
     def count_prompts(self) -> None:
         """Count the long prompts among those that came since the last call."""
@@ -107,41 +104,14 @@ class Survey:
             self.long_prompts.update(islice(long, _SHOWN - len(self.long_prompts)))
 
     @property
-    def rows(self) -> np.ndarray:
-        """(N,) int64, numbers of the usable rows, from 0."""
-        return np.array(self._rows, dtype=np.int64)
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """(N,) int64, equal for equal prompts."""
-        return np.array(self._prompt_ids, dtype=np.int64)
-
-    @property
     def num_prompts(self) -> int:
         """Different prompts of usable rows."""
         return len(self._prompts)
 
     @property
-    def scores(self) -> np.ndarray:
-        """(N, K) float64."""
-        return np.array(self._scores, dtype=np.float64).reshape(-1, len(self.score_columns))
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(N, 2) int32, width and height in pixels."""
-        return np.array(self._sizes, dtype=np.int32).reshape(-1, 2)
-
-    @property
-    def digests(self) -> np.ndarray:
-        """(N, 16) uint8, equal for equal pixels."""
-        return np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 16)
-
-    @property
-    def marks(self) -> np.ndarray | None:
-        """(N, `MARK_BYTES`) uint8 of [`image_mark`]; `None` for videos."""
-        if self.columns.video is not None:
-            return None
-        return np.frombuffer(bytes(self._marks), dtype=np.uint8).reshape(-1, MARK_BYTES)
+    def table(self) -> np.ndarray:
+        """(N,) records of the usable rows: `row`, `prompt`, `scores`, `size`, `mode`, `digest`, `mark`."""
+        return np.frombuffer(self._table, dtype=self._fields)
 
 
 def survey_rows(
@@ -169,8 +139,8 @@ def survey_rows(
     chunks = iter(lambda: list(islice(values, _CHUNK)), [])
     with tqdm(total=total, desc="Checking", unit=columns.medium, disable=not progress) as bar:
         for prompts, found in _examined(chunks, columns.num_frames, num_proc):
-            for prompt, facts in zip(prompts, found, strict=True):
-                survey.add(prompt, facts)
+            for prompt, row in zip(prompts, found, strict=True):
+                survey.add(prompt, row)
             bar.update(len(prompts))
     survey.count_prompts()
     return survey
@@ -191,14 +161,14 @@ def _values(dataset: datasets.Dataset | datasets.IterableDataset, names: list[st
 
 def _examined(
     chunks: Iterator[list[_Values]], num_frames: int | None, num_proc: int
-) -> Iterator[tuple[list[Any], list[_Facts]]]:
+) -> Iterator[tuple[list[Any], list[_Examined]]]:
     """Yield the prompts of each chunk and the facts of its rows, in order."""
     if num_proc <= 1:
         for chunk in chunks:
             yield [prompt for prompt, _, _ in chunk], _examine(chunk, num_frames)
         return
     # A pool that is given all chunks at once would hold the whole dataset.
-    waiting: deque[tuple[list[Any], Future[list[_Facts]]]] = deque()
+    waiting: deque[tuple[list[Any], Future[list[_Examined]]]] = deque()
     with ProcessPoolExecutor(num_proc) as pool:
         try:
             for chunk in chunks:
@@ -218,19 +188,21 @@ def _examined(
             pool.shutdown(cancel_futures=True)
 
 
-def _examine(chunk: list[_Values], num_frames: int | None) -> list[_Facts]:
-    found = []
+def _examine(chunk: list[_Values], num_frames: int | None) -> list[_Examined]:
+    examined = []
     for prompt, visual, values in chunk:
         row = read_row(prompt, visual, 0.0, num_frames)  # the scores come after it
         read = [read_score(value) for value in values]
         bad = tuple((index, cause, values[index]) for index, (_, cause) in enumerate(read) if cause is not None)
-        scores = tuple(score for score, _ in read)
-        if row.problems or bad or row.visual is None:
-            found.append(_Facts(scores, row.problems, bad))
-            continue
-        digest = hashlib.blake2b(repr(row.visual.size).encode(), digest_size=16)
-        digest.update(row.visual.tobytes())
-        image = row.visual if isinstance(row.visual, Image.Image) else None
-        mode, mark = (stored_mode(visual), image_mark(image)) if image else ("RGB", b"")
-        found.append(_Facts(scores, (), (), row.visual.size, mode, digest.digest(), mark))
-    return found
+        facts: _Facts | None = None
+        if row.visual is not None and not row.problems and not bad:
+            digest = hashlib.blake2b(repr(row.visual.size).encode(), digest_size=_DIGEST_BYTES)
+            digest.update(row.visual.tobytes())
+            mode, mark = "RGB", bytes(MARK_BYTES)
+            if isinstance(row.visual, Image.Image):
+                mode, mark = stored_mode(visual) or "unknown", image_mark(row.visual)
+            pixels = np.frombuffer(digest.digest(), np.uint8)
+            scores = tuple(score for score, _ in read)
+            facts = scores, row.visual.size, mode, pixels, np.frombuffer(mark, np.uint8)
+        examined.append(_Examined(row.problems, bad, facts))
+    return examined

@@ -115,8 +115,8 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
     video = args.video_column or ("video" if limits.num_frames else None)
     if video and not limits.num_frames:
         raise DataError(
-            "`--video_column`: the number of frames of a clip is not known. Give `--num_frames`, or a video model with "
-            "`--model_name_or_path`."
+            "`--video_column`: the number of frames of a clip is not known. Give `--num_frames`, or a video model "
+            "with `--model_name_or_path`."
         )
     columns, *_ = [
         Columns(args.prompt_column, args.image_column, score, video, limits.num_frames)
