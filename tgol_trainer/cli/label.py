@@ -308,5 +308,5 @@ def save_label_histogram(path: Path, report: LabelReport, scores: np.ndarray) ->
         *(path, scores, report.raw_threshold),
         name=report.score_column,
         margins=margins,
-        weighting=None if labelling.weighting.formula == "1" else labelling.weighting.replace,
+        weighting=None if labelling.weighting.formula == "1" else labelling.weighting.overwrite,
     )

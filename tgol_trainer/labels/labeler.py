@@ -271,9 +271,9 @@ def _weighed(labelling: Labelling, scores: np.ndarray, unit_mean: bool) -> Label
     if labelling.cut_points:
         values = np.zeros(scores.shape)
         for each in labelling.cut_points:
-            values += labelling.weighting.replace(scores - each) / len(labelling.cut_points)
+            values += labelling.weighting.overwrite(scores - each) / len(labelling.cut_points)
     else:
-        values = labelling.weighting.replace(scores - tau)
+        values = labelling.weighting.overwrite(scores - tau)
     if unit_mean and values.mean() > 0:
         labelling = dataclasses.replace(
             labelling, weighting=dataclasses.replace(labelling.weighting, divisor=float(values.mean()))

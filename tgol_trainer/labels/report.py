@@ -233,7 +233,7 @@ def label_report(
         groups = _group_report(rows, values, tau, group_column, unit)
     margins = values - tau
     examples = _examples(rows, margins, labelling.weighting, prompt_column)
-    labelling.weighting.replace(margins)
+    labelling.weighting.overwrite(margins)
     points = (1, 25, 50, 75, 99)
     spread = np.percentile(margins, points, overwrite_input=True)
     del margins
