@@ -147,7 +147,7 @@ def check_combination(
         if method == "min" and weight < 0:
             raise ValueError(
                 f"`score_weights`: that of {column!r} is {weight}; with `score_combination='min'` weights must be "
-                "larger than 0. If lower is better in a column, store its negative."
+                "larger than 0. If lower is better in a column, store the negative."
             )
     return tuple(map(float, weights))
 
