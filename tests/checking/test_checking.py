@@ -12,6 +12,7 @@ from PIL import Image
 from tests import tiny
 from tgol_trainer.checking.duplicates import MARK_BYTES, group_marks, image_mark
 from tgol_trainer.checking.findings import diagnose
+from tgol_trainer.checking.limits import ModelLimits
 from tgol_trainer.cli import main
 from tgol_trainer.data import Columns, DataError, prepare_dataset
 from tgol_trainer.families import wrap_pipeline
@@ -221,7 +222,7 @@ def test_scores_near_the_largest_number_give_valid_json(tmp_path, capsys):
     [
         (("--model_name_or_path", "no/such/model"), "no/such/model does not exist, and it is no Hub id"),
         (("--model_name_or_path", "{data}"), "holds no model_index.json"),
-        (("--video_column", "clip"), "Give `--num_frames`, or a model of videos"),
+        (("--video_column", "clip"), "Give `--num_frames`, or a video model"),
     ],
 )
 def test_a_wrong_command_line_is_one_message_with_the_remedy(tmp_path, capsys, arguments, said):
@@ -258,7 +259,7 @@ def test_videos_are_checked_with_the_frames_they_need():
         np.full((frames, 8, 8, 3), level, np.uint8).tolist() for frames, level in ((4, 1), (4, 1), (2, 2), (4, 3))
     ]
     dataset = datasets.Dataset.from_dict({"prompt": ["a"] * 4, "video": clips, "score": [1.0, 5.0, 2.0, 3.0]})
-    diagnosis = diagnose(dataset, Columns(video="video", num_frames=3), resolution=(8, 8), progress=False)
+    diagnosis = diagnose(dataset, Columns(video="video", num_frames=3), limits=ModelLimits((8, 8)), progress=False)
     found = {(item.check, item.level): item.rows for item in diagnosis.findings}
     assert found[("too few frames", "problem")] == [2]
     assert found[("duplicates with different scores", "warning")] == [0, 1]

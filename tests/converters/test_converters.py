@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.optimize import minimize
 
 from tgol_trainer.cli import main
-from tgol_trainer.converters import pairs_to_scores, ratings_to_scores, thumbs_to_scores
+from tgol_trainer.converters import PairColumns, RatingColumns, pairs_to_scores, ratings_to_scores, thumbs_to_scores
 from tgol_trainer.data import Columns, DataError, prepare_dataset
 from tgol_trainer.sources import load_scored_dataset
 
@@ -81,12 +81,8 @@ def test_without_ids_the_same_bytes_under_the_same_prompt_are_one_image():
     dataset = pickapic().remove_columns(["image_0_uid", "image_1_uid", "best_image_uid"])
     assert rows_of(pairs_to_scores(dataset), "score", "num_comparisons") == expected({n: WINS[n] for n in "xyzvw"})
     shared = Dataset.from_dict({"prompt": ["a", "b"], "chosen": [png(1), png(1)], "rejected": [png(2), png(3)]})
-    assert [(p, s) for p, _, s in rows_of(pairs_to_scores(shared), "score")] == [
-        ("a", 1.0),
-        ("a", 0.0),
-        ("b", 1.0),
-        ("b", 0.0),
-    ]
+    found = [(prompt, score) for prompt, _, score in rows_of(pairs_to_scores(shared), "score")]
+    assert found == [("a", 1), ("a", 0), ("b", 1), ("b", 0)]
 
 
 def test_an_id_decides_over_the_bytes_and_the_first_file_is_kept_unchanged():
@@ -147,16 +143,8 @@ def test_numbers_of_a_choice_column_need_their_meaning(values):
 
 
 def test_a_number_is_a_label_where_ids_are_numbers_too():
-    dataset = Dataset.from_dict(
-        {
-            "prompt": ["a"],
-            "image_0": [png(1)],
-            "image_1": [png(2)],
-            "image_0_uid": [0],
-            "image_1_uid": [1],
-            "label_0": [1],
-        }
-    )
+    ids = {"image_0_uid": [0], "image_1_uid": [1], "label_0": [1]}
+    dataset = Dataset.from_dict({"prompt": ["a"], "image_0": [png(1)], "image_1": [png(2)], **ids})
     assert list(pairs_to_scores(dataset)["score"]) == [1, 0]
     dataset = dataset.rename_column("label_0", "winner")
     assert list(pairs_to_scores(dataset)["score"]) == [0, 1]
@@ -167,15 +155,11 @@ def test_columns_can_be_named():
     dataset = pickapic().rename_columns({**names, "image_1_uid": "j"})
     scored = pairs_to_scores(
         dataset,
-        prompt_column="text_of_it",
-        first_column="up",
-        second_column="down",
-        choice_column="verdict",
-        uid_columns=("i", "j"),
+        PairColumns(prompt="text_of_it", first="up", second="down", choice="verdict", uids=("i", "j")),
         choice_numbers="share",
     )
     assert list(scored["score"]) == [WINS[name] for name in "xyzvw"]
-    with pytest.raises(DataError, match=r"no column named image_0.*first_column="):
+    with pytest.raises(DataError, match=r"no column named image_0.*--first_column"):
         pairs_to_scores(dataset)
 
 
@@ -218,6 +202,8 @@ def test_a_stream_text_and_unknown_settings_are_refused():
     chat = Dataset.from_dict({"prompt": ["a"], "chosen": [[{"role": "user"}]], "rejected": [[{"role": "user"}]]})
     with pytest.raises(DataError, match="'chosen' must hold images"):
         pairs_to_scores(chat)
+    with pytest.raises(DataError, match="column 'chosen' is named for images and for something else"):
+        pairs_to_scores(chat, PairColumns(prompt="chosen"))
 
 
 def strengths(games, names, penalty):
@@ -251,6 +237,8 @@ def test_bradley_terry_without_its_library_says_what_to_install(monkeypatch):
 
 # ---- Ratings and thumbs ----
 
+RATING = RatingColumns("rating")
+
 
 def rated(ratings, levels, **more):
     return Dataset.from_dict(
@@ -259,33 +247,33 @@ def rated(ratings, levels, **more):
 
 
 def test_several_ratings_of_an_image_become_their_mean_number_and_deviation():
-    scored = ratings_to_scores(rated([1, 4, 3, 2], [5, 6, 5, 5]), rating_column="rating")
+    scored = ratings_to_scores(rated([1, 4, 3, 2], [5, 6, 5, 5]), RATING)
     deviation = (((1 - 2) ** 2 + (3 - 2) ** 2) / 3) ** 0.5
     found = rows_of(scored, "score", "num_ratings", "score_std")
     assert found == [("p", png(5), 2, 3, pytest.approx(deviation)), ("p", png(6), 4, 1, 0)]
 
 
 def test_lists_of_ratings_are_taken_without_their_missing_ones():
-    scored = ratings_to_scores(rated([[1, 2, None], [5]], [5, 6]), rating_column="rating")
+    scored = ratings_to_scores(rated([[1, 2, None], [5]], [5, 6]), RATING)
     assert rows_of(scored, "score", "num_ratings", "score_std") == [("p", png(5), 1.5, 2, 0.5), ("p", png(6), 5, 1, 0)]
 
 
 def test_what_one_annotator_gave_an_image_counts_once():
     dataset = rated([1, 3, 5, 9], [5, 5, 5, 6], who=["ann", "ann", "bob", "ann"])
-    scored = ratings_to_scores(dataset, rating_column="rating", annotator_column="who")
+    scored = ratings_to_scores(dataset, RatingColumns("rating", annotator="who"))
     assert rows_of(scored, "score", "num_ratings") == [("p", png(5), 3.5, 2), ("p", png(6), 9, 1)]
     lists = rated([[1, 3, 5]], [5], who=[["ann", "ann", "bob"]])
-    scored = ratings_to_scores(lists, rating_column="rating", annotator_column="who")
+    scored = ratings_to_scores(lists, RatingColumns("rating", annotator="who"))
     assert rows_of(scored, "score", "num_ratings") == [("p", png(5), 3.5, 2)]
 
 
 def test_bad_ratings_are_listed():
     with pytest.raises(DataError) as caught:
-        ratings_to_scores(rated(["4", "n/a", "", None], [1, 2, 3, 4]), rating_column="rating")
+        ratings_to_scores(rated(["4", "n/a", "", None], [1, 2, 3, 4]), RATING)
     assert "rating is not a number: 1 (row 1: 'n/a')" in str(caught.value)
     assert "no rating: 1 (row 2" in str(caught.value) and "missing rating: 1 (row 3" in str(caught.value)
-    with pytest.raises(DataError, match=r"no column 'stars'.*rating_column="):
-        ratings_to_scores(rated([1], [1]), rating_column="stars")
+    with pytest.raises(DataError, match=r"no column 'stars'.*--rating_column"):
+        ratings_to_scores(rated([1], [1]), RatingColumns("stars"))
 
 
 @pytest.mark.parametrize(
@@ -299,13 +287,13 @@ def test_bad_ratings_are_listed():
     ],
 )
 def test_thumbs_become_one_and_zero(votes, scores):
-    assert list(thumbs_to_scores(rated(votes, range(len(votes))), thumbs_column="rating")["score"]) == scores
+    assert list(thumbs_to_scores(rated(votes, range(len(votes))), RATING)["score"]) == scores
 
 
 def test_zero_is_no_vote_beside_minus_one_and_several_votes_are_their_share():
     with pytest.raises(DataError, match=r"no vote \(0 beside -1\): 1 \(row 1"):
-        thumbs_to_scores(rated([1, 0, -1], [1, 2, 3]), thumbs_column="rating")
-    scored = thumbs_to_scores(rated(["up", "up", "down", "up"], [1, 1, 1, 2]), thumbs_column="rating")
+        thumbs_to_scores(rated([1, 0, -1], [1, 2, 3]), RATING)
+    scored = thumbs_to_scores(rated(["up", "up", "down", "up"], [1, 1, 1, 2]), RATING)
     assert rows_of(scored, "score", "num_ratings") == [("p", png(1), pytest.approx(2 / 3), 3), ("p", png(2), 1, 1)]
 
 

@@ -148,7 +148,7 @@ def test_the_oracle_falls_back_to_the_pooled_threshold_for_single_and_equal_samp
 
 
 def test_an_oracle_without_two_samples_of_a_prompt_says_so():
-    with pytest.raises(ThresholdError, match="several samples a prompt"):
+    with pytest.raises(ThresholdError, match="several samples per prompt"):
         estimate_oracle_thresholds([1.0, 2.0, 3.0], np.arange(3))
 
 

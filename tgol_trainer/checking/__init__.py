@@ -1,1 +1,1 @@
-"""Check a dataset before a model is loaded: bad rows, duplicates, long prompts, sizes."""
+"""Check a dataset before training: bad rows, duplicates, long prompts, sizes. No weights are loaded."""

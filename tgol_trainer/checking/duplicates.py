@@ -1,4 +1,4 @@
-"""Which images of a dataset are the same, or nearly: a perceptual mark of each, and groups of close marks."""
+"""Find images that look nearly the same: compute a perceptual hash (mark) of each and group close marks."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-MARK_BYTES = 35
-"""Bytes of a mark: 256 bits of gradients, and the mean colour."""
-
-DEFAULT_DISTANCE = 6
-"""Bits of 256 that may differ between near duplicates; docs/checking.md has what was measured."""
-
+MARK_BYTES = 35  # 256 bits of gradients, and the mean colour
+DEFAULT_DISTANCE = 6  # bits of 256 that may differ between near duplicates; docs/checking.md has what was measured
 _GRADIENT_BYTES = 32
 _SIDE = 9
-_MARGIN = 2.0
-"""Grey levels (of 255) below which neighbours count as equal: what lossy encoding does to a flat area."""
+_MARGIN = 2.0  # grey levels of 255; neighbours that differ by less are equal, as a flat area is after lossy encoding
 _COLOUR_TOLERANCE = 12
 _FEWEST_BANDS = 8
-# Bits of one band lie all over the image, so that a white sky or a plain background fills no band with zeros.
+# The bits of a band lie all over the image: a white sky or a plain background cannot fill a band with zeros.
 _SHUFFLED = np.random.default_rng(0).permutation(8 * _GRADIENT_BYTES)
 
 
 def image_mark(image: Image.Image) -> bytes:
     """
-    Return a short mark that survives resizing and lossy encoding, but no crop, turn or mirroring.
+    Return a short mark that survives resizing and lossy encoding, but not cropping, turning or mirroring.
 
     It is the difference hash (dHash) in both directions on a 9 by 9 thumbnail: one bit where brightness rises to the
-    next pixel by more than 2 grey levels, one where it falls; and the mean colour, which such hashes do not see.
+    next pixel by more than 2 grey levels, and one bit where it falls. The mean colour, which such hashes do not see,
+    follows.
 
     Args:
         image (`PIL.Image.Image`):
@@ -48,8 +44,8 @@ def group_marks(marks: np.ndarray, max_distance: int = DEFAULT_DISTANCE) -> np.n
     """
     Join marks that differ in few bits and have nearly the same mean colour; joining is transitive.
 
-    Of one band more than the bits that may differ, two such marks agree in at least one, so only marks that share a
-    band are compared. Time grows with the number of such pairs, not with the square of the number of marks.
+    The bits are cut into more bands than bits may differ, so two such marks agree in at least one band, and only marks
+    that share a band are compared. Time grows with the number of such pairs, not with the square of the marks.
 
     Args:
         marks (`numpy.ndarray`):
@@ -58,7 +54,7 @@ def group_marks(marks: np.ndarray, max_distance: int = DEFAULT_DISTANCE) -> np.n
             Bits of 256 that may differ, 0 to 31.
 
     Returns:
-        `numpy.ndarray`: (N,) int64, a number a mark; equal numbers are one group.
+        `numpy.ndarray`: (N,) int64, one number per mark; equal numbers are one group.
 
     Raises:
         ValueError: for a distance outside 0 to 31.
@@ -67,7 +63,7 @@ def group_marks(marks: np.ndarray, max_distance: int = DEFAULT_DISTANCE) -> np.n
         raise ValueError(f"`max_distance` must lie between 0 and 31, got {max_distance}.")
     if not len(marks):
         return np.zeros(0, dtype=np.int64)
-    # Copies in great number, such as the blank image of a failed generation, are one mark from here on.
+    # Many equal marks, such as those of the blank images of failed generations, are one mark from here on.
     unique, inverse = np.unique(marks, axis=0, return_inverse=True)
     groups = np.arange(len(unique))
     colours = unique[:, _GRADIENT_BYTES:].astype(np.int16)
@@ -81,7 +77,7 @@ def group_marks(marks: np.ndarray, max_distance: int = DEFAULT_DISTANCE) -> np.n
 
 
 def _sharing_a_band(gradients: np.ndarray, num_bands: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield arrays of pairs of rows whose bits agree in a band; sorted by it, they are neighbours."""
+    """Yield two arrays at a time, pairs of rows whose bits agree in a band; sorted by the band they are neighbours."""
     for places in np.array_split(_SHUFFLED, num_bands):
         bits = gradients[:, places // 8] >> (7 - places % 8).astype(np.uint8) & 1
         packed = np.packbits(bits, axis=1)  # at most 32 bits
@@ -99,7 +95,7 @@ def _sharing_a_band(gradients: np.ndarray, num_bands: int) -> Iterator[tuple[np.
 
 
 def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Give the two sides of each pair, and all they were joined with, one number; in place."""
+    """Overwrite `groups`: the two sides of each pair, and all they were joined with, get one number."""
     while True:
         one, other = groups[left], groups[right]
         apart = one != other

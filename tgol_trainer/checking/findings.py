@@ -1,12 +1,13 @@
-"""What is wrong with a dataset, what may be, and what is good to know, before a model is loaded."""
+"""Check a dataset before training: list problems that training refuses, warnings and notes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -17,9 +18,10 @@ from tgol_trainer.data.rows import CAUSES, Columns
 from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold
 
 from .duplicates import DEFAULT_DISTANCE, group_marks
-from .survey import CountLongPrompts, Survey, survey_rows
+from .limits import ModelLimits
+from .survey import Survey, survey_rows
 
-DEFAULT_RESOLUTION = (512, 512)
+_DEFAULT_RESOLUTION = (512, 512)
 _SHOWN = 5
 _CROPPED_SHARE_LIMIT = 0.1  # as in training
 _EXTREME_CROP = 0.5
@@ -30,11 +32,11 @@ Level = Literal["problem", "warning", "note"]
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """
-    One thing found.
+    One thing that a check found.
 
     Args:
         check (`str`):
-            Its name, always the same; docs/checking.md lists them.
+            Name of the check; docs/checking.md lists them.
         level (`str`):
             `"problem"`: training refuses the data. `"warning"`: it trains, probably not as meant. `"note"`: good to
             know.
@@ -43,7 +45,7 @@ class Finding:
         text (`str`):
             What was found, for people.
         rows (`list[int]`):
-            Numbers of the rows, from 0: all of them for problems, the first for others.
+            Numbers of the rows, from 0: all of them for bad rows, the first for others.
         remedy (`str`):
             What to change, code or advice; may be empty.
     """
@@ -59,7 +61,7 @@ class Finding:
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """
-    Everything found in a dataset.
+    Everything that was found in a dataset.
 
     Args:
         name (`str`):
@@ -71,7 +73,7 @@ class Diagnosis:
         findings (`list[Finding]`):
             Problems first, then warnings, then notes.
         facts (`dict[str, Any]`):
-            Numbers about scores, prompts, sizes, modes and duplicates; JSON-serialisable.
+            Numbers about scores, prompts, sizes, modes and duplicates; docs/checking.md lists them.
     """
 
     name: str
@@ -89,8 +91,17 @@ class Diagnosis:
         return int(bool(self.of_level("problem") or (strict and self.of_level("warning"))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as a JSON-serialisable dictionary."""
-        return dataclasses.asdict(self)
+        """Return everything for JSON; infinite numbers, which come of scores beyond 1e150, are `None`."""
+        plain: dict[str, Any] = _without_infinities(dataclasses.asdict(self))
+        return plain
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def diagnose(
@@ -98,31 +109,26 @@ def diagnose(
     columns: Columns,
     *,
     score_columns: Sequence[str] | None = None,
+    limits: ModelLimits | None = None,
     name: str = "dataset",
-    resolution: tuple[int, int] | None = None,
-    count_long_prompts: CountLongPrompts | None = None,
     num_proc: int = 1,
     max_distance: int = DEFAULT_DISTANCE,
     progress: bool = True,
 ) -> Diagnosis:
     """
-    Read a dataset once and say what training would refuse, by the checks that training uses, and what it would not.
+    Read a dataset once, apply the checks of training to every row, and look for what training does not check.
 
     Args:
         dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            With one prompt, image or video, and score a row.
+            One prompt, image or video, and score per row.
         columns ([`Columns`]):
             Their names.
         score_columns (`Sequence[str]`, *optional*):
-            Several columns of scores, as in [`TGOLConfig`], in place of that of `columns`.
+            Several columns of scores, as in [`TGOLConfig`], in place of the score column of `columns`.
+        limits ([`ModelLimits`], *optional*):
+            Resolution and prompt length of the model that will be trained; see [`load_limits`].
         name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call it.
-        resolution (`tuple[int, int]`, *optional*):
-            (height, width) in pixels that will be trained on. Without it sizes are compared with 512 x 512 and found
-            wanting in notes alone.
-        count_long_prompts (`Callable`, *optional*):
-            Counts prompts that the text encoder cuts, such as `ModelFamily.count_long_prompts`; without it they are
-            not counted, and a note says so.
+            What messages call the dataset.
         num_proc (`int`, *optional*, defaults to 1):
             Processes that decode.
         max_distance (`int`, *optional*, defaults to 6):
@@ -133,6 +139,7 @@ def diagnose(
     Returns:
         [`Diagnosis`]
     """
+    limits = limits or ModelLimits()
     try:
         check_columns(dataset, columns, name, scored=not score_columns)
         if score_columns:
@@ -142,7 +149,7 @@ def diagnose(
             columns,
             score_columns=score_columns,
             name=name,
-            count_long_prompts=count_long_prompts,
+            count_long_prompts=limits.count_long_prompts,
             num_proc=num_proc,
             progress=progress,
         )
@@ -152,19 +159,27 @@ def diagnose(
     findings, facts = _bad_rows(survey), {}
     if not survey.num_rows:
         findings.append(Finding("rows", "problem", 0, "There are no rows. Check the split and the filters."))
-    elif not len(survey.rows):
+    elif not len(survey.table):
         findings.append(Finding("rows", "problem", survey.num_rows, "No row can be used."))
     else:
         findings += _classes(survey, dataset.features)
         thresholds, about_scores, facts["scores"] = _scores(survey)
-        about_prompts, facts["prompts"] = _prompts(survey, count_long_prompts is not None)
-        about_sizes, facts["sizes"] = _sizes(survey, resolution)
+        about_prompts, facts["prompts"] = _prompts(survey, counted=limits.count_long_prompts is not None)
+        about_sizes, facts["sizes"] = _sizes(survey, limits.resolution)
         about_copies, facts["duplicates"] = _duplicates(survey, thresholds, max_distance)
         findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
-        facts["modes"] = dict(survey.modes.most_common())
-    order = {"problem": 0, "warning": 1, "note": 2}
-    findings.sort(key=lambda finding: order[finding.level])
-    return Diagnosis(name, survey.num_rows, len(survey.rows), findings, facts)
+        facts["modes"] = dict(_count_modes(survey).most_common())
+    findings.sort(key=lambda finding: get_args(Level).index(finding.level))
+    return Diagnosis(name, survey.num_rows, len(survey.table), findings, facts)
+
+
+def _first(items: Iterable[str], total: int, separator: str = ", ") -> str:
+    """Join the first few of `total` items; dots stand for the others."""
+    return separator.join([*islice(items, _SHOWN), *(["..."] if total > _SHOWN else [])])
+
+
+def _numbered(rows: list[int], count: int) -> str:
+    return f"row{'s' if count > 1 else ''} {_first(map(str, rows), count)}"
 
 
 def _bad_rows(survey: Survey) -> list[Finding]:
@@ -172,9 +187,8 @@ def _bad_rows(survey: Survey) -> list[Finding]:
     for cause, (role, _) in CAUSES.items():
         for column in survey.score_columns if role == "score" else [getattr(survey.columns, role)]:
             if (cause, column) in survey.bad_rows:
-                rows, examples = survey.bad_rows[cause, column].tolist(), survey.bad.examples(cause, column)
-                more = ", ..." if len(rows) > len(examples) else ""
-                text = f"column {column!r}, {', '.join(examples)}{more}"
+                rows = survey.bad_rows[cause, column]
+                text = f"column {column!r}, {_first(survey.bad.examples(cause, column), len(rows))}"
                 findings.append(Finding(cause, "problem", len(rows), text, rows, survey.bad.remedy(cause, column)))
     return findings
 
@@ -184,22 +198,25 @@ def _classes(survey: Survey, features: datasets.Features | None) -> list[Finding
     for column in survey.score_columns:
         feature = (features or {}).get(column)
         if isinstance(feature, datasets.ClassLabel):
-            first, last = feature.names[0], feature.names[-1]
             text = (
-                f"column {column!r} holds classes; their numbers are used as scores, from 0 for {first!r} to "
-                f"{len(feature.names) - 1} for {last!r}."
+                f"column {column!r} holds classes; their numbers are used as scores, from 0 for {feature.names[0]!r} "
+                f"to {len(feature.names) - 1} for {feature.names[-1]!r}."
             )
             remedy = "If that order is not from worst to best, store numbers instead."
-            findings.append(Finding("classes as scores", "warning", len(survey.rows), text, remedy=remedy))
+            findings.append(Finding("classes as scores", "warning", len(survey.table), text, remedy=remedy))
     return findings
 
 
 def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict[str, Any]]:
-    """Return the threshold of each column, `None` where all of its scores are equal, findings, and facts by column."""
+    """Return the threshold of each column (`None` if all of its scores are equal), findings, and facts by column."""
     thresholds: list[Threshold | None] = []
     findings, facts = [], {}
-    for column, scores in zip(survey.score_columns, survey.scores.T, strict=True):
-        facts[column], threshold = _score_facts(scores), None
+    for column, scores in zip(survey.score_columns, survey.table["scores"].T, strict=True):
+        values = np.unique(scores)
+        found: dict[str, Any] = {"min": float(values[0]), "max": float(values[-1]), "num_distinct": len(values)}
+        with np.errstate(over="ignore"):  # of scores beyond 1e150
+            found |= {"mean": float(scores.mean()), "median": float(np.median(scores)), "std": float(scores.std())}
+        facts[column], threshold = found, None
         try:
             threshold = estimate_threshold(scores)
         except ThresholdError as error:
@@ -207,8 +224,8 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
         thresholds.append(threshold)
         if threshold is None:
             continue
-        facts[column] |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
-        facts[column]["num_negative"] = threshold.num_negative
+        found |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
+        found["num_negative"] = threshold.num_negative
         if threshold.moved_from is not None:
             text = (
                 f"column {column!r}: the median score equals the smallest, {threshold.moved_from:g}; training moves "
@@ -219,41 +236,36 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
     return thresholds, findings, facts
 
 
-def _score_facts(scores: np.ndarray) -> dict[str, Any]:
-    values = np.unique(scores)
-    facts: dict[str, Any] = {"min": float(values[0]), "max": float(values[-1]), "num_distinct": len(values)}
-    with np.errstate(over="ignore"):  # of scores beyond 1e150
-        facts |= {"mean": float(scores.mean()), "median": float(np.median(scores)), "std": float(scores.std())}
-    return facts
-
-
-def _prompts(survey: Survey, counted: bool) -> tuple[list[Finding], dict[str, Any]]:
-    most = int(np.bincount(survey.prompt_ids).max())
-    facts: dict[str, Any] = {"num_distinct": survey.num_prompts, "most_rows_of_one": most}
-    facts |= {"token_limit": survey.token_limit, "num_too_long": survey.num_long_prompts if counted else None}
+def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str, Any]]:
+    number = survey.num_long_prompts
+    facts = {
+        "num_distinct": survey.num_prompts,
+        "most_rows_of_one": int(np.bincount(survey.table["prompt"]).max()),
+        "token_limit": survey.token_limit,
+        "num_too_long": number if counted else None,
+    }
     if not counted:
         text = (
-            "not checked against the limit of the text encoder: no model was named, and no CLIP "
-            "tokenizer is on this machine."
+            "not checked against the limit of the text encoder: no model was named, and no CLIP tokenizer is on this "
+            "machine."
         )
-        return [Finding("prompt length", "note", 0, text, remedy="--model_name_or_path names the model.")], facts
-    if not survey.num_long_prompts:
+        remedy = "Name the model with --model_name_or_path."
+        return [Finding("prompt length", "note", 0, text, remedy=remedy)], facts
+    if not number:
         return [], facts
     text = (
-        f"the text encoder takes {survey.token_limit} tokens and does not see the end of {survey.num_long_prompts} of "
+        f"the text encoder takes {survey.token_limit} tokens and does not see the end of {number} of "
         f"{survey.num_prompts} prompts: "
-        + ", ".join(f"row {row}: {prompt}" for row, prompt in survey.long_prompts.items())
     )
-    text += ", ..." if survey.num_long_prompts > len(survey.long_prompts) else ""
+    text += _first((f"row {row}: {prompt}" for row, prompt in survey.long_prompts.items()), number)
     remedy = "Shorten them, with what matters first."
-    rows = list(survey.long_prompts)
-    return [Finding("prompt length", "warning", survey.num_long_prompts, text, rows, remedy)], facts
+    return [Finding("prompt length", "warning", number, text, list(survey.long_prompts), remedy)], facts
 
 
 def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:
-    medium, rows, sizes = survey.columns.medium, survey.rows, survey.sizes
+    medium, rows, sizes = survey.columns.medium, survey.table["row"], survey.table["size"]
     level: Level = "note" if resolution is None else "warning"
-    height, width = resolution or DEFAULT_RESOLUTION
+    height, width = resolution or _DEFAULT_RESOLUTION
     different, inverse, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
     shares = np.array([cropped_share(int(w), int(h), (height, width)) for w, h in different])
     common = sorted(zip(counts.tolist(), different.tolist(), strict=True), reverse=True)[:_SHOWN]
@@ -271,83 +283,86 @@ def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Fin
         "mean_cropped_share": mean,
         "num_extreme_crops": int(extreme.sum()),
     }
+
+    def finding(check: str, chosen: np.ndarray, text: str, remedy: str) -> Finding:
+        examples = (f"row {rows[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in chosen)
+        text += _first(examples, chosen.size)
+        return Finding(check, level, chosen.size, text, rows[chosen[:_SHOWN]].tolist(), remedy)
+
     findings, target = [], f"{width}x{height} (width x height{', assumed' if resolution is None else ''})"
     if small.any():
-        worst = np.flatnonzero(small)[np.argsort(sizes[small].min(axis=1), kind="stable")]
+        smallest = np.flatnonzero(small)[np.argsort(sizes[small].min(axis=1), kind="stable")]
         text = (
             f"smaller than {target}, so that training enlarges and blurs them: {small.sum()} of {len(sizes)} "
             f"{medium}s, {tiny.sum()} of them by more than a factor of 2. The smallest: "
-            f"{_with_sizes(rows, sizes, worst)}"
         )
         remedy = "Leave them out, or lower `resolution`."
         if resolution is None:
-            remedy = "What is trained on is named by --model_name_or_path, or by --resolution."
-        findings.append(Finding("small", level, int(small.sum()), text, rows[worst[:_SHOWN]].tolist(), remedy))
+            remedy = "Name the model with --model_name_or_path, or its size with --resolution."
+        findings.append(finding("small", smallest, text, remedy))
     if mean > _CROPPED_SHARE_LIMIT:
         text = f"the centre crop to {target} cuts away {100 * mean:.0f} % of the {medium} area on average."
         remedy = f"Set `resolution` to the shape of most {medium}s, or crop and score them yourself."
         findings.append(Finding("crop", level, len(sizes), text, remedy=remedy))
     if extreme.any():
-        cut = np.flatnonzero(extreme)
         text = (
-            f"the centre crop to {target} cuts away more than half of the area of {cut.size} of {len(sizes)} "
-            f"{medium}s: {_with_sizes(rows, sizes, cut)}"
+            f"the centre crop to {target} cuts away more than half of the area of {extreme.sum()} of {len(sizes)} "
+            f"{medium}s: "
         )
         remedy = "Training sees a part of what was scored: leave them out, or crop and score them yourself."
-        findings.append(Finding("extreme crop", level, cut.size, text, rows[cut[:_SHOWN]].tolist(), remedy))
+        findings.append(finding("extreme crop", np.flatnonzero(extreme), text, remedy))
     return findings, facts
 
 
-def _with_sizes(rows: np.ndarray, sizes: np.ndarray, chosen: np.ndarray) -> str:
-    shown = ", ".join(f"row {rows[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in chosen[:_SHOWN])
-    return shown + (", ..." if len(chosen) > _SHOWN else "")
+def _count_modes(survey: Survey) -> Counter[str]:
+    return Counter(survey.table["mode"].astype(str).tolist())
 
 
 def _modes(survey: Survey) -> list[Finding]:
-    other = Counter({mode: count for mode, count in survey.modes.items() if mode not in ("RGB", "unknown")})
+    modes = _count_modes(survey)
+    other = {mode: count for mode, count in modes.most_common() if mode not in ("RGB", "unknown")}
     if not other:
         return []
-    total, rows = survey.modes.total(), {mode: survey.mode_rows[mode] for mode in other}
-    shares = ", ".join(
-        f"{mode} {100 * n / total:.3g} % ({_numbered(rows[mode], n)})" for mode, n in other.most_common()
+    rows = {mode: survey.table["row"][survey.table["mode"] == mode.encode()][:_SHOWN].tolist() for mode in other}
+    shares = (f"{mode} {100 * n / modes.total():.3g} % ({_numbered(rows[mode], n)})" for mode, n in other.items())
+    text = (
+        f"images that are not RGB: {', '.join(shares)}. Transparency is laid over white, grey becomes three equal "
+        "channels."
     )
-    text = f"images that are not RGB: {shares}. Transparency is laid over white, grey becomes three equal channels."
-    return [Finding("colour mode", "note", other.total(), text, sorted(chain(*rows.values())))]
+    return [Finding("colour mode", "note", sum(other.values()), text, sorted(chain(*rows.values())))]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Copies:
-    """Groups of rows that count as one image with one prompt: where the rows of each stand, what its scores do."""
+    """Groups of rows that show one image with one prompt."""
 
-    order: np.ndarray
-    starts: np.ndarray
+    order: np.ndarray  # rows sorted by group
+    starts: np.ndarray  # of each group in that order
     lengths: np.ndarray
-    different: np.ndarray
-    opposite: np.ndarray
+    different: np.ndarray  # bool: a group's scores differ
+    opposite: np.ndarray  # bool: they lie on both sides of the threshold
 
     def first(self, chosen: np.ndarray) -> list[np.ndarray]:
-        """Return the rows of the first groups of a choice; one more than is shown, where there are as many."""
+        """Return the rows of the first chosen groups, of one group more than is shown if there are as many."""
         return [
             self.order[self.starts[index] : self.starts[index] + self.lengths[index]]
             for index in np.flatnonzero(chosen)[: _SHOWN + 1]
         ]
 
     def facts(self) -> dict[str, int]:
-        sizes = {"groups": len(self.starts), "rows": int(self.lengths.sum())}
-        return {**sizes, "different_scores": int(self.different.sum()), "opposite_labels": int(self.opposite.sum())}
+        return {
+            "groups": len(self.starts),
+            "rows": int(self.lengths.sum()),
+            "different_scores": int(self.different.sum()),
+            "opposite_labels": int(self.opposite.sum()),
+        }
 
 
-def _two_labels(scores: np.ndarray, thresholds: list[Threshold | None]) -> list[bool]:
-    """Say of each column whether the scores (n, K) of a group lie on both sides of its threshold."""
-    sides = zip(scores.T, thresholds, strict=True)
-    return [bool(t is not None and (column >= t.value).any() and (column < t.value).any()) for column, t in sides]
-
-
-def _copies(
+def _group_copies(
     images: np.ndarray, survey: Survey, thresholds: list[Threshold | None], pixels: np.ndarray | None = None
 ) -> _Copies:
     """Group rows by image and prompt; with `pixels`, only groups of different pixels count."""
-    prompts = survey.prompt_ids
+    prompts = survey.table["prompt"]
     order = np.lexsort((prompts, images))
     new = (np.diff(images[order]) != 0) | (np.diff(prompts[order]) != 0)
     starts = np.concatenate([[0], np.flatnonzero(new) + 1])
@@ -355,21 +370,30 @@ def _copies(
     counts = lengths > 1
     if pixels is not None:
         counts &= np.maximum.reduceat(pixels[order], starts) > np.minimum.reduceat(pixels[order], starts)
-    scores = survey.scores[order]
+    scores = survey.table["scores"][order]
     low, high = np.minimum.reduceat(scores, starts), np.maximum.reduceat(scores, starts)
-    values = np.array([np.nan if threshold is None else threshold.value for threshold in thresholds])
-    different, opposite = np.any(high > low, axis=1), np.any((low < values) & (high >= values), axis=1)
+    different, opposite = np.any(high > low, axis=1), np.any(_opposite(low, high, thresholds), axis=1)
     return _Copies(order, starts[counts], lengths[counts], different[counts], opposite[counts])
+
+
+def _opposite(low: np.ndarray, high: np.ndarray, thresholds: list[Threshold | None]) -> np.ndarray:
+    """Return for each of K columns whether its threshold lies between its lowest and highest score (..., K)."""
+    values = np.array([np.nan if threshold is None else threshold.value for threshold in thresholds])
+    return np.asarray((low < values) & (high >= values))
 
 
 def _duplicates(
     survey: Survey, thresholds: list[Threshold | None], max_distance: int
 ) -> tuple[list[Finding], dict[str, Any]]:
-    medium, findings = survey.columns.medium, []
-    pixels = np.unique(survey.digests, axis=0, return_inverse=True)[1].reshape(-1)
-    exact = _copies(pixels, survey, thresholds)
-    counts: dict[str, int] = exact.facts()
-    facts: dict[str, Any] = {"exact": counts}
+    medium, table, findings = survey.columns.medium, survey.table, []
+
+    def add(check: str, level: Level, count: int, text: str, groups: list[np.ndarray], remedy: str = "") -> None:
+        rows = [int(row) for group in groups[:_SHOWN] for row in np.sort(table["row"][group])]
+        findings.append(Finding(check, level, count, text, rows, remedy))
+
+    pixels = np.unique(table["digest"], axis=0, return_inverse=True)[1].reshape(-1)
+    exact = _group_copies(pixels, survey, thresholds)
+    counts = exact.facts()
     if counts["different_scores"]:
         shown = exact.first(exact.opposite if counts["opposite_labels"] else exact.different)
         text = (
@@ -377,27 +401,24 @@ def _duplicates(
             f"{counts['different_scores']} groups they lie on both sides of the threshold: "
             f"{_with_scores(survey, shown, thresholds)}"
         )
-        remedy = "Give each one score; `tgol convert ratings` makes one row an image with the mean."
-        rows = _first_rows(survey, exact.first(exact.different))
-        name = "duplicates with different scores"
-        findings.append(Finding(name, "warning", counts["different_scores"], text, rows, remedy))
+        remedy = "Give each one score; `tgol convert ratings` makes one row per image with the mean."
+        name, number = "duplicates with different scores", counts["different_scores"]
+        add(name, "warning", number, text, exact.first(exact.different), remedy)
     num_same = counts["groups"] - counts["different_scores"]
     if num_same:
         same = exact.first(~exact.different)
         text = f"the same {medium} with the same prompt and score, several times; each counts as often: "
-        findings.append(
-            Finding("duplicates", "note", num_same, text + _listed(survey, same), _first_rows(survey, same))
-        )
-    pairs = np.unique(np.stack([pixels, survey.prompt_ids], axis=1), axis=0)
+        add("duplicates", "note", num_same, text + _listed(survey, same), same)
+    pairs = np.unique(np.stack([pixels, table["prompt"]], axis=1), axis=0)
     shared = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
-    facts["several_prompts"] = len(shared)
+    facts: dict[str, Any] = {"exact": counts, "several_prompts": len(shared)}
     if shared.size:
         groups = [np.flatnonzero(pixels == image) for image in shared[: _SHOWN + 1]]
         text = f"the same {medium} with more than one prompt: {_listed(survey, groups)}"
-        findings.append(Finding("several prompts", "note", len(shared), text, _first_rows(survey, groups)))
-    if survey.marks is None:
+        add("several prompts", "note", len(shared), text, groups)
+    if survey.columns.video is not None:
         return findings, facts
-    near = _copies(group_marks(survey.marks, max_distance), survey, thresholds, pixels)
+    near = _group_copies(group_marks(table["mark"], max_distance), survey, thresholds, pixels)
     counts = near.facts()
     facts["near"] = {"max_distance": max_distance, **counts}
     if counts["groups"]:
@@ -409,36 +430,26 @@ def _duplicates(
         )
         remedy = "Look at them: one image saved twice needs one score, different images may stay."
         level: Level = "warning" if counts["opposite_labels"] else "note"
-        rows = _first_rows(survey, shown)
-        findings.append(Finding("near duplicates", level, counts["groups"], text, rows, remedy))
+        add("near duplicates", level, counts["groups"], text, shown, remedy)
     return findings, facts
 
 
 def _with_scores(survey: Survey, groups: list[np.ndarray], thresholds: list[Threshold | None]) -> str:
-    """Name of each group the rows with the lowest and the highest score, in the column that says most against them."""
-    rows, scores, shown = survey.rows, survey.scores, []
+    """Name the rows of the lowest and the highest score of each group, in its column that differs most clearly."""
+    rows, scores, shown = survey.table["row"], survey.table["scores"], []
     for group in groups[:_SHOWN]:
-        found = scores[group]
-        strength = np.sign(np.ptp(found, axis=0)) + _two_labels(found, thresholds)
-        column = int(np.argmax(strength))
-        ends = sorted({int(group[np.argmin(found[:, column])]), int(group[np.argmax(found[:, column])])})
+        low, high = scores[group].min(axis=0), scores[group].max(axis=0)
+        column = int(np.argmax((high > low).astype(int) + _opposite(low, high, thresholds)))
+        found = scores[group, column]
+        ends = sorted({int(group[np.argmin(found)]), int(group[np.argmax(found)])})
         ends = ends if len(ends) > 1 else sorted(group[:2].tolist())
         name = "scores" if len(thresholds) == 1 else survey.score_columns[column]
         values = " and ".join(f"{scores[i, column]:g}" for i in ends)
         shown.append(f"rows {' and '.join(str(rows[i]) for i in ends)} ({name} {values})")
-    return ", ".join(shown) + (", ..." if len(groups) > _SHOWN else "")
+    return _first(shown, len(groups))
 
 
 def _listed(survey: Survey, groups: list[np.ndarray]) -> str:
-    """Name the first groups by their rows, of each a few."""
-    shown = [_numbered(np.sort(survey.rows[group]).tolist(), len(group)) for group in groups[:_SHOWN]]
-    return "; ".join(shown) + ("; ..." if len(groups) > _SHOWN else "")
-
-
-def _numbered(rows: list[int], count: int) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if count > _SHOWN else "")
-    return f"row{'s' if count > 1 else ''} {shown}"
-
-
-def _first_rows(survey: Survey, groups: list[np.ndarray]) -> list[int]:
-    return [int(row) for group in groups[:_SHOWN] for row in np.sort(survey.rows[group])]
+    """Name the first groups by the first rows of each."""
+    shown = (_numbered(np.sort(survey.table["row"][group]).tolist(), len(group)) for group in groups)
+    return _first(shown, len(groups), "; ")

@@ -1,4 +1,4 @@
-"""What the converters share: naming an image by its content, and one row per image without decoding or copying it."""
+"""Read the rows of a source without decoding images, tell images apart, and make one row per image."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import hashlib
 import logging
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -24,136 +23,132 @@ from tgol_trainer.sources.loading import absolute_path
 
 logger = logging.getLogger(__name__)
 
-PROMPT_COLUMNS = ("prompt", "caption", "text")
 _SHOWN_ROWS = 5
 _BATCH_SIZE = 64  # rows whose images are in memory at once
-_FILE_TYPES = ("string", "large_string", "binary", "large_binary")
+_TEXT_TYPES, _BINARY_TYPES = ("string", "large_string"), ("binary", "large_binary")
+
+Problem = tuple[str, Any]
+"""Why a row cannot be used, and the value to show."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """
+    A dataset to convert; see [`pairs_to_scores`] for its fields. Messages call it by `name`.
+
+    Raises:
+        DataError: for another class, a stream, an empty dataset, or an unknown `on_bad_sample`.
+    """
+
+    dataset: datasets.Dataset
+    image_root: str | Path | None = None
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    name: str = "dataset"
+
+    def __post_init__(self) -> None:
+        check_class(self.dataset, self.name)
+        if not isinstance(self.dataset, datasets.Dataset):
+            raise DataError(f"{self.name}: it is a stream, but every row is read twice. Load it without `streaming`.")
+        if not len(self.dataset):
+            raise DataError(f"{self.name}: it has no rows. Check its split and the filters applied to it.")
+        if self.on_bad_sample not in ("raise", "skip"):
+            raise DataError(f"`on_bad_sample`: got {self.on_bad_sample!r}; it must be 'raise' or 'skip'.")
+
+    def column(self, given: str | None, option: str, known: Sequence[str] = ()) -> str:
+        """Return the given column, or without one the first known column; `option` is the command's, for the error."""
+        present = self.dataset.column_names
+        found = next((column for column in ([given] if given is not None else known) if column in present), None)
+        if found is None:
+            wanted = repr(given) if given is not None else f"named {', '.join(known)}"
+            raise DataError(
+                f"{self.name}: no column {wanted}; the columns are {present}. Name the right one with `--{option}` "
+                "(in Python, in `columns`)."
+            )
+        return found
+
+    def undecoded(self, images: Sequence[str], others: Sequence[str]) -> datasets.Dataset:
+        """Return these columns of images, as undecoded files, and these other columns; refuse what is not an image."""
+        twice = set(images) & set(others)
+        if twice:
+            raise DataError(f"{self.name}: column {min(twice)!r} is named for images and for something else too.")
+        dataset = self.dataset.with_format(None).select_columns(list(dict.fromkeys([*images, *others])))
+        for column in images:
+            feature = dataset.features[column]
+            dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+            is_file = isinstance(feature, datasets.Image) or dtype in _TEXT_TYPES + _BINARY_TYPES
+            if not is_file and not (isinstance(feature, dict) and {"bytes", "path"} & set(feature)):
+                raise DataError(
+                    f"{self.name}: column {column!r} must hold images, paths or encoded bytes, its type is {feature}. "
+                    f'Convert it first: dataset = dataset.cast_column("{column}", datasets.Image())'
+                )
+            if dtype in _TEXT_TYPES and self.image_root is not None:
+                paths = [absolute_path(path, self.image_root) for path in dataset[column]]
+                dataset = dataset.remove_columns(column).add_column(column, paths, feature=datasets.Value("string"))
+            dataset = dataset.cast_column(column, datasets.Image())
+        return dataset
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """
-    A converted dataset and what went into it.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            One row per image.
-        num_rows (`int`):
-            Rows of the source.
-        num_used (`int`):
-            Comparisons or ratings that count.
-        num_ties (`int`):
-            Comparisons without a winner.
-        dropped (`dict[str, int]`):
-            Cause to number of rows left out.
-    """
+    """A converted dataset with one row per image, and its counts."""
 
     dataset: datasets.Dataset
-    num_rows: int
-    num_used: int
-    num_ties: int
-    dropped: dict[str, int]
+    num_rows: int  # rows of the source
+    num_used: int  # comparisons or ratings that count
+    num_ties: int  # comparisons without a winner
+    num_dropped: int  # rows left out
 
 
-class Dropped:
-    """Counts the rows that cannot be used by cause, and keeps the first few of each."""
+class SourceRow(NamedTuple):
+    """One row of a source: its cells other than images, and a key per image that is equal for equal images."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
-
-    def add(self, cause: str, row: int, value: Any) -> None:
-        """
-        Take in one row.
-
-        Args:
-            cause (`str`):
-                Why it cannot be used.
-            row (`int`):
-                Its number, from 0.
-            value (`Any`):
-                What it holds.
-        """
-        self.counts[cause] += 1
-        shown = self._examples.setdefault(cause, [])
-        if len(shown) < _SHOWN_ROWS:
-            shown.append(f"row {row}: {describe(value)}")
-
-    def settle(self, name: str, num_rows: int, on_bad_sample: Literal["raise", "skip"]) -> None:
-        """
-        Raise or warn, if there are any.
-
-        Args:
-            name (`str`):
-                The argument that the dataset was given as.
-            num_rows (`int`):
-                Rows looked at.
-            on_bad_sample (`str`):
-                `"raise"` or `"skip"`.
-
-        Raises:
-            DataError: for any such row under `"raise"`, or if no other is left.
-        """
-        total = sum(self.counts.values())
-        if not total:
-            return
-        lines = [f"{name}: {total} of {num_rows} rows cannot be used (rows are counted from 0)."]
-        for cause, count in self.counts.items():
-            more = ", ..." if count > _SHOWN_ROWS else ""
-            lines.append(f"  {cause}: {count} ({', '.join(self._examples[cause])}{more})")
-        if total == num_rows:
-            raise DataError("\n".join([*lines, "No row is left. Check the names of the columns and their values."]))
-        if on_bad_sample == "raise":
-            remedy = "Mend these rows, or leave them out: on_bad_sample='skip' (`--on_bad_sample skip`)."
-            raise DataError("\n".join([*lines, remedy]))
-        logger.warning("\n".join([*lines, "They are left out."]))
+    number: int
+    cells: dict[str, Any]
+    keys: list[bytes]
+    prompt_problem: Problem | None
+    image_problem: Problem | None
 
 
-class ImageIndex:
-    """Numbers the images of a dataset in the order they come, the same image with the same prompt once."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
-        self._prompts: dict[bytes, int] = {}
-        self.rows, self.sides, self.prompts = array("q"), array("b"), array("q")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, prompt: str, key: bytes, row: int, side: int) -> int:
-        """
-        Return the number of an image, a new one if it was not seen with this prompt.
-
-        Args:
-            prompt (`str`):
-                Its prompt.
-            key (`bytes`):
-                Of [`image_key`].
-            row (`int`):
-                Row of the dataset.
-            side (`int`):
-                Which of the row's image columns holds it.
-        """
-        text = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
-        number = self._numbers.setdefault(text + key, len(self.rows))
-        if number == len(self.rows):
-            self.rows.append(row)
-            self.sides.append(side)
-            self.prompts.append(self._prompts.setdefault(text, len(self._prompts)))
-        return number
-
-
-def image_key(image: pa.StructScalar, uid: Any = None) -> tuple[bytes, str | None]:
+def read_rows(
+    files: datasets.Dataset, prompt: str, images: Sequence[str], uids: Sequence[str] = ()
+) -> Iterator[SourceRow]:
     """
-    Return what tells an image from others, and why it cannot be used or `None`.
+    Yield the rows of a [`Source.undecoded`] dataset in order, with a progress bar.
 
-    Args:
-        image (`pa.StructScalar`):
-            `bytes` and `path` of a column of [`datasets.Image`].
-        uid (`Any`, *optional*):
-            The dataset's own name of it; without one, the encoded bytes decide, or the path where there are none.
+    `uids` are columns of the dataset's own ids, one per column of images. Without them the encoded bytes tell images
+    apart, or the paths where there are no bytes.
     """
-    data, path = image["bytes"] if image.is_valid else None, image["path"].as_py() if image.is_valid else None
+    number = 0
+    with tqdm(total=len(files), desc="Reading", unit=" rows", leave=False) as bar:
+        for table in files.with_format("arrow").iter(batch_size=_BATCH_SIZE):
+            columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in images}
+            for offset in range(table.num_rows):
+                cells = {name: column[offset] for name, column in columns.items()}
+                cause = prompt_problem(cells[prompt])
+                bad_prompt = None if cause is None else (cause, cells[prompt])
+                found = {name: table.column(name)[offset] for name in images}
+                keys, bad_image = _image_keys(found, [cells[uid] for uid in uids] or [None] * len(images))
+                yield SourceRow(number, cells, keys, bad_prompt, bad_image)
+                number += 1
+            bar.update(table.num_rows)
+
+
+def _image_keys(images: dict[str, pa.StructScalar], uids: list[Any]) -> tuple[list[bytes], Problem | None]:
+    """Return the keys of the images of a row, and what is wrong with the first bad one."""
+    keys: list[bytes] = []
+    problem = None
+    for (column, image), uid in zip(images.items(), uids, strict=True):
+        key, cause = _image_key(image, uid)
+        keys.append(key)
+        if cause is not None and problem is None:
+            cause = f"{cause} in {column!r}" if len(images) > 1 else cause
+            problem = cause, image["path"].as_py() if image.is_valid else None
+    return keys, problem
+
+
+def _image_key(image: pa.StructScalar, uid: Any) -> tuple[bytes, str | None]:
+    """Return a digest of what tells an image (`bytes` and `path`) apart, and why it cannot be used or `None`."""
+    data, path = (image["bytes"], image["path"].as_py()) if image.is_valid else (None, None)
     if data is not None and data.is_valid and data.as_buffer().size:
         kind, content = b"bytes", memoryview(data.as_buffer())
     elif path:
@@ -167,154 +162,82 @@ def image_key(image: pa.StructScalar, uid: Any = None) -> tuple[bytes, str | Non
     return hashlib.blake2b(content, digest_size=16, person=kind).digest(), None
 
 
-def image_path(image: pa.StructScalar) -> str | None:
-    """Return the path of an image of a column of [`datasets.Image`], to name it in a message."""
-    return image["path"].as_py() if image.is_valid else None
+class Dropped:
+    """Counts the rows that cannot be used by cause, and keeps the first few of each cause."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._found: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, row: int, problem: Problem) -> None:
+        """Count one row, numbered from 0, under its problem."""
+        cause, value = problem
+        count, shown = self._found.get(cause, (0, []))
+        shown = shown if count >= _SHOWN_ROWS else [*shown, f"row {row}: {describe(value)}"]
+        self._found[cause] = count + 1, shown
+        self.num_rows += 1
+
+    def raise_or_warn(self, source: Source) -> None:
+        """List the rows that cannot be used in an error, or in a warning if they are to be left out."""
+        if not self.num_rows:
+            return
+        total = len(source.dataset)
+        lines = [f"{source.name}: {self.num_rows} of {total} rows cannot be used (rows are counted from 0)."]
+        for cause, (count, shown) in self._found.items():
+            lines.append(f"  {cause}: {count} ({', '.join(shown)}{', ...' if count > _SHOWN_ROWS else ''})")
+        if self.num_rows == total:
+            raise DataError("\n".join([*lines, "No row is left. Check the names of the columns and their values."]))
+        if source.on_bad_sample == "raise":
+            remedy = "Mend these rows, or leave them out: on_bad_sample='skip' (`--on_bad_sample skip`)."
+            raise DataError("\n".join([*lines, remedy]))
+        logger.warning("\n".join([*lines, "They are left out."]))
 
 
-def pick(present: Sequence[str], given: str | None, known: Sequence[str], role: str, name: str) -> str:
-    """
-    Return the column of a role: the one given, or the first known one that is there.
+class ImageIndex:
+    """Numbers the different images of a source in the order they come; under another prompt an image is another."""
 
-    Args:
-        present (`Sequence[str]`):
-            The dataset's columns.
-        given (`str`, *optional*):
-            The user's.
-        known (`Sequence[str]`):
-            Usual names.
-        role (`str`):
-            Name of the argument, for the message.
-        name (`str`):
-            The argument that the dataset was given as.
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._prompts: dict[bytes, int] = {}
+        self._rows, self._sides, self._prompt_ids = array("q"), array("b"), array("q")
 
-    Raises:
-        DataError: if it is not there.
-    """
-    found = next((column for column in ([given] if given is not None else known) if column in present), None)
-    if found is None:
-        wanted = repr(given) if given is not None else f"named {', '.join(known)}"
-        raise DataError(f"{name}: no column {wanted}; the columns are {list(present)}. Name it: `{role}='...'`.")
-    return found
+    def __len__(self) -> int:
+        return len(self._rows)
 
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """(number of images,) int64, equal for images of one prompt."""
+        return np.array(self._prompt_ids, dtype=np.int64)
 
-def check_source(dataset: Any, on_bad_sample: str, name: str) -> None:
-    """
-    Check the class of a dataset and that it has rows.
+    def add(self, prompt: str, row: SourceRow, side: int = 0) -> int:
+        """Return the number of one image of a row, a new number if it was not seen with this prompt."""
+        text = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
+        number = self._numbers.setdefault(text + row.keys[side], len(self))
+        if number == len(self):
+            self._rows.append(row.number)
+            self._sides.append(side)
+            self._prompt_ids.append(self._prompts.setdefault(text, len(self._prompts)))
+        return number
 
-    Args:
-        dataset (`Any`):
-            What the user gave.
-        on_bad_sample (`str`):
-            Checked as well.
-        name (`str`):
-            The argument it was given as.
+    def one_row_per_image(
+        self, files: datasets.Dataset, prompt: str, images: Sequence[str], values: Mapping[str, np.ndarray]
+    ) -> datasets.Dataset:
+        """
+        Return one row per image in the order of the numbers, with columns of `values` added.
 
-    Raises:
-        DataError: for another class, a stream, an empty dataset, or an unknown policy.
-    """
-    check_class(dataset, name)
-    if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"{name}: it is a stream, and every row must be read twice. Load it without `streaming`.")
-    if not len(dataset):
-        raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
-    if on_bad_sample not in ("raise", "skip"):
-        raise DataError(f"`on_bad_sample`: got {on_bad_sample!r}; it must be 'raise' or 'skip'.")
-
-
-def as_files(
-    dataset: datasets.Dataset, images: Sequence[str], others: Sequence[str], root: str | Path | None, name: str
-) -> datasets.Dataset:
-    """
-    Return the named columns alone, those of images as undecoded files.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            With columns of images, paths or encoded bytes.
-        images (`Sequence[str]`):
-            The columns of images.
-        others (`Sequence[str]`):
-            The columns kept beside them.
-        root (`str` or `Path`, *optional*):
-            Folder that relative paths start from; by default the working directory.
-        name (`str`):
-            The argument it was given as.
-
-    Raises:
-        DataError: for a column of another type.
-    """
-    dataset = dataset.with_format(None).select_columns(list(dict.fromkeys([*images, *others])))
-    for column in images:
-        feature = dataset.features[column]
-        dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-        is_file = isinstance(feature, datasets.Image) or dtype in _FILE_TYPES
-        if not is_file and not (isinstance(feature, dict) and {"bytes", "path"} & set(feature)):
-            raise DataError(
-                f"{name}: column {column!r} must hold images, paths or encoded bytes, its type is {feature}. Convert "
-                f'it first: dataset = dataset.cast_column("{column}", datasets.Image())'
-            )
-        if dtype in _FILE_TYPES[:2] and root is not None:
-            paths = [absolute_path(path, root) for path in dataset[column]]
-            dataset = dataset.remove_columns(column).add_column(column, paths, feature=datasets.Value("string"))
-        dataset = dataset.cast_column(column, datasets.Image())
-    return dataset
-
-
-def batches(dataset: datasets.Dataset) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (number of the first row, rows as Arrow) in small batches, under a bar; nothing is decoded."""
-    start = 0
-    with tqdm(total=len(dataset), desc="Reading", unit=" rows", leave=False) as bar:
-        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-            yield start, table
-            start += table.num_rows
-            bar.update(table.num_rows)
-
-
-def usable_prompt(prompt: Any, row: int, dropped: Dropped) -> bool:
-    """Return whether a prompt can be used; if not, the row is counted."""
-    cause = prompt_problem(prompt)
-    if cause is not None:
-        dropped.add(cause, row, prompt)
-    return cause is None
-
-
-def one_row_per_image(
-    dataset: datasets.Dataset,
-    prompt: str,
-    images: Sequence[str],
-    index: ImageIndex,
-    values: Mapping[str, np.ndarray],
-) -> datasets.Dataset:
-    """
-    Return one row per image of an index, in its order. The rows point into `dataset`: no image is copied.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            Of [`as_files`].
-        prompt (`str`):
-            Its column of prompts.
-        images (`Sequence[str]`):
-            Its columns of images, by side.
-        index ([`ImageIndex`]):
-            The images.
-        values (`Mapping[str, np.ndarray]`):
-            Columns to add, one number an image.
-    """
-    rows, sides = np.array(index.rows, dtype=np.int64), np.array(index.sides, dtype=np.int64)
-    for side in range(len(images)):
-        here = sides == side
-        for name, numbers in values.items():
-            column = np.zeros(len(dataset), dtype=numbers.dtype)
-            column[rows[here]] = numbers[here]
-            dataset = dataset.add_column(f"{name} of side {side}", column)
-    parts, numbered = [], []
-    for side, image in enumerate(images):
-        here = np.flatnonzero(sides == side)
-        if not here.size:
-            continue
-        names = {prompt: "prompt", image: "image"} | {f"{name} of side {side}": name for name in values}
-        part = dataset.select_columns(list(names))
-        part = part.rename_columns({old: new for old, new in names.items() if old != new})
-        parts.append(part.select_columns(["prompt", "image", *values]).select(rows[here]))
-        numbered.append(here)
-    return datasets.concatenate_datasets(parts).select(np.argsort(np.concatenate(numbered)))
+        The rows point into `files`, of which `images` are the columns by side: no image is copied.
+        """
+        rows, sides = np.array(self._rows, dtype=np.int64), np.array(self._sides, dtype=np.int64)
+        parts, numbers = [], []
+        for side, image in enumerate(images):
+            here = np.flatnonzero(sides == side)
+            if not here.size:
+                continue
+            part = files.select_columns([prompt, image]).rename_columns({prompt: "prompt", image: "image"})
+            for name, found in values.items():  # added before rows are chosen: a choice would be copied
+                column = np.zeros(len(files), dtype=found.dtype)
+                column[rows[here]] = found[here]
+                part = part.add_column(name, column)
+            parts.append(part.select(rows[here]))
+            numbers.append(here)
+        return datasets.concatenate_datasets(parts).select(np.argsort(np.concatenate(numbers)))

@@ -1,7 +1,8 @@
-"""Ratings and thumbs to one row per image, scored by their mean."""
+"""Convert ratings, or thumbs up and down, to one row per image, scored by their mean."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from array import array
 from collections.abc import Callable
@@ -13,60 +14,60 @@ import numpy as np
 
 from tgol_trainer.data.rows import read_score
 
-from .base import (
-    Conversion,
-    Dropped,
-    ImageIndex,
-    as_files,
-    batches,
-    check_source,
-    image_key,
-    image_path,
-    one_row_per_image,
-    pick,
-    usable_prompt,
-)
+from .base import Conversion, Dropped, ImageIndex, Source, read_rows
 
 _UP = ("up", "thumbs up", "thumb up", "thumbsup", "like", "liked", "good", "yes", "true", "👍", "+")
 _DOWN = ("down", "thumbs down", "thumb down", "thumbsdown", "dislike", "disliked", "bad", "no", "false", "👎", "-")
 _Read = Callable[[Any], tuple[float, str | None]]
 
 
+@dataclasses.dataclass(frozen=True)
+class RatingColumns:
+    """
+    The columns of a dataset of ratings or thumbs.
+
+    Args:
+        rating (`str`):
+            Ratings: numbers or lists of numbers, higher is better. Thumbs: words (`up`, `thumbs_down`, `like`, `bad`,
+            `yes`, ...), booleans, 1 and 0, or 1 and -1, or lists of them. Where -1 occurs, 0 is no vote, and such a
+            row cannot be used.
+        image (`str`, *optional*, defaults to `"image"`):
+            Images, paths or encoded bytes.
+        prompt (`str`, *optional*, defaults to `"prompt"`):
+            Texts.
+        annotator (`str`, *optional*):
+            Who rated; lists where the ratings are lists. What one annotator gave one image counts as one rating, its
+            mean.
+        uid (`str`, *optional*):
+            Ids of the images; by default the same encoded bytes, or else path, with the same prompt are one image.
+    """
+
+    rating: str
+    image: str = "image"
+    prompt: str = "prompt"
+    annotator: str | None = None
+    uid: str | None = None
+
+
 def ratings_to_scores(
     dataset: datasets.Dataset,
+    columns: RatingColumns,
     *,
-    rating_column: str,
-    image_column: str = "image",
-    prompt_column: str = "prompt",
-    annotator_column: str | None = None,
-    uid_column: str | None = None,
     image_root: str | Path | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
-    name: str = "dataset",
 ) -> datasets.Dataset:
     """
-    Make one row per image from ratings, of which an image may have several. No image is decoded or copied.
+    Make one row per image from ratings; an image may have several. No image is decoded or copied.
 
     Args:
         dataset ([`datasets.Dataset`]):
-            One rating a row, or a list of ratings a row.
-        rating_column (`str`):
-            Column of numbers, or of lists of numbers; higher is better.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Images, paths or encoded bytes.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Texts.
-        annotator_column (`str`, *optional*):
-            Who rated; lists where the ratings are lists. What one annotator gave one image counts as one rating, its
-            mean.
-        uid_column (`str`, *optional*):
-            Ids of the images; by default the same encoded bytes, or else path, with the same prompt are one image.
+            One rating per row, or a list of ratings per row.
+        columns ([`RatingColumns`]):
+            Its columns.
         image_root (`str` or `Path`, *optional*):
             Folder that relative paths start from; by default the working directory.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists the rows that cannot be used in an error; `"skip"` leaves them out and warns.
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call the dataset.
 
     Returns:
         [`datasets.Dataset`]: `prompt`, `image`, `score` (the mean), `num_ratings` and `score_std` (the standard
@@ -75,45 +76,28 @@ def ratings_to_scores(
     Raises:
         DataError: for a missing column, or rows that cannot be used under `"raise"`.
     """
-    columns = (rating_column, image_column, prompt_column, annotator_column, uid_column)
-    return convert_ratings(dataset, columns, image_root, on_bad_sample, name).dataset
+    return convert_ratings(Source(dataset, image_root, on_bad_sample), columns).dataset
 
 
 def thumbs_to_scores(
     dataset: datasets.Dataset,
+    columns: RatingColumns,
     *,
-    thumbs_column: str,
-    image_column: str = "image",
-    prompt_column: str = "prompt",
-    annotator_column: str | None = None,
-    uid_column: str | None = None,
     image_root: str | Path | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
-    name: str = "dataset",
 ) -> datasets.Dataset:
     """
-    Make one row per image from thumbs up and down, as 1 and 0; of several votes, the share of thumbs up.
+    Make one row per image from thumbs up and down, as 1 and 0; several votes become their share of thumbs up.
 
     Args:
         dataset ([`datasets.Dataset`]):
-            One vote a row, or a list of votes a row.
-        thumbs_column (`str`):
-            Words (`up`, `thumbs_down`, `like`, `bad`, `yes`, ...), booleans, 1 and 0, or 1 and -1. Where -1 occurs, 0
-            is no vote, and such a row cannot be used.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Images, paths or encoded bytes.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Texts.
-        annotator_column (`str`, *optional*):
-            As for [`ratings_to_scores`].
-        uid_column (`str`, *optional*):
-            As for [`ratings_to_scores`].
+            One vote per row, or a list of votes per row.
+        columns ([`RatingColumns`]):
+            Its columns.
         image_root (`str` or `Path`, *optional*):
-            Folder that relative paths start from; by default the working directory.
+            As in [`ratings_to_scores`].
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` lists the rows that cannot be used in an error; `"skip"` leaves them out and warns.
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call the dataset.
+            As in [`ratings_to_scores`].
 
     Returns:
         [`datasets.Dataset`]: the columns of [`ratings_to_scores`].
@@ -121,79 +105,42 @@ def thumbs_to_scores(
     Raises:
         DataError: for a missing column, or rows that cannot be used under `"raise"`.
     """
-    columns = (thumbs_column, image_column, prompt_column, annotator_column, uid_column)
-    return convert_ratings(dataset, columns, image_root, on_bad_sample, name, thumbs=True).dataset
+    return convert_ratings(Source(dataset, image_root, on_bad_sample), columns, thumbs=True).dataset
 
 
-def convert_ratings(
-    dataset: datasets.Dataset,
-    columns: tuple[str, str, str, str | None, str | None],
-    image_root: str | Path | None,
-    on_bad_sample: Literal["raise", "skip"],
-    name: str,
-    *,
-    thumbs: bool = False,
-) -> Conversion:
-    """
-    Do what [`ratings_to_scores`] and [`thumbs_to_scores`] do and return the counts too.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            The ratings.
-        columns (`tuple`):
-            Rating, image, prompt, annotator and uid column; the last two may be `None`.
-        image_root (`str` or `Path`, *optional*):
-            Folder that relative paths start from.
-        on_bad_sample (`str`):
-            `"raise"` or `"skip"`.
-        name (`str`):
-            What messages call the dataset.
-        thumbs (`bool`, *optional*, defaults to `False`):
-            Whether the ratings are thumbs.
-
-    Returns:
-        [`Conversion`]
-    """
-    check_source(dataset, on_bad_sample, name)
-    rating, image, prompt, annotator, uid = columns
-    roles = ("thumbs_column" if thumbs else "rating_column", "image_column", "prompt_column", "annotator_column")
-    for column, role in zip(columns, (*roles, "uid_column"), strict=True):
+def convert_ratings(source: Source, columns: RatingColumns, *, thumbs: bool = False) -> Conversion:
+    """Convert as [`ratings_to_scores`] and [`thumbs_to_scores`] do, and return the counts too."""
+    for option, column in dataclasses.asdict(columns).items():
         if column is not None:
-            pick(dataset.column_names, column, (), role, name)
-    small = [column for column in (rating, prompt, annotator, uid) if column is not None]
-    files = as_files(dataset, [image], small, image_root, name)
-    read = _thumb_reader(files, rating) if thumbs else _read_rating
+            source.column(column, "thumbs_column" if thumbs and option == "rating" else f"{option}_column")
+    uids = [columns.uid] if columns.uid else []
+    annotators = [columns.annotator] if columns.annotator else []
+    files = source.undecoded([columns.image], [columns.rating, columns.prompt, *annotators, *uids])
+    read = _thumb_reader(files, columns.rating) if thumbs else _read_rating
     index, dropped = ImageIndex(), Dropped()
     images, ratings, groups = array("q"), array("d"), array("q")
     seen: dict[tuple[int, Any], int] = {}
-    for start, table in batches(files):
-        cells = {column: table.column(column).to_pylist() for column in small}
-        for offset in range(table.num_rows):
-            row, text = start + offset, cells[prompt][offset]
-            if not usable_prompt(text, row, dropped):
-                continue
-            key, cause = image_key(table.column(image)[offset], cells[uid][offset] if uid else None)
-            values = _read_all(cells[rating][offset], read)
-            who = cells[annotator][offset] if annotator else None
-            people = who if isinstance(who, list) else [who] * len(values[0])
-            shown = cells[rating][offset] if cause is None else image_path(table.column(image)[offset])
-            if cause is None:
-                cause = values[1]
-            if cause is None and len(people) != len(values[0]):
-                cause = "as many ratings as annotators are needed"
-            if cause is not None:
-                dropped.add(cause, row, shown)
-                continue
-            number = index.add(text, key, row, 0)
-            for value, person in zip(values[0], people, strict=True):
-                group = len(ratings) if person is None else seen.setdefault((number, person), len(ratings))
-                images.append(number)
-                ratings.append(value)
-                groups.append(group)
-    dropped.settle(name, len(dataset), on_bad_sample)
+    for row in read_rows(files, columns.prompt, [columns.image], uids):
+        values, cause = _read_all(row.cells[columns.rating], read)
+        people = row.cells[columns.annotator] if columns.annotator else None
+        people = people if isinstance(people, list) else [people] * len(values)
+        if cause is None and len(people) != len(values):
+            cause = "as many ratings as annotators are needed"
+        bad_rating = None if cause is None else (cause, row.cells[columns.rating])
+        problem = row.prompt_problem or row.image_problem or bad_rating
+        if problem is not None:
+            dropped.add(row.number, problem)
+            continue
+        number = index.add(row.cells[columns.prompt], row)
+        for value, person in zip(values, people, strict=True):
+            group = len(ratings) if person is None else seen.setdefault((number, person), len(ratings))
+            images.append(number)
+            ratings.append(value)
+            groups.append(group)
+    dropped.raise_or_warn(source)
     statistics = _statistics(np.array(images), np.array(ratings), np.array(groups), len(index))
-    scored = one_row_per_image(files, prompt, [image], index, statistics)
-    return Conversion(scored, len(dataset), int(statistics["num_ratings"].sum()), 0, dict(dropped.counts))
+    scored = index.one_row_per_image(files, columns.prompt, [columns.image], statistics)
+    return Conversion(scored, len(files), int(statistics["num_ratings"].sum()), 0, dropped.num_rows)
 
 
 def _statistics(images: np.ndarray, ratings: np.ndarray, groups: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -207,7 +154,7 @@ def _statistics(images: np.ndarray, ratings: np.ndarray, groups: np.ndarray, siz
 
 
 def _read_all(value: Any, read: _Read) -> tuple[list[float], str | None]:
-    """Return the numbers of a cell, those of a list without its missing ones, and why it cannot be used."""
+    """Return the numbers of a cell, those of a list without its missing ones, and why it cannot be used or `None`."""
     values = [one for one in value if one is not None] if isinstance(value, list) else [value]
     if not values:
         return [], "no rating"
@@ -226,7 +173,7 @@ def _read_rating(value: Any) -> tuple[float, str | None]:
 
 
 def _thumb_reader(dataset: datasets.Dataset, column: str) -> _Read:
-    """Return what reads a vote, after a look at whether the column counts down as -1 or as 0."""
+    """Return the function that reads a vote; it depends on whether a thumb down is -1 or 0 in this column."""
     signed = False
     for votes in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         cells = votes.column(column).to_pylist()

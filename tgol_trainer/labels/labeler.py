@@ -120,7 +120,8 @@ class Labeler:
             ends = [np.searchsorted(self._ordered_source, values, side=side) for side in ("left", "right")]
             quantile = ((ends[0] + ends[1]) / (2 * self.source.size)).astype(np.float32)
         score = np.clip(values, -_HUGE, _HUGE).astype(np.float32)
-        return RowLabels(score, margin, self.weighting(margin), quantile)
+        weight = self.weighting(margin).astype(np.float32, copy=False)
+        return RowLabels(score, margin, weight, quantile)
 
     @functools.cached_property
     def _ordered_source(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Scores to thresholds: columns, percentile, ties, groups, oracle, normalisation, weights, uncertainty. NumPy only."""
+"""Turn scores into thresholds τ, labels and weights, with NumPy alone."""
 
 from .base import Threshold, ThresholdError
 from .combination import CombinationMethod, ScoreCombination, check_combination, combined_name, fit_combination

@@ -1,4 +1,4 @@
-"""What a threshold is, and what scores must be for there to be one."""
+"""Define the threshold of a dataset, and check that scores can be divided by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ThresholdError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Threshold:
     """
-    A threshold and the facts that came with it.
+    A threshold τ, and how it divides the scores.
 
     Args:
         value (`float`):
@@ -32,7 +32,7 @@ class Threshold:
         percentile (`float`, *optional*):
             The percentile asked for, 0 to 100; `None` for a fixed value.
         moved_from (`float`, *optional*):
-            The percentile's own value where it left the negative side empty and was moved; else `None`.
+            The percentile's own value, if it left the negative side empty and τ was moved; else `None`.
     """
 
     value: float
@@ -70,6 +70,14 @@ def checked_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
             "right column was named, score with another reward, or add samples of other quality."
         )
     return values
+
+
+def checked_groups(scores: Sequence[float] | np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return [`checked_scores`] and their groups (N,) as int64, or raise [`ThresholdError`] if the lengths differ."""
+    values, groups = checked_scores(scores), np.asarray(groups, dtype=np.int64).reshape(-1)
+    if groups.size != values.size:
+        raise ThresholdError(f"There are {values.size} scores and {groups.size} groups: each score needs one.")
+    return values, groups
 
 
 def labelled(values: np.ndarray, value: float, source: str, **facts: float | None) -> Threshold:

@@ -1,4 +1,4 @@
-"""Several score columns to one score: a weighted sum of standardised scores, or the smallest margin of all columns."""
+"""Combine several score columns into one score: a weighted sum of standardised scores, or the smallest margin."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ScoreCombination:
         thresholds (`tuple[float, ...]`, *optional*):
             τ_k in standardised units, of `"min"`.
         moved_from (`tuple[float | None, ...]`, *optional*):
-            Where a column's percentile is its smallest score, that percentile, standardised: its τ_k was moved as
-            [`estimate_threshold`] says.
+            The standardised percentile of a column, if it is the smallest score and τ_k was moved as in
+            [`estimate_threshold`]; else `None`.
     """
 
     columns: tuple[str, ...]
@@ -56,7 +56,7 @@ class ScoreCombination:
 
     @property
     def formula(self) -> str:
-        """The score written out, with z(a) the standardised column a."""
+        """The formula of the score; z(a) is the standardised column a."""
         if self.thresholds is None:
             text = " ".join(f"{_signed(w)}·z({c})" for w, c in zip(self.weights, self.columns, strict=True))
             return text.removeprefix("+ ")
@@ -70,7 +70,7 @@ class ScoreCombination:
         return tuple(c + tau * s for c, s, tau in zip(self.centers, self.scales, taus, strict=bool(taus)))
 
     def margins(self, scores: np.ndarray, column: int) -> np.ndarray:
-        """Return (N,) standardised scores of one column of (N, K) raw ones, less τ_k where there is one."""
+        """Return (N,) standardised scores of one column of (N, K) raw ones, less τ_k under `"min"`."""
         standardised = (scores[:, column] - self.centers[column]) / self.scales[column]
         return standardised if self.thresholds is None else standardised - self.thresholds[column]
 
@@ -85,7 +85,7 @@ class ScoreCombination:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreCombination:
-        """Return what `dataclasses.asdict` made a dictionary of, lists for tuples where JSON was between."""
+        """Return the object that `dataclasses.asdict` made these values of; lists, as JSON has them, become tuples."""
         read: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -111,20 +111,23 @@ def check_combination(
         columns (`Sequence[str]`, *optional*):
             Names of the columns; `None` where there is one score column.
         weights (`Sequence[float]`, *optional*):
-            One a column; by default 1 each.
+            One per column; by default 1 each.
         method (`str`):
             `"sum"` or `"min"`.
 
     Returns:
-        `tuple[float, ...]`: the weights, none for no columns.
+        `tuple[float, ...]`: the weights; empty if there is one score column.
 
     Raises:
-        ValueError: for weights or a method without columns, fewer than two columns, one twice, or wrong weights.
+        ValueError: for weights or a method without columns, for fewer than two different columns, or for weights that
+            are 0, not finite, or negative under `"min"`.
     """
     if columns is None:
         if weights is not None or method != "sum":
             given = "score_weights" if weights is not None else "score_combination"
-            raise ValueError(f"`{given}` says how `score_columns` are combined, which are not given: name them.")
+            raise ValueError(
+                f"`{given}` says how `score_columns` are combined, but `score_columns` is not given. Name the columns."
+            )
         return ()
     if len(columns) < 2 or len(set(columns)) < len(columns):
         raise ValueError(
@@ -133,18 +136,18 @@ def check_combination(
     weights = [1.0] * len(columns) if weights is None else list(weights)
     if len(weights) != len(columns):
         raise ValueError(
-            f"`score_weights` must be one a column of `score_columns`: {len(columns)} numbers, got {len(weights)}."
+            f"`score_weights` must be one per column of `score_columns`: {len(columns)} numbers, got {len(weights)}."
         )
     for column, weight in zip(columns, weights, strict=True):
         if not math.isfinite(weight) or weight == 0:
             raise ValueError(
                 f"`score_weights`: that of {column!r} is {weight}; it must be finite and not 0. Leave out a column "
-                "that is not to count."
+                "that should not count."
             )
         if method == "min" and weight < 0:
             raise ValueError(
                 f"`score_weights`: that of {column!r} is {weight}; with `score_combination='min'` weights must be "
-                "larger than 0. Of a column that is better low, store the negative."
+                "larger than 0. If lower is better in a column, store the negative."
             )
     return tuple(map(float, weights))
 
@@ -158,7 +161,7 @@ def fit_combination(
     percentile: float = 50.0,
 ) -> ScoreCombination:
     """
-    Fit the standardisation of several score columns, and of `"min"` their thresholds.
+    Fit the standardisation of several score columns, and under `"min"` their thresholds.
 
     Args:
         scores (`np.ndarray`):
@@ -170,14 +173,14 @@ def fit_combination(
         method (`str`, *optional*, defaults to `"sum"`):
             `"sum"` or `"min"`.
         percentile (`float`, *optional*, defaults to 50.0):
-            Of each column, 0 to 100, that is its threshold under `"min"`.
+            Percentile of a column, 0 to 100, that is its threshold under `"min"`.
 
     Returns:
         [`ScoreCombination`]
 
     Raises:
-        ThresholdError: for a column whose scores are all equal, by its name.
-        ValueError: for what [`check_combination`] refuses.
+        ThresholdError: for a column whose scores are all equal; the message names it.
+        ValueError: for columns or weights that [`check_combination`] refuses.
     """
     checked = check_combination(columns, weights, method)
     centers, scales, found = [], [], []

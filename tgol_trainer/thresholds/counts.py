@@ -1,4 +1,4 @@
-"""Labels by group (a prompt, a style, a source): how many rows are positive, and which groups are one-sided."""
+"""Count labels by group (a prompt, a style, a source), and find groups whose labels are all equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GroupCounts:
         mean (`np.ndarray`):
             (G,) float64, mean score.
         threshold (`np.ndarray`):
-            (G,) float64, mean τ of the group's rows: its own where groups have their own.
+            (G,) float64, mean τ of the group's rows, which is the group's own τ if groups have their own.
     """
 
     num_rows: np.ndarray
@@ -60,12 +60,12 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
         scores (`np.ndarray`):
             (N,) float64.
         threshold (`float` or `np.ndarray`):
-            τ, or (N,) one a row where groups have their own.
+            τ, or (N,) one τ per row if groups have their own.
 
     Returns:
         [`GroupCounts`]
     """
-    # No more than two arrays of eight bytes a group at a time: there may be ten million groups.
+    # At most two arrays of eight bytes per group at a time, since there may be ten million groups.
     kind = np.int32 if groups.size < 2**31 else np.int64
     num_rows = np.bincount(groups).astype(kind)
     num_positive = np.bincount(groups[scores >= threshold], minlength=num_rows.size).astype(kind)

@@ -1,4 +1,4 @@
-"""One threshold a group (a prompt, a domain, a generator), pooled towards the global one by what the data support."""
+"""Estimate one threshold per group (a prompt, a domain, a generator) with partial pooling towards the global one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import ThresholdError, checked_scores
+from .base import checked_groups
 from .percentile import estimate_threshold
 
 GroupStatistic = Literal["percentile", "mean"]
@@ -25,7 +25,7 @@ class GroupThresholds:
         values (`numpy.ndarray`):
             (G,) float64, τ of each group.
         pooled (`float`):
-            The global τ, for groups that say nothing of their own and for groups never seen.
+            The global τ, for groups of one score or equal scores and for groups never seen.
         reliability (`numpy.ndarray`):
             (G,) float64 in [0, 1], the weight of a group's own statistic; 0 where the pooled τ is taken.
         within_variance (`float`):
@@ -55,7 +55,7 @@ def group_ids(keys: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64 numbers 0 .. G - 1, and the (G,) names.
     """
-    # Not np.unique: an array of texts gives each the room of the longest one.
+    # Not np.unique, which would store each text with the length of the longest one.
     seen: dict[Any, int] = {}
     numbers = np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64, count=len(keys))
     names = np.empty(len(seen), dtype=object)
@@ -118,9 +118,9 @@ def estimate_group_thresholds(
         groups (`numpy.ndarray`):
             (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
         percentile (`float`, *optional*, defaults to 50.0):
-            Of the scores of a group and of all, in (0, 100) for `"percentile"`.
+            Percentile of the scores of a group, and of all scores, in (0, 100).
         statistic (`str`, *optional*, defaults to `"percentile"`):
-            `"percentile"`, or `"mean"`, with which τ is the mean of all scores too.
+            `"percentile"`, or `"mean"`, with which the global τ is a mean too.
 
     Returns:
         [`GroupThresholds`]
@@ -133,10 +133,7 @@ def estimate_group_thresholds(
         raise ValueError(f"`statistic` must be 'percentile' or 'mean', got {statistic!r}.")
     if not 0 < percentile < 100:
         raise ValueError(f"`percentile` must lie between 0 and 100, both excluded, got {percentile}.")
-    values = checked_scores(scores)
-    groups = np.asarray(groups, dtype=np.int64).reshape(-1)
-    if groups.size != values.size:
-        raise ThresholdError(f"There are {values.size} scores and {groups.size} groups: each score needs one.")
+    values, groups = checked_groups(scores, groups)
     sizes = np.bincount(groups)
     order = np.lexsort((values, groups))
     ordered, starts = values[order], np.concatenate(([0], np.cumsum(sizes)[:-1]))
@@ -160,7 +157,7 @@ def estimate_group_thresholds(
 
 
 def sampling_variance(percentile: float, statistic: GroupStatistic) -> float:
-    """Return v: the sampling variance of a group's statistic over σ²/n, for normal scores."""
+    """Return v, the sampling variance of a group's statistic divided by σ²/n, for normal scores."""
     if statistic == "mean":
         return 1.0
     share = percentile / 100

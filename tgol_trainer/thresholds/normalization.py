@@ -1,4 +1,4 @@
-"""Change of unit of the scores, so that τ and c mean the same for every reward."""
+"""Normalise scores, so that τ and c mean the same for every reward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScoreNormalization:
         center (`float`):
             Subtracted first, in the unit of the scores.
         scale (`float`):
-            Divided by after, in the unit of the scores; never 0.
+            Divisor after that, in the unit of the scores; never 0.
     """
 
     method: NormalizationMethod = "none"

@@ -1,4 +1,4 @@
-"""The paper's own baseline τ*(x) = β·log Z(x), estimated from scored samples of the reference policy."""
+"""Estimate the paper's baseline τ*(x) = β·log Z(x) from scored samples of the reference policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .base import ThresholdError, checked_scores
+from .base import ThresholdError, checked_groups
 from .groups import variance_components
 from .percentile import estimate_threshold
 
@@ -20,11 +20,11 @@ class OracleThresholds:
 
     Args:
         values (`numpy.ndarray`):
-            (G,) float64, τ̂* of each group from all its samples, for samples that are not among them.
+            (G,) float64, τ̂* of each group from all its samples, for other samples of the group.
         leave_one_out (`numpy.ndarray`):
             (N,) float64, τ̂* of each sample from the others of its group.
         pooled (`float`):
-            The global median, taken by groups that say nothing and by groups never seen.
+            The global percentile, for groups of one sample or equal scores and for groups never seen.
         beta (`float`):
             β_r, in the unit of the scores.
     """
@@ -39,8 +39,9 @@ def estimate_oracle_thresholds(
     scores: Sequence[float] | np.ndarray, groups: np.ndarray, *, beta: float | None = None, percentile: float = 50.0
 ) -> OracleThresholds:
     """
-    Estimate `τ*(x) = β_r·log E_{y~π_ref}[exp(R(x,y)/β_r)]` (the normaliser of the KL-regularised
-    optimum, which the paper replaces by one percentile) by `β_r·log((1/K)·Σ_k exp(R_k/β_r))`.
+    Estimate `τ*(x) = β_r·log E_{y~π_ref}[exp(R(x,y)/β_r)]` by `β_r·log((1/K)·Σ_k exp(R_k/β_r))`.
+
+    τ* is the normaliser of the KL-regularised optimum, which the paper replaces by one percentile.
 
     The K samples of a group must come from the reference policy. β_r → ∞ gives their mean, β_r → 0 their maximum.
     A sample's own score is left out of the baseline that it meets, since it would pull τ towards itself. Groups with
@@ -55,7 +56,7 @@ def estimate_oracle_thresholds(
             β_r > 0 in the unit of the scores, the KL temperature of the objective; by default the pooled standard
             deviation within groups.
         percentile (`float`, *optional*, defaults to 50.0):
-            Of all scores, for the pooled value.
+            Percentile of all scores that is the pooled value.
 
     Returns:
         [`OracleThresholds`]
@@ -66,22 +67,19 @@ def estimate_oracle_thresholds(
     """
     if beta is not None and not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"`beta` must be larger than 0 and finite, got {beta}.")
-    values = checked_scores(scores)
-    groups = np.asarray(groups, dtype=np.int64).reshape(-1)
-    if groups.size != values.size:
-        raise ThresholdError(f"There are {values.size} scores and {groups.size} groups: each score needs one.")
+    values, groups = checked_groups(scores, groups)
     within, _ = variance_components(values, groups)
     if not within > 0:
         raise ThresholdError(
-            "No prompt has two samples with different scores, so there is no baseline of its own to estimate. Score "
-            "several samples a prompt, or use the global threshold."
+            "No prompt has two samples with different scores, so no prompt has a baseline of its own. Score several "
+            "samples per prompt, or use the global threshold."
         )
     temperature = math.sqrt(within) if beta is None else beta
     pooled = estimate_threshold(values, percentile=percentile).value
     sizes = np.bincount(groups)
     count = sizes[groups]
-    # The largest score is taken out of each sum, and the second largest where the largest is the one left out: every
-    # sum of exponentials then lies between 1 and K, whatever β_r is.
+    # Scores are taken relative to the largest of their group, or to the second largest where the largest is left out:
+    # every sum of exponentials then lies between 1 and K, whatever β_r is.
     order = np.lexsort((values, groups))
     ends = np.cumsum(sizes) - 1
     top_row = order[ends]

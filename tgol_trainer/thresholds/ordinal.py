@@ -1,4 +1,4 @@
-"""Several cut points instead of one threshold: where the ordinal loss expects the implicit reward at each."""
+"""Compute the offsets of the ordinal loss, which has several cut points instead of one threshold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 def ordinal_offsets(percentiles: Sequence[float]) -> list[float]:
     """
-    Offsets b_k of the cut points of the ordinal loss: logits of the percentiles, centred.
+    Return the offsets b_k of the cut points of the ordinal loss, which are the centred logits of the percentiles.
 
     An example at percentile p is above the cut points below p; `b_k = g_k - mean(g)` with `g_k = logit(p_k/100)` is
     the implicit reward at which being above the k-th is as likely as not under a logistic model of the scores.

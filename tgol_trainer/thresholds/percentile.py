@@ -1,4 +1,4 @@
-"""Scores to one threshold for all of them: a percentile, or a value that came from elsewhere; ties and empty sides."""
+"""Find one threshold for all scores: a percentile of them, or a value that was given."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def estimate_threshold(scores: Sequence[float] | np.ndarray, *, percentile: floa
     """
     Estimate τ as a percentile of the scores (paper, Eq. 10 and Sec. 3.3), in float64 with NumPy's "linear" rule.
 
-    Ratings are full of ties: where the percentile is the smallest score, `s >= τ` would make every sample positive.
-    Then τ moves to the midpoint between the smallest score and the next distinct one, and `moved_from` keeps the
-    percentile's own value; the caller decides how loudly to say so.
+    Ratings are full of ties. If the percentile is the smallest score, `s >= τ` would make every sample positive. Then
+    τ moves to the midpoint between the smallest score and the next distinct one, and `moved_from` keeps the
+    percentile's own value.
 
     Args:
         scores (`Sequence[float]`):
@@ -47,7 +47,7 @@ def apply_threshold(
     scores: Sequence[float] | np.ndarray, value: float, *, source: str = "fixed", percentile: float | None = None
 ) -> Threshold:
     """
-    Label scores with a τ that came from elsewhere: a fixed number, or the percentile of a proxy set.
+    Label scores with a given τ: a fixed number, or the percentile of a proxy set.
 
     Args:
         scores (`Sequence[float]`):
@@ -55,9 +55,9 @@ def apply_threshold(
         value (`float`):
             τ.
         source (`str`, *optional*, defaults to `"fixed"`):
-            Kept in the record.
+            Becomes `source` of the result.
         percentile (`float`, *optional*):
-            Kept in the record.
+            Becomes `percentile` of the result.
 
     Returns:
         [`Threshold`]: counts are those of `scores`.

@@ -1,4 +1,4 @@
-"""A percentile that follows the last scores of a stream."""
+"""Follow the percentile of the last scores of a stream."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class RunningPercentile:
     """
     The percentile of the last `window` scores, by NumPy's "linear" rule.
 
-    For data without an end, or whose scores drift: each score meets the threshold of the window that it closes. Where
-    the percentile is the smallest score of the window, τ is the midpoint to the next distinct one, as in
+    Use it for endless data, or scores that drift. A score is labelled by the threshold of the window that it closes.
+    If the percentile is the smallest score of the window, τ is the midpoint to the next distinct one, as in
     [`estimate_threshold`]; a window of equal scores gives that score.
 
     Args:

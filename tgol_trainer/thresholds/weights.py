@@ -1,4 +1,4 @@
-"""Confidence weights: how much an example counts by its distance from the threshold; and weights summarised."""
+"""Compute confidence weights, which grow with the distance of a score from the threshold, and summarise them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 Values = TypeVar("Values", "np.ndarray", "torch.Tensor")
 WeightForm = Literal["linear", "none", "abs", "power", "clipped"]
 WEIGHT_FORMS: tuple[str, ...] = get_args(WeightForm)
-_BLOCK = 100_000
 
 
 def confidence_weights(
     margin: Values, *, form: WeightForm = "linear", scale: float = 5.0, power: float = 0.5, limit: float = 2.0
 ) -> Values:
     """
-    Weights of examples with margins s - τ; `d = |s - τ|`.
+    Return the confidence weights of examples with margins s - τ; `d = |s - τ|`.
 
     Args:
         margin (`numpy.ndarray` or `torch.Tensor`):
@@ -29,14 +28,14 @@ def confidence_weights(
             `"linear"`: `1 + c·d` (paper, Eq. 10); `"none"`: 1; `"abs"`: `d`; `"power"`: `1 + c·d^power`;
             `"clipped"`: `min(1 + c·d, limit)`.
         scale (`float`, *optional*, defaults to 5.0):
-            c >= 0, in one over the unit of the scores (to the power, for `"power"`).
+            c >= 0, in the inverse unit of the scores (for `"power"`, to that power).
         power (`float`, *optional*, defaults to 0.5):
             Exponent > 0 of `"power"`.
         limit (`float`, *optional*, defaults to 2.0):
             Largest weight of `"clipped"`, at least 1.
 
     Returns:
-        of the type, shape and dtype of `margin`.
+        `numpy.ndarray` or `torch.Tensor`: weights of the type, shape and dtype of `margin`.
 
     Raises:
         ValueError: for an unknown form.
@@ -58,7 +57,7 @@ def confidence_weights(
 @dataclasses.dataclass(frozen=True)
 class Weighting:
     """
-    The weights of a run: [`confidence_weights`], times a factor for each class, over a constant.
+    The weights of a run: [`confidence_weights`], times a factor for each class, divided by a constant.
 
     Args:
         form (`str`, *optional*, defaults to `"linear"`):
@@ -74,7 +73,7 @@ class Weighting:
         undesirable (`float`, *optional*, defaults to 1.0):
             Factor of negative samples.
         divisor (`float`, *optional*, defaults to 1.0):
-            The mean weight of the data, where weights are to have mean 1.
+            The mean weight of the data, if weights should have mean 1.
     """
 
     form: WeightForm = "linear"
@@ -87,7 +86,7 @@ class Weighting:
 
     @property
     def formula(self) -> str:
-        """The weight in words, without its numbers other than those of the form."""
+        """The formula of the weight as text; c stands for its number."""
         forms = {
             "linear": "1 + c·abs(score − τ)",
             "none": "1",
@@ -100,18 +99,12 @@ class Weighting:
         return forms[self.form] + factor + (", over their mean" if self.divisor != 1 else "")
 
     def __call__(self, margin: Values) -> Values:
-        """Return the weights (B, ...) of margins s - τ (B, ...), of their type and dtype; 0 counts as positive."""
+        """Return the weights (B, ...) of margins s - τ (B, ...), of their type and dtype; margin 0 is positive."""
         weights = confidence_weights(margin, form=self.form, scale=self.scale, power=self.power, limit=self.limit)
         if (self.desirable, self.undesirable) != (1.0, 1.0):
             positive = margin >= 0
             weights = weights * (positive * self.desirable + ~positive * self.undesirable)
         return weights if self.divisor == 1.0 else weights / self.divisor
-
-    def replace(self, margins: np.ndarray) -> np.ndarray:
-        """Overwrite margins (N,) with their weights, so that memory holds one number a row, and return them."""
-        for start in range(0, margins.size, _BLOCK):
-            margins[start : start + _BLOCK] = self(margins[start : start + _BLOCK])
-        return margins
 
 
 @dataclasses.dataclass(frozen=True)
