@@ -21,6 +21,7 @@ from tgol_trainer.saving.card import (
     SECTIONS,
     CardFacts,
     CardImage,
+    DatasetCardFacts,
     DatasetFacts,
     EvaluationRow,
     ExportRow,
@@ -29,6 +30,7 @@ from tgol_trainer.saving.card import (
     render_card,
     update_card,
     write_card,
+    write_dataset_card,
 )
 from tgol_trainer.saving.card import rendering as card
 
@@ -228,7 +230,7 @@ def edit(folder: Path, old: str, new: str) -> None:
         ("training", "Optimizer steps: 78\n"),
         ("training", "7,980 s (2.2 h)\n"),
         ("training", "| `rewards/accuracies` | 0.61 |"),
-        ("training", "The loss is no measure of progress"),
+        ("training", "The loss does not measure progress."),
         ("training", "Hardware: 1 NVIDIA T4"),
         ("training", "`torch` 2.13.0, `diffusers` 0.42.0"),
         ("training", "Card written: 2026-05-06"),
@@ -331,13 +333,13 @@ def test_name_and_link_of_a_license_are_metadata_of_other_alone():
 def test_without_an_untrained_score_the_card_says_so():
     facts = dataclasses.replace(full_facts(), evaluations=[EvaluationRow("HPSv2.1", trained=True, win_rate=0.7)])
     text = section(render_card(facts), "evaluation")
-    assert "No score outside training was measured." in text
+    assert "Every score in this table was used in training." in text
     assert "| HPSv2.1 | **yes** | 70.0% | – | – | – | – |" in text
 
 
 def test_the_loss_remark_needs_a_loss():
     facts = dataclasses.replace(full_facts(), training={"rewards/accuracies": 0.6})
-    assert "no measure of progress" not in render_card(facts)
+    assert "does not measure progress" not in render_card(facts)
 
 
 def test_the_usage_snippet_is_shown_as_given_and_still_parses():
@@ -509,6 +511,14 @@ def test_a_token_anywhere_is_refused_without_being_repeated(facts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_token_in_the_facts_of_a_dataset_is_refused_without_being_repeated(tmp_path):
+    made = [{"model": "o/m", "settings": json.dumps({"auth": TOKEN})}]
+    with pytest.raises(ValueError, match=r"DatasetCardFacts\.generators.*access token") as error:
+        write_dataset_card(DatasetCardFacts("o/d", 1, {"prompt": "string"}, generators=made), tmp_path)
+    assert TOKEN not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_named_like_secrets_are_left_out():
     names = ["hub_token", "push_to_hub_token", "db_password", "client_secret", "token", "Api_Key"]
     settings = [Hyperparameter(name, "hush") for name in names]
@@ -570,7 +580,7 @@ def test_text_reads_as_it_was_meant():
     parser = markdown_parser()
     for text in (text for name, text in HOSTILE.items() if name not in ("controls", "empty")):
         wanted = " ".join(text.split())
-        tokens = parser.parse(f"| {card._cell(text)} | {card._code(text)} |\n|---|---|\n\n* {card._text(text)}\n")
+        tokens = parser.parse(f"| {card.cell(text)} | {card.code(text)} |\n|---|---|\n\n* {card.running_text(text)}\n")
         inline = [token for token in tokens if token.type == "inline"]
         shown = ["".join(child.content for child in token.children if child.type != "html_inline") for token in inline]
         path = card._LOCAL_PATH.match(text)
@@ -673,6 +683,16 @@ def test_metadata_keys_follow_their_owner(tmp_path):
         assert data["datasets"] == ["me/other"]
         assert "widget" not in data
     assert "widget" in metadata(write_card(full_facts(), tmp_path).read_text(encoding="utf-8"))
+
+
+def test_a_generated_key_stays_ours_where_an_older_version_wrote_its_parts_in_another_order(tmp_path):
+    path = write_card(full_facts(), tmp_path)
+    lines = ("      name: Evaluation prompts\n", "      type: prompts\n")
+    edit(tmp_path, "".join(lines), "".join(reversed(lines)))
+    path.write_text(re.sub(r"model-index=\w+", "model-index=d9c05dde", path.read_text()))
+    write_card(full_facts(), tmp_path)
+    text = write_card(dataclasses.replace(full_facts(), model_name="other"), tmp_path).read_text()
+    assert metadata(text)["model-index"][0]["name"] == "other"
 
 
 def test_comments_in_the_metadata_survive_a_replaced_key(tmp_path):
