@@ -16,10 +16,8 @@ def trained_scores(source: str, scores: Sequence[str]) -> frozenset[str] | None:
     Return which of some scores an adapter was trained on.
 
     Args:
-        source (`str`):
-            Folder or Hub id of the adapter.
-        scores (`Sequence[str]`):
-            Names of the scores.
+        source (`str`): Folder or Hub id of the adapter.
+        scores (`Sequence[str]`): Names of the scores.
 
     Returns:
         `frozenset[str]`, *optional*: the scores that were its score columns, by `training_args.json` or

@@ -157,10 +157,8 @@ def write_dataset_card(facts: DatasetCardFacts, directory: str | os.PathLike[str
     Write README.md, or update an existing one. What a person wrote in it stays.
 
     Args:
-        facts ([`DatasetCardFacts`]):
-            What the card states.
-        directory (`str` or `os.PathLike`):
-            Folder of the dataset.
+        facts ([`DatasetCardFacts`]): What the card states.
+        directory (`str` or `os.PathLike`): Folder of the dataset.
 
     Returns:
         `Path`: the path of README.md.

@@ -208,8 +208,7 @@ class CardFacts:
         Rebuild facts from the result of [`~CardFacts.to_dict`].
 
         Args:
-            data (`Mapping[str, Any]`):
-                Field names to plain JSON types.
+            data (`Mapping[str, Any]`): Field names to plain JSON types.
 
         Returns:
             [`CardFacts`]

@@ -125,8 +125,7 @@ def render_card(facts: CardFacts) -> str:
     Render a new model card.
 
     Args:
-        facts ([`CardFacts`]):
-            What the card states.
+        facts ([`CardFacts`]): What the card states.
 
     Returns:
         `str`: metadata and Markdown, the text of a README.md.
@@ -146,8 +145,7 @@ def write_card(facts: CardFacts, directory: str | os.PathLike[str]) -> Path:
     The facts themselves go into `card_facts.json` beside it, for [`update_card`].
 
     Args:
-        facts ([`CardFacts`]):
-            What the card states.
+        facts ([`CardFacts`]): What the card states.
         directory (`str` or `os.PathLike`):
             Folder of the card. It is made if it is missing. Each file is replaced in one step.
 
@@ -169,8 +167,7 @@ def read_facts(directory: str | os.PathLike[str]) -> CardFacts:
     Read the facts of a card that [`write_card`] wrote.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Folder of the card.
+        directory (`str` or `os.PathLike`): Folder of the card.
 
     Returns:
         [`CardFacts`]
@@ -182,8 +179,8 @@ def read_facts(directory: str | os.PathLike[str]) -> CardFacts:
     path = Path(directory) / FACTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no {FACTS_NAME}, so the facts of its card are unknown. A folder that TGOLTrainer saved "
-            "has one. For any other folder, write a card with `write_card(CardFacts(...), directory)`."
+            f"{directory} holds no {FACTS_NAME}, so the facts of its card are not known. TGOLTrainer saves one with "
+            "each adapter. For any other folder, write a card with `write_card(CardFacts(...), directory)`."
         )
     try:
         return CardFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -196,8 +193,7 @@ def update_card(directory: str | os.PathLike[str], **changes: Any) -> Path:
     Replace some facts of an existing card. Everything else it states, and a person's edits, stay.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Folder of a card that [`write_card`] wrote.
+        directory (`str` or `os.PathLike`): Folder of a card that [`write_card`] wrote.
         changes (`Any`):
             Fields of [`CardFacts`] with their new values, such as `evaluations`, `evaluation_note`, `pictures`. To
             add to a list, extend the one that [`read_facts`] returns.

@@ -25,12 +25,9 @@ class RunPushes:
     All pushes of one run.
 
     Args:
-        target ([`Repository`]):
-            The result of [`open_repository`].
-        folder (`Path`):
-            Output folder of the run. `_push` in it holds what is being uploaded.
-        strategy (`str`):
-            Trainer's `hub_strategy`.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`Path`): Output folder of the run. `_push` in it holds what is being uploaded.
+        strategy (`str`): Trainer's `hub_strategy`.
         always (`bool`):
             Queue every save. Otherwise a save that comes during a push is left out, as in Trainer, and this is logged.
     """
@@ -54,10 +51,8 @@ class RunPushes:
         The files are linked or copied at once, so later saves and a deleted checkpoint do not affect the push.
 
         Args:
-            source (`Path`):
-                Folder of the checkpoint.
-            message (`str`):
-                Title of the commit.
+            source (`Path`): Folder of the checkpoint.
+            message (`str`): Title of the commit.
         """
         if self.strategy == "end":
             return
@@ -94,12 +89,9 @@ class RunPushes:
         Push the run's folder as it is now, and the checkpoints that earlier pushes missed.
 
         Args:
-            message (`str`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Wait until the push has ended.
-            token (`str`, *optional*), revision (`str`, *optional*):
-                Used instead of the run's own.
+            message (`str`): Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait until the push has ended.
+            token (`str`, *optional*), revision (`str`, *optional*): Used instead of the run's own.
 
         Returns:
             `huggingface_hub.CommitInfo`, or a future of it.

@@ -87,14 +87,10 @@ def push_error(error: BaseException, what: str, *, token: str | None = None, res
     Make a [`PushError`] of any failure of the client.
 
     Args:
-        error (`BaseException`):
-            The failure. It stays the cause unless it holds a token.
-        what (`str`):
-            What was tried, such as "creating the repository user/name".
-        token (`str`, *optional*):
-            The token in use.
-        resume (`str`, *optional*):
-            A sentence that says how to continue.
+        error (`BaseException`): The failure. It stays the cause unless it holds a token.
+        what (`str`): What was tried, such as "creating the repository user/name".
+        token (`str`, *optional*): The token in use.
+        resume (`str`, *optional*): A sentence that says how to continue.
     """
     cause, remedy = _explained(error)
     lines = [f"The push to the Hub failed while {what}. {cause} {remedy}", resume or "", f"({_last_words(error)})"]

@@ -74,8 +74,7 @@ def open_repository(target: Repository, *, private: bool | None = None, gated: G
     Make a repository and its branch if they do not exist, and check that the token may write to it.
 
     Args:
-        target ([`Repository`]):
-            Where to push. An `id` without an owner gets the owner of the token.
+        target ([`Repository`]): Where to push. An `id` without an owner gets the owner of the token.
         private (`bool`, *optional*):
             Hide a new repository from others. By default the Hub decides. An existing one keeps its visibility.
         gated (`"auto"`, `"manual"` or `False`, *optional*):
@@ -121,16 +120,11 @@ def push_files(
     A file that is already on the Hub unchanged is not sent again, so a failed push continues where it stopped.
 
     Args:
-        target ([`Repository`]):
-            The result of [`open_repository`].
-        folder (`str` or `Path`):
-            Folder of the files.
-        files (`Mapping[str, Path]`):
-            Each file by its path in `folder`, as [`run_files`] returns them.
-        message (`str`):
-            Title of the commit.
-        path_in_repo (`str`, *optional*):
-            Folder in the repository.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`str` or `Path`): Folder of the files.
+        files (`Mapping[str, Path]`): Each file by its path in `folder`, as [`run_files`] returns them.
+        message (`str`): Title of the commit.
+        path_in_repo (`str`, *optional*): Folder in the repository.
 
     Returns:
         `huggingface_hub.CommitInfo`: the last commit.
@@ -213,12 +207,9 @@ def push_run(target: Repository, folder: str | Path, message: str, *, strategy: 
     Push a run's folder, and its checkpoints if the strategy asks for them.
 
     Args:
-        target ([`Repository`]):
-            The result of [`open_repository`].
-        folder (`str` or `Path`):
-            Output folder of a run.
-        message (`str`):
-            Title of the commit.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`str` or `Path`): Output folder of a run.
+        message (`str`): Title of the commit.
         strategy (`str`, *optional*, defaults to `"end"`):
             Trainer's `hub_strategy`. `"checkpoint"` adds the newest checkpoint as `last-checkpoint`,
             `"all_checkpoints"` adds every one under its name. Both include optimizer and random states.
