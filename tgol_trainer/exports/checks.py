@@ -84,7 +84,7 @@ def observe(family: ModelFamily, prompt: str) -> Observation:
     return Observation(family.probe().float().cpu(), image)
 
 
-def remember(family: ModelFamily, base_output: torch.Tensor, prompt: str, dtype: torch.dtype) -> Trained:
+def measure_and_round(family: ModelFamily, base_output: torch.Tensor, prompt: str, dtype: torch.dtype) -> Trained:
     """Measure a trained model against the base model's output, then round its adapter to the dtype of the export."""
     observation = observe(family, prompt)
     effect = _largest(observation.output - base_output)
@@ -100,7 +100,7 @@ def remember(family: ModelFamily, base_output: torch.Tensor, prompt: str, dtype:
     return Trained(observation, effect, adapter_state(family), modules)
 
 
-def compare(
+def record_differences(
     row: ExportRow, found: Observation, trained: Trained, dtype: torch.dtype, *, rounds_base: bool = False
 ) -> None:
     """

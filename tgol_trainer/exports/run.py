@@ -17,7 +17,7 @@ from tgol_trainer import adapters
 from tgol_trainer.families import ModelFamily, ModelOrigin
 from tgol_trainer.saving.card import CardFacts, ExportRow, write_card
 
-from .checks import TOLERANCE, Trained, check_modules, check_state, compare, observe, remember
+from .checks import TOLERANCE, Trained, check_modules, check_state, measure_and_round, observe, record_differences
 from .comfyui import layout_of
 from .formats import (
     comfyui_name,
@@ -116,7 +116,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         layout_of(type(family.pipeline).__name__)  # raises, before the long part, if there is none
     base_output = family.probe().float().cpu()
     family = _load_trained(family, source, weight)
-    trained = remember(family, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
+    trained = measure_and_round(family, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
     if trained.effect == 0:
         logger.warning("The weights in %s do not change the base model's output.", source.directory)
     name = comfyui_name(source.facts.model_name or source.directory.resolve().name)
@@ -138,7 +138,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         note=_comfyui_note(name) if export_format == "comfyui" else None,
     )
     fresh = _read_back(row, source, folder, origin, trained)
-    compare(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
+    record_differences(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
     return row, facts
 
 
