@@ -442,8 +442,13 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "there", "absent"),
     [
-        ({}, ["threshold-guided optimization (TGO", "`1 + c·abs(score − τ)` with c = 5"], ["rival"]),
-        ({"loss_type": "kto"}, ["the loss `kto`, a rival"], ["No pairs of samples"]),
+        ({}, ["threshold-guided optimization (TGO", "`1 + c·abs(score − τ)` with c = 5"], ["an alternative to"]),
+        ({"loss_type": "kto"}, ["the loss `kto`, an alternative"], ["No pairs of samples"]),
+        (
+            {"loss_type": "tgol_pairs", "group_size": 8},
+            ["threshold-guided optimization (TGO", "samples are compared in pairs"],
+            ["No pairs of samples", "an alternative to"],
+        ),
         (
             {"threshold_strategy": "group", "weight_form": "abs", "normalize_weights": True},
             [

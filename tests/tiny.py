@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from tests.meissonic_standin import Pipeline, Scheduler, Transformer2DModel
+from tgol_trainer.adapters import POLICY
 
 
 def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
@@ -433,3 +434,11 @@ def wan(seed: int = 0, flow_shift: float = 3.0) -> WanPipeline:
         scheduler=scheduler,
         transformer=transformer.eval(),
     )
+
+
+def randomize_adapter(model: torch.nn.Module) -> None:
+    """Add seeded noise to the policy's adapter, as if it had been trained."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name and f".{POLICY}" in name:
+            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -229,10 +229,27 @@ def test_the_trained_score_is_read_from_the_files_beside_the_adapter(tmp_path):
     assert trained_scores(str(tmp_path), ["clip"]) is None  # it may be a copy of anything
     (tmp_path / "training_args.json").unlink()
     assert trained_scores(str(tmp_path), ["hpsv2.1"]) is None
-    (tmp_path / "README.md").write_text("| `score_column` | clip |\n")
+    facts = {
+        "hyperparameters": [{"name": "score_column", "value": "clip"}, {"name": "score_columns", "value": None}],
+        "evaluations": [{"name": "hpsv2.1", "trained": True}, {"name": "clip", "trained": False}],
+    }
+    (tmp_path / "card_facts.json").write_text(json.dumps(facts))
     assert trained_scores(str(tmp_path), ["clip", "hpsv2.1"]) == {"clip"}
-    (tmp_path / "README.md").write_text("| hpsv2.1 | **yes** | 60 % |\n| clip | no | 50 % |\n")
+    facts["hyperparameters"][0]["value"] = "score"
+    (tmp_path / "card_facts.json").write_text(json.dumps(facts))
     assert trained_scores(str(tmp_path), ["clip", "hpsv2.1"]) == {"hpsv2.1"}
+    facts["hyperparameters"][1]["value"] = ["hpsv2.1", "clip", "other"]
+    (tmp_path / "card_facts.json").write_text(json.dumps(facts))
+    assert trained_scores(str(tmp_path), ["clip", "hpsv2.1"]) == {"clip", "hpsv2.1"}
+
+
+@pytest.mark.parametrize(
+    "content", ["no JSON", "[1]", '{"hyperparameters": [1]}', '{"evaluations": [{"trained": true}]}']
+)
+def test_files_of_another_program_beside_an_adapter_say_nothing(content, tmp_path):
+    for name in ("training_args.json", "card_facts.json"):
+        (tmp_path / name).write_text(content)
+    assert trained_scores(str(tmp_path), ["clip"]) is None
 
 
 # ---- Files ----

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.conftest import scored_dataset
+from tests.hub.commands import command
 from tests.hub.control import control
 from tests.pipelines import TINY
 from tgol_trainer import TGOLConfig, TGOLTrainer
-from tgol_trainer.cli.push import main as push_command
 from tgol_trainer.saving.card import CardImage
 from tgol_trainer.saving.hub import PushError
 
@@ -138,7 +138,7 @@ def failures() -> dict[str, Any]:
     during = state("refused")
     said = failure(trainer.push_to_hub)
     control("clear")
-    code = push_command([str(folder / "refused"), "--hub_model_id", "tester/refused", "--hub_strategy", "checkpoint"])
+    code = command(f"push {folder / 'refused'} --hub_model_id tester/refused --hub_strategy checkpoint")
     save_file({"probe": trainer.family.probe().contiguous()}, folder / "refused.safetensors")
     return {"during": during, "failed": trainer.pushes.failed, "said": said, "code": code, "after": state("refused")}
 
@@ -167,7 +167,7 @@ def choices() -> dict[str, Any]:
     quiet.save_model()
     card = (folder / "quiet" / "README.md").read_text()
     os.chdir(folder)
-    codes = [push_command(["quiet"]), push_command(["quiet", "--hub_model_id", "tester/loud"]), push_command(["no"])]
+    codes = [command(f"push {options}") for options in ("quiet", "quiet --hub_model_id tester/loud", "no")]
     cards = [api.hf_hub_download(f"tester/{name}", "README.md") for name in ("quiet", "loud")]
     return {
         "private": info.private,

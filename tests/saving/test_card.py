@@ -21,6 +21,7 @@ from tgol_trainer.saving.card import (
     SECTIONS,
     CardFacts,
     CardImage,
+    DatasetCardFacts,
     DatasetFacts,
     EvaluationRow,
     ExportRow,
@@ -29,6 +30,7 @@ from tgol_trainer.saving.card import (
     render_card,
     update_card,
     write_card,
+    write_dataset_card,
 )
 from tgol_trainer.saving.card import rendering as card
 
@@ -228,7 +230,7 @@ def edit(folder: Path, old: str, new: str) -> None:
         ("training", "Optimizer steps: 78\n"),
         ("training", "7,980 s (2.2 h)\n"),
         ("training", "| `rewards/accuracies` | 0.61 |"),
-        ("training", "The loss is no measure of progress"),
+        ("training", "The loss does not measure progress."),
         ("training", "Hardware: 1 NVIDIA T4"),
         ("training", "`torch` 2.13.0, `diffusers` 0.42.0"),
         ("training", "Card written: 2026-05-06"),
@@ -317,7 +319,7 @@ def test_the_card_says_what_the_folder_holds_and_how_it_relates_to_its_base(chan
     assert sentence in text
     data = metadata(text)
     assert data["base_model_relation"] == relation
-    assert ("lora" in data["tags"]) == (relation == "adapter")
+    assert data["tags"] == [*(["lora"] if relation == "adapter" else []), "tgol", "trl", "text-to-image"]
 
 
 def test_name_and_link_of_a_license_are_metadata_of_other_alone():
@@ -325,19 +327,19 @@ def test_name_and_link_of_a_license_are_metadata_of_other_alone():
     data = metadata(render_card(CardFacts(license="other", **named)))
     assert {key: data[key] for key in named} == named
     assert not set(named) & set(metadata(render_card(CardFacts(license="mit", **named))))
-    assert not set(named) & set(metadata(render_card(CardFacts(**named))))
+    assert not {*named, "license"} & set(metadata(render_card(CardFacts(**named))))
 
 
 def test_without_an_untrained_score_the_card_says_so():
     facts = dataclasses.replace(full_facts(), evaluations=[EvaluationRow("HPSv2.1", trained=True, win_rate=0.7)])
     text = section(render_card(facts), "evaluation")
-    assert "No score outside training was measured." in text
+    assert "Every score in this table was used in training." in text
     assert "| HPSv2.1 | **yes** | 70.0% | – | – | – | – |" in text
 
 
 def test_the_loss_remark_needs_a_loss():
     facts = dataclasses.replace(full_facts(), training={"rewards/accuracies": 0.6})
-    assert "no measure of progress" not in render_card(facts)
+    assert "does not measure progress" not in render_card(facts)
 
 
 def test_the_usage_snippet_is_shown_as_given_and_still_parses():
@@ -405,10 +407,6 @@ def test_the_model_index_becomes_eval_results_that_name_trained_scores():
     assert data.eval_results[0].metric_args["trained"] is True
 
 
-def test_without_evaluations_there_is_no_model_index():
-    assert "model-index" not in metadata(render_card(dataclasses.replace(full_facts(), evaluations=[])))
-
-
 def test_prompts_stay_readable_on_one_line_of_the_metadata():
     prompt = "ein rotes Schloß 城 🏰 " + "sehr " * 40 + "groß"
     text = render_card(CardFacts(pictures=[CardImage("a.png", prompt=prompt)]))
@@ -434,13 +432,6 @@ def test_an_image_path_with_brackets_and_spaces_is_encoded_in_the_link_only():
 )
 def test_the_title_is_the_last_part_of_a_path_or_id(name, hub_id, title):
     assert f"\n# {title}\n" in render_card(CardFacts(model_name=name, hub_model_id=hub_id))
-
-
-def test_full_finetuning_is_a_finetune_without_the_lora_tag():
-    data = metadata(render_card(dataclasses.replace(full_facts(), full_finetuning=True)))
-    assert data["base_model_relation"] == "finetune"
-    assert data["tags"] == ["tgol", "trl", "text-to-image"]
-    assert "license" not in metadata(render_card(dataclasses.replace(full_facts(), license=None)))
 
 
 LOCAL_PATHS = [
@@ -509,6 +500,14 @@ def test_a_token_anywhere_is_refused_without_being_repeated(facts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_token_in_the_facts_of_a_dataset_is_refused_without_being_repeated(tmp_path):
+    made = [{"model": "o/m", "settings": json.dumps({"auth": TOKEN})}]
+    with pytest.raises(ValueError, match=r"DatasetCardFacts\.generators.*access token") as error:
+        write_dataset_card(DatasetCardFacts("o/d", 1, {"prompt": "string"}, generators=made), tmp_path)
+    assert TOKEN not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_named_like_secrets_are_left_out():
     names = ["hub_token", "push_to_hub_token", "db_password", "client_secret", "token", "Api_Key"]
     settings = [Hyperparameter(name, "hush") for name in names]
@@ -570,7 +569,7 @@ def test_text_reads_as_it_was_meant():
     parser = markdown_parser()
     for text in (text for name, text in HOSTILE.items() if name not in ("controls", "empty")):
         wanted = " ".join(text.split())
-        tokens = parser.parse(f"| {card._cell(text)} | {card._code(text)} |\n|---|---|\n\n* {card._text(text)}\n")
+        tokens = parser.parse(f"| {card.cell(text)} | {card.code(text)} |\n|---|---|\n\n* {card.running_text(text)}\n")
         inline = [token for token in tokens if token.type == "inline"]
         shown = ["".join(child.content for child in token.children if child.type != "html_inline") for token in inline]
         path = card._LOCAL_PATH.match(text)
@@ -673,6 +672,16 @@ def test_metadata_keys_follow_their_owner(tmp_path):
         assert data["datasets"] == ["me/other"]
         assert "widget" not in data
     assert "widget" in metadata(write_card(full_facts(), tmp_path).read_text(encoding="utf-8"))
+
+
+def test_a_generated_key_stays_ours_where_an_older_version_wrote_its_parts_in_another_order(tmp_path):
+    path = write_card(full_facts(), tmp_path)
+    lines = ("      name: Evaluation prompts\n", "      type: prompts\n")
+    edit(tmp_path, "".join(lines), "".join(reversed(lines)))
+    path.write_text(re.sub(r"model-index=\w+", "model-index=d9c05dde", path.read_text()))
+    write_card(full_facts(), tmp_path)
+    text = write_card(dataclasses.replace(full_facts(), model_name="other"), tmp_path).read_text()
+    assert metadata(text)["model-index"][0]["name"] == "other"
 
 
 def test_comments_in_the_metadata_survive_a_replaced_key(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from tests import ROOT
 from tests.hub.table import CASES
+from tgol_trainer.saving.hub import Repository, RunPushes, background
 
 pytestmark = pytest.mark.xdist_group("hub table")
 
@@ -53,3 +54,17 @@ def test_an_answer_that_was_lost_makes_two_commits_over_xet_and_one_over_lfs(out
     """The client repeats the commit in the one and not in the other; either way the files are there."""
     titles = {way: found["commit: the answer is lost"]["commits"] for way, found in outcomes.items()}
     assert titles == {"xet": ["A push", "A push", "initial commit"], "LFS": ["A push", "initial commit"]}
+
+
+def test_a_failure_outside_the_client_is_logged_without_the_token(tmp_path, monkeypatch, caplog):
+    token = "not of the Hub's form"
+
+    def fail(*_, **__):
+        raise OSError(f"cannot read {token}")
+
+    monkeypatch.setattr(background, "push_run", fail)
+    pushes = RunPushes(Repository("o/n", token=token), tmp_path, "end", always=False)
+    pushes.final("The end", blocking=False)
+    pushes.finish()
+    assert pushes.failed == ["the end"]
+    assert "OSError: cannot read ***" in caplog.text and token not in caplog.text

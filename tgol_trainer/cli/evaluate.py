@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgol_trainer._hub_ids import is_hub_id
+
 from .console import json_object, plain_errors, set_up_logging
 from .generate import device_of, load_generator
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from tgol_trainer.sources import Prompts
 
 BASE = "base"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "fps")
 
 
@@ -146,7 +147,7 @@ def _check_before(args: argparse.Namespace, adapters: dict[str, str]) -> None:
         find_reward(spec)
     rewards = [_name(spec) for spec in args.rewards]
     for name, source in adapters.items():
-        if not Path(source).expanduser().exists() and not _HUB_ID.fullmatch(source):
+        if not Path(source).expanduser().exists() and not is_hub_id(source):
             raise ValueError(f"`adapters`: {source!r} ({name}) is no folder here and no Hub id (owner/name).")
     unknown = set(args.trained_rewards or ()) - {"none"} - set(rewards)
     log = logging.getLogger("tgol_trainer.evaluate")

@@ -1,4 +1,4 @@
-"""`tgol export`: trained weights in another format, read back and compared with what was trained."""
+"""`tgol export`: write trained weights in another format, read them back, and compare them with the trained ones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DTYPES = ("float32", "float16", "bfloat16")
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol export",
-        description="Write trained weights in another format, load that into a fresh base model, compare its output "
-        "with the trained one, and put the result into the export's card. Nothing is written if they differ.",
+        description="Write trained weights in another format, load them into a fresh base model, compare its output "
+        "with the trained model's, and write the result into the export's card. Nothing is written if they differ.",
     )
     parser.add_argument("directory", type=Path, help="output_dir of a run, or one of its checkpoints")
     parser.add_argument(
@@ -30,21 +30,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="new folder for the export and its card; for comfyui also the directory itself (default: the directory's "
-        "name and the format, beside it)",
+        help="new folder for the export and its card, or for comfyui the directory itself (default: DIRECTORY-FORMAT)",
     )
-    parser.add_argument("--model_name_or_path", help="base model (default: the one that the directory's card records)")
-    parser.add_argument("--model_revision", help="its revision on the Hub (default: the recorded one)")
+    parser.add_argument("--model_name_or_path", help="base model (default: the one recorded in the directory's card)")
+    parser.add_argument("--model_revision", help="revision of the base model on the Hub (default: the recorded one)")
     parser.add_argument(
-        "--model_init_kwargs", type=json_object, default={}, help="JSON object for loading it, such as a variant"
-    )
-    parser.add_argument(
-        "--weight", type=float, default=1.0, help="strength that the adapter is written with (default: %(default)s)"
+        "--model_init_kwargs", type=json_object, default={}, help="JSON object for loading the base model"
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="precision of what is written (default: %(default)s)"
+        "--weight", type=float, default=1.0, help="strength of the adapter in the export (default: %(default)s)"
     )
-    parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="dtype of the exported weights (default: %(default)s)"
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="compare on the CPU even if there is a GPU")
     args = parser.parse_args(argv)
     if args.output_dir is None:
         resolved = args.directory.resolve()
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Export from a command line.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options. The default is the options of the process.
 
     Returns:
         `int`: 0.
@@ -71,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tgol_trainer.exports import export
 
-    diffusers_logging.set_verbosity_error()  # "No LoRA keys" of the text encoders, which were not trained
+    diffusers_logging.set_verbosity_error()  # silences "No LoRA keys" of the untrained text encoders
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     if args.model_revision is not None:
@@ -91,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     equal = "Weights equal bit for bit. " if row.weights_equal else ""
     print(f"Saved to {args.output_dir}: {', '.join(row.files)}")
     print(
-        f"Read back into a fresh model: {matched}{equal}Largest difference from the trained output "
-        f"{row.difference:.2g} (training moved it by {row.effect:.2g}), mean difference of an image "
+        f"Read back into a fresh model: {matched}{equal}Largest difference from the trained output: "
+        f"{row.difference:.2g} (training moved it by {row.effect:.2g}). Mean difference of an image: "
         f"{row.image_difference:.2g} of 255."
     )
     return 0

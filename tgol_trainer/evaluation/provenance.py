@@ -1,40 +1,14 @@
-"""Which score an adapter was trained on, as the files beside its weights tell."""
+"""Find out which scores an adapter was trained on, from the JSON files beside its weights."""
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
-_ARGUMENTS, _CARD = "training_args.json", "README.md"
-# A row of the card's table of hyperparameters, and one of its table of scores.
-_COLUMN_ROW = re.compile(r"(?m)^\| `score_column` \| ([^|\n]+) \|$")
-_TRAINED_ROW = re.compile(r"(?m)^\| ([^|\n]+) \| \*\*yes\*\* \|")
-
-
-def score_column(source: str) -> str | None:
-    """
-    Return the column of scores that an adapter was trained on.
-
-    Args:
-        source (`str`):
-            Folder or Hub id of the adapter.
-
-    Returns:
-        `str`, *optional*: `score_column` in `training_args.json`, or that in the table of hyperparameters of a card
-            that this library wrote; `None` where neither is there.
-    """
-    column = _argument(source, "score_column")
-    if isinstance(column, str):
-        return column
-    row = _COLUMN_ROW.search(_text(source, _CARD) or "")
-    return row[1].strip() if row else None
+_ARGUMENTS, _FACTS = "training_args.json", "card_facts.json"
 
 
 def trained_scores(source: str, scores: Sequence[str]) -> frozenset[str] | None:
@@ -42,46 +16,46 @@ def trained_scores(source: str, scores: Sequence[str]) -> frozenset[str] | None:
     Return which of some scores an adapter was trained on.
 
     Args:
-        source (`str`):
-            Folder or Hub id of the adapter.
-        scores (`Sequence[str]`):
-            Names of the scores.
+        source (`str`): Folder or Hub id of the adapter.
+        scores (`Sequence[str]`): Names of the scores.
 
     Returns:
-        `frozenset[str]`, *optional*: those that were its columns, or that its card marks as trained on; `None`
-            where none of the scores is named there, since a column `score` may hold anything.
+        `frozenset[str]`, *optional*: the scores that were its score columns, by `training_args.json` or
+            `card_facts.json`, or that `card_facts.json` marks as trained on. `None` if those files name none of the
+            scores, since a column `score` may hold anything.
     """
-    several = _argument(source, "score_columns")
-    if isinstance(several, list) and set(several) & set(scores):
-        return frozenset(several) & frozenset(scores)
-    column = score_column(source)
-    if column is not None and column in scores:
-        return frozenset({column})
-    marked = {match.strip() for match in _TRAINED_ROW.findall(_text(source, _CARD) or "")} & set(scores)
-    return frozenset(marked) if marked else None
+    facts = _read(source, _FACTS)
+    listed = {item.get("name"): item.get("value") for item in _dictionaries(facts, "hyperparameters")}
+    settings = listed | _read(source, _ARGUMENTS)
+    marked = [row.get("name") for row in _dictionaries(facts, "evaluations") if row.get("trained") is True]
+    for names in (settings.get("score_columns"), [settings.get("score_column")], marked):
+        found = frozenset(scores).intersection(names if isinstance(names, list) else [])
+        if found:
+            return found
+    return None
 
 
-def _argument(source: str, name: str) -> Any:
-    try:
-        return json.loads(_text(source, _ARGUMENTS) or "{}").get(name)
-    except (ValueError, AttributeError):
-        return None
+def _dictionaries(facts: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [item for item in facts.get(name, []) if isinstance(item, dict)]
 
 
-def _text(source: str, name: str) -> str | None:
+def _read(source: str, name: str) -> dict[str, Any]:
+    """Return a JSON object of an adapter's folder; an empty one if there is none, or something else."""
     folder = Path(source).expanduser()
-    if folder.exists():
-        path = folder / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    return _hub_text(source, name)
+    path = folder / name if folder.exists() else _download(source, name)
+    try:
+        read = json.loads(path.read_text(encoding="utf-8", errors="replace")) if path and path.is_file() else {}
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 @functools.cache
-def _hub_text(source: str, name: str) -> str | None:
+def _download(source: str, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(source, name)).read_text(encoding="utf-8", errors="replace")
-    except (OSError, HfHubHTTPError, HFValidationError):  # no such file there, or no network; the weights say which
+        return Path(hf_hub_download(source, name))
+    except (OSError, HfHubHTTPError, HFValidationError):  # no such file or no network; loading the weights says which
         return None

@@ -1,4 +1,4 @@
-"""Exports that prove themselves: written, read back into a fresh model, compared with what was trained."""
+"""Export trained weights: write them, read them back into a fresh model, and compare it with the trained one."""
 
 from .checks import ExportError
 from .run import FORMATS, export

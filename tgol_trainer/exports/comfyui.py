@@ -1,10 +1,10 @@
 """
-LoRA files as ComfyUI's loader reads them: names of each family, alpha and DoRA included, and the way back.
+Convert a LoRA adapter to the tensors that ComfyUI's loader reads, and back.
 
-The names are those of `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers` and
-`flux_to_diffusers` (comfy/utils.py), for Wan the module names of comfy/ldm/wan/model.py; suffixes, alpha and
-`dora_scale` those of comfy/weight_adapter/lora.py and base.py of https://github.com/Comfy-Org/ComfyUI as of 2026.
-diffusers' `convert_state_dict_to_kohya` is not used: it writes the rank as alpha, whatever alpha was, and leaves the
+The names come from `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers` and
+`flux_to_diffusers` (comfy/utils.py), and for Wan from the modules of comfy/ldm/wan/model.py. The suffixes, alpha and
+`dora_scale` come from comfy/weight_adapter/lora.py and base.py. All are of https://github.com/Comfy-Org/ComfyUI as of
+2026. diffusers' `convert_state_dict_to_kohya` is not used: it always writes the rank as alpha, and leaves the
 magnitudes of DoRA under a name that no loader knows.
 """
 
@@ -23,19 +23,16 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """
-    Names of one model family.
+    The loader's names for the modules of one model family.
 
     Args:
-        modules (`str`):
-            Regular expression of the module paths in diffusers that the loader has a name for.
-        prefix (`str`):
-            Put before each path.
+        modules (`str`): Regular expression of the module paths in diffusers that have a name in the loader.
+        prefix (`str`): Text before each path.
         matrices (`tuple[str, str]`, *optional*, defaults to `("lora_A", "lora_B")`):
-            Names of the matrix applied first and of the other.
-        joined (`bool`, *optional*, defaults to `False`):
-            Whether dots of the path become underscores.
+            Names of the matrix that is applied first and of the other.
+        joined (`bool`, *optional*, defaults to `False`): Whether the dots of a path become underscores.
         renamed (`tuple[tuple[str, str], ...]`, *optional*, defaults to `()`):
-            Parts of a path and what the loader calls them.
+            Parts of a path with their names in the loader, replaced in this order.
     """
 
     modules: str
@@ -45,7 +42,7 @@ class Layout:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def name(self, path: str) -> str | None:
-        """Return the loader's name of a module, or `None` where it has none."""
+        """Return the loader's name of a module, or `None` if it has none."""
         if not re.fullmatch(self.modules, path):
             return None
         for ours, theirs in self.renamed:
@@ -102,7 +99,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
 }
-"""Pipeline class name to the names of its modules. ComfyUI loads no aMUSEd and no Meissonic."""
+"""Layout of each pipeline class. ComfyUI loads neither aMUSEd nor Meissonic."""
 
 
 @dataclasses.dataclass
@@ -111,14 +108,10 @@ class LoraModule:
     The update of one module.
 
     Args:
-        first (`torch.Tensor`):
-            (rank, in, ...), applied first.
-        second (`torch.Tensor`):
-            (out, rank, ...).
-        scaling (`float`):
-            Factor of the product, α / rank or, rank-stabilised, α / √rank.
-        magnitude (`torch.Tensor`, *optional*):
-            (out,), of DoRA.
+        first (`torch.Tensor`): The matrix that is applied first, (rank, in, ...).
+        second (`torch.Tensor`): The other matrix, (out, rank, ...).
+        scaling (`float`): Factor of their product, α / rank or, rank-stabilised, α / √rank.
+        magnitude (`torch.Tensor`, *optional*): Magnitudes of DoRA, (out,), or the `dora_scale` of a file.
     """
 
     first: torch.Tensor
@@ -127,22 +120,13 @@ class LoraModule:
     magnitude: torch.Tensor | None = None
 
     def update(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what is added to a weight, in its shape, before any normalisation."""
+        """Return the summand of a weight, in its shape, before any normalisation."""
         product = self.second.flatten(1).to(weight) @ self.first.flatten(1).to(weight)
         return self.scaling * product.reshape(weight.shape)
 
 
 def layout_of(pipeline_class: str) -> Layout:
-    """
-    Return the names of a pipeline class.
-
-    Args:
-        pipeline_class (`str`):
-            Such as `"FluxPipeline"`.
-
-    Raises:
-        ValueError: for a family that ComfyUI does not load.
-    """
+    """Return the layout of a pipeline class, such as `"FluxPipeline"`, or raise a `ValueError` if it has none."""
     if pipeline_class not in LAYOUTS:
         raise ValueError(
             f"`format` is 'comfyui', and ComfyUI has no loader for {pipeline_class}. Use 'diffusers', 'peft' or "
@@ -152,18 +136,7 @@ def layout_of(pipeline_class: str) -> Layout:
 
 
 def lora_modules(denoiser: ModelMixin, adapter: str) -> dict[str, LoraModule]:
-    """
-    Return an adapter's update of each module, with the scale that is set.
-
-    Args:
-        denoiser (`diffusers.ModelMixin`):
-            With the adapter.
-        adapter (`str`):
-            Its name.
-
-    Returns:
-        `dict[str, LoraModule]`: module path to update.
-    """
+    """Return an adapter's update of each module by its path, with the strength that is set."""
     found = {}
     for path, layer in denoiser.named_modules():
         if adapter in getattr(layer, "lora_A", {}):
@@ -179,21 +152,15 @@ def lora_modules(denoiser: ModelMixin, adapter: str) -> dict[str, LoraModule]:
 
 def to_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin, layout: Layout) -> dict[str, torch.Tensor]:
     """
-    Name an adapter's tensors as ComfyUI's loader does.
+    Return an adapter's tensors under the names of ComfyUI's loader, on the CPU.
 
-    ComfyUI divides DoRA's magnitudes by the norm of the base weight's rows, PEFT by that of the updated weight's. The
-    quotient of both norms is put into `dora_scale`, so that the result is PEFT's.
+    ComfyUI divides DoRA's magnitudes by the norm of the base weight's rows, PEFT by the norm of the updated weight's.
+    `dora_scale` therefore contains the quotient of both norms, so that the result is PEFT's.
 
     Args:
-        modules (`dict[str, LoraModule]`):
-            From [`lora_modules`].
-        denoiser (`diffusers.ModelMixin`):
-            Holds the base weights, as `path.base_layer.weight`.
-        layout (`Layout`):
-            Names of the family.
-
-    Returns:
-        `dict[str, torch.Tensor]`: the file's tensors, on the CPU.
+        modules (`dict[str, LoraModule]`): The result of [`lora_modules`].
+        denoiser (`diffusers.ModelMixin`): Holds the base weights, as `path.base_layer.weight`.
+        layout ([`Layout`]): The names of the family.
 
     Raises:
         ValueError: if the loader has no name for some modules.
@@ -202,8 +169,8 @@ def to_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin, layout: Lay
     if unnamed:
         raise ValueError(
             f"`format` is 'comfyui', and {len(unnamed)} of {len(modules)} trained modules (such as {unnamed[0]}) have "
-            "no name in the layout of its loader that is known here. Use 'diffusers', 'peft' or 'merged', or train "
-            "attention and feed-forward layers only."
+            "no name in the known layout of its loader. Use 'diffusers', 'peft' or 'merged', or train only attention "
+            "and feed-forward layers."
         )
     tensors = {}
     for path, module in modules.items():
@@ -221,22 +188,18 @@ def to_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin, layout: Lay
 
 def from_comfyui(tensors: dict[str, torch.Tensor], denoiser: ModelMixin, layout: Layout) -> dict[str, LoraModule]:
     """
-    Read a file's tensors as ComfyUI's loader does, against the modules that a model has.
+    Return the updates in a file's tensors by module path, found under the names that ComfyUI's loader looks for.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`):
-            Of the file.
-        denoiser (`diffusers.ModelMixin`):
-            The base model's, without adapters.
-        layout (`Layout`):
-            Names of the family.
+        tensors (`dict[str, torch.Tensor]`): The tensors of the file.
+        denoiser (`diffusers.ModelMixin`): The base model's denoiser, without adapters.
+        layout ([`Layout`]): The names of the family.
 
     Returns:
-        `dict[str, LoraModule]`: module path to update; `magnitude` is the file's `dora_scale`, for the loader's own
-        formula ([`apply_as_comfyui`]).
+        `dict[str, LoraModule]`: `magnitude` is the file's `dora_scale`, as [`apply_as_comfyui`] takes it.
 
     Raises:
-        ValueError: for tensors that match no module.
+        ValueError: if some tensors match no module.
     """
     left, modules = dict(tensors), {}
     for path, module in denoiser.named_modules():
@@ -256,15 +219,7 @@ def from_comfyui(tensors: dict[str, torch.Tensor], denoiser: ModelMixin, layout:
 
 
 def apply_as_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin) -> None:
-    """
-    Change a model's weights by the formulas of ComfyUI's loader at strength 1.
-
-    Args:
-        modules (`dict[str, LoraModule]`):
-            From [`from_comfyui`].
-        denoiser (`diffusers.ModelMixin`):
-            Changed in place.
-    """
+    """Change a denoiser's weights in place by the formulas of ComfyUI's loader at strength 1."""
     with torch.no_grad():
         for path, module in modules.items():
             parameter = denoiser.get_parameter(f"{path}.weight")
@@ -276,12 +231,12 @@ def apply_as_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin) -> No
 
 
 def _exact(value: Any) -> torch.Tensor:
-    """A scalar in float32 where that holds it exactly, else in float64: readers take either."""
+    """Return a scalar in float32 if that holds it exactly, else in float64. Loaders take either."""
     single = torch.tensor(value, dtype=torch.float32)
     return single if single.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
 def _row_norms(weight: torch.Tensor, floor: bool = False) -> torch.Tensor:
-    """(out,); with `floor`, as ComfyUI guards its division."""
+    """Return the norm of each row, (out,). With `floor`, add the epsilon with which ComfyUI guards its division."""
     norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     return norms + torch.finfo(weight.dtype).eps if floor else norms

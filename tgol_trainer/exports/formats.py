@@ -1,4 +1,4 @@
-"""Writing each format from a trained model in memory, and reading it back into a fresh one as its users do."""
+"""Write each format from a trained model in memory, and read it back into a fresh model as its users do."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tgol_trainer import adapters
+from tgol_trainer._files import write_json
 from tgol_trainer.families import ModelFamily
 
 from .comfyui import LoraModule, apply_as_comfyui, from_comfyui, layout_of, lora_modules, to_comfyui
 from .source import Source
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""What `PeftModel.from_pretrained` looks for."""
+"""The files that `PeftModel.from_pretrained` looks for."""
 
 _PEFT_PREFIX = "base_model.model."
 
 
 def adapter_state(family: ModelFamily) -> dict[str, torch.Tensor]:
-    """The policy adapter's tensors under PEFT's names, on the CPU."""
+    """Return the policy adapter's tensors under PEFT's names, on the CPU."""
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(family.denoiser, adapter_name=adapters.POLICY)
@@ -41,7 +42,7 @@ def set_strength(family: ModelFamily, weight: float) -> None:
 
 
 def _written_config(family: ModelFamily, weight: float) -> Any:
-    """The adapter's configuration with the strength in its alphas: a file has no other place for it."""
+    """Return the adapter's configuration with the strength multiplied into its alphas: a file has no other place."""
     config = copy.deepcopy(family.denoiser.peft_config[adapters.POLICY])
     if weight != 1.0:
         config.lora_alpha = config.lora_alpha * weight
@@ -50,20 +51,20 @@ def _written_config(family: ModelFamily, weight: float) -> Any:
 
 
 def write_diffusers(family: ModelFamily, folder: Path, weight: float) -> None:
-    """The format of `pipe.load_lora_weights`."""
+    """Write the file that `pipe.load_lora_weights` reads."""
     family.denoiser.peft_config[adapters.POLICY] = _written_config(family, weight)
     adapters.save_adapter(type(family.pipeline), family.denoiser_name, family.denoiser, folder)
 
 
 def read_diffusers(source: Source, folder: Path) -> tuple[ModelFamily, dict[str, torch.Tensor]]:
-    """Load into a fresh base model; returns it with the tensors that arrived there."""
+    """Load the export into a fresh base model. Return the model and the adapter's tensors in it."""
     family = source.load_base()
     adapters.load_weights(family.pipeline, family.denoiser_name, str(folder))
     return family, adapter_state(family)
 
 
 def write_peft(family: ModelFamily, folder: Path, weight: float) -> None:
-    """The format of `PeftModel.from_pretrained`, with the fields that differ from LoraConfig's defaults alone."""
+    """Write the files that `PeftModel.from_pretrained` reads. Fields at LoraConfig's defaults are left out."""
     config = _written_config(family, weight)
     fields = {
         "peft_type": "LORA",
@@ -78,7 +79,7 @@ def write_peft(family: ModelFamily, folder: Path, weight: float) -> None:
 
 
 def read_peft(source: Source, folder: Path) -> tuple[ModelFamily, dict[str, torch.Tensor]]:
-    """Load into a fresh base model; returns it with the tensors that arrived there."""
+    """Load the export into a fresh base model. Return the model and the adapter's tensors in it."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -90,40 +91,26 @@ def read_peft(source: Source, folder: Path) -> tuple[ModelFamily, dict[str, torc
 
 
 def comfyui_name(title: str) -> str:
-    """File name: ComfyUI lists files by name alone, so it says which model this is."""
+    """Return a file name that says which model this is, because ComfyUI lists files by name alone."""
     return f"{re.sub(r'[^0-9A-Za-z._-]+', '-', title).strip('.-') or 'adapter'}_comfyui.safetensors"
 
 
 def write_comfyui(family: ModelFamily, file: Path) -> None:
-    """One file for ComfyUI's `models/loras`."""
-    layout = layout_of(type(family.pipeline).__name__)
-    modules = lora_modules(family.denoiser, adapters.POLICY)
+    """Write one file for ComfyUI's `models/loras`."""
     known = re.compile(r"lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)$")
     strange = [name for name in adapter_state(family) if not known.search(name)]
     if strange:
         raise ValueError(
-            f"`format` is 'comfyui', and {len(strange)} tensors of the adapter (such as {strange[0]}) are of a "
-            "kind that its loader has no place for. Use 'diffusers', 'peft' or 'merged'."
+            f"`format` is 'comfyui', and its loader does not read {len(strange)} tensors of the adapter (such as "
+            f"{strange[0]}). Use 'diffusers', 'peft' or 'merged'."
         )
-    save_file(to_comfyui(modules, family.denoiser, layout), file, metadata={"format": "pt"})
+    modules = lora_modules(family.denoiser, adapters.POLICY)
+    tensors = to_comfyui(modules, family.denoiser, layout_of(type(family.pipeline).__name__))
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def read_comfyui(source: Source, file: Path) -> tuple[ModelFamily, dict[str, LoraModule], int]:
-    """
-    Change a fresh base model's weights by the loader's formulas.
-
-    Args:
-        source ([`Source`]):
-            Loads the base model.
-        file (`Path`):
-            From [`write_comfyui`].
-
-    Returns:
-        `tuple`: the model, the updates that were read, and the number of tensors in the file, all of them matched.
-
-    Raises:
-        ValueError: for tensors that match no module.
-    """
+    """Apply a file to a fresh base model. Return the model, the updates, and the number of tensors, all matched."""
     family = source.load_base()
     tensors = load_file(file)
     modules = from_comfyui(tensors, family.denoiser, layout_of(type(family.pipeline).__name__))
@@ -132,22 +119,22 @@ def read_comfyui(source: Source, file: Path) -> tuple[ModelFamily, dict[str, Lor
 
 
 def write_merged(family: ModelFamily, folder: Path, source: Source) -> None:
-    """A complete pipeline without adapters; the strength was set before."""
+    """Write a complete pipeline without adapters. The strength of the adapter was set before."""
     if getattr(family.denoiser, "hf_quantizer", None) is not None:
         raise ValueError(
-            "`format` is 'merged', and the base model is quantised: an update does not survive the rounding to its "
-            "few levels. Name the base model in full precision with `model_name_or_path`."
+            "`format` is 'merged', and the base model is quantised. Rounding to its few levels would lose the update. "
+            "Name the base model in full precision with `model_name_or_path`."
         )
     if hasattr(family.denoiser, "peft_config"):
         family.denoiser.fuse_lora(safe_fusing=True, adapter_names=[adapters.POLICY])
         family.denoiser.unload_lora()
     if source.dtype != torch.float32:
-        # Rounded once, after merging, and where the loader keeps some modules in float32, they stay so.
+        # Round once, after merging. Modules that the loader keeps in float32 stay in float32.
         state = family.denoiser.state_dict()
         family = source.load_base(compute=False)
         family.denoiser.load_state_dict(state)
     family.pipeline.save_pretrained(folder)
-    for file in folder.rglob("*.json"):  # each component remembers the folder it was loaded from
+    for file in folder.rglob("*.json"):  # each component notes the folder it was loaded from
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(file, content)

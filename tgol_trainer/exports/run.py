@@ -1,15 +1,13 @@
-"""One export from start to end: load, write, read back into a fresh model, compare, document."""
+"""Run one export: load the trained model, write it, read it back into a fresh model, compare both, write the card."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import gc
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from tgol_trainer import adapters
 from tgol_trainer.families import ModelFamily, ModelOrigin
 from tgol_trainer.saving.card import CardFacts, ExportRow, write_card
 
-from .checks import TOLERANCE, Trained, check_modules, check_state, compare, observe, remember
+from .checks import TOLERANCE, Trained, check_modules, check_state, measure_and_round, observe, record_differences
 from .comfyui import layout_of
 from .formats import (
     comfyui_name,
@@ -54,32 +52,27 @@ def export(
     Write trained weights in another format, load that into a fresh model, and compare it with the trained one.
 
     Args:
-        directory (`str` or `Path`):
-            `output_dir` of a run, or one of its checkpoints.
+        directory (`str` or `Path`): `output_dir` of a run, or one of its checkpoints.
         output_dir (`str` or `Path`):
-            Where the export and its card go; new or empty. For `"comfyui"` it may be `directory` itself.
+            New or empty folder for the export and its card. For `"comfyui"` it may be `directory` itself.
         export_format (`str`):
             `"diffusers"` (for `pipe.load_lora_weights`), `"peft"` (for `PeftModel.from_pretrained`), `"comfyui"` (one
             file for `models/loras`) or `"merged"` (a complete pipeline that needs no PEFT).
-        model_name_or_path (`str`, *optional*):
-            Base model; by default the one that the folder's card records.
-        weight (`float`, *optional*, defaults to 1.0):
-            Strength of the adapter, as in diffusers' `set_adapters`.
+        model_name_or_path (`str`, *optional*): Base model. The default is the one that the folder's card records.
+        weight (`float`, *optional*, defaults to 1.0): Strength of the adapter, as in diffusers' `set_adapters`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Precision of what is written. The comparison runs in float32, with the weights rounded to it.
-        model_init_kwargs (`dict`, *optional*):
-            For loading the base model, as in [`TGOLConfig`].
-        device (`str`, *optional*, defaults to `"cpu"`):
-            Where the comparison runs.
+            Dtype of the exported weights. The comparison runs in float32, with the weights rounded to this dtype.
+        model_init_kwargs (`dict`, *optional*): Arguments for loading the base model, as in [`TGOLConfig`].
+        device (`str`, *optional*, defaults to `"cpu"`): Device of the comparison.
 
     Returns:
-        [`card.ExportRow`]: what was checked, and the differences measured.
+        [`card.ExportRow`]: the results of the checks, and the differences that were measured.
 
     Raises:
-        ValueError: for a format that does not exist for this model, or arguments that do not go together.
-        FileNotFoundError: for a folder without trained weights.
-        FileExistsError: if `output_dir` holds something.
-        ExportError: if what was read back is not what was trained.
+        ValueError: if the format does not exist for this model, or arguments contradict each other.
+        FileNotFoundError: if the folder holds no trained weights.
+        FileExistsError: if `output_dir` is not empty.
+        ExportError: if the model read back is not the trained one.
     """
     directory, output_dir = Path(directory), Path(output_dir)
     check_directory(directory)
@@ -93,11 +86,13 @@ def export(
     source = Source(directory, facts, model, options, dtype, export_format == "merged", device)
     if not source.is_adapter and (export_format != "merged" or weight != 1.0):
         raise ValueError(
-            f"{directory} holds a whole fine-tuned denoiser, no adapter: only `format='merged'` with `weight=1` "
-            "exists for it."
+            f"{directory} holds a whole fine-tuned denoiser and no adapter. It can only be exported with "
+            "`format='merged'` and `weight=1`."
         )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _workplace(output_dir) as folder:
+    # A draft beside the target, so that an export that fails leaves nothing.
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as draft:
+        folder = Path(draft)
         row, exported = _export(source, folder, export_format, weight)
         output_dir.mkdir(exist_ok=True)
         for path in folder.iterdir():
@@ -114,16 +109,16 @@ def export(
 
 
 def _export(source: Source, folder: Path, export_format: str, weight: float) -> tuple[ExportRow, CardFacts]:
-    """Write the files into a folder, read them back, and return the result with the facts of the export's card."""
+    """Write the files into a folder and read them back. Return the result and the facts of the export's card."""
     prompt = source.facts.example_prompt or "a photo"
     family = source.load_base()
     if export_format == "comfyui":
-        layout_of(type(family.pipeline).__name__)  # before the long part
+        layout_of(type(family.pipeline).__name__)  # raises, before the long part, if there is none
     base_output = family.probe().float().cpu()
     family = _load_trained(family, source, weight)
-    trained = remember(family, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
+    trained = measure_and_round(family, base_output, prompt, torch.float32 if source.rounds_base else source.dtype)
     if trained.effect == 0:
-        logger.warning("The weights in %s change nothing in the base model's output.", source.directory)
+        logger.warning("The weights in %s do not change the base model's output.", source.directory)
     name = comfyui_name(source.facts.model_name or source.directory.resolve().name)
     facts = _facts(source, family, export_format, prompt)
     origin = family.origin
@@ -143,7 +138,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         note=_comfyui_note(name) if export_format == "comfyui" else None,
     )
     fresh = _read_back(row, source, folder, origin, trained)
-    compare(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
+    record_differences(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
     return row, facts
 
 
@@ -158,7 +153,7 @@ def _load_trained(family: ModelFamily, source: Source, weight: float) -> ModelFa
     if not folder.is_dir():
         raise ValueError(
             f"{type(family.pipeline).__name__} trains its {name}, but {source.directory} holds no folder of that "
-            "name: these weights belong to another base model."
+            "name. These weights belong to another base model: name it with `model_name_or_path`."
         )
     denoiser = type(family.denoiser).from_pretrained(str(folder))
     setattr(family.pipeline, name, denoiser.to(source.device))
@@ -166,7 +161,7 @@ def _load_trained(family: ModelFamily, source: Source, weight: float) -> ModelFa
 
 
 def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin, trained: Trained) -> ModelFamily:
-    """Return a fresh model with the export in it; the row gets what was matched."""
+    """Return a fresh model with the export in it. Write into the row which weights matched."""
     if row.format == "merged":
         return source.load_exported(folder, origin)
     exact = source.dtype == torch.float32
@@ -179,22 +174,18 @@ def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin
     return in_float32(family)
 
 
-def _usage(family: ModelFamily, export_format: str, prompt: str) -> str:
-    snippets = {"diffusers": family.usage, "peft": family.peft_usage, "merged": family.merged_usage}
-    return snippets[export_format](".", prompt) if export_format in snippets else ""
-
-
 def _comfyui_note(name: str) -> str:
     return (
-        f"copy {name} into ComfyUI's folder models/loras and load it with the node LoraLoaderModelOnly at strength 1, "
-        "on the base model. Its names were held against those of ComfyUI's loader, converted back, and applied by the "
-        "formulas of that loader; ComfyUI itself was not run."
+        f"copy {name} into ComfyUI's folder models/loras and load it onto the base model with the node "
+        "LoraLoaderModelOnly at strength 1. Its names were compared with those of ComfyUI's loader, converted back, "
+        "and applied by the formulas of that loader. ComfyUI itself was not run."
     )
 
 
 def _facts(source: Source, family: ModelFamily, export_format: str, prompt: str) -> CardFacts:
-    """Facts of the export's card: those of the run, with how to use this format."""
+    """Return the facts of the export's card: the run's facts, with the snippet of this format."""
     facts, origin = source.facts, family.origin
+    snippets = {"diffusers": family.usage, "peft": family.peft_usage, "merged": family.merged_usage}
     return dataclasses.replace(
         facts,
         base_model=facts.base_model or origin.hub_id,
@@ -203,7 +194,7 @@ def _facts(source: Source, family: ModelFamily, export_format: str, prompt: str)
         pipeline_class=type(family.pipeline).__name__,
         pipeline_tag=family.pipeline_tag,
         merged=export_format == "merged",
-        usage=_usage(family, export_format, prompt),
+        usage=snippets[export_format](".", prompt) if export_format in snippets else "",
         pictures=[image for image in facts.pictures if (source.directory / image.path).is_file()],
         created=datetime.date.today().isoformat(),
     )
@@ -213,13 +204,3 @@ def _check_target(directory: Path, output_dir: Path, export_format: str) -> None
     beside = export_format == "comfyui" and output_dir.resolve() == directory.resolve()
     if output_dir.exists() and not beside and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`output_dir` {output_dir} exists and is not empty: name a new folder.")
-
-
-@contextlib.contextmanager
-def _workplace(output_dir: Path) -> Iterator[Path]:
-    """A folder beside the target, gone afterwards: an export appears when it is proven, or not at all."""
-    folder = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

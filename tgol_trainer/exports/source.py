@@ -1,4 +1,4 @@
-"""What is exported: the trained weights in a folder, and the base model that they belong to."""
+"""The source of an export: the trained weights in a folder, and the base model that they belong to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tgol_trainer.saving.card import FACTS_NAME, CardFacts, read_facts
 
 logger = logging.getLogger(__name__)
 
-# What `from_pretrained` of an exported pipeline needs as well as that of the base.
+# Options that an exported pipeline needs for loading, like its base model.
 _KEPT_OPTIONS = ("meissonic_repository", "trust_remote_code")
 
 
@@ -25,20 +25,13 @@ class Source:
     A folder with trained weights and its base model.
 
     Args:
-        directory (`Path`):
-            Holds an adapter in diffusers' format, or a denoiser's folder.
-        facts ([`card.CardFacts`]):
-            Of its card.
-        model (`str`):
-            Hub id, folder, or the name of an embedded model.
-        options (`dict[str, Any]`):
-            For [`families.load_family`].
-        dtype (`torch.dtype`):
-            Precision of what is written.
-        rounds_base (`bool`):
-            Whether the base model is written too, and so compared after rounding to that precision.
-        device (`str`):
-            Where it runs.
+        directory (`Path`): Holds an adapter in diffusers' format, or a denoiser's folder.
+        facts ([`card.CardFacts`]): The facts of its card.
+        model (`str`): Base model: a Hub id, a folder, or the name of an embedded model.
+        options (`dict[str, Any]`): Options of [`families.load_family`].
+        dtype (`torch.dtype`): Dtype of the exported weights.
+        rounds_base (`bool`): Whether the base model is exported too, and compared after rounding to that dtype.
+        device (`str`): Device of the comparison.
     """
 
     directory: Path
@@ -52,19 +45,14 @@ class Source:
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds an adapter."""
-        return (self.directory / adapters.WEIGHTS_NAME).is_file()
+        return _has_adapter(self.directory)
 
     def load_base(self, *, compute: bool = True) -> ModelFamily:
         """
-        Load the base model anew.
+        Load a fresh base model, in float32 on the device unless `compute` is false.
 
-        Args:
-            compute (`bool`, *optional*, defaults to `True`):
-                Bring it to float32, in which all comparisons are made: in half precision, rounding of the passes alone
-                is as large as what a short training does.
-
-        Returns:
-            [`ModelFamily`]
+        All comparisons run in float32: in half precision, rounding inside a pass is as large as the effect of a short
+        training.
         """
         dtype = self.dtype if self.rounds_base else torch.float32
         if self.model in shapes.EMBEDDED and not Path(self.model).exists():
@@ -76,14 +64,14 @@ class Source:
         return in_float32(family).to(self.device) if compute else family
 
     def load_exported(self, folder: Path, origin: ModelOrigin) -> ModelFamily:
-        """Load a complete pipeline that was exported."""
+        """Load a complete pipeline that was exported, in float32 on the device."""
         kept = {name: value for name, value in self.options.items() if name in _KEPT_OPTIONS}
         exported = load_family(str(folder), {**kept, "dtype": self.dtype})
         return in_float32(type(exported)(exported.pipeline, origin, exported.settings)).to(self.device)
 
 
 def in_float32(family: ModelFamily) -> ModelFamily:
-    """Bring every component to float32, adapters too; returns the same family."""
+    """Convert every component to float32 in place, adapters too, and return the family."""
     for component in family.pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.float()
@@ -93,25 +81,7 @@ def in_float32(family: ModelFamily) -> ModelFamily:
 def find_base(
     directory: Path, facts: CardFacts, model: str | None, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """
-    Decide which base model belongs to a folder.
-
-    Args:
-        directory (`Path`):
-            For messages.
-        facts ([`card.CardFacts`]):
-            Of the folder's card.
-        model (`str`, *optional*):
-            What the user said.
-        options (`dict[str, Any]`):
-            For [`families.load_family`].
-
-    Returns:
-        `tuple[str, dict[str, Any]]`: the model, and the options with the recorded revision.
-
-    Raises:
-        ValueError: where neither the user nor the folder names it.
-    """
+    """Return the base model that the user or the folder's card names, and its options with the recorded revision."""
     embedded = [name for name, (_, note, *_) in shapes.EMBEDDED.items() if note == facts.base_model_note]
     recorded = facts.base_model or (embedded[0] if embedded else None)
     if model is not None:
@@ -121,8 +91,8 @@ def find_base(
             return model, options
     if recorded is None:
         raise ValueError(
-            f"{directory} does not record the name of its base model (it was a local folder or a loaded pipeline): "
-            "name it with `model_name_or_path`."
+            f"{directory} does not record the name of its base model (it was a local folder or a loaded pipeline). "
+            "Name it with `model_name_or_path`."
         )
     if facts.base_model_revision and facts.base_model == recorded:
         options = {"revision": facts.base_model_revision, **options}
@@ -130,63 +100,38 @@ def find_base(
 
 
 def folder_facts(directory: Path) -> CardFacts:
-    """
-    Read the facts of a folder's card; empty ones where it has none, as an adapter from elsewhere.
-
-    Args:
-        directory (`Path`):
-            With an adapter or a denoiser's folder.
-
-    Returns:
-        [`card.CardFacts`]
-    """
+    """Return the facts of a folder's card, or almost empty ones if it has none, as an adapter from elsewhere."""
     if (directory / FACTS_NAME).is_file():
         return read_facts(directory)
     return CardFacts(model_name=directory.resolve().name, full_finetuning=not _has_adapter(directory))
 
 
 def check_directory(directory: Path) -> None:
-    """
-    Refuse a folder without trained weights.
-
-    Args:
-        directory (`Path`):
-            What the user named.
-
-    Raises:
-        FileNotFoundError: naming what is missing.
-    """
+    """Raise a `FileNotFoundError` for a folder without trained weights of a run."""
     denoisers = [name for name in ("unet", "transformer") if (directory / name / "config.json").is_file()]
     if (directory / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{directory} is a complete pipeline already, not the output of a training run: nothing to export."
+            f"{directory} is a complete pipeline already, not the output of a training run. Name an `output_dir`."
         )
     if not directory.is_dir() or not (_has_adapter(directory) or denoisers):
         raise FileNotFoundError(
-            f"{directory} holds neither {adapters.WEIGHTS_NAME} nor a folder `unet` or `transformer`: name the "
+            f"{directory} holds neither {adapters.WEIGHTS_NAME} nor a folder `unet` or `transformer`. Name the "
             "`output_dir` of a run, or one of its checkpoints."
         )
 
 
 def check_fits(source: Source, family: ModelFamily) -> None:
     """
-    Refuse an adapter that was trained on another model, before its loader lists every tensor of it.
+    Raise a `ValueError` if an adapter was trained on another model. It names the first module that does not fit.
 
-    Args:
-        source ([`Source`]):
-            With an adapter.
-        family ([`ModelFamily`]):
-            The base model.
-
-    Raises:
-        ValueError: naming the first module that the model has not, or not in this size.
+    The loader itself would list every tensor.
     """
     from safetensors import safe_open
 
     modules = dict(family.denoiser.named_modules())
     prefix, suffix = f"{family.denoiser_name}.", ".lora_A.weight"
     with safe_open(source.directory / adapters.WEIGHTS_NAME, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - no mapping
+        for name in file.keys():  # noqa: SIM118 - not a mapping
             if not (name.startswith(prefix) and name.endswith(suffix)):
                 continue
             path, size = name[len(prefix) : -len(suffix)], file.get_slice(name).get_shape()[1]
@@ -194,7 +139,7 @@ def check_fits(source: Source, family: ModelFamily) -> None:
             if weight is None or weight.shape[1] != size:
                 has = "no such module" if weight is None else f"one of {weight.shape[1]}"
                 raise ValueError(
-                    f"The adapter in {source.directory} was trained on another model than {source.model}: it changes "
+                    f"The adapter in {source.directory} was trained on another model than {source.model}. It changes "
                     f"{path} with {size} inputs, and the model has {has}. Name its base with `model_name_or_path`."
                 )
 

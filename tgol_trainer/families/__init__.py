@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 
+from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import FlowLikelihood
 
 from .amused import AmusedFamily
-from .base import HUB_ID, FamilySettings, ModelFamily, ModelOrigin
+from .base import FamilySettings, ModelFamily, ModelOrigin
 from .flux import FluxFamily
 from .licenses import hub_license
 from .meissonic import MeissonicFamily, load_meissonic
@@ -139,7 +140,7 @@ def checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
                 f"{model} holds no model_index.json, so it is no folder of a diffusers pipeline. A single file of "
                 "weights is loaded with the pipeline class's `from_single_file`: pass the object."
             )
-    elif HUB_ID.match(model):
+    elif is_hub_id(model):
         place = {name: options[name] for name in _INDEX if name in options}
         file = Path(hf_hub_download(model, "model_index.json", **place))
     else:

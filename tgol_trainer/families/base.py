@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators
 
 from .licenses import folder_license
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
-
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ class ModelOrigin:
     @classmethod
     def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
         """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""
-        if Path(source).expanduser().exists() or not HUB_ID.match(source):
+        if Path(source).expanduser().exists() or not is_hub_id(source):
             return cls(note="a local folder whose name is not recorded", license=folder_license(source))
         from huggingface_hub import try_to_load_from_cache
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
+from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
@@ -39,7 +40,6 @@ _SPLIT_WORDS = {
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _SAMPLE = 1_000_000
 """Characters of a CSV file that are searched for decimal commas."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
@@ -119,7 +119,7 @@ def _find(
         return _load_file(path, split, streaming, columns, only)
     if path.is_dir():
         return _load_folder(path, name, split, streaming, columns, only)
-    if not _HUB_ID.fullmatch(source) or path.suffix.lower() in _BUILDERS:
+    if not is_hub_id(source) or path.suffix.lower() in _BUILDERS:
         raise DataError(
             f"`source`: {source!r} is no file and no folder here (looked from {os.getcwd()}), and no Hub id, which "
             "has the form 'owner/name'. Check the path."

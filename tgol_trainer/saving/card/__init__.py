@@ -1,4 +1,4 @@
-"""The model card: facts of a run to README.md, with data escaped and a person's edits kept. Imports no torch."""
+"""Write model and dataset cards from facts. Values are escaped and a person's edits are kept. Imports no torch."""
 
 from .dataset import DatasetCardFacts, ScoreFacts, write_dataset_card
 from .facts import CardFacts, CardImage, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter

@@ -1,4 +1,4 @@
-"""A card as a file: generated sections and metadata brought up to date, a person's edits kept."""
+"""Write a card, and bring an existing one up to date without losing what a person wrote in it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import logging
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tgol_trainer._files import write_file, write_json
 
 from .facts import CardFacts
 from .rendering import SECTIONS, card_metadata, checked, render_sections, storable
@@ -22,7 +23,7 @@ from .rendering import SECTIONS, card_metadata, checked, render_sections, storab
 logger = logging.getLogger(__name__)
 
 FACTS_NAME = "card_facts.json"
-"""The facts of a card, beside it, without secrets and local paths: what [`update_card`] starts from."""
+"""The facts of a card, beside it, without secrets and local paths. [`update_card`] starts from them."""
 
 _FRONT_MATTER = re.compile(r"(?s)\s*---[ \t]*\n(?:|(.*?)\n)---[ \t]*(?:\n|\Z)")
 _STATE = re.compile(r"(?m)^<!-- tgol:(metadata|sections)((?: \S+)*) --> *(?:\n|\Z)")
@@ -39,22 +40,23 @@ def _dump(metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_metadata(block: str, new: Mapping[str, Any], digests: dict[str, str]) -> str:
-    """Bring the generated keys of a YAML block, and `digests`, up to date; a person's lines stay as written."""
+    """Bring the generated keys of a YAML block, and `digests`, up to date. A person's lines stay as they are."""
     try:
         old = yaml.safe_load(block) or {}
         if not isinstance(old, dict):
-            raise yaml.YAMLError("it is no mapping")
+            raise yaml.YAMLError("it is not a mapping")
     except yaml.YAMLError as error:
-        logger.warning("The metadata of README.md cannot be read and is left as it is: %s", error)
+        logger.warning("The metadata of README.md cannot be read and are left as they are: %s", error)
         return block
     merged = {}
     for key in dict.fromkeys([*old, *new]):
         if key in old and digests.get(key) != _digest(repr(old[key])):
-            merged[key] = old[key]  # added or changed by a person
+            merged[key] = old[key]  # a person added or changed it
         elif key in new and (key in old or key not in digests):
-            merged[key], digests[key] = new[key], _digest(repr(new[key]))
+            merged[key] = old[key] if key in old and old[key] == new[key] else new[key]
+            digests[key] = _digest(repr(merged[key]))
         elif key in old:
-            del digests[key]  # generated once, no fact any more
+            del digests[key]  # it was generated once and is not among the facts any more
     keys, lines = getattr(yaml.compose(block), "value", []), block.split("\n")
     edges = [0, *(key.start_mark.line for key, _ in keys[1:]), len(lines)]
     written = {key.value: "\n".join(lines[a:b]) for (key, _), a, b in zip(keys, edges, edges[1:], strict=False)}
@@ -79,7 +81,7 @@ def _merge_sections(body: str, new: Mapping[str, str], seen: set[str], names: Se
         pieces.append(("", body[end : match.start()]))
         end = match.end()
         if digest != _digest(content):
-            pieces.append((name, match[0]))  # changed by a person
+            pieces.append((name, match[0]))  # a person changed it
         elif name in marked:
             pieces.append((name, marked[name]))
         else:
@@ -95,22 +97,8 @@ def _merge_sections(body: str, new: Mapping[str, str], seen: set[str], names: Se
     return "\n\n".join(text.strip("\n") for _, text in pieces if text.strip())
 
 
-def brought_up_to_date(
-    text: str, metadata: Mapping[str, Any], sections: Mapping[str, str], names: Sequence[str]
-) -> str:
-    """
-    Return the text of a card with new metadata and sections, and a person's edits kept.
-
-    Args:
-        text (`str`):
-            The card as it is; may be empty.
-        metadata (`Mapping[str, Any]`):
-            Generated keys of the YAML block.
-        sections (`Mapping[str, str]`):
-            Name to Markdown.
-        names (`Sequence[str]`):
-            Every section that may be, in order.
-    """
+def updated_text(text: str, metadata: Mapping[str, Any], sections: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return a card's text with new metadata and sections; `names` lists every possible section in order."""
     newline = "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
     text = text.replace("\r\n", "\n")
     front = _FRONT_MATTER.match(text)
@@ -126,9 +114,10 @@ def brought_up_to_date(
     return f"---\n{block}\n---\n{comments}\n\n{body}\n".replace("\n", newline)
 
 
-def _updated(text: str, facts: CardFacts) -> str:
-    data = checked(facts)
-    return brought_up_to_date(text, card_metadata(data), render_sections(data), SECTIONS)
+def update_file(path: Path, metadata: Mapping[str, Any], sections: Mapping[str, str], names: Sequence[str]) -> None:
+    """Write a card, or update the one that exists, in one step. Bytes of it that are not UTF-8 stay."""
+    old = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else ""
+    write_file(path, updated_text(old, metadata, sections, names).encode("utf-8", "surrogateescape"))
 
 
 def render_card(facts: CardFacts) -> str:
@@ -136,61 +125,41 @@ def render_card(facts: CardFacts) -> str:
     Render a new model card.
 
     Args:
-        facts ([`CardFacts`]):
-            What the card states.
+        facts ([`CardFacts`]): What the card states.
 
     Returns:
-        `str`: Metadata and Markdown, the text of a README.md.
+        `str`: metadata and Markdown, the text of a README.md.
 
     Raises:
-        ValueError: If a fact looks like an access token, or an image's path is not inside the card's folder.
-        FileNotFoundError: If the template is missing from the installation.
+        ValueError: if a fact looks like an access token, or an image's path is not inside the card's folder.
+        FileNotFoundError: if the template is missing from the installation.
     """
-    return _updated("", facts)
+    data = checked(facts)
+    return updated_text("", card_metadata(data), render_sections(data), SECTIONS)
 
 
 def write_card(facts: CardFacts, directory: str | os.PathLike[str]) -> Path:
     """
-    Write README.md, or bring an existing one up to date. What a person wrote, changed or deleted in it stays so.
+    Write README.md, or update an existing one. What a person wrote, changed or deleted in it stays so.
 
     The facts themselves go into `card_facts.json` beside it, for [`update_card`].
 
     Args:
-        facts ([`CardFacts`]):
-            What the card states.
+        facts ([`CardFacts`]): What the card states.
         directory (`str` or `os.PathLike`):
-            Folder of the card; made where missing. Each file is replaced in one step.
+            Folder of the card. It is made if it is missing. Each file is replaced in one step.
 
     Returns:
-        `Path`: The path of README.md.
+        `Path`: the path of README.md.
 
     Raises:
-        ValueError: If a fact looks like an access token, or an image's path is not inside the card's folder.
-        FileNotFoundError: If the template is missing from the installation.
+        ValueError: if a fact looks like an access token, or an image's path is not inside the card's folder.
+        FileNotFoundError: if the template is missing from the installation.
     """
-    path = Path(directory) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = json.dumps(storable(checked(facts)), indent=2)
-    rewrite(path, lambda old: _updated(old, facts))
-    _replace(path.with_name(FACTS_NAME), f"{stored}\n".encode())
+    path, data = Path(directory) / "README.md", checked(facts)
+    update_file(path, card_metadata(data), render_sections(data), SECTIONS)
+    write_json(path.with_name(FACTS_NAME), storable(data))
     return path
-
-
-def rewrite(path: Path, change: Callable[[str], str]) -> None:
-    """Replace a text file, or what would be its empty text, in one step; bytes that are no UTF-8 stay."""
-    old = path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.exists() else ""
-    _replace(path, change(old).encode("utf-8", "surrogateescape"))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_facts(directory: str | os.PathLike[str]) -> CardFacts:
@@ -198,45 +167,43 @@ def read_facts(directory: str | os.PathLike[str]) -> CardFacts:
     Read the facts of a card that [`write_card`] wrote.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Folder of the card.
+        directory (`str` or `os.PathLike`): Folder of the card.
 
     Returns:
         [`CardFacts`]
 
     Raises:
-        FileNotFoundError: Without `card_facts.json` in the folder.
-        ValueError: If that file holds something else.
+        FileNotFoundError: if the folder has no `card_facts.json`.
+        ValueError: if that file does not hold the facts of a card.
     """
     path = Path(directory) / FACTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no {FACTS_NAME}, so what its card states is not known. A folder that TGOLTrainer "
-            "saved has one; for any other, write a card with `write_card(CardFacts(...), directory)`."
+            f"{directory} holds no {FACTS_NAME}, so the facts of its card are not known. TGOLTrainer saves one with "
+            "each adapter. For any other folder, write a card with `write_card(CardFacts(...), directory)`."
         )
     try:
         return CardFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error} Write the card anew with `write_card`.") from error
+        raise ValueError(f"{path} cannot be read: {error} Write the card again with `write_card`.") from error
 
 
 def update_card(directory: str | os.PathLike[str], **changes: Any) -> Path:
     """
-    Replace some facts of an existing card; everything else it states, and a person's edits, stay.
+    Replace some facts of an existing card. Everything else it states, and a person's edits, stay.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Folder of a card that [`write_card`] wrote.
+        directory (`str` or `os.PathLike`): Folder of a card that [`write_card`] wrote.
         changes (`Any`):
             Fields of [`CardFacts`] with their new values, such as `evaluations`, `evaluation_note`, `pictures`. To
-            add to a list, extend that of [`read_facts`].
+            add to a list, extend the one that [`read_facts`] returns.
 
     Returns:
-        `Path`: The path of README.md.
+        `Path`: the path of README.md.
 
     Raises:
-        TypeError: For a name that is no field of [`CardFacts`].
-        FileNotFoundError: As [`read_facts`].
-        ValueError: As [`read_facts`] and [`write_card`].
+        TypeError: if a name is not a field of [`CardFacts`].
+        FileNotFoundError: as [`read_facts`].
+        ValueError: as [`read_facts`] and [`write_card`].
     """
     return write_card(dataclasses.replace(read_facts(directory), **changes), directory)

@@ -1,4 +1,4 @@
-"""Pushing to the Hub: which files go, whether they arrived, and what to do when they did not. Imports no torch."""
+"""Push to the Hub: choose the files, upload them, check that they arrived, explain failures. Imports no torch."""
 
 from .background import RunPushes
 from .errors import PushError

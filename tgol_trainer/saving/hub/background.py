@@ -1,4 +1,4 @@
-"""The pushes of a run: in the background at each save, in the foreground at the end, none failing in silence."""
+"""The pushes of a run: in the background at each save, in the foreground at the end. Every failure is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .errors import PushError
+from .errors import PushError, redacted
 from .push import Repository, Strategy, open_repository, push_files, push_run
 from .selection import STAGING, checkpoint_files, published, run_files
 
@@ -22,17 +22,14 @@ logger = logging.getLogger(__name__)
 
 class RunPushes:
     """
-    Everything that one run pushes.
+    All pushes of one run.
 
     Args:
-        target ([`Repository`]):
-            As [`open_repository`] returned it.
-        folder (`Path`):
-            Output folder of the run; `_push` in it keeps what is being uploaded.
-        strategy (`str`):
-            Trainer's `hub_strategy`.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`Path`): Output folder of the run. `_push` in it holds what is being uploaded.
+        strategy (`str`): Trainer's `hub_strategy`.
         always (`bool`):
-            Queue every save. Otherwise one that comes while a push runs is left out, as in Trainer, and said to be.
+            Queue every save. Otherwise a save that comes during a push is left out, as in Trainer, and this is logged.
     """
 
     def __init__(self, target: Repository, folder: Path, strategy: Strategy, always: bool) -> None:
@@ -42,28 +39,24 @@ class RunPushes:
         self._skipped: list[str] = []
         self._waiting: list[tuple[str, Future[Any]]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tgol-push")
-        shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(folder / STAGING, ignore_errors=True)  # left by a run that was killed
 
-    @property
-    def busy(self) -> bool:
-        """Whether a push is running or waiting."""
+    def _busy(self) -> bool:
         return any(not future.done() for _, future in self._waiting)
 
     def checkpoint(self, source: Path, message: str) -> None:
         """
-        Push a checkpoint's weights with the run's card and images, and the checkpoint itself where so configured.
+        Push a checkpoint's weights with the run's card and images, and the whole checkpoint if the strategy says so.
 
-        The files are linked or copied at once, so that later saves and a deleted checkpoint do no harm.
+        The files are linked or copied at once, so later saves and a deleted checkpoint do not affect the push.
 
         Args:
-            source (`Path`):
-                Folder of the checkpoint.
-            message (`str`):
-                Title of the commit.
+            source (`Path`): Folder of the checkpoint.
+            message (`str`): Title of the commit.
         """
         if self.strategy == "end":
             return
-        if self.busy and not self.always:
+        if self._busy() and not self.always:
             self.missed.append(source.name)
             self._skipped.append(source.name)
             logger.info("%s is not pushed: the push before it is still running.", source.name)
@@ -71,13 +64,14 @@ class RunPushes:
         staged = self.folder / STAGING / source.name
         shutil.rmtree(staged, ignore_errors=True)
         _stage(staged / "run", run_files(source), _link)
-        _stage(staged / "run", {path: file for path, file in published(self.folder).items() if _beside(path)}, _copy)
+        beside = {path: file for path, file in published(self.folder).items() if _goes_along(path)}
+        _stage(staged / "run", beside, shutil.copy2)
         full = self.strategy in ("checkpoint", "all_checkpoints")
         if full:
             _stage(staged / "checkpoint", checkpoint_files(source), _link)
         name = "last-checkpoint" if self.strategy == "checkpoint" else source.name
 
-        def work() -> None:
+        def push() -> None:
             try:
                 push_files(self.target, staged / "run", run_files(staged / "run"), message)
                 if full:
@@ -86,48 +80,41 @@ class RunPushes:
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
 
-        self._submit(source.name, work)
-
-    def _submit(self, name: str, work: Callable[[], Any]) -> Future[Any]:
-        future = self._pool.submit(work)
-        self._waiting.append((name, future))
-        return future
+        self._waiting.append((source.name, self._pool.submit(push)))
 
     def final(
         self, message: str, *, blocking: bool = True, token: str | None = None, revision: str | None = None
     ) -> CommitInfo | Future[CommitInfo]:
         """
-        Push the run's folder as it is.
+        Push the run's folder as it is now, and the checkpoints that earlier pushes missed.
 
         Args:
-            message (`str`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Return when the push has ended.
-            token (`str`, *optional*), revision (`str`, *optional*):
-                Instead of those of the run.
+            message (`str`): Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait until the push has ended.
+            token (`str`, *optional*), revision (`str`, *optional*): Used instead of the run's own.
 
         Returns:
             `huggingface_hub.CommitInfo`, or a future of it.
 
         Raises:
-            PushError: if it fails and `blocking`.
+            PushError: if the push fails and `blocking` is true.
         """
         target = self.target
-        if token is not None or revision is not None:
-            changed = dataclasses.replace(target, token=token or target.token, revision=revision or target.revision)
-            target = open_repository(changed) if changed != target else target
-        # Checkpoints that a push missed go now; what is there already is not sent again.
+        changed = dataclasses.replace(target, token=token or target.token, revision=revision or target.revision)
+        if changed != target:
+            target = open_repository(changed)
         strategy = self.strategy if self.missed else "end"
         if not blocking:
-            return self._submit("the end", lambda: push_run(target, self.folder, message, strategy=strategy))
+            future = self._pool.submit(push_run, target, self.folder, message, strategy=strategy)
+            self._waiting.append(("the end", future))
+            return future
         commit = push_run(target, self.folder, message, strategy=strategy)
         self.missed = []
         return commit
 
     def finish(self) -> None:
-        """Wait for all, and log each that failed or was left out since the last call."""
-        if self.busy:
+        """Wait for all pushes, and log each that failed or was left out since the last call."""
+        if self._busy():
             logger.info("Waiting for the push in the background to end.")
         waiting, self._waiting = self._waiting, []
         for name, future in waiting:
@@ -135,23 +122,22 @@ class RunPushes:
             if error is not None:
                 self.failed.append(name)
                 self.missed.append(name)
-                text = error if isinstance(error, PushError) else f"{type(error).__name__}: {error}"
-                logger.error("The push of %s in the background failed. %s", name, text)
+                text = str(error) if isinstance(error, PushError) else f"{type(error).__name__}: {error}"
+                logger.error("The push of %s in the background failed. %s", name, redacted(text, self.target.token))
         if self._skipped:
+            later = " `push_to_hub()` sends them later if they still exist."
             logger.warning(
                 "Not pushed during training, because the push before was still running: %s. `hub_always_push=True` "
-                "lets every save wait in line.%s",
+                "queues every save.%s",
                 ", ".join(self._skipped),
-                " `push_to_hub()` sends them later, where they are still there."
-                if self.strategy in ("checkpoint", "all_checkpoints")
-                else "",
+                later if self.strategy in ("checkpoint", "all_checkpoints") else "",
             )
             self._skipped = []
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
 
 
-def _beside(path: str) -> bool:
-    """Whether a file of the run's folder goes with a checkpoint's weights: the card, what it shows, and metrics."""
+def _goes_along(path: str) -> bool:
+    """Whether a file of the run's folder is pushed with a checkpoint's weights: the card, its images, and metrics."""
     return Path(path).suffix not in (".safetensors", ".json") or path in ("metrics.json", "card_facts.json")
 
 
@@ -162,13 +148,9 @@ def _stage(folder: Path, files: Mapping[str, Path], put: Callable[[Path, Path], 
         put(source, folder / path)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copy2(source, target)
-
-
 def _link(source: Path, target: Path) -> None:
-    """Give a file that nobody writes to again a second name; a copy where the file system has no such thing."""
+    """Hard-link a file that will not be written again, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
-        _copy(source, target)
+        shutil.copy2(source, target)

@@ -1,9 +1,9 @@
-"""One push: the repository, the upload, and the proof that every file arrived."""
+"""Push a folder: make the repository, upload the files, and check that every file arrived."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import glob
 import logging
 import shlex
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from .errors import PushError, push_error
 from .selection import checkpoint_files, checkpoints, refuse_secrets, run_files
@@ -20,7 +21,7 @@ from .selection import checkpoint_files, checkpoints, refuse_secrets, run_files
 logger = logging.getLogger(__name__)
 
 Gate: TypeAlias = Literal["auto", "manual", False]
-"""Who gets access to the files of a public repository: `"auto"` all who ask, `"manual"` whom you let in, False all."""
+"""Who may read the files of a public repository: `"auto"` all who ask, `"manual"` those you let in, False all."""
 
 Strategy: TypeAlias = Literal["end", "every_save", "checkpoint", "all_checkpoints"]
 """Trainer's `hub_strategy`."""
@@ -37,9 +38,9 @@ class Repository:
     Args:
         id (`str`): `owner/name`.
         kind (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
-        revision (`str`, *optional*): Branch; by default `main`.
-        token (`str`, *optional*): By default that of the environment or of `hf auth login`.
-        resume (`str`, *optional*): What to say in errors about going on.
+        revision (`str`, *optional*): Branch. The default is `main`.
+        token (`str`, *optional*): Access token. The default is the one of HF_TOKEN or of `hf auth login`.
+        resume (`str`, *optional*): The sentence of an error message that says how to continue.
     """
 
     id: str
@@ -49,54 +50,48 @@ class Repository:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        if self.token is not None:  # a line end, as files have, cannot be sent
+        if self.token is not None:  # a token read from a file ends with a newline, which cannot be sent
             object.__setattr__(self, "token", self.token.strip() or None)
 
     @property
     def where(self) -> dict[str, Any]:
-        """What every call of the client takes."""
+        """The arguments that every call of the client takes."""
         return {"repo_id": self.id, "repo_type": self.kind}
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Turn any failure inside into a [`PushError`] that says what was tried."""
+        """Turn any failure of the block into a [`PushError`] that says what was tried."""
         try:
             yield
         except PushError:
             raise
-        except Exception as error:  # the client raises from six libraries; what it means is worked out there
+        except Exception as error:  # the client raises errors of six libraries; `push_error` explains them
             raise push_error(error, what, token=self.token or get_token(), resume=self.resume)  # noqa: B904
 
 
-def open_repository(
-    target: Repository, *, private: bool | None = None, gated: Gate | None = None, write: bool = True
-) -> Repository:
+def open_repository(target: Repository, *, private: bool | None = None, gated: Gate | None = None) -> Repository:
     """
-    Make a repository where there is none, and its branch, and check that this token may write to it.
+    Make a repository and its branch if they do not exist, and check that the token may write to it.
 
     Args:
-        target ([`Repository`]):
-            Its `id` may lack the owner, who is then the owner of the token.
+        target ([`Repository`]): Where to push. An `id` without an owner gets the owner of the token.
         private (`bool`, *optional*):
-            Hide a new repository from others. The Hub decides where not given. One that exists keeps its visibility.
+            Hide a new repository from others. By default the Hub decides. An existing one keeps its visibility.
         gated (`"auto"`, `"manual"` or `False`, *optional*):
-            Ask those who want the files to share their contact details first; unchanged where not given.
-        write (`bool`, *optional*, defaults to `True`):
-            Check the right to write before a long work ends in a push that is refused.
+            Ask people for their contact details before they get the files. By default this is left unchanged.
 
     Returns:
-        [`Repository`], its `id` complete.
+        [`Repository`]: the target with its complete `id`.
 
     Raises:
-        PushError: if any of it is refused, or if a private repository is wanted and a public one exists.
+        PushError: if the Hub refuses a step, or if a private repository is wanted and a public one exists.
     """
     api = HfApi(token=target.token)
     with target.explained(f"creating the repository {target.id}"):
         made = api.create_repo(target.id, repo_type=target.kind, private=private, exist_ok=True)
         target = dataclasses.replace(target, id=made.repo_id)
-    if write:
-        with target.explained(f"asking for the right to write to {target.id}"):
-            api.auth_check(**target.where, write=True)
+    with target.explained(f"asking for the right to write to {target.id}"):
+        api.auth_check(**target.where, write=True)  # now, so that no long work ends in a push that is refused
     if private is not None:
         with target.explained(f"reading the settings of {target.id}"):
             hidden = api.repo_info(**target.where).private
@@ -106,7 +101,7 @@ def open_repository(
                 "Nothing was uploaded. Make it private in its settings on the Hub, or give another name."
             )
         if hidden and not private:
-            logger.warning("%s exists and is private; it stays so. Its settings on the Hub change that.", target.id)
+            logger.warning("%s exists and stays private. You can change that in its settings on the Hub.", target.id)
     if gated is not None:
         with target.explained(f"setting the access to {target.id}"):
             api.update_repo_settings(**target.where, gated=gated)
@@ -122,25 +117,20 @@ def push_files(
     """
     Upload files and compare each with what the Hub says it holds.
 
-    Files that are there already, unchanged, are not sent again, so a push that failed continues where it stopped.
+    A file that is already on the Hub unchanged is not sent again, so a failed push continues where it stopped.
 
     Args:
-        target ([`Repository`]):
-            As [`open_repository`] returned it.
-        folder (`str` or `Path`):
-            Holds the files.
-        files (`Mapping[str, Path]`):
-            Path in `folder` to file, as [`run_files`] chooses them.
-        message (`str`):
-            Title of the commit.
-        path_in_repo (`str`, *optional*):
-            Folder of the repository.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`str` or `Path`): Folder of the files.
+        files (`Mapping[str, Path]`): Each file by its path in `folder`, as [`run_files`] returns them.
+        message (`str`): Title of the commit.
+        path_in_repo (`str`, *optional*): Folder in the repository.
 
     Returns:
         `huggingface_hub.CommitInfo`: the last commit.
 
     Raises:
-        PushError: if the upload fails, if a file holds a token, or if the Hub holds something else than was sent.
+        PushError: if the upload fails, if a file holds a token, or if a file on the Hub differs from the local one.
     """
     token = target.token or get_token()
     refuse_secrets(files, [token])
@@ -155,11 +145,11 @@ def push_files(
                 path_in_repo=path_in_repo,
                 commit_message=message,
                 revision=target.revision,
-                allow_patterns=_patterns(files),
+                allow_patterns=[glob.escape(path) for path in files],
             )
     except PushError as error:
         failure = error
-    # An answer can be lost on the way back although the commit was made: what the Hub holds decides.
+    # The answer to a commit that was made can be lost, so the files on the Hub decide.
     wrong = _differences(api, target, files, path_in_repo, failure)
     if failure is not None and (wrong or not files):
         raise failure
@@ -183,26 +173,19 @@ def push_files(
     return commit
 
 
-def _patterns(files: Mapping[str, Path]) -> list[str]:
-    """Return patterns that match these files alone; brackets keep the signs of patterns in names literal."""
-    return ["".join(f"[{sign}]" if sign in "*?[" else sign for sign in path) for path in files]
-
-
 def _differences(
     api: HfApi, target: Repository, files: Mapping[str, Path], path_in_repo: str, failure: PushError | None
 ) -> list[str]:
-    """Return the files that the Hub lacks or holds with other content; all of them where it cannot be asked."""
-    prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
-    local = {f"{prefix}{path}": file for path, file in files.items()}
-    held: dict[str, RepoFile] = {}
+    """Return the files that the Hub lacks or holds with other content. After a failure it may not answer: then all."""
+    local = {f"{path_in_repo}/{path}" if path_in_repo else path: file for path, file in files.items()}
     names = list(local)
+    held: dict[str, RepoFile] = {}
     try:
-        with target.explained(f"comparing what {target.id} holds with {len(files)} local files"):
+        with target.explained(f"comparing the files of {target.id} with {len(files)} local files"):
             for start in range(0, len(names), _BATCH):
                 part = names[start : start + _BATCH]
-                for item in api.get_paths_info(**target.where, paths=part, revision=target.revision):
-                    if isinstance(item, RepoFile):
-                        held[item.path] = item
+                found = api.get_paths_info(**target.where, paths=part, revision=target.revision)
+                held |= {item.path: item for item in found if isinstance(item, RepoFile)}
     except PushError:
         if failure is None:
             raise
@@ -211,52 +194,38 @@ def _differences(
 
 
 def _same(file: Path, held: RepoFile) -> bool:
-    size = file.stat().st_size
-    if held.size != size:
+    if held.size != file.stat().st_size:
         return False
-    # Large files are named by their SHA-256, the others by git's SHA-1 over a header and the content.
-    digest = hashlib.sha256() if held.lfs is not None else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    if held.lfs is None:  # a small file, which git names by its SHA-1
+        return git_hash(file.read_bytes()) == held.blob_id
     with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest() == (held.lfs.sha256 if held.lfs is not None else held.blob_id)
+        return sha_fileobj(content).hex() == held.lfs.sha256
 
 
-def push_run(
-    target: Repository,
-    folder: str | Path,
-    message: str,
-    *,
-    strategy: Strategy = "end",
-) -> CommitInfo:
+def push_run(target: Repository, folder: str | Path, message: str, *, strategy: Strategy = "end") -> CommitInfo:
     """
-    Push a run's folder, and its checkpoints where the strategy asks for them.
+    Push a run's folder, and its checkpoints if the strategy asks for them.
 
     Args:
-        target ([`Repository`]):
-            As [`open_repository`] returned it.
-        folder (`str` or `Path`):
-            Output folder of a run.
-        message (`str`):
-            Title of the commit.
+        target ([`Repository`]): The result of [`open_repository`].
+        folder (`str` or `Path`): Output folder of a run.
+        message (`str`): Title of the commit.
         strategy (`str`, *optional*, defaults to `"end"`):
-            Trainer's `hub_strategy`: `"checkpoint"` adds the newest checkpoint as `last-checkpoint`,
-            `"all_checkpoints"` every one under its name, with optimizer and random states.
+            Trainer's `hub_strategy`. `"checkpoint"` adds the newest checkpoint as `last-checkpoint`,
+            `"all_checkpoints"` adds every one under its name. Both include optimizer and random states.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit of the run's files.
 
     Raises:
-        PushError: if there is nothing to push, or as [`push_files`] does.
+        PushError: if there is nothing to push, or as [`push_files`].
     """
     commit = push_files(target, folder, run_files(folder), message)
     saved = checkpoints(folder)
-    chosen = {"checkpoint": saved[-1:], "all_checkpoints": saved}.get(strategy, [])
-    for checkpoint in chosen:
+    for checkpoint in {"checkpoint": saved[-1:], "all_checkpoints": saved}.get(strategy, []):
         name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
-        push_files(
-            target, checkpoint, checkpoint_files(checkpoint), f"{message}, {checkpoint.name}", path_in_repo=name
-        )
+        title = f"{message}, {checkpoint.name}"
+        push_files(target, checkpoint, checkpoint_files(checkpoint), title, path_in_repo=name)
     return commit
 
 
@@ -267,7 +236,7 @@ def resume_command(
     revision: str | None = None,
     strategy: Strategy = "end",
 ) -> str:
-    """Return the sentence that says how a push goes on."""
+    """Return the sentence that says how to continue a push."""
     words = ["tgol", "push", str(folder), f"--hub_{kind}_id", repository]
     words += ["--revision", revision] if revision not in (None, MAIN) else []
     words += ["--hub_strategy", strategy] if strategy in ("checkpoint", "all_checkpoints") else []

@@ -1,4 +1,4 @@
-"""What of a run's folder is published, and that no file of it holds a token."""
+"""Choose the files of a run's folder that are published, and refuse a file that holds a token."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tgol_trainer._secrets import TOKEN
 from tgol_trainer.saving.card import FACTS_NAME, read_facts, update_card
 
-from .errors import TOKEN, PushError
+from .errors import PushError
 
 logger = logging.getLogger(__name__)
 
 STAGING = "_push"
-"""Folder in a run's folder where pushes in the background keep what they upload."""
+"""Folder in a run's folder with the files that pushes in the background upload."""
 
 WEIGHTS = ".safetensors"
 _PUBLISHED = {WEIGHTS, ".json", ".md", ".txt", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4"}
 _TEXT = {".json", ".md", ".txt", ".yaml", ".yml", ".csv", ".jsonl"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Trainer's own state of a run: names folders of this machine, and serves only to resume here.
-_LOCAL = {"trainer_state.json"}
+_LOCAL = {"trainer_state.json"}  # Trainer's state, which names folders of this machine
 _SHOWN = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)|^\s*url: *([^\s]+)", re.MULTILINE)
 
 
 def _is_component(folder: Path) -> bool:
-    """Whether a folder is a part of a model in the form of `save_pretrained`."""
+    """Whether `save_pretrained` of a model's component wrote the folder."""
     return any(file.suffix == WEIGHTS or file.name.endswith("config.json") for file in folder.iterdir())
 
 
@@ -42,17 +42,11 @@ def _is_private(name: str) -> bool:
 
 def published(folder: str | Path) -> dict[str, Path]:
     """
-    Choose what of a folder may be published.
+    Return the files of a run's folder, or of a checkpoint, that are published, by path in the repository.
 
-    That is the weights, JSON, Markdown, text and image files at its top, the folders that are parts of a model, and
-    the images that its card shows. Checkpoints, logs, datasets, pickles, and names that begin with `_` or `.` stay.
-
-    Args:
-        folder (`str` or `Path`):
-            Output folder of a run, or one of its checkpoints.
-
-    Returns:
-        `dict[str, Path]`: path in the repository to file, sorted.
+    These are the weights, JSON, Markdown, text, image and video files at its top, the folders that are components of
+    a model, and the images that its card shows. Checkpoints, logs, datasets, pickles, and names that begin with `_`
+    or `.` are not published.
     """
     folder = Path(folder)
     shown, chosen, left = _shown_by_card(folder), {}, []
@@ -74,21 +68,12 @@ def published(folder: str | Path) -> dict[str, Path]:
 
 
 def run_files(folder: str | Path) -> dict[str, Path]:
-    """
-    Return what [`published`] chooses of a folder with trained weights.
-
-    Args:
-        folder (`str` or `Path`):
-            Output folder of a run, or one of its checkpoints.
-
-    Raises:
-        PushError: if there is no such folder, or nothing in it that a person could load.
-    """
+    """Return what [`published`] chooses. Raise a [`PushError`] for a folder that does not hold trained weights."""
     if not Path(folder).is_dir():
-        raise PushError(f"{folder} is no folder. Give the output folder of a run.")
+        raise PushError(f"{folder} is not a folder. Give the output folder of a run.")
     chosen = published(folder)
     if not any(path.endswith(WEIGHTS) for path in chosen):
-        raise PushError(f"{folder} holds no {WEIGHTS} file: it is no output of a run that could be published.")
+        raise PushError(f"{folder} has no {WEIGHTS} file, so it is not the output folder of a run. Give that folder.")
     return chosen
 
 
@@ -109,18 +94,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def refuse_secrets(files: Mapping[str, Path], secrets: Iterable[str | None]) -> None:
-    """
-    Refuse to publish a text file that holds an access token.
-
-    Args:
-        files (`Mapping[str, Path]`):
-            What would be published.
-        secrets (`Iterable[str | None]`):
-            Tokens in use, whatever their shape.
-
-    Raises:
-        PushError: naming file and line.
-    """
+    """Raise a [`PushError`] if a text file holds an access token of the Hub's form or one of the secrets in use."""
     known = [secret.strip() for secret in secrets if secret and secret.strip()]
     for path, file in files.items():
         if file.suffix.lower() not in _TEXT:
@@ -135,19 +109,11 @@ def refuse_secrets(files: Mapping[str, Path], secrets: Iterable[str | None]) -> 
 
 
 def point_card_at(folder: str | Path, repository: str) -> None:
-    """
-    Let the snippet of a run's card load from the Hub, where it was written for the folder itself.
-
-    Args:
-        folder (`str` or `Path`):
-            Of the card; nothing happens without `card_facts.json` there.
-        repository (`str`):
-            `owner/name`.
-    """
+    """Make the snippet of a card load from a repository of the Hub instead of the folder or another repository."""
     if not (Path(folder) / FACTS_NAME).is_file():
         return
     facts = read_facts(folder)
-    # The argument of whatever loads; a prompt that is a single dot stays.
+    # The argument of every call that loads. `pipe(".")` stays: there the dot is a prompt.
     old = re.escape(repr(facts.hub_model_id or "."))
     usage = re.sub(rf"(?<!pipe)\((\s*){old}", rf"(\1{repository!r}", facts.usage)
     if facts.hub_model_id != repository or usage != facts.usage:
