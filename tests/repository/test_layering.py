@@ -47,7 +47,18 @@ LAYERS = {
     "cli": 9,
 }
 # What trains never loads the tools beside it, which generate, score, evaluate, convert, check, export or report.
-CORE = {"_files", "_quiet", "_secrets", "_spacing", "thresholds", "losses", "metrics", "likelihoods", "adapters"}
+CORE = {
+    "_files",
+    "_hub_ids",
+    "_quiet",
+    "_secrets",
+    "_spacing",
+    "thresholds",
+    "losses",
+    "metrics",
+    "likelihoods",
+    "adapters",
+}
 CORE |= {"families", "shapes", "rewards", "data", "config", "labels", "objective", "saving", "run", "trainer"}
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
 # it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.
