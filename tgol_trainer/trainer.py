@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from tgol_trainer import adapters, shapes, thresholds
+from tgol_trainer import adapters, thresholds
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.data import (
@@ -37,7 +37,7 @@ from tgol_trainer.data import (
     prepare_dataset,
 )
 from tgol_trainer.epochs import EpochStart
-from tgol_trainer.families import FamilySettings, ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from tgol_trainer.families import FamilySettings, ModelFamily, load_family
 from tgol_trainer.labels import Labelling, fitting
 from tgol_trainer.labels.fitting import AnyDataset, ProxyDataset
 from tgol_trainer.likelihoods import RowGenerators, log_likelihood
@@ -188,13 +188,7 @@ class TGOLTrainer(HubTrainer):
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
         settings = FamilySettings(timesteps, args.train_guidance, args.num_frames)
-        if str(model) in shapes.EMBEDDED and not Path(str(model)).exists():
-            load, note, code, arguments = shapes.EMBEDDED[str(model)]
-            if options:
-                raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-            family = wrap_pipeline(load(), ModelOrigin(None, None, note, code, arguments), settings)
-        else:
-            family = load_family(model, options, settings)
+        family = load_family(model, options, settings)
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1

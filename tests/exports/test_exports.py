@@ -51,7 +51,7 @@ def quick(cases, *kept):
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     # A pipeline that was loaded from a folder forgets the size that `tests.tiny.flux` set.
-    monkeypatch.setattr(FluxFamily, "native_resolution", 16)
+    monkeypatch.setattr(FluxFamily, "native_size", (16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_the_command_exports_a_run_on_its_recorded_base_and_the_snippet_of_the_c
     load_pipeline().save_pretrained(tmp_path / "base")
     facts = CardFacts(
         model_name="me/dark",
-        base_model_note=EMBEDDED["shapes"][1],
+        base_model_note=EMBEDDED["shapes"].note,
         example_prompt="a red circle",
         evaluations=[EvaluationRow("darkness", True, 0.9)],
         pictures=[CardImage("images/grid.png", "grid"), CardImage("gone.png")],

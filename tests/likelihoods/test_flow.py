@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tests.tiny import flux, stable_diffusion, stable_diffusion_3
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.families import FamilySettings, load_family
-from tgol_trainer.families.base import flow_schedule
+from tgol_trainer.families.flow import flow_schedule
 from tgol_trainer.likelihoods import FlowLikelihood, RowGenerators, log_likelihood
 
 LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_the_schedule_does_not_depend_on_generation_or_on_the_sampler(swap):
 def test_a_scheduler_that_knows_nothing_of_flows_is_refused():
     pipe = stable_diffusion_3()
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match=r"DDIMScheduler is no scheduler for flow matching.*pipe\.scheduler"):
+    with pytest.raises(ValueError, match=r"DDIMScheduler is not a scheduler for flow matching.*pipe\.scheduler"):
         flow_schedule(pipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ __all__ = [
     "PROMPTS",
     "RESOLUTION",
     "SHAPES",
+    "EmbeddedModel",
     "background_darkness",
     "colour_faithfulness",
     "colour_of",
+    "embedded_model",
     "load_masked_pipeline",
     "load_pipeline",
 ]
@@ -99,20 +102,59 @@ def _no_loading_bars() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-_LOADING_CODE = "from tgol_trainer.shapes import {0}\n\npipe = {0}()"
+@dataclasses.dataclass(frozen=True)
+class EmbeddedModel:
+    """
+    A model that ships with the package.
 
-EMBEDDED: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
-    "shapes": (
+    Args:
+        load (`Callable`):
+            Loads the pipeline; takes options of `from_pretrained`.
+        folder (`Path`):
+            Folder of the pipeline.
+        note (`str`):
+            What a model card calls it.
+        call_arguments (`dict[str, Any]`):
+            Keyword arguments of the pipeline's call that suit it.
+    """
+
+    load: Callable[..., Any]
+    folder: Path
+    note: str
+    call_arguments: dict[str, Any]
+
+    @property
+    def loading_code(self) -> str:
+        """Python lines that define `pipe`."""
+        return f"from tgol_trainer.shapes import {self.load.__name__}\n\npipe = {self.load.__name__}()"
+
+
+EMBEDDED = {
+    "shapes": EmbeddedModel(
         load_pipeline,
+        PIPELINE_DIR,
         "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
-        _LOADING_CODE.format("load_pipeline"),
         {"num_inference_steps": 15, "guidance_scale": 1.5},
     ),
-    "shapes-masked": (
+    "shapes-masked": EmbeddedModel(
         load_masked_pipeline,
+        MASKED_PIPELINE_DIR,
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
-        _LOADING_CODE.format("load_masked_pipeline"),
         {"num_inference_steps": 12, "guidance_scale": 2.0},
     ),
 }
-"""Name for `TGOLTrainer(model=...)` to loader, a phrase for the card, code that loads it, arguments that suit it."""
+"""Embedded models by the name that `TGOLTrainer(model=...)` takes."""
+
+
+def embedded_model(name: str | Path) -> EmbeddedModel | None:
+    """
+    Return the embedded model of a name.
+
+    Args:
+        name (`str` or `Path`):
+            Such as `"shapes"`.
+
+    Returns:
+        [`EmbeddedModel`], or `None` for any other name and where there is a folder of that name.
+    """
+    return None if Path(name).exists() else EMBEDDED.get(str(name))
