@@ -386,7 +386,7 @@ def test_the_command_exports_a_run_on_its_recorded_base_and_the_snippet_of_the_c
     load_pipeline().save_pretrained(tmp_path / "base")
     facts = CardFacts(
         model_name="me/dark",
-        base_model_note=EMBEDDED["shapes"].note,
+        base_model_note=EMBEDDED["shapes"][1],
         example_prompt="a red circle",
         evaluations=[EvaluationRow("darkness", True, 0.9)],
         pictures=[CardImage("images/grid.png", "grid"), CardImage("gone.png")],

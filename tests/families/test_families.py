@@ -28,7 +28,7 @@ def over(names):
 every_family, every_variant = over(TINY), over(VARIANTS)
 
 
-def test_every_backbone_is_tested_here():
+def test_every_family_is_tested_here():
     assert {type(facts.build()).__name__ for facts in TINY.values()} == set(FAMILIES)
 
 

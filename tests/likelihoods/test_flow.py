@@ -50,21 +50,6 @@ def test_following_the_target_from_the_noised_latents_leads_to_the_clean_ones():
     torch.testing.assert_close(drawn.inputs - sigma * drawn.target, LATENTS, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
-def test_a_row_draws_the_same_numbers_wherever_it_stands_in_the_batch(density):
-    batch, alone = likelihood(density).draw(LATENTS, rows()), likelihood(density).draw(LATENTS[2:], rows([2]))
-    assert torch.equal(batch.inputs[2:], alone.inputs)
-    assert torch.equal(batch.timesteps[2:], alone.timesteps)
-    assert torch.equal(batch.target[2:], alone.target)
-
-
-@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
-def test_drawing_leaves_the_global_generator_alone(density):
-    before = torch.get_rng_state()
-    likelihood(density).draw(LATENTS, rows())
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_the_place_in_the_schedule_is_u_rounded_down_from_the_noisiest_time_on():
     """Shift 1: place i holds the time 1000 - i, so t = 1000 - floor(1000·u)."""
     u = rows().uniform("timestep").tolist()

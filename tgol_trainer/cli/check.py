@@ -178,14 +178,10 @@ def _skeleton(args: argparse.Namespace) -> ModelFamily | None:
     from tgol_trainer.data import DataError
     from tgol_trainer.families import FamilySettings
     from tgol_trainer.families.skeleton import load_skeleton
-    from tgol_trainer.shapes import MASKED_PIPELINE_DIR, PIPELINE_DIR
 
-    embedded = {"shapes": PIPELINE_DIR, "shapes-masked": MASKED_PIPELINE_DIR}
-    model = args.model_name_or_path
-    source = model if Path(model).exists() else embedded.get(model, model)
-    settings = FamilySettings(num_frames=args.num_frames)
+    model, settings = args.model_name_or_path, FamilySettings(num_frames=args.num_frames)
     try:
-        return load_skeleton(source, revision=args.model_revision, settings=settings)
+        return load_skeleton(model, revision=args.model_revision, settings=settings)
     except OSError as error:
         raise DataError(
             f"`--model_name_or_path`: configs and tokenizers of {model!r} could not be read: {error}\nCheck the name "

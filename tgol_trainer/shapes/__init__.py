@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .scores import background_darkness, colour_faithfulness
 from .world import COLOURS, PROMPTS, RESOLUTION, SHAPES, colour_of
@@ -28,7 +27,6 @@ __all__ = [
     "PROMPTS",
     "RESOLUTION",
     "SHAPES",
-    "EmbeddedModel",
     "background_darkness",
     "colour_faithfulness",
     "colour_of",
@@ -102,59 +100,35 @@ def _no_loading_bars() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddedModel:
-    """
-    A model that ships with the package.
-
-    Args:
-        load (`Callable`):
-            Loads the pipeline; takes options of `from_pretrained`.
-        folder (`Path`):
-            Folder of the pipeline.
-        note (`str`):
-            What a model card calls it.
-        call_arguments (`dict[str, Any]`):
-            Keyword arguments of the pipeline's call that suit it.
-    """
+class EmbeddedModel(NamedTuple):
+    """A model of the package: its loader, its name and code for cards, its sampling settings, and its folder."""
 
     load: Callable[..., Any]
-    folder: Path
     note: str
+    loading_code: str
     call_arguments: dict[str, Any]
-
-    @property
-    def loading_code(self) -> str:
-        """Python lines that define `pipe`."""
-        return f"from tgol_trainer.shapes import {self.load.__name__}\n\npipe = {self.load.__name__}()"
+    folder: Path
 
 
 EMBEDDED = {
     "shapes": EmbeddedModel(
         load_pipeline,
-        PIPELINE_DIR,
         "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
+        "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()",
         {"num_inference_steps": 15, "guidance_scale": 1.5},
+        PIPELINE_DIR,
     ),
     "shapes-masked": EmbeddedModel(
         load_masked_pipeline,
-        MASKED_PIPELINE_DIR,
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
+        "from tgol_trainer.shapes import load_masked_pipeline\n\npipe = load_masked_pipeline()",
         {"num_inference_steps": 12, "guidance_scale": 2.0},
+        MASKED_PIPELINE_DIR,
     ),
 }
-"""Embedded models by the name that `TGOLTrainer(model=...)` takes."""
+"""The models by their name for `TGOLTrainer(model=...)`."""
 
 
 def embedded_model(name: str | Path) -> EmbeddedModel | None:
-    """
-    Return the embedded model of a name.
-
-    Args:
-        name (`str` or `Path`):
-            Such as `"shapes"`.
-
-    Returns:
-        [`EmbeddedModel`], or `None` for any other name and where there is a folder of that name.
-    """
+    """Return the embedded model of a name, or `None` for another name and where there is a folder of that name."""
     return None if Path(name).exists() else EMBEDDED.get(str(name))
