@@ -215,8 +215,9 @@ def _freeze_reference(model: ModelMixin) -> None:
 
 # ---- Load into a pipeline ----
 #
-# `denoiser` is the name of the component that carries the adapter, `source` a folder or Hub id in any format that
-# `pipeline.load_lora_weights` reads; for a pipeline without that method, what `save_adapter` writes.
+# The pipeline is changed in place. `denoiser` is the name of the component that carries the adapter, `source` a folder
+# or Hub id in any format that `pipeline.load_lora_weights` reads; for a pipeline without that method, what
+# `save_adapter` writes.
 
 
 def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY) -> None:
@@ -233,18 +234,8 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     """
     Start the policy from a saved adapter, with the values of its file in float32 whatever the base's dtype.
 
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Changed in place.
-        denoiser (`str`):
-            Name of the component that carries the adapter.
-        source (`str`):
-            Folder or Hub id.
-        keep_as_reference (`bool`):
-            Load it a second time, frozen, as the reference; else the reference is the base model.
-
-    Raises:
-        ValueError: if the file holds nothing for the denoiser, or something for another component.
+    With `keep_as_reference` the adapter is loaded a second time, frozen, as the reference; else the reference is the
+    base model. Raises `ValueError` if the file holds nothing for the denoiser, or something for another component.
     """
     from diffusers.training_utils import cast_training_params
 
@@ -289,19 +280,9 @@ def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> Non
     """
     Load what was trained elsewhere, to make images with it: an adapter of any origin, or fully fine-tuned weights.
 
-    Unlike [`load_initial`] it asks nothing about whether the adapter could be trained further here.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Changed in place.
-        denoiser (`str`):
-            Name of the component that was trained.
-        source (`str`):
-            Folder or Hub id of an adapter, or a folder with the whole denoiser in a folder of the component's name, as
-            full fine-tuning writes it.
-
-    Raises:
-        ValueError: if the source holds nothing for this pipeline.
+    Unlike [`load_initial`] it does not check whether the adapter could be trained further here. The source may also be
+    a folder with the whole denoiser in a folder of the component's name, as full fine-tuning writes it. Raises
+    `ValueError` if it holds nothing for this pipeline.
     """
     model, folder = getattr(pipeline, denoiser), Path(source).expanduser() / denoiser
     if (folder / "config.json").is_file():
@@ -346,27 +327,14 @@ def save_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """
-    Write one adapter in diffusers' format, metadata included.
+    Write one adapter in diffusers' format, metadata included, into a folder, which is made if missing.
 
     For a pipeline without `save_lora_weights` (aMUSEd, Meissonic) the same file is written here, and read by
     `pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=...)`. diffusers'
     `AmusedLoraLoaderMixin.save_lora_weights` takes no metadata, so lora_alpha would be lost.
 
-    Args:
-        pipeline_class (`type`):
-            The pipeline's class, which knows its key prefix.
-        denoiser (`str`):
-            `"unet"` or `"transformer"`.
-        model (`diffusers.ModelMixin`):
-            The denoiser.
-        directory (`Path`):
-            Where to write; made if missing.
-        adapter (`str`, *optional*, defaults to `"default"`):
-            Which adapter.
-        weight_name (`str`, *optional*):
-            File name.
-        state_dict (`dict`, *optional*):
-            The whole model's gathered state, where it is sharded over processes.
+    `denoiser` is the name of the component, `"unet"` or `"transformer"`. `state_dict` is the whole model's gathered
+    state, where it is sharded over processes.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -388,20 +356,9 @@ def save_adapter(
 
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:
     """
-    Put saved weights into an adapter that is already attached.
+    Put the weights of a file that [`save_adapter`] wrote into an adapter that is already attached to the model.
 
-    Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser with the adapter of the same configuration.
-        denoiser (`str`):
-            Key prefix inside the file.
-        file (`Path`):
-            A file that [`save_adapter`] wrote.
-        adapter (`str`, *optional*, defaults to `"default"`):
-            Which adapter to fill.
-
-    Raises:
-        ValueError: if the file's keys are not exactly the adapter's.
+    `denoiser` is the prefix of the file's keys. Raises `ValueError` if its keys and shapes are not the adapter's.
     """
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
