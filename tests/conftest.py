@@ -62,24 +62,26 @@ def dataset() -> Dataset:
     return scored_dataset()
 
 
+SMALL = {
+    "per_device_train_batch_size": 8,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Settings of a training run for seconds on a CPU."""
+
+
 @pytest.fixture
 def config(tmp_path):
     """Make a configuration for seconds on a CPU; keywords override."""
 
     def make(**overrides) -> TGOLConfig:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 8,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return TGOLConfig(**{**settings, **overrides})
+        return TGOLConfig(**{"output_dir": str(tmp_path / "run"), **SMALL, **overrides})
 
     return make
 

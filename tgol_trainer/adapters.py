@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import logging
 import warnings
@@ -38,7 +37,10 @@ _NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")
 
 # Facts about a run or a machine, not about the adapter.
 _NOT_METADATA = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
-_NOT_METADATA |= {"peft_version", "runtime_config", "r", "lora_alpha", "target_modules"}
+_NOT_METADATA |= {"peft_version", "runtime_config"}
+
+
+# ---- Attach ----
 
 
 def check_peft_config(config: PeftConfig) -> None:
@@ -119,22 +121,12 @@ def attach(model: ModelMixin, config: LoraConfig, *, seed: int, probe: Callable[
 
 def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[], torch.Tensor]) -> None:
     """
-    Compare the output with adapters off to the base model's own.
+    Raise a `ValueError` unless the output with adapters off is exactly the base model's own.
 
-    Args:
-        model (`diffusers.ModelMixin`):
-            With adapters.
-        expected (`torch.Tensor`):
-            Output of `probe` before anything was attached.
-        probe (`Callable`):
-            Runs the denoiser on a fixed input.
-
-    Raises:
-        ValueError: if they differ at all.
+    `probe` runs the denoiser on a fixed input; `expected` is its output before anything was attached.
     """
-    model.disable_adapters()
-    after = probe()
-    model.enable_adapters()
+    with base_policy(model):
+        after = probe()
     if not torch.equal(expected, after):
         raise ValueError(
             "With the adapter switched off the model no longer gives the base model's output (largest difference "
@@ -143,130 +135,60 @@ def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[
         )
 
 
-def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY) -> None:
-    """
-    Load a saved adapter as anyone would, with diffusers alone.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Changed in place.
-        denoiser (`str`):
-            Name of the component that carries the adapter.
-        source (`str`):
-            Folder or Hub id.
-        adapter (`str`, *optional*, defaults to `"default"`):
-            Name to load it under.
-    """
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(source, adapter_name=adapter)
-    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
-        getattr(pipeline, denoiser).load_lora_adapter(
-            source, prefix=denoiser, adapter_name=adapter, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
-        )
-
-
-def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
-    """
-    Start the policy from a saved adapter, with the values of its file in float32 whatever the base's dtype.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Changed in place.
-        denoiser (`str`):
-            Name of the component that carries the adapter.
-        source (`str`):
-            Folder or Hub id, in any format `pipeline.load_lora_weights` reads; for a pipeline without that method,
-            what [`save_adapter`] writes.
-        keep_as_reference (`bool`):
-            Load it a second time, frozen, as the reference; else the reference is the base model.
-
-    Raises:
-        ValueError: if the file holds nothing for the denoiser, or something for another component.
-    """
-    from diffusers.training_utils import cast_training_params
-
-    names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
-    model = getattr(pipeline, denoiser)
-    with _read_weights(model) as read:
-        for name in names:
-            load_weights(pipeline, denoiser, source, adapter=name)
-    if POLICY not in (getattr(model, "peft_config", None) or {}):
-        raise ValueError(
-            f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
-        )
-    others = [
-        name
-        for name, component in pipeline.components.items()
-        if name != denoiser and getattr(component, "peft_config", None)
-    ]
-    if others:
-        raise ValueError(
-            f"`adapter_name_or_path={source!r}` also holds weights for {', '.join(others)}, which are not trained "
-            f"here and would be missing from what is saved. Use an adapter of the {denoiser} alone."
-        )
-    for name in names:
-        check_peft_config(_neutral(model.peft_config[name]))
-    model.requires_grad_(False)
-    _activate_policy(model)
-    cast_training_params(model, torch.float32)
-    if keep_as_reference:
-        _freeze_reference(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in read:
-                parameter.copy_(read[name])
+# ---- Switch between policy and reference ----
 
 
 @contextlib.contextmanager
-def _read_weights(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what is loaded into a model inside the block as it was read: PEFT casts it to the base's dtype."""
-    read: dict[str, torch.Tensor] = {}
-    hook = model.register_load_state_dict_pre_hook(lambda module, state_dict, *_: read.update(state_dict))
+def base_policy(model: ModelMixin) -> Iterator[None]:
+    """Make the denoiser the base model inside the block, whatever the reference is: adapters off, no gradient."""
+    model.disable_adapters()
     try:
-        yield read
+        with torch.no_grad():
+            yield
     finally:
-        hook.remove()
+        model.enable_adapters()
 
 
-def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> None:
+@contextlib.contextmanager
+def reference_policy(model: ModelMixin) -> Iterator[None]:
     """
-    Load what was trained elsewhere, to make images with it: an adapter of any origin, or fully fine-tuned weights.
+    Make the denoiser the reference inside the block: no gradient, adapters off or the reference adapter on.
 
-    Unlike [`load_initial`] it asks nothing about whether the adapter could be trained further here.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Changed in place.
-        denoiser (`str`):
-            Name of the component that was trained.
-        source (`str`):
-            Folder or Hub id of an adapter, as in [`load_initial`]; or a folder with the whole denoiser, in a folder of
-            the component's name, as full fine-tuning writes it.
-
-    Raises:
-        ValueError: if the source holds nothing for this pipeline.
+    Switching adapters off also clears `requires_grad` on their weights. A backward pass before they are on again would
+    give zero gradients without any error, so leaving the block always restores them; run the reference's pass first
+    and the policy's after, and nothing is switched between a forward pass and its backward pass. The model is the
+    denoiser itself, not its distributed wrapper.
     """
-    model = getattr(pipeline, denoiser)
-    if (Path(source).expanduser() / denoiser / "config.json").is_file():
-        folder = Path(source).expanduser() / denoiser
-        setattr(pipeline, denoiser, type(model).from_pretrained(folder, dtype=model.dtype))
+    if REFERENCE not in model.peft_config:
+        with base_policy(model):
+            yield
         return
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(source)
-    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
-        model.load_lora_adapter(source, prefix=denoiser, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True)
-    if not any(getattr(component, "peft_config", None) for component in pipeline.components.values()):
-        raise ValueError(
-            f"{source!r} holds no LoRA weights for {type(pipeline).__name__}: nothing was loaded. Give an adapter "
-            "that was trained for this model."
-        )
+    model.set_adapter(REFERENCE)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_adapter(POLICY)
+        _freeze_reference(model)
 
 
-def _neutral(config: LoraConfig) -> LoraConfig:
-    # How a loaded adapter was once initialised does not matter any more.
-    config = copy.copy(config)
-    config.init_lora_weights = True
-    return config
+def sync_reference(model: ModelMixin) -> None:
+    """
+    Make the policy of this moment the reference (paper, Algorithm 1, line 15).
+
+    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to
+    the true base model.
+    """
+    if REFERENCE not in model.peft_config:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second is meant
+            model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
+    policy = _parameters_of(model, POLICY)
+    with torch.no_grad():
+        for name, parameter in _parameters_of(model, REFERENCE).items():
+            parameter.data = policy[name].detach().clone()
+    _activate_policy(model)
+    _freeze_reference(model)
 
 
 def _parameters_of(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:
@@ -291,75 +213,90 @@ def _freeze_reference(model: ModelMixin) -> None:
         parameter.data = parameter.data.float()
 
 
-@contextlib.contextmanager
-def reference_policy(model: ModelMixin) -> Iterator[None]:
-    """
-    Make the denoiser the reference inside the block: no gradient, adapters off or the reference adapter on.
+# ---- Load into a pipeline ----
+#
+# The pipeline is changed in place. `denoiser` is the name of the component that carries the adapter, `source` a folder
+# or Hub id in any format that `pipeline.load_lora_weights` reads; for a pipeline without that method, what
+# `save_adapter` writes.
 
-    Switching adapters off also clears `requires_grad` on their weights. A backward pass before they are on again would
-    give zero gradients without any error, so leaving the block always restores them; run the reference's pass first
-    and the policy's after, and nothing is switched between a forward pass and its backward pass.
 
-    Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser itself, not its distributed wrapper.
+def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY) -> None:
+    """Load a saved adapter into a pipeline under a name, with diffusers alone."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(source, adapter_name=adapter)
+    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
+        getattr(pipeline, denoiser).load_lora_adapter(
+            source, prefix=denoiser, adapter_name=adapter, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
+        )
+
+
+def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
     """
-    second = REFERENCE in model.peft_config
-    if second:
-        model.set_adapter(REFERENCE)
-    else:
-        model.disable_adapters()
+    Start the policy from a saved adapter, with the values of its file in float32 whatever the base's dtype.
+
+    With `keep_as_reference` the adapter is loaded a second time, frozen, as the reference; else the reference is the
+    base model. Raises `ValueError` if the file holds nothing for the denoiser, or something for another component.
+    """
+    from diffusers.training_utils import cast_training_params
+
+    names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
+    model = getattr(pipeline, denoiser)
+    # PEFT casts what it loads to the base's dtype, so the values are kept as they were read.
+    read: dict[str, torch.Tensor] = {}
+    hook = model.register_load_state_dict_pre_hook(lambda module, state_dict, *_: read.update(state_dict))
     try:
-        with torch.no_grad():
-            yield
+        for name in names:
+            load_weights(pipeline, denoiser, source, adapter=name)
     finally:
-        if second:
-            model.set_adapter(POLICY)
-            _freeze_reference(model)
-        else:
-            model.enable_adapters()
-
-
-@contextlib.contextmanager
-def base_policy(model: ModelMixin) -> Iterator[None]:
-    """
-    Make the denoiser the base model inside the block, whatever the reference is: adapters off, no gradient.
-
-    Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser itself, not its distributed wrapper.
-    """
-    model.disable_adapters()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.enable_adapters()
-
-
-def sync_reference(model: ModelMixin) -> None:
-    """
-    Make the policy of this moment the reference (paper, Algorithm 1, line 15).
-
-    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to
-    the true base model.
-
-    Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser with its policy adapter.
-    """
-    if REFERENCE not in model.peft_config:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config` attribute"
-            )  # a second one is meant
-            model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
-    policy = _parameters_of(model, POLICY)
-    with torch.no_grad():
-        for name, parameter in _parameters_of(model, REFERENCE).items():
-            parameter.data = policy[name].detach().clone()
+        hook.remove()
+    if POLICY not in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(
+            f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
+        )
+    others = [
+        name
+        for name, component in pipeline.components.items()
+        if name != denoiser and getattr(component, "peft_config", None)
+    ]
+    if others:
+        raise ValueError(
+            f"`adapter_name_or_path={source!r}` also holds weights for {', '.join(others)}, which are not trained "
+            f"here and would be missing from what is saved. Use an adapter of the {denoiser} alone."
+        )
+    config = copy.copy(model.peft_config[POLICY])
+    config.init_lora_weights = True  # how a loaded adapter was once initialised does not matter any more
+    check_peft_config(config)
+    model.requires_grad_(False)
     _activate_policy(model)
+    cast_training_params(model, torch.float32)
     _freeze_reference(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in read:
+                parameter.copy_(read[name])
+
+
+def load_trained(pipeline: DiffusionPipeline, denoiser: str, source: str) -> None:
+    """
+    Load what was trained elsewhere, to make images with it: an adapter of any origin, or fully fine-tuned weights.
+
+    Unlike [`load_initial`] it does not check whether the adapter could be trained further here. The source may also be
+    a folder with the whole denoiser in a folder of the component's name, as full fine-tuning writes it. Raises
+    `ValueError` if it holds nothing for this pipeline.
+    """
+    model, folder = getattr(pipeline, denoiser), Path(source).expanduser() / denoiser
+    if (folder / "config.json").is_file():
+        setattr(pipeline, denoiser, type(model).from_pretrained(folder, dtype=model.dtype))
+        return
+    load_weights(pipeline, denoiser, source)
+    if not any(getattr(component, "peft_config", None) for component in pipeline.components.values()):
+        raise ValueError(
+            f"{source!r} holds no LoRA weights for {type(pipeline).__name__}: nothing was loaded. Give an adapter "
+            "that was trained for this model."
+        )
+
+
+# ---- Files ----
 
 
 def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
@@ -367,28 +304,16 @@ def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
     What a loader must know to rebuild the adapter: r, lora_alpha, target_modules and every field off its default.
 
     A full dump of today's fields could not be read by a PEFT that lacks one of them; without the metadata diffusers
-    takes lora_alpha for r and forgets rsLoRA.
-
-    Args:
-        config (`peft.LoraConfig`):
-            The adapter's configuration.
-
-    Returns:
-        `dict`: JSON-serialisable.
+    takes lora_alpha for r and forgets rsLoRA. The result can be written as JSON.
     """
-    metadata: dict[str, Any] = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": config.target_modules,
+    always = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+    defaults = type(config)().to_dict()
+    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in (always | changed).items()
+        if name not in _NOT_METADATA and not name.startswith("_")
     }
-    for field in dataclasses.fields(config):
-        if field.name.startswith("_") or field.name in _NOT_METADATA or not field.init:
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(config, field.name)
-        if value != default:
-            metadata[field.name] = value
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
 
 
 def save_adapter(
@@ -402,73 +327,38 @@ def save_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """
-    Write one adapter in diffusers' format, metadata included.
+    Write one adapter in diffusers' format, metadata included, into a folder, which is made if missing.
 
-    Of a pipeline without `save_lora_weights` (aMUSEd, Meissonic) the same file is written here, and read by
+    For a pipeline without `save_lora_weights` (aMUSEd, Meissonic) the same file is written here, and read by
     `pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=...)`. diffusers'
     `AmusedLoraLoaderMixin.save_lora_weights` takes no metadata, so lora_alpha would be lost.
 
-    Args:
-        pipeline_class (`type`):
-            The pipeline's class, which knows its key prefix.
-        denoiser (`str`):
-            `"unet"` or `"transformer"`.
-        model (`diffusers.ModelMixin`):
-            The denoiser.
-        directory (`Path`):
-            Where to write; made if missing.
-        adapter (`str`, *optional*, defaults to `"default"`):
-            Which adapter.
-        weight_name (`str`, *optional*):
-            File name.
-        state_dict (`dict`, *optional*):
-            The whole model's gathered state, where it is sharded over processes.
+    `denoiser` is the name of the component, `"unet"` or `"transformer"`. `state_dict` is the whole model's gathered
+    state, where it is sharded over processes.
     """
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     metadata = adapter_metadata(model.peft_config[adapter])
     directory.mkdir(parents=True, exist_ok=True)
-    if not hasattr(pipeline_class, "save_lora_weights"):
-        _write_lora_file(directory / weight_name, denoiser, weights, metadata)
+    if hasattr(pipeline_class, "save_lora_weights"):
+        options = {f"{denoiser}_lora_layers": weights, f"{denoiser}_lora_adapter_metadata": metadata}
+        pipeline_class.save_lora_weights(directory, weight_name=weight_name, **options)
         return
-    pipeline_class.save_lora_weights(
-        directory,
-        weight_name=weight_name,
-        **{f"{denoiser}_lora_layers": weights, f"{denoiser}_lora_adapter_metadata": metadata},
-    )
-
-
-def _write_lora_file(
-    file: Path, prefix: str, weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None
-) -> None:
     # The form of LoraBaseMixin._save_lora_weights (diffusers/loaders/lora_base.py), a method that is private there.
-    from safetensors.torch import save_file
-
-    header = {"format": "pt"}
-    if metadata:
-        named = {f"{prefix}.{name}": value for name, value in metadata.items()}
-        header["lora_adapter_metadata"] = json.dumps(named, indent=2, sort_keys=True)
-    save_file({f"{prefix}.{name}": tensor for name, tensor in weights.items()}, file, metadata=header)
+    named = {f"{denoiser}.{name}": value for name, value in metadata.items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(named, indent=2, sort_keys=True)}
+    tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
+    save_file(tensors, directory / weight_name, metadata=header)
 
 
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:
     """
-    Put saved weights into an adapter that is already attached.
+    Put the weights of a file that [`save_adapter`] wrote into an adapter that is already attached to the model.
 
-    Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser with the adapter of the same configuration.
-        denoiser (`str`):
-            Key prefix inside the file.
-        file (`Path`):
-            A file that [`save_adapter`] wrote.
-        adapter (`str`, *optional*, defaults to `"default"`):
-            Which adapter to fill.
-
-    Raises:
-        ValueError: if the file's keys are not exactly the adapter's.
+    `denoiser` is the prefix of the file's keys. Raises `ValueError` if its keys and shapes are not the adapter's.
     """
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import adapters, shapes, thresholds
+from . import adapters, thresholds
 from .config import TGOLConfig
 from .data import (
     Collator,
@@ -35,7 +35,7 @@ from .data import (
     innermost_sampler,
     prepare_dataset,
 )
-from .families import FamilySettings, ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from .families import FamilySettings, ModelFamily, load_family
 from .labels import Labeler
 from .labels.advice import advise_training
 from .labels.training import (
@@ -184,13 +184,7 @@ class TGOLTrainer(SavingTrainer):
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
         settings = FamilySettings(timesteps, args.train_guidance, args.num_frames)
-        if str(model) in shapes.EMBEDDED and not Path(str(model)).exists():
-            load, note, code, arguments = shapes.EMBEDDED[str(model)]
-            if options:
-                raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-            family = wrap_pipeline(load(), ModelOrigin(None, None, note, code, arguments), settings)
-        else:
-            family = load_family(model, options, settings)
+        family = load_family(model, options, settings)
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1

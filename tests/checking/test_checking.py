@@ -220,7 +220,7 @@ def test_scores_near_the_largest_number_give_valid_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model_name_or_path", "no/such/model"), "no/such/model does not exist, and it is no Hub id"),
+        (("--model_name_or_path", "no/such/model"), "no/such/model does not exist, and it is not a Hub id"),
         (("--model_name_or_path", "{data}"), "holds no model_index.json"),
         (("--video_column", "clip"), "Give `--num_frames`, or a video model"),
     ],

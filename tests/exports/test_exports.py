@@ -50,7 +50,7 @@ def quick(cases, *kept):
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     # A pipeline that was loaded from a folder forgets the size that `tests.tiny.flux` set.
-    monkeypatch.setattr(FluxFamily, "native_resolution", 16)
+    monkeypatch.setattr(FluxFamily, "native_size", (16, 16))
 
 
 @pytest.fixture(scope="module")

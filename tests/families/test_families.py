@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.conftest import SMALL
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
@@ -28,7 +29,7 @@ def over(names):
 every_family, every_variant = over(TINY), over(VARIANTS)
 
 
-def test_every_backbone_is_tested_here():
+def test_every_family_is_tested_here():
     assert {type(facts.build()).__name__ for facts in TINY.values()} == set(FAMILIES)
 
 
@@ -168,21 +169,9 @@ def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
 
 def trainer_of(name, folder, dtype=torch.float32, **overrides):
     facts = TINY[name]
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "learning_rate": facts.learning_rate,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **facts.settings,
-        **overrides,
-    }
-    return TGOLTrainer(facts.build().to(dtype), TGOLConfig(**settings), facts.dataset(), peft_config=LORA)
+    settings = {**SMALL, "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": facts.learning_rate}
+    args = TGOLConfig(output_dir=str(folder), **{**settings, **facts.settings, **overrides})
+    return TGOLTrainer(facts.build().to(dtype), args, facts.dataset(), peft_config=LORA)
 
 
 def logged(trainer, key="loss"):

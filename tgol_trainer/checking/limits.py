@@ -66,12 +66,9 @@ def load_limits(model: str | None, *, revision: str | None = None, num_frames: i
         return ModelLimits(num_frames=num_frames, count_long_prompts=_clip_counter())
     from tgol_trainer.families import FamilySettings
     from tgol_trainer.families.skeleton import load_skeleton
-    from tgol_trainer.shapes import MASKED_PIPELINE_DIR, PIPELINE_DIR
 
-    embedded = {"shapes": PIPELINE_DIR, "shapes-masked": MASKED_PIPELINE_DIR}
-    source = model if Path(model).exists() else embedded.get(model, model)
     try:
-        family = load_skeleton(source, revision=revision, settings=FamilySettings(num_frames=num_frames))
+        family = load_skeleton(model, revision=revision, settings=FamilySettings(num_frames=num_frames))
     except OSError as error:
         raise DataError(
             f"`--model_name_or_path`: configs and tokenizers of {model!r} could not be read: {error}\nCheck the name "

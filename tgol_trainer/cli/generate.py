@@ -82,21 +82,15 @@ def load_generator(
         ValueError: for an unsupported pipeline, an adapter that holds nothing for it, a number of frames that does not
             fit, options that an embedded model has not, or an option that is given twice.
     """
-    from tgol_trainer import adapters, shapes
-    from tgol_trainer.families import FamilySettings, load_family, wrap_pipeline
+    from tgol_trainer import adapters
+    from tgol_trainer.families import FamilySettings, load_family
 
     options = {name: value for name, value in (("revision", revision), ("dtype", dtype)) if value is not None}
     twice = options.keys() & (model_init_kwargs or {})
     if twice:
         raise ValueError(f"`model_init_kwargs`: {sorted(twice)[0]!r} is given beside it as well. Give it once.")
     options |= model_init_kwargs or {}
-    settings = FamilySettings(num_frames=num_frames)
-    if model in shapes.EMBEDDED and not Path(model).exists():
-        if options:
-            raise ValueError(f"{', '.join(options)}: the embedded {model} model is loaded one way only.")
-        family = wrap_pipeline(shapes.EMBEDDED[model][0](), settings=settings)
-    else:
-        family = load_family(model, options, settings)
+    family = load_family(model, options, FamilySettings(num_frames=num_frames))
     if adapter is not None:
         adapters.load_trained(family.pipeline, family.denoiser_name, adapter)
     return family.to(device_of(use_cpu)).pipeline, family.origin.revision

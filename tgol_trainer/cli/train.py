@@ -13,6 +13,7 @@ from typing import Any
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
+from tgol_trainer.shapes import embedded_model
 
 from .console import PUSH_FAILED, plain_errors, set_up_logging
 
@@ -151,7 +152,7 @@ def _check_arguments(
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
     fixed = [name for name in changed if name in ("model_revision", "dtype")]
     fixed += ["model_init_kwargs"] if training.pipeline_kwargs else []
-    if fixed and model.model_name_or_path in ("shapes", "shapes-masked"):
+    if fixed and embedded_model(model.model_name_or_path):
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in fixed)}: has no effect on the embedded model.")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from tgol_trainer import adapters, shapes
-from tgol_trainer.families import ModelFamily, ModelOrigin, load_family, wrap_pipeline
+from tgol_trainer import adapters
+from tgol_trainer.families import ModelFamily, ModelOrigin, load_family
 from tgol_trainer.saving.card import FACTS_NAME, CardFacts, read_facts
+from tgol_trainer.shapes import EMBEDDED
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,7 @@ class Source:
         training.
         """
         dtype = self.dtype if self.rounds_base else torch.float32
-        if self.model in shapes.EMBEDDED and not Path(self.model).exists():
-            load, note, code, arguments = shapes.EMBEDDED[self.model]
-            origin = ModelOrigin(note=note, loading_code=code, call_arguments=arguments)
-            family = wrap_pipeline(load(dtype=dtype), origin)
-        else:
-            family = load_family(self.model, {**self.options, "dtype": dtype})
+        family = load_family(self.model, {**self.options, "dtype": dtype})
         return in_float32(family).to(self.device) if compute else family
 
     def load_exported(self, folder: Path, origin: ModelOrigin) -> ModelFamily:
@@ -82,7 +78,7 @@ def find_base(
     directory: Path, facts: CardFacts, model: str | None, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Return the base model that the user or the folder's card names, and its options with the recorded revision."""
-    embedded = [name for name, (_, note, *_) in shapes.EMBEDDED.items() if note == facts.base_model_note]
+    embedded = [name for name, model in EMBEDDED.items() if model.note == facts.base_model_note]
     recorded = facts.base_model or (embedded[0] if embedded else None)
     if model is not None:
         if recorded is not None and model != recorded and not Path(model).exists():

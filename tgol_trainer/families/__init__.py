@@ -1,4 +1,4 @@
-"""The only place that knows model names: a pipeline's class name decides its family."""
+"""Load a diffusers pipeline and choose its model family by the name of the pipeline's class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import hf_hub_download
 
 from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import FlowLikelihood
+from tgol_trainer.shapes import EmbeddedModel, embedded_model
 
 from .amused import AmusedFamily
 from .base import FamilySettings, ModelFamily, ModelOrigin
@@ -37,23 +39,15 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "WanPipeline": WanFamily,
     "Pipeline": MeissonicFamily,
 }
-"""Pipeline class name to family. A new family is one file and one entry here."""
+"""Model families by the name of the pipeline's class. A new family is one file and one entry here."""
 
-_INDEX = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Arguments of `from_pretrained` that also say where the pipeline's index is."""
+_INDEX_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 __all__ = [
     "FAMILIES",
-    "AmusedFamily",
     "FamilySettings",
-    "FluxFamily",
-    "MeissonicFamily",
     "ModelFamily",
     "ModelOrigin",
-    "StableDiffusion3Family",
-    "StableDiffusionFamily",
-    "StableDiffusionXLFamily",
-    "WanFamily",
     "hub_license",
     "load_family",
     "load_meissonic",
@@ -61,15 +55,129 @@ __all__ = [
 ]
 
 
+def load_family(
+    model: str | Path | DiffusionPipeline,
+    model_init_kwargs: dict[str, Any] | None = None,
+    settings: FamilySettings | None = None,
+) -> ModelFamily:
+    """
+    Load a pipeline and wrap it in its model family.
+
+    Args:
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`):
+            Hub id, local folder, name of an embedded model (`"shapes"`, `"shapes-masked"`), or a loaded pipeline.
+        model_init_kwargs (`dict`, *optional*):
+            Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`, and by
+            component, `{"default": "bfloat16", "vae": "float32"}`; float32 by default), `revision`, `variant`,
+            `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
+            and `trust_remote_code=True`, passed to [`load_meissonic`] instead. An embedded model takes `dtype` alone.
+        settings ([`FamilySettings`], *optional*):
+            Choices of the run.
+
+    Returns:
+        [`ModelFamily`]
+
+    Raises:
+        ValueError: for an unsupported pipeline, for `model_init_kwargs` beside a pipeline that is already loaded, or
+            for options that an embedded model does not take.
+        FileNotFoundError: for a folder that does not exist or holds no pipeline.
+        TypeError: for a `model` of another kind, such as a denoiser alone.
+    """
+    from diffusers import DiffusionPipeline
+
+    options = dict(model_init_kwargs or {})
+    if isinstance(model, DiffusionPipeline):
+        if options:
+            raise ValueError(
+                f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: "
+                "pass a Hub id or folder, or load the pipeline with these arguments yourself."
+            )
+        return wrap_pipeline(model, settings=settings)
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be a Hub id, a local folder, or a whole pipeline "
+            "(`diffusers.DiffusionPipeline`), whose text encoder and autoencoder are needed as well."
+        )
+    if "quantization_config" in options:
+        options.setdefault("dtype", "float32")  # otherwise diffusers makes layers that are not quantised float16
+    if "dtype" in options:
+        options["dtype"] = _read_dtype(options["dtype"])
+    if embedded := embedded_model(model):
+        return _load_embedded(str(model), embedded, options, settings)
+    if "meissonic_repository" in options:
+        origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
+        return wrap_pipeline(load_meissonic(model, **options), origin, settings)
+    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
+    index = read_index(source, options)
+    if "quantization_config" in options:
+        options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
+    pipeline = DiffusionPipeline.from_pretrained(source, **options)
+    return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)
+
+
+def _read_dtype(value: Any) -> Any:
+    """Turn names of torch dtypes into dtypes, also in a dictionary by component."""
+    if isinstance(value, dict):
+        return {part: _read_dtype(each) for part, each in value.items()}
+    if not isinstance(value, str) or value == "auto":
+        return value
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`model_init_kwargs['dtype']` is {value!r}, which is not a torch dtype.")
+    return dtype
+
+
+def _load_embedded(
+    name: str, model: EmbeddedModel, options: dict[str, Any], settings: FamilySettings | None
+) -> ModelFamily:
+    unknown = [option for option in options if option != "dtype"]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: the embedded {name} model is loaded one way only.")
+    origin = ModelOrigin(note=model.note, loading_code=model.loading_code, call_arguments=model.call_arguments)
+    return wrap_pipeline(model.load(**options), origin, settings)
+
+
+def read_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    Read the `model_index.json` of a Hub id or folder and check the pipeline's class.
+
+    This comes before the weights, which can be tens of gigabytes. `options` are those of `from_pretrained`, of which
+    `revision`, `token` and the like say where the file is.
+    """
+    if Path(model).exists():
+        file = Path(model) / "model_index.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{model} holds no model_index.json, so it is not the folder of a diffusers pipeline. A single file "
+                "of weights is loaded with the pipeline class's `from_single_file`: pass the object."
+            )
+    elif is_hub_id(model):
+        place = {name: options[name] for name in _INDEX_OPTIONS if name in options}
+        file = Path(hf_hub_download(model, "model_index.json", **place))
+    else:
+        raise FileNotFoundError(f"{model} does not exist, and it is not a Hub id (`owner/name`).")
+    index: dict[str, Any] = json.loads(file.read_text())
+    name = index.get("_class_name")
+    if name == "Pipeline":
+        raise ValueError(
+            f"{model!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
+            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
+            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
+        )
+    if isinstance(name, str) and "custom_pipeline" not in options:
+        _check_supported(name)
+    return index
+
+
 def wrap_pipeline(
     pipeline: DiffusionPipeline, origin: ModelOrigin | None = None, settings: FamilySettings | None = None
 ) -> ModelFamily:
     """
-    Choose the family of a loaded pipeline.
+    Wrap a loaded pipeline in its model family.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
-            Any pipeline; used as it is, not copied.
+            Any supported pipeline; used as it is, not copied.
         origin ([`ModelOrigin`], *optional*):
             Where it came from; by default what its own config says.
         settings ([`FamilySettings`], *optional*):
@@ -97,8 +205,18 @@ def wrap_pipeline(
     return family
 
 
+def _check_supported(name: str) -> None:
+    if name not in FAMILIES:
+        supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
+        raise ValueError(
+            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a model family: "
+            "how it encodes prompts and images, what its denoiser is called with, and its likelihood "
+            "(CONTRIBUTING.md, 'A new model family')."
+        )
+
+
 def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
-    """Refuse what transformers makes, instead of an error, of a folder without the files of a tokenizer."""
+    """Refuse a tokenizer without words, which transformers makes of a folder that lacks the tokenizer's files."""
     from transformers import PreTrainedTokenizerBase
 
     for name, part in pipeline.components.items():
@@ -107,122 +225,3 @@ def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
                 f"`{name}` of the pipeline knows no words: its files were not there when it was loaded, so every "
                 "prompt would be the same to the model. Download the model again, or mend its folder."
             )
-
-
-def _check_supported(name: str) -> None:
-    if name not in FAMILIES:
-        supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
-        raise ValueError(
-            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a family: how "
-            "it encodes prompts and images, what its denoiser is called with, and its likelihood family "
-            "(CONTRIBUTING.md, 'A new model family')."
-        )
-
-
-def checked_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """
-    Read a pipeline's `model_index.json`, before any weights are: they can be tens of gigabytes.
-
-    Args:
-        model (`str`):
-            Hub id or folder.
-        options (`dict[str, Any]`):
-            Of `from_pretrained`; `revision`, `token` and the like say where it is read.
-
-    Raises:
-        FileNotFoundError: for a folder that holds no pipeline, and for what is neither a folder nor a Hub id.
-        ValueError: for a pipeline class without a family.
-    """
-    if Path(model).exists():
-        file = Path(model) / "model_index.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{model} holds no model_index.json, so it is no folder of a diffusers pipeline. A single file of "
-                "weights is loaded with the pipeline class's `from_single_file`: pass the object."
-            )
-    elif is_hub_id(model):
-        place = {name: options[name] for name in _INDEX if name in options}
-        file = Path(hf_hub_download(model, "model_index.json", **place))
-    else:
-        raise FileNotFoundError(f"{model} does not exist, and it is no Hub id (`owner/name`).")
-    index: dict[str, Any] = json.loads(file.read_text())
-    name = index.get("_class_name")
-    if name == "Pipeline":
-        raise ValueError(
-            f"{model!r} names a pipeline class `Pipeline`, which diffusers does not have. For Meissonic add "
-            "`model_init_kwargs={'meissonic_repository': 'path/to/a/clone', 'trust_remote_code': True}` "
-            "(docs/meissonic.md); else load the pipeline yourself and pass the object."
-        )
-    if isinstance(name, str) and "custom_pipeline" not in options:
-        _check_supported(name)
-    return index
-
-
-def _read_dtype(value: Any) -> Any:
-    import torch
-
-    if not isinstance(value, str) or value == "auto":
-        return value
-    dtype = getattr(torch, value, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"`model_init_kwargs['dtype']` is {value!r}, which is no torch dtype.")
-    return dtype
-
-
-def load_family(
-    model: str | Path | DiffusionPipeline,
-    model_init_kwargs: dict[str, Any] | None = None,
-    settings: FamilySettings | None = None,
-) -> ModelFamily:
-    """
-    Load a pipeline and wrap it.
-
-    Args:
-        model (`str`, `Path` or `diffusers.DiffusionPipeline`):
-            Hub id, local folder, or a loaded pipeline.
-        model_init_kwargs (`dict`, *optional*):
-            Passed to `DiffusionPipeline.from_pretrained`: `dtype` (also as a string, `"bfloat16"`, and by
-            component, `{"default": "bfloat16", "vae": "float32"}`; float32 by default), `revision`, `variant`,
-            `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
-            and `trust_remote_code=True`, passed to [`load_meissonic`] instead.
-        settings ([`FamilySettings`], *optional*):
-            Choices of the run.
-
-    Returns:
-        [`ModelFamily`]
-
-    Raises:
-        ValueError: for an unsupported pipeline, or `model_init_kwargs` beside a pipeline that is already loaded.
-        FileNotFoundError: for a folder that does not exist or holds no pipeline.
-        TypeError: for a `model` of another kind, such as a denoiser alone.
-    """
-    from diffusers import DiffusionPipeline
-
-    options = dict(model_init_kwargs or {})
-    if isinstance(model, DiffusionPipeline):
-        if options:
-            raise ValueError(
-                f"`model_init_kwargs` ({', '.join(options)}) has no effect on a pipeline that is already loaded: "
-                "pass a Hub id or folder, or load the pipeline with these arguments yourself."
-            )
-        return wrap_pipeline(model, settings=settings)
-    if not isinstance(model, str | Path):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}; it must be a Hub id, a local folder, or a whole pipeline "
-            "(`diffusers.DiffusionPipeline`), whose text encoder and autoencoder are needed as well."
-        )
-    if "quantization_config" in options:
-        options.setdefault("dtype", "float32")  # else diffusers makes the layers that are not quantised float16
-    if "dtype" in options:
-        parts = options["dtype"] if isinstance(options["dtype"], dict) else {"default": options["dtype"]}
-        read = {part: _read_dtype(value) for part, value in parts.items()}
-        options["dtype"] = read if isinstance(options["dtype"], dict) else read["default"]
-    if "meissonic_repository" in options:
-        origin = ModelOrigin.of_source(str(model), options.get("revision"), file="transformer/config.json")
-        return wrap_pipeline(load_meissonic(model, **options), origin, settings)
-    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
-    index = checked_index(source, options)
-    if "quantization_config" in options:
-        options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
-    pipeline = DiffusionPipeline.from_pretrained(source, **options)
-    return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)

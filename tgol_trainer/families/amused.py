@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,11 +18,6 @@ class AmusedFamily(MaskedTokenFamily):
     pooled_argument = "pooled_text_emb"
     _layers_wrapped = False
 
-    @property
-    def native_resolution(self) -> int:
-        """Side in pixels: the transformer's sample size times the autoencoder's factor, as the pipeline's default."""
-        return self.denoiser.config["sample_size"] * self.pipeline.vae_scale_factor
-
     def enable_gradient_checkpointing(self) -> None:
         """
         Recompute the transformer layers in the backward pass.
@@ -37,18 +30,8 @@ class AmusedFamily(MaskedTokenFamily):
         if not self._layers_wrapped:
             self._layers_wrapped = True
             for layer in self.denoiser.transformer_layers:
-                layer.forward = _checkpointed(layer.forward)
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits (B, codebook_size, h, w) of the transformer."""
         return model(input_ids=draw.inputs, **conditioning)
-
-
-def _checkpointed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(forward)
-    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return wrapper

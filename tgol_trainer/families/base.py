@@ -1,4 +1,4 @@
-"""What every family shares: where a model came from, freezing, prompts, saving."""
+"""The base class of the model families, a run's choices for them, and where a base model came from."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ModelOrigin:
         revision (`str`, *optional*):
             Commit hash where known, else the revision asked for.
         note (`str`, *optional*):
-            A plain phrase where there is no Hub id.
+            What the card says where there is no Hub id.
         loading_code (`str`, *optional*):
             Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
         call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
@@ -85,23 +85,16 @@ class ModelOrigin:
 
     @classmethod
     def of_pipeline(cls, pipeline: DiffusionPipeline) -> ModelOrigin:
-        """Describe a loaded pipeline by the name its config remembers, if any."""
+        """Describe a loaded pipeline by the name that its config remembers, if any."""
         name = getattr(pipeline, "name_or_path", None) or pipeline.config.get("_name_or_path")
         return cls.of_source(name) if name else cls(note="a pipeline object of unknown origin")
 
 
 def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
     """
-    Count prompts that lose their end before the denoiser sees them.
+    Count the prompts that at least one tokenizer cuts, and return the smallest limit too.
 
-    Args:
-        prompts (`Sequence[str]`):
-            Any number.
-        limits (`Sequence[tuple[tokenizer, int]]`):
-            The tokenizers and the number of tokens each of them may give, special ones included.
-
-    Returns:
-        `tuple[int, int]`: prompts that at least one of them cuts, and the smallest of the limits.
+    `limits` are tokenizers and the number of tokens that each of them may give, special ones included.
     """
     cut: set[int] = set()
     for tokenizer, limit in limits:
@@ -122,46 +115,9 @@ def frozen_pass(device: torch.device) -> Iterator[None]:
         yield
 
 
-def flow_schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The noise levels that a flow-matching pipeline was made for.
-
-    Made from the config of the pipeline's scheduler, not from its state, which generation overwrites. Where the shift
-    depends on the resolution (`use_dynamic_shifting`, FLUX) the levels are the unshifted ones, as diffusers' training
-    examples use them.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            With any flow-matching scheduler.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: sigmas (N,) in (0, 1], falling, and the times N·σ; float32.
-
-    Raises:
-        ValueError: for a scheduler that knows nothing of flows.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = pipeline.scheduler.config
-    # Solvers such as UniPC call it `flow_shift`. A scheduler made from another one's config holds both names: the one
-    # the model came with, and its own at the default 1, which is no shift.
-    shifts = [config[name] for name in ("shift", "flow_shift") if name in config]
-    if not shifts:
-        raise ValueError(
-            f"{type(pipeline.scheduler).__name__} is no scheduler for flow matching, so the noise levels of "
-            f"{type(pipeline).__name__} are not known. Set `pipe.scheduler` back to the one the model came with."
-        )
-    shift = next((value for value in shifts if value != 1), 1.0)
-    # Not `from_config`, which complains of every setting of another class.
-    schedule = FlowMatchEulerDiscreteScheduler(
-        config["num_train_timesteps"], shift, use_dynamic_shifting=config.get("use_dynamic_shifting", False)
-    )
-    return schedule.sigmas, schedule.timesteps
-
-
 class ModelFamily(abc.ABC):
     """
-    A pipeline seen as a likelihood model: how to encode, what to call, what to save.
+    A kind of diffusers pipeline: how it encodes, how its denoiser is called, how its results are loaded.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
@@ -172,7 +128,7 @@ class ModelFamily(abc.ABC):
             Choices of the run.
 
     Raises:
-        ValueError: for a pipeline that lacks a required component.
+        ValueError: for a pipeline that lacks a required component, or that the family refuses.
     """
 
     denoiser_name: str
@@ -184,7 +140,11 @@ class ModelFamily(abc.ABC):
     required_components: tuple[str, ...] = ()
     """Components of the pipeline that may not be `None`."""
 
-    likelihood: Likelihood
+    token_limits: dict[str, int | None] = {"tokenizer": None}
+    """
+    Tokenizers that decide what the denoiser sees of a prompt, and how many tokens each may give, special ones
+    included; `None` for the tokenizer's own limit.
+    """
 
     pipeline_tag = "text-to-image"
     """The task on the Hub."""
@@ -195,52 +155,84 @@ class ModelFamily(abc.ABC):
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
     ) -> None:
-        self.pipeline = pipeline
-        self.origin = origin
-        self.settings = settings or FamilySettings()
-        missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
+        self.pipeline, self.origin, self.settings = pipeline, origin, settings or FamilySettings()
+        self.check_pipeline()
+        self.prepare_pipeline()
+        self.likelihood = self.make_likelihood()
+
+    # ---- What a family says of itself ----
+
+    def check_pipeline(self) -> None:
+        """Refuse a pipeline that cannot be trained; by default one that lacks a required component."""
+        missing = [name for name in self.required_components if getattr(self.pipeline, name, None) is None]
         if missing:
             raise ValueError(
-                f"The {type(pipeline).__name__} has no {', '.join(missing)}, which training needs. Load it without "
-                f"`{missing[0]}=None`."
+                f"The {type(self.pipeline).__name__} has no {', '.join(missing)}, which training needs. Load it "
+                f"without `{missing[0]}=None`."
             )
-        for component in pipeline.components.values():
+
+    def prepare_pipeline(self) -> None:
+        """Freeze every component and set it to eval mode; families add what else their pipeline needs."""
+        for component in self.pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
                 component.eval()
 
-    @property
-    def denoiser(self) -> ModelMixin:
-        """The network that is trained."""
-        return getattr(self.pipeline, self.denoiser_name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
-
-    @property
     @abc.abstractmethod
-    def native_resolution(self) -> int:
-        """Side in pixels that the model was made for."""
+    def make_likelihood(self) -> Likelihood:
+        """Return how a prediction of this pipeline becomes an error."""
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was made for."""
-        return self.native_resolution, self.native_resolution
+        """(height, width) in pixels that the model was made for; by default the denoiser's sample size in pixels."""
+        side = self.denoiser.config["sample_size"] * self.pipeline.vae_scale_factor
+        return side, side
 
     @property
-    @abc.abstractmethod
     def resolution_multiple(self) -> int:
-        """Sides in pixels must be multiples of this."""
+        """Sides in pixels must be multiples of this; by default the autoencoder's factor."""
+        return self.pipeline.vae_scale_factor
 
-    @abc.abstractmethod
-    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """Return how many prompts the text encoder cuts, and the number of tokens it takes."""
+    def prompt_limits(self) -> list[tuple[Any, int]]:
+        """Return the tokenizers of `token_limits` with their limits."""
+        tokenizers = {name: getattr(self.pipeline, name) for name in self.token_limits}
+        return [(each, self.token_limits[name] or each.model_max_length) for name, each in tokenizers.items()]
 
     @abc.abstractmethod
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return the conditioning, one row a prompt, as keyword arguments of the denoiser."""
+        """Return the conditioning, one row per prompt, as keyword arguments of the denoiser; of any dtype."""
+
+    @abc.abstractmethod
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Call the denoiser, or a wrapper of it, on a draw; returns (B, ...) in its dtype."""
+
+    def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """
+        Conditioning on the images' own sizes and crops, for models that take it.
+
+        Args:
+            geometry (`torch.Tensor`):
+                (B, 4) integers: height and width of the image, top and left of the crop in the resized image.
+            resolution (`tuple[int, int]`):
+                (height, width) of the training pixels.
+
+        Returns:
+            `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows; by default none.
+        """
+        return {}
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Bring latents (B, C, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says.
+
+        By mean and deviation of each channel (Wan, some of SDXL), shift and scale, whichever the config has.
+        """
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (-1, *[1] * (latents.dim() - 2))
+            latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
+        return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
 
     def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """
@@ -265,71 +257,52 @@ class ModelFamily(abc.ABC):
                 latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
             return self.scale_latents(latents).to(self.denoiser.dtype)
 
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Bring latents (B, C, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says.
-
-        By mean and deviation of each channel (Wan, some of SDXL), shift and scale, whichever the config has.
-        """
-        config = self.pipeline.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shape = (-1, *[1] * (latents.dim() - 2))
-            latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
-        return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
-
-    @abc.abstractmethod
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Call the denoiser, or a wrapper of it, on a draw; returns (B, ...) in its dtype."""
-
-    def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """
-        Conditioning on the images' own sizes and crops, for models that take it.
-
-        Args:
-            geometry (`torch.Tensor`):
-                (B, 4) integers: height and width of the image, top and left of the crop in the resized image.
-            resolution (`tuple[int, int]`):
-                (height, width) of the training pixels.
-
-        Returns:
-            `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows; by default none.
-        """
-        return {}
-
-    def condition(
-        self, prompts: Sequence[str], geometry: torch.Tensor, resolution: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
-        """
-        Everything the denoiser is conditioned on, without gradient; each distinct prompt is encoded once, by text
-        encoders in the dtype they were loaded in.
-
-        Args:
-            prompts (`Sequence[str]`):
-                B prompts; an empty string is the unconditional prompt.
-            geometry (`torch.Tensor`):
-                As in [`~ModelFamily.condition_on_size`].
-            resolution (`tuple[int, int]`):
-                As there.
-
-        Returns:
-            `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows.
-        """
-        unique = list(dict.fromkeys(prompts))
-        index = torch.tensor([unique.index(prompt) for prompt in prompts])
-        with frozen_pass(self.device):
-            encoded = self.encode_unique_prompts(unique)
-            rows = {name: value[index.to(value.device)] for name, value in encoded.items()}
-            return {**rows, **self.condition_on_size(geometry, resolution)}
-
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""
         self.denoiser.enable_gradient_checkpointing()
 
     def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
         """Pixels (1, 3, H, W) of one random image in [-1, 1], for `probe`; far smaller than the model's own size."""
-        side = min(self.native_resolution, 8 * self.resolution_multiple)  # UNets halve latents up to three times
+        side = min(*self.native_size, 8 * self.resolution_multiple)  # UNets halve latents up to three times
         return rows.normal("probe", torch.empty(1, 3, side, side)).clamp(-1, 1)
+
+    # ---- What follows from it ----
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    def to(self, device: torch.device | str) -> ModelFamily:
+        """Move every component."""
+        self.pipeline.to(device)
+        return self
+
+    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """Return how many prompts are cut before the denoiser sees their end, and the smallest limit in tokens."""
+        return count_cut_prompts(prompts, self.prompt_limits())
+
+    def condition(
+        self, prompts: Sequence[str], geometry: torch.Tensor, resolution: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Everything the denoiser is conditioned on, as keyword arguments with B rows, without gradient.
+
+        Each distinct one of the B prompts is encoded once, by text encoders in the dtype they were loaded in, and
+        brought to the denoiser's dtype; an empty string is the unconditional prompt. `geometry` and `resolution` are
+        as in [`~ModelFamily.condition_on_size`].
+        """
+        unique = list(dict.fromkeys(prompts))
+        index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        with frozen_pass(self.device):
+            encoded = self.encode_unique_prompts(unique)
+            rows = {name: value.to(self.denoiser.dtype)[index.to(value.device)] for name, value in encoded.items()}
+            return {**rows, **self.condition_on_size(geometry, resolution)}
 
     def probe(self) -> torch.Tensor:
         """Output of the denoiser on one small fixed input, for comparing a model with itself."""
@@ -341,10 +314,7 @@ class ModelFamily(abc.ABC):
             draw = self.likelihood.draw(self.encode_images(pixels, rows, sample=False), rows)
             return self.predict(self.denoiser, draw, conditioning)
 
-    def to(self, device: torch.device | str) -> ModelFamily:
-        """Move every component."""
-        self.pipeline.to(device)
-        return self
+    # ---- Snippets for the card ----
 
     def usage(self, location: str, prompt: str) -> str:
         """
@@ -359,40 +329,40 @@ class ModelFamily(abc.ABC):
         Returns:
             `str`: source code.
         """
-        return "\n".join([*self._loading_lines(), f"pipe.load_lora_weights({location!r})", *self._image_lines(prompt)])
+        return self._snippet(prompt, *self._loading_lines(), f"pipe.load_lora_weights({location!r})")
 
     def full_usage(self, location: str, prompt: str) -> str:
         """The same for a fully fine-tuned denoiser saved under `location`."""
-        name = self.denoiser_name
-        load = f'{type(self.denoiser).__name__}.from_pretrained({location!r}, subfolder="{name}")'
-        lines = [f"from diffusers import {type(self.denoiser).__name__}", *self._loading_lines()]
-        return "\n".join([*lines, f"pipe.{name} = {load}", *self._image_lines(prompt)])
+        name, kind = self.denoiser_name, type(self.denoiser).__name__
+        load = f'pipe.{name} = {kind}.from_pretrained({location!r}, subfolder="{name}")'
+        return self._snippet(prompt, f"from diffusers import {kind}", *self._loading_lines(), load)
 
     def peft_usage(self, location: str, prompt: str) -> str:
         """The same for an adapter in PEFT's own format saved under `location`."""
-        name = self.denoiser_name
-        load = f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {location!r})"
-        lines = ["from peft import PeftModel", *self._loading_lines(), load]
-        return "\n".join([*lines, *self._image_lines(prompt)])
+        load = f"pipe.{self.denoiser_name} = PeftModel.from_pretrained(pipe.{self.denoiser_name}, {location!r})"
+        return self._snippet(prompt, "from peft import PeftModel", *self._loading_lines(), load)
 
     def merged_usage(self, location: str, prompt: str) -> str:
         """The same for a complete pipeline saved under `location`, with the trained weights in it."""
-        lines = [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f"pipe = DiffusionPipeline.from_pretrained({location!r})",
-        ]
+        return self._snippet(prompt, *self._from_pretrained_lines(location))
+
+    def _snippet(self, prompt: str, *lines: str) -> str:
         return "\n".join([*lines, *self._image_lines(prompt)])
 
     def _loading_lines(self) -> list[str]:
-        if self.origin.loading_code:
-            return self.origin.loading_code.splitlines()
-        source = self.origin.hub_id or "path/to/the/base/model"
-        revision = f", revision={self.origin.revision!r}" if self.origin.hub_id and self.origin.revision else ""
+        origin = self.origin
+        if origin.loading_code:
+            return origin.loading_code.splitlines()
+        if origin.hub_id:
+            return self._from_pretrained_lines(origin.hub_id, origin.revision)
+        return self._from_pretrained_lines("path/to/the/base/model")
+
+    def _from_pretrained_lines(self, source: str, revision: str | None = None) -> list[str]:
+        options = f", revision={revision!r}" if revision else ""
         return [
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({source!r}{revision})",
+            f"pipe = DiffusionPipeline.from_pretrained({source!r}{options})",
         ]
 
     def _image_lines(self, prompt: str) -> list[str]:

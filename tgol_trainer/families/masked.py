@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 
 from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
 
-from .base import FamilySettings, ModelFamily, ModelOrigin, count_cut_prompts, frozen_pass
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from .base import ModelFamily, frozen_pass
 
 AESTHETIC_SCORE = 6.0
 """The fifth micro-condition: what both pipelines pass unless told otherwise."""
@@ -33,42 +27,48 @@ class MaskedTokenFamily(ModelFamily):
     pooled_argument: str
     """The transformer's name for the pooled text embedding."""
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
-    ) -> None:
-        super().__init__(pipeline, origin, settings)
-        mask_token_id = pipeline.scheduler.config["mask_token_id"]
-        _check_vocabulary(pipeline, mask_token_id)
-        self.likelihood = MaskedTokenLikelihood(mask_token_id)
-        if pipeline.vqvae.dtype == torch.float16 and pipeline.vqvae.config.get("force_upcast"):
-            pipeline.vqvae.float()  # as the pipelines do before they decode
+    def check_pipeline(self) -> None:
+        """Refuse a pipeline that lacks a component or whose mask, vocabulary and codebook do not fit together."""
+        super().check_pipeline()
+        config, codes = self.denoiser.config, self.pipeline.vqvae.config["num_vq_embeddings"]
+        mask_token_id = self.pipeline.scheduler.config["mask_token_id"]
+        vocab_size, codebook_size = config["vocab_size"], config["codebook_size"]
+        if mask_token_id != vocab_size - 1:
+            raise ValueError(
+                f"The scheduler's mask_token_id is {mask_token_id}, the transformer's vocab_size {vocab_size}: in the "
+                f"training of this family the mask is the last id, {vocab_size - 1}. Give the pipeline a scheduler "
+                f"made with mask_token_id={vocab_size - 1}."
+            )
+        if not codes <= codebook_size < vocab_size:
+            raise ValueError(
+                f"The autoencoder has {codes} codes, the transformer predicts codebook_size={codebook_size} and "
+                f"embeds vocab_size={vocab_size}: the codes must fit into the codebook, and the mask's id must lie "
+                "outside it."
+            )
+
+    def prepare_pipeline(self) -> None:
+        """Freeze every component, and bring an autoencoder that overflows to float32."""
+        super().prepare_pipeline()
+        vqvae = self.pipeline.vqvae
+        if vqvae.dtype == torch.float16 and vqvae.config.get("force_upcast"):
+            vqvae.float()  # as the pipelines do before they decode
+
+    def make_likelihood(self) -> MaskedTokenLikelihood:
+        """Return the likelihood with the mask's id of the pipeline's scheduler."""
+        return MaskedTokenLikelihood(self.pipeline.scheduler.config["mask_token_id"])
 
     @property
     def resolution_multiple(self) -> int:
         """The autoencoder's factor, twice that where the transformer halves the grid of tokens."""
         return self.pipeline.vae_scale_factor * (2 if self.denoiser.config["downsample"] else 1)
 
-    @property
-    def max_tokens(self) -> int:
-        """Number of text tokens that prompts are padded and cut to."""
-        return self.pipeline.tokenizer.model_max_length
-
-    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """Return how many prompts have more tokens than the text encoder takes, and that number."""
-        return count_cut_prompts(prompts, [(self.pipeline.tokenizer, self.max_tokens)])
-
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (N, tokens, D), the encoder's last layer but one, and the pooled output (N, P)."""
-        tokens = self.pipeline.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
+        [(tokenizer, limit)] = self.prompt_limits()
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
         encoder = self.pipeline.text_encoder
         output = encoder(tokens.input_ids.to(encoder.device), return_dict=True, output_hidden_states=True)
-        dtype = self.denoiser.dtype
-        return {
-            "encoder_hidden_states": output.hidden_states[-2].to(dtype),
-            self.pooled_argument: output.text_embeds.to(dtype),
-        }
+        return {"encoder_hidden_states": output.hidden_states[-2], self.pooled_argument: output.text_embeds}
 
     def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
         """
@@ -80,23 +80,10 @@ class MaskedTokenFamily(ModelFamily):
         return {"micro_conds": torch.stack([width, height, top, left, torch.full_like(width, AESTHETIC_SCORE)], dim=1)}
 
     def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
-        """
-        Codes of the VQ autoencoder, which sees pixels in [0, 1].
-
-        Args:
-            pixels (`torch.Tensor`):
-                (B, 3, H, W) float32 in [-1, 1].
-            rows ([`RowGenerators`]):
-                Not used.
-            sample (`bool`):
-                No effect: an image has one code, there is no posterior to sample.
-
-        Returns:
-            `torch.Tensor`: (B, h, w) int64.
-        """
+        """Codes (B, h, w) int64 of the VQ autoencoder; an image has one code, so `sample` has no effect."""
         vqvae = self.pipeline.vqvae
         with frozen_pass(vqvae.device):
-            latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents
+            latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents  # it sees [0, 1]
             ids = vqvae.quantize(latents)[2][2]
         return ids.reshape(len(latents), *latents.shape[-2:])
 
@@ -106,20 +93,4 @@ class MaskedTokenFamily(ModelFamily):
             f'pipe.transformer.load_lora_adapter(\n    {location!r}, prefix="transformer", '
             'weight_name="pytorch_lora_weights.safetensors"\n)'
         )
-        return "\n".join([*self._loading_lines(), load, *self._image_lines(prompt)])
-
-
-def _check_vocabulary(pipeline: DiffusionPipeline, mask_token_id: int) -> None:
-    config, codes = pipeline.transformer.config, pipeline.vqvae.config["num_vq_embeddings"]
-    vocab_size, codebook_size = config["vocab_size"], config["codebook_size"]
-    if mask_token_id != vocab_size - 1:
-        raise ValueError(
-            f"The scheduler's mask_token_id is {mask_token_id}, the transformer's vocab_size {vocab_size}: in the "
-            f"training of this family the mask is the last id, {vocab_size - 1}. Give the pipeline a scheduler made "
-            f"with mask_token_id={vocab_size - 1}."
-        )
-    if not codes <= codebook_size < vocab_size:
-        raise ValueError(
-            f"The autoencoder has {codes} codes, the transformer predicts codebook_size={codebook_size} and embeds "
-            f"vocab_size={vocab_size}: the codes must fit into the codebook, and the mask's id lie outside it."
-        )
+        return self._snippet(prompt, *self._loading_lines(), load)

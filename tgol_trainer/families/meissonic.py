@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.machinery
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tgol_trainer.likelihoods import Draw
 
-from .base import FamilySettings, ModelOrigin
+from .flux import grid_positions
 from .masked import MaskedTokenFamily
 
 if TYPE_CHECKING:
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = "https://github.com/viiika/Meissonic"
 
-_FILES = ("src/transformer.py", "src/scheduler.py", "src/pipeline.py")
+_MODULES = ("transformer", "scheduler", "pipeline")
+_COMPONENTS = {"vqvae", "tokenizer", "text_encoder", "transformer", "scheduler"}
 _ARGUMENTS = {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"}
 _ARGUMENTS |= {"micro_conds"}
 _FIELDS = {"vocab_size", "codebook_size", "downsample"}
@@ -46,26 +45,40 @@ class MeissonicFamily(MaskedTokenFamily):
     """
 
     pooled_argument = "pooled_projections"
+    token_limits = {"tokenizer": 77}  # which the pipeline passes whatever the tokenizer says
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
-    ) -> None:
-        check_is_meissonic(pipeline)
-        super().__init__(pipeline, origin, settings)
+    def check_pipeline(self) -> None:
+        """Refuse a pipeline that shares only its name with Meissonic's, and say what differs."""
+        pipeline, transformer = self.pipeline, getattr(self.pipeline, "transformer", None)
+        wrong = [f"it has no component {name}" for name in sorted(_COMPONENTS - set(pipeline.components))]
+        if transformer is not None:
+            kind = type(transformer)
+            if kind.__name__ != "Transformer2DModel" or kind.__module__.startswith("diffusers."):
+                wrong.append(f"its transformer is {kind.__module__}.{kind.__name__}")
+            if missing := _ARGUMENTS - set(inspect.signature(transformer.forward).parameters):
+                wrong.append(f"its transformer does not take {', '.join(sorted(missing))}")
+            if missing := _FIELDS - set(transformer.config):
+                wrong.append(f"its transformer's config lacks {', '.join(sorted(missing))}")
+        if "mask_token_id" not in getattr(getattr(pipeline, "scheduler", None), "config", {}):
+            wrong.append("its scheduler has no mask_token_id")
+        if wrong:
+            raise ValueError(
+                f"{type(pipeline).__module__}.{type(pipeline).__name__} is not supported: of the pipelines called "
+                f"`Pipeline`, only Meissonic's ({REPOSITORY}) is, and {'; '.join(wrong)}."
+            )
+        super().check_pipeline()
+
+    def prepare_pipeline(self) -> None:
+        """Freeze every component, and give the transformer what newer diffusers read."""
+        super().prepare_pipeline()
         set_head_dim(self.denoiser)
 
     @property
-    def native_resolution(self) -> int:
-        """Side in pixels: by the transformer's sample size if it has one, else 1024 with `downsample`, 512 without."""
-        config = self.denoiser.config
-        if config.get("sample_size"):
-            return config["sample_size"] * self.pipeline.vae_scale_factor
-        return 1024 if config["downsample"] else 512
-
-    @property
-    def max_tokens(self) -> int:
-        """77, which the pipeline passes whatever the tokenizer says."""
-        return 77
+    def native_size(self) -> tuple[int, int]:
+        """By the transformer's sample size if it has one, else 1024 a side with `downsample` and 512 without."""
+        if self.denoiser.config.get("sample_size"):
+            return super().native_size
+        return (1024, 1024) if self.denoiser.config["downsample"] else (512, 512)
 
     def enable_gradient_checkpointing(self) -> None:
         """
@@ -83,104 +96,47 @@ class MeissonicFamily(MaskedTokenFamily):
         Logits (B, codebook_size, h, w) of the transformer.
 
         The time is the mask ratio times 1000, as in training; the authors' pipeline passes the index of the sampling
-        step instead.
+        step instead. The positions of the tokens follow `downsample` of the config, which halves the grid inside; the
+        authors' pipeline decides by `height == 1024`, and fails for a model with `downsample` at other heights.
         """
-        tokens = conditioning["encoder_hidden_states"].shape[1]
+        device, grid = draw.inputs.device, 2 if self.denoiser.config["downsample"] else 1
+        height, width = (side // grid for side in draw.inputs.shape[-2:])
         return model(
             hidden_states=draw.inputs,
             timestep=draw.timesteps,
-            img_ids=self.image_ids(*draw.inputs.shape[-2:]).to(draw.inputs.device),
-            txt_ids=torch.zeros(tokens, 3, device=draw.inputs.device),
+            img_ids=grid_positions(height, width).to(device),
+            txt_ids=torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=device),
             **conditioning,
         )
 
-    def image_ids(self, height: int, width: int) -> torch.Tensor:
-        """
-        Positions of the image's tokens inside the transformer, where `downsample` halves the grid.
-
-        The authors' pipeline decides by `height == 1024` instead of by the config, and fails for a model with
-        `downsample` at other heights.
-
-        Args:
-            height (`int`):
-                Rows of the grid of token ids.
-            width (`int`):
-                Columns of it.
-
-        Returns:
-            `torch.Tensor`: (positions, 3) float32; 0, row, column.
-        """
-        if self.denoiser.config["downsample"]:
-            height, width = height // 2, width // 2
-        ids = torch.zeros(height, width, 3)
-        ids[..., 1] = torch.arange(height)[:, None]
-        ids[..., 2] = torch.arange(width)
-        return ids.view(-1, 3)
-
     def full_usage(self, location: str, prompt: str) -> str:
         """The snippet of the base class, with the transformer's class taken from the pipeline."""
-        load = f'pipe.transformer = type(pipe.transformer).from_pretrained({location!r}, subfolder="transformer")'
-        fix = ["from tgol_trainer.families.meissonic import set_head_dim", ""]
-        lines = [*fix, *self._loading_lines(), load, "set_head_dim(pipe.transformer)"]
-        return "\n".join([*lines, *self._image_lines(prompt)])
+        return self._snippet(
+            prompt,
+            "from tgol_trainer.families.meissonic import set_head_dim",
+            "",
+            *self._loading_lines(),
+            f'pipe.transformer = type(pipe.transformer).from_pretrained({location!r}, subfolder="transformer")',
+            "set_head_dim(pipe.transformer)",
+        )
 
-    def merged_usage(self, location: str, prompt: str) -> str:
-        """The snippet of the base class, loaded with the authors' code."""
-        lines = loading_code(dataclasses.replace(self.origin, hub_id=location, revision=None)).splitlines()
-        return "\n".join([*lines, *self._image_lines(prompt)])
-
-    def _loading_lines(self) -> list[str]:
-        if self.origin.loading_code:
-            return self.origin.loading_code.splitlines()
-        return loading_code(self.origin).splitlines()
+    def _from_pretrained_lines(self, source: str, revision: str | None = None) -> list[str]:
+        return [
+            f"# First: git clone {REPOSITORY} path/to/Meissonic",
+            "from tgol_trainer.families import load_meissonic",
+            "",
+            "pipe = load_meissonic(",
+            f"    {source!r},",
+            *([f"    revision={revision!r},"] if revision else []),
+            '    meissonic_repository="path/to/Meissonic",',
+            "    trust_remote_code=True,",
+            ")",
+        ]
 
     def _image_lines(self, prompt: str) -> list[str]:
-        side = self.native_resolution
+        side, _ = self.native_size
         size = "" if side == 1024 else f", height={side}, width={side}"  # the pipeline's default is 1024
         return [f"image = pipe({prompt!r}{size}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
-
-
-def loading_code(origin: ModelOrigin) -> str:
-    """Python lines that define `pipe` from a model's origin and a clone of the authors' repository."""
-    source = origin.hub_id or "path/to/the/base/model"
-    revision = f"    revision={origin.revision!r},\n" if origin.hub_id and origin.revision else ""
-    return (
-        f"# First: git clone {REPOSITORY} path/to/Meissonic\n"
-        "from tgol_trainer.families import load_meissonic\n\n"
-        f"pipe = load_meissonic(\n    {source!r},\n{revision}"
-        '    meissonic_repository="path/to/Meissonic",\n    trust_remote_code=True,\n)'
-    )
-
-
-def check_is_meissonic(pipeline: DiffusionPipeline) -> None:
-    """
-    Refuse a pipeline that shares nothing with Meissonic's but the name.
-
-    Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Of a class named `Pipeline`.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    kind, transformer = type(pipeline), getattr(pipeline, "transformer", None)
-    expected = {"vqvae", "tokenizer", "text_encoder", "transformer", "scheduler"}
-    wrong = [f"it has no component {name}" for name in sorted(expected - set(pipeline.components))]
-    if transformer is not None:
-        found = type(transformer)
-        if found.__name__ != "Transformer2DModel" or found.__module__.startswith("diffusers."):
-            wrong.append(f"its transformer is {found.__module__}.{found.__name__}")
-        missing = _ARGUMENTS - set(inspect.signature(transformer.forward).parameters)
-        wrong += [f"its transformer does not take {', '.join(sorted(missing))}"] if missing else []
-        missing = _FIELDS - set(transformer.config)
-        wrong += [f"its transformer's config lacks {', '.join(sorted(missing))}"] if missing else []
-    if "mask_token_id" not in getattr(getattr(pipeline, "scheduler", None), "config", {}):
-        wrong.append("its scheduler has no mask_token_id")
-    if wrong:
-        raise ValueError(
-            f"{kind.__module__}.{kind.__name__} is not supported: of the pipelines called `Pipeline`, only "
-            f"Meissonic's ({REPOSITORY}) is, and {'; '.join(wrong)}."
-        )
 
 
 def set_head_dim(transformer: ModelMixin) -> None:
@@ -224,7 +180,7 @@ def load_meissonic(
         `diffusers.DiffusionPipeline`: the repository's `Pipeline`.
 
     Raises:
-        ValueError: without the opt-in, for a folder that is no clone, or for an option that would not be honoured.
+        ValueError: without the opt-in, for a folder that is not a clone, or for an option that would not be honoured.
     """
     if trust_remote_code is not True:
         raise ValueError(
@@ -244,9 +200,7 @@ def load_meissonic(
     dtype = options.pop("dtype", None)
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
-    with _repository(Path(meissonic_repository).expanduser().resolve()):
-        code = {name: importlib.import_module(f"src.{name}") for name in ("transformer", "scheduler", "pipeline")}
-    source = str(model)
+    code, source = _import_code(Path(meissonic_repository).expanduser().resolve()), str(model)
 
     def weights(kind: Any, part: str, **more: Any) -> Any:
         chosen = dtypes.get(part, dtypes.get("default")) or torch.float32
@@ -263,29 +217,24 @@ def load_meissonic(
     return pipeline
 
 
-@contextmanager
-def _repository(root: Path) -> Iterator[None]:
-    """Make `src` the folder of that name in `root`, without touching `sys.path`; undone if an import fails."""
-    missing = [name for name in _FILES if not (root / name).is_file()]
+def _import_code(root: Path) -> dict[str, ModuleType]:
+    """Import the modules of the folder `src` in `root`, without touching `sys.path`; undone if an import fails."""
+    missing = [f"src/{name}.py" for name in _MODULES if not (root / "src" / f"{name}.py").is_file()]
     if missing:
         raise ValueError(
             f"`meissonic_repository` {str(root)!r} holds no {', '.join(missing)}: give the folder that "
             f"`git clone {REPOSITORY}` made."
         )
-    folder = str(root / "src")
-    before = sys.modules.get("src")
-    if before is not None:
-        if folder in [str(Path(path).resolve()) for path in getattr(before, "__path__", [])]:
-            yield
-            return
+    package, known = sys.modules.get("src"), set(sys.modules)
+    if package and root / "src" not in [Path(path).resolve() for path in getattr(package, "__path__", [])]:
         raise ValueError(
-            f"Another package called `src` is already imported ({getattr(before, '__file__', None) or before}), so "
+            f"Another package called `src` is already imported ({getattr(package, '__file__', None) or package}), so "
             "Meissonic's cannot be: run this in a process of its own."
         )
-    known = set(sys.modules)
     try:
-        _import_package(folder)
-        yield
+        if not package:
+            _import_src(root)
+        return {name: importlib.import_module(f"src.{name}") for name in _MODULES}
     except BaseException:
         for name in set(sys.modules) - known:
             if name == "src" or name.startswith("src."):
@@ -293,15 +242,12 @@ def _repository(root: Path) -> Iterator[None]:
         raise
 
 
-def _import_package(folder: str) -> None:
+def _import_src(root: Path) -> None:
     # The repository's `src` has no __init__.py. A path entry would lose against any other `src` that has one.
-    file = Path(folder) / "__init__.py"
-    spec: importlib.machinery.ModuleSpec | None = importlib.machinery.ModuleSpec("src", None, is_package=True)
-    if file.is_file():
-        spec = importlib.util.spec_from_file_location("src", file)
+    spec = importlib.machinery.PathFinder.find_spec("src", [str(root)])
     if spec is None:
-        raise ValueError(f"{file} cannot be imported.")
-    spec.submodule_search_locations = [folder]
+        raise ValueError(f"{root / 'src'} cannot be imported.")
+    spec.submodule_search_locations = [str(root / "src")]  # a namespace's own locations would follow `sys.path`
     sys.modules["src"] = package = importlib.util.module_from_spec(spec)
     if spec.loader is not None:
         spec.loader.exec_module(package)

@@ -1,4 +1,4 @@
-"""A quantised base model: the denoiser's weights in 4 or 8 bits, the adapter in float32."""
+"""Load the denoiser of a base model in 4 or 8 bits; the adapter on it stays float32."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ if TYPE_CHECKING:
 
 def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantizationConfig:
     """
-    Aim a quantisation config at a pipeline's denoiser.
+    Apply a quantisation config of diffusers, such as `BitsAndBytesConfig`, to a pipeline's denoiser alone.
 
-    Args:
-        index (`dict[str, Any]`):
-            The pipeline's `model_index.json`, which says whether the denoiser is a `transformer` or a `unet`.
-        config (`Any`):
-            What diffusers takes for one model, such as `diffusers.BitsAndBytesConfig(load_in_4bit=True)`; a
-            `PipelineQuantizationConfig` is returned as it is.
-
-    Returns:
-        `diffusers.PipelineQuantizationConfig`
-
-    Raises:
-        ValueError: where bitsandbytes is asked for and cannot run here: no GPU, or bitsandbytes missing or too old.
+    `index` is the pipeline's `model_index.json`, which says whether the denoiser is a `transformer` or a `unet`. A
+    `PipelineQuantizationConfig` is returned as it is. Raises `ValueError` where bitsandbytes is asked for and cannot
+    run here: no GPU, or bitsandbytes missing or too old.
     """
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
     from diffusers.quantizers import DiffusersAutoQuantizer

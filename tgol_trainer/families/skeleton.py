@@ -1,4 +1,4 @@
-"""A pipeline without its weights: enough to know limits and sizes, for the price of a few JSON files."""
+"""Load a pipeline without its weights: enough to know limits and sizes, from a few JSON files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from tgol_trainer.shapes import embedded_model
+
+from . import read_index, wrap_pipeline
 from .base import FamilySettings, ModelFamily
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -25,7 +28,7 @@ def load_skeleton(
 
     Args:
         model (`str` or `Path`):
-            Hub id or folder of a diffusers pipeline.
+            Hub id or folder of a diffusers pipeline, or the name of an embedded model.
         revision (`str`, *optional*):
             Revision on the Hub.
         settings ([`FamilySettings`], *optional*):
@@ -41,13 +44,13 @@ def load_skeleton(
     """
     import diffusers
 
-    from . import checked_index, wrap_pipeline
-
+    embedded = embedded_model(model)
+    source = str(embedded.folder if embedded else model)
     options = {"revision": revision} if revision is not None else {}
-    index = checked_index(str(model), options)
+    index = read_index(source, options)
     kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
-        raise ValueError(f"{str(model)!r} is of the class {index['_class_name']}, which diffusers does not have.")
+        raise ValueError(f"{source!r} is of the class {index['_class_name']}, which diffusers does not have.")
     known = inspect.signature(kind.__init__).parameters
     arguments: dict[str, Any] = {}
     for name, value in index.items():
@@ -58,23 +61,19 @@ def load_skeleton(
         elif name in _LEFT_OUT or value[1] is None:
             arguments[name] = None
         else:
-            arguments[name] = _component(str(model), name, value[0], value[1], options)
+            arguments[name] = _component(getattr(importlib.import_module(value[0]), value[1]), source, name, options)
     if "requires_safety_checker" in known:
         arguments["requires_safety_checker"] = False
     return wrap_pipeline(kind(**arguments), settings=settings)
 
 
-def _component(model: str, name: str, library: str, class_name: str, options: dict[str, Any]) -> Any:
-    kind = getattr(importlib.import_module(library), class_name)
-    place = {"subfolder": name, **options}
-    if hasattr(kind, "load_config"):  # diffusers: networks and schedulers
-        config = kind.load_config(model, **place)
-        if not issubclass(kind, torch.nn.Module):
-            return kind.from_config(config)
-        with torch.device("meta"):
-            return kind.from_config(config)
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(model, **place)
-    config = kind.config_class.from_pretrained(model, **place)
-    with torch.device("meta"):
-        return kind(config)
+def _component(kind: Any, source: str, name: str, options: dict[str, Any]) -> Any:
+    """Load a component of a class, a network on the meta device."""
+    from_diffusers, is_network = hasattr(kind, "load_config"), issubclass(kind, torch.nn.Module)
+    if not from_diffusers and not is_network:  # a tokenizer
+        return kind.from_pretrained(source, subfolder=name, **options)
+    read = kind.load_config if from_diffusers else kind.config_class.from_pretrained
+    build = kind.from_config if from_diffusers else kind
+    config = read(source, subfolder=name, **options)
+    with torch.device("meta" if is_network else "cpu"):
+        return build(config)

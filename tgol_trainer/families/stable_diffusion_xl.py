@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 
 from tgol_trainer.likelihoods import Draw
 
-from .base import FamilySettings, ModelOrigin, count_cut_prompts
 from .stable_diffusion import StableDiffusionFamily
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class StableDiffusionXLFamily(StableDiffusionFamily):
@@ -27,34 +18,28 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     """
 
     required_components = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    token_limits = {"tokenizer": None, "tokenizer_2": None}  # both condition each token
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
-    ) -> None:
-        super().__init__(pipeline, origin, settings)
-        vae = pipeline.vae
-        if vae.config.get("force_upcast") and vae.dtype in _HALF:
+    def prepare_pipeline(self) -> None:
+        """Freeze every component, and bring an autoencoder that overflows to float32."""
+        super().prepare_pipeline()
+        vae = self.pipeline.vae
+        if vae.config.get("force_upcast") and vae.dtype in (torch.float16, torch.bfloat16):
             vae.to(torch.float32)
             # `StableDiffusionXLPipeline.__call__` upcasts the latents only together with a float16 autoencoder.
             first = vae.post_quant_conv if vae.post_quant_conv is not None else vae.decoder
             first.register_forward_pre_hook(_cast_input)
 
-    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """Return how many prompts either text encoder cuts (both condition each token), and the smaller limit."""
-        tokenizers = [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
-        return count_cut_prompts(prompts, [(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers])
-
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
         `encoder_hidden_states` (N, tokens, D1 + D2) and `text_embeds` (N, P), as the pipeline makes them.
 
-        Both are zero for an empty prompt where the pipeline's config says `force_zeros_for_empty_prompt`: so it
-        generates without a prompt.
+        Both are zero for an empty prompt where the pipeline's config says `force_zeros_for_empty_prompt`, since the
+        pipeline generates so without a prompt.
         """
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        embeddings, pooled = embeddings.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype)
         if self.pipeline.config.force_zeros_for_empty_prompt:
             empty = [index for index, prompt in enumerate(prompts) if not prompt]
             embeddings[empty], pooled[empty] = 0, 0
@@ -64,7 +49,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         """
         `time_ids` (B, 6): the image's own size, the crop's corner, the training size (arXiv 2307.01952, Sec. 2.2).
 
-        In float32, which the UNet embeds them in: bfloat16 would make 1333 pixels 1336.
+        They are float32, in which the UNet embeds them: bfloat16 would make 1333 pixels 1336.
         """
         target = geometry.new_tensor(resolution).expand(len(geometry), 2)
         return {"time_ids": torch.cat([geometry, target], 1).to(self.device, torch.float32)}

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from tgol_trainer.likelihoods import Draw, FlowLikelihood, RowGenerators
+from tgol_trainer.likelihoods import RowGenerators
 
-from .base import FamilySettings, ModelFamily, ModelOrigin, count_cut_prompts, flow_schedule
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from .flow import FlowFamily
 
 logger = logging.getLogger(__name__)
 
 _TOKENS = 512
 """Tokens of a prompt: `WanPipeline.__call__` asks for 512, while `encode_prompt` alone would take 226."""
-_SIZE = (480, 832)
+
+# What `WanPipeline.__call__` generates by default, at the frame rate of the model's own videos.
 _NUM_FRAMES = 81
 _FRAMES_PER_SECOND = 16
-"""What `WanPipeline.__call__` generates by default, at the frame rate of the model's own videos."""
 
 
-class WanFamily(ModelFamily):
+class WanFamily(FlowFamily):
     """
     `WanPipeline` of Wan 2.1: UMT5 text encoder, causal video autoencoder, transformer that predicts the velocity.
 
@@ -40,35 +35,31 @@ class WanFamily(ModelFamily):
         ValueError: for Wan 2.2, and for a number of frames that the autoencoder would cut.
     """
 
-    denoiser_name = "transformer"
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
+    token_limits = {"tokenizer": _TOKENS}
     pipeline_tag = "text-to-video"
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
-    ) -> None:
-        if getattr(pipeline, "transformer_2", None) is not None or pipeline.config.get("expand_timesteps"):
+    def check_pipeline(self) -> None:
+        """Refuse Wan 2.2, a missing component, and a number of frames that the autoencoder would cut."""
+        if getattr(self.pipeline, "transformer_2", None) is not None or self.pipeline.config.get("expand_timesteps"):
             raise ValueError(
                 "This is Wan 2.2, which is not supported: it has a second transformer (`transformer_2`) for low "
                 "noise, or a time for each token. Use Wan 2.1, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
             )
-        super().__init__(pipeline, origin, settings)
-        self.likelihood = FlowLikelihood(*flow_schedule(pipeline), self.settings.timestep_sampling or "uniform")
-        self.num_frames: int = self._checked_frames(self.settings.num_frames or _NUM_FRAMES)
-        self._keep_precision()
-
-    def _checked_frames(self, num_frames: int) -> int:
+        super().check_pipeline()
+        self.num_frames = self.settings.num_frames or _NUM_FRAMES
         step = self.pipeline.vae_scale_factor_temporal
-        below = (num_frames - 1) // step * step + 1
-        if below != num_frames:
+        below = (self.num_frames - 1) // step * step + 1
+        if below != self.num_frames:
             raise ValueError(
-                f"`num_frames` is {num_frames}; it must be {step}·k + 1, since the autoencoder joins {step} frames to "
-                f"one and would drop the rest. Nearest are {below} and {below + step}."
+                f"`num_frames` is {self.num_frames}; it must be {step}·k + 1, since the autoencoder joins {step} "
+                f"frames to one and would drop the rest. Nearest are {below} and {below + step}."
             )
-        return num_frames
 
-    def _keep_precision(self) -> None:
+    def prepare_pipeline(self) -> None:
+        """Freeze every component, bring the autoencoder to float32, and warn of weights that have lost it."""
+        super().prepare_pipeline()
         vae, transformer = self.pipeline.vae, self.pipeline.transformer
         if vae.dtype != torch.float32:
             logger.warning(
@@ -77,11 +68,11 @@ class WanFamily(ModelFamily):
                 str(vae.dtype).removeprefix("torch."),
             )
             vae.to(torch.float32)
-        kept = tuple(transformer._keep_in_fp32_modules or ())
+        kept = set(transformer._keep_in_fp32_modules or ())
         lost = [
             name
             for name, parameter in transformer.named_parameters()
-            if parameter.dtype in (torch.bfloat16, torch.float16) and set(name.split(".")) & set(kept)
+            if parameter.dtype in (torch.bfloat16, torch.float16) and kept & set(name.split("."))
         ]
         if lost:
             logger.warning(
@@ -92,34 +83,21 @@ class WanFamily(ModelFamily):
             )
 
     @property
-    def native_resolution(self) -> int:
-        """Height in pixels; see [`~WanFamily.native_size`]."""
-        return _SIZE[0]
-
-    @property
     def native_size(self) -> tuple[int, int]:
         """480 high, 832 wide: the defaults of `WanPipeline.__call__`, and what the 1.3B model was trained for."""
-        return _SIZE
+        return 480, 832
 
     @property
     def resolution_multiple(self) -> int:
         """16 pixels: the autoencoder's factor times the transformer's patch."""
         return self.pipeline.vae_scale_factor_spatial * max(self.denoiser.config.patch_size[1:])
 
-    def count_long_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """Return how many prompts have more than 512 tokens, and that limit."""
-        return count_cut_prompts(prompts, [(self.pipeline.tokenizer, _TOKENS)])
-
     def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (N, 512, D), with zeros past the prompt's end, as the pipeline makes them."""
         embeddings, _ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=_TOKENS, device=self.device
         )
-        return {"encoder_hidden_states": embeddings.to(self.denoiser.dtype)}
-
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Velocity (B, 16, f, h, w)."""
-        return model(hidden_states=draw.inputs, timestep=draw.timesteps, return_dict=False, **conditioning)[0]
+        return {"encoder_hidden_states": embeddings}
 
     def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
         """Pixels (1, 3, F, H, W) of the smallest clip with more than one latent frame and one token a frame."""

@@ -1,6 +1,6 @@
-"""Likelihood families: how a denoiser's output becomes an error and a log-likelihood."""
+"""Likelihoods: how a denoiser's output becomes an error and a log-likelihood."""
 
-from .base import Draw, Likelihood, RowGenerators, log_likelihood, mean_over_features
+from .base import Draw, Likelihood, RowGenerators, log_likelihood
 from .diffusion import DiffusionLikelihood
 from .flow import FlowLikelihood
 from .masked import MaskedTokenLikelihood
@@ -13,5 +13,4 @@ __all__ = [
     "MaskedTokenLikelihood",
     "RowGenerators",
     "log_likelihood",
-    "mean_over_features",
 ]

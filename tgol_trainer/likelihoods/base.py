@@ -1,10 +1,10 @@
-"""The value that policy and reference share (`Draw`), the protocol of a likelihood, and row-keyed randomness."""
+"""What all likelihoods share: draws, random numbers keyed by row, and the protocol of a likelihood."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,11 +13,11 @@ import torch
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """
-    One random choice of noise and time (or mask), made once and scored by policy and reference alike.
+    One random choice of noise and time (or mask), made once and used for policy and reference alike.
 
     Args:
         inputs (`torch.Tensor`):
-            (B, ...) what the network sees: the noised latents, in the latents' dtype.
+            (B, ...) what the network sees: the noised latents in the latents' dtype, or token ids.
         timesteps (`torch.Tensor`):
             (B,) times as the network takes them.
         target (`torch.Tensor`):
@@ -55,32 +55,22 @@ class RowGenerators:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """Return B fresh CPU generators; the same purpose gives the same numbers again."""
-        made = []
-        for row_id in self.row_ids:
-            key = hashlib.blake2b(f"{self.seed}|{purpose}|{self.step}|{row_id}".encode(), digest_size=8).digest()
-            made.append(torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))
-        return made
-
-    def _stack(self, purpose: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([draw(generator) for generator in self.generators(purpose)])
+        keys = [f"{self.seed}|{purpose}|{self.step}|{row_id}".encode() for row_id in self.row_ids]
+        digests = [hashlib.blake2b(key, digest_size=8).digest() for key in keys]
+        return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
     def normal(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers in the shape (B, ...) and on the device of `like`, float32."""
-        shape = like.shape[1:]
-        return self._stack(purpose, lambda generator: torch.randn(shape, generator=generator)).to(like.device)
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators(purpose)]
+        return torch.stack(drawn).to(like.device)
 
     def integers(self, purpose: str, high: int) -> torch.Tensor:
         """(B,) int64 numbers, uniform on 0 .. high - 1, on the CPU."""
-        return self._stack(purpose, lambda generator: torch.randint(high, (), generator=generator))
+        return torch.stack([torch.randint(high, (), generator=generator) for generator in self.generators(purpose)])
 
     def uniform(self, purpose: str) -> torch.Tensor:
         """(B,) float32 numbers, uniform on [0, 1), on the CPU."""
-        return self._stack(purpose, lambda generator: torch.rand((), generator=generator))
-
-
-def mean_over_features(values: torch.Tensor) -> torch.Tensor:
-    """Mean over all dimensions but the first: (B, ...) to (B,)."""
-    return values.flatten(1).mean(1)
+        return torch.stack([torch.rand((), generator=generator) for generator in self.generators(purpose)])
 
 
 class Likelihood(Protocol):
@@ -94,12 +84,38 @@ class Likelihood(Protocol):
     """Whether the log-likelihood is the error over T (continuous models) or the error alone (masked tokens)."""
 
     def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
-        """Draw noise and time for latents (B, ...) once, for policy and reference alike."""
+        """
+        Draw noise and time, or masked positions, once for policy and reference alike.
+
+        Args:
+            latents (`torch.Tensor`):
+                (B, ...) scaled latents, or token ids.
+            rows ([`RowGenerators`]):
+                Source of every random number.
+
+        Returns:
+            [`Draw`]
+        """
         ...
 
     def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Return the (B,) float32 error of a prediction (B, ...) of any dtype."""
         ...
+
+
+class SquaredError:
+    """The error of models that predict noise, velocity or clean latents."""
+
+    temperature_applies = True
+
+    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mean squared error over all dimensions but the first: (B,) float32, computed in float32."""
+        return ((prediction.float() - draw.target) ** 2).flatten(1).mean(1)
+
+
+def per_row(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Give values (B,) the device and the number of dimensions of latents (B, ...)."""
+    return values.to(latents.device).view(-1, *[1] * (latents.dim() - 1))
 
 
 def log_likelihood(likelihood: Likelihood, error: torch.Tensor, temperature: float) -> torch.Tensor:

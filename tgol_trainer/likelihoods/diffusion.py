@@ -1,4 +1,4 @@
-"""DDPM-type models: the network predicts the noise, the velocity v or the clean latents."""
+"""The likelihood of models of the DDPM type, which predict the noise, the velocity v or the clean latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Draw, RowGenerators, mean_over_features
+from .base import Draw, RowGenerators, SquaredError, per_row
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-class DiffusionLikelihood:
+class DiffusionLikelihood(SquaredError):
     """
     The denoising surrogate `log π(y|x) ≈ -MSE(target, prediction)/T` (paper, Sec. 3.5).
 
@@ -22,9 +22,10 @@ class DiffusionLikelihood:
         scheduler (`diffusers.DDPMScheduler`):
             A training scheduler made for this purpose, never a pipeline's live one: generation overwrites that one's
             timesteps. `prediction_type` is read from its config.
-    """
 
-    temperature_applies = True
+    Raises:
+        ValueError: for an unknown `prediction_type`.
+    """
 
     def __init__(self, scheduler: DDPMScheduler) -> None:
         self.prediction_type: str = scheduler.config["prediction_type"]
@@ -36,21 +37,14 @@ class DiffusionLikelihood:
 
     def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
         """
-        Draw a uniform timestep and Gaussian noise for each row.
+        Draw a uniform timestep and Gaussian noise for each row of scaled latents (B, ...).
 
-        Args:
-            latents (`torch.Tensor`):
-                (B, C, H, W) scaled latents.
-            rows ([`RowGenerators`]):
-                Source of every random number.
-
-        Returns:
-            [`Draw`]: `inputs` is `√ā·x0 + √(1-ā)·ε`; `target` is ε, `√ā·ε - √(1-ā)·x0` or x0.
+        The `inputs` are `√ā·x0 + √(1-ā)·ε`, the `target` is ε, `√ā·ε - √(1-ā)·x0` or x0.
         """
         timesteps = rows.integers("timestep", len(self.alphas_cumprod))
         noise = rows.normal("noise", latents)
         clean = latents.float()
-        alpha = self.alphas_cumprod[timesteps].to(latents.device).view(-1, *[1] * (latents.dim() - 1))
+        alpha = per_row(self.alphas_cumprod[timesteps], latents)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         if self.prediction_type == "epsilon":
             target = noise
@@ -59,7 +53,3 @@ class DiffusionLikelihood:
         else:
             target = clean
         return Draw((signal * clean + sigma * noise).to(latents.dtype), timesteps.to(latents.device), target)
-
-    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Mean squared error over all non-batch dimensions: (B,) float32, computed in float32."""
-        return mean_over_features((prediction.float() - draw.target) ** 2)

@@ -1,15 +1,15 @@
-"""Flow-matching models: the network predicts the velocity `noise - latents`."""
+"""The likelihood of flow-matching models, which predict the velocity `noise - latents`."""
 
 from __future__ import annotations
 
 import torch
 
-from .base import Draw, RowGenerators, mean_over_features
+from .base import Draw, RowGenerators, SquaredError, per_row
 
 DENSITIES = ("uniform", "logit_normal")
 
 
-class FlowLikelihood:
+class FlowLikelihood(SquaredError):
     """
     The velocity surrogate `log π(y|x) ≈ -MSE(noise - latents, prediction)/T` (paper, Sec. 3.5).
 
@@ -30,8 +30,6 @@ class FlowLikelihood:
         ValueError: for an unknown density.
     """
 
-    temperature_applies = True
-
     def __init__(self, sigmas: torch.Tensor, timesteps: torch.Tensor, density: str = "uniform") -> None:
         if density not in DENSITIES:
             raise ValueError(f"`timestep_sampling` is {density!r}. Supported: {', '.join(DENSITIES)}")
@@ -39,29 +37,17 @@ class FlowLikelihood:
 
     def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
         """
-        Draw a time and Gaussian noise for each row.
+        Draw a time and Gaussian noise for each row of scaled latents (B, ...).
 
-        Args:
-            latents (`torch.Tensor`):
-                (B, ...) scaled latents.
-            rows ([`RowGenerators`]):
-                Source of every random number.
-
-        Returns:
-            [`Draw`]: `inputs` is `(1-σ)·x0 + σ·ε`; `target` is `ε - x0`.
+        The `inputs` are `(1-σ)·x0 + σ·ε`, the `target` is `ε - x0`.
         """
-        index = self._places(rows).mul(len(self.sigmas)).long().clamp_(max=len(self.sigmas) - 1)
+        if self.density == "uniform":
+            places = rows.uniform("timestep")
+        else:
+            places = torch.sigmoid(rows.normal("timestep", torch.empty(len(rows.row_ids))))
+        index = places.mul(len(self.sigmas)).long().clamp_(max=len(self.sigmas) - 1)
         noise = rows.normal("noise", latents)
         clean = latents.float()
-        sigma = self.sigmas[index].to(latents.device).view(-1, *[1] * (latents.dim() - 1))
+        sigma = per_row(self.sigmas[index], latents)
         noised = (1 - sigma) * clean + sigma * noise
         return Draw(noised.to(latents.dtype), self.timesteps[index].to(latents.device), noise - clean)
-
-    def _places(self, rows: RowGenerators) -> torch.Tensor:
-        if self.density == "uniform":
-            return rows.uniform("timestep")
-        return torch.sigmoid(rows.normal("timestep", torch.empty(len(rows.row_ids))))
-
-    def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Mean squared error over all non-batch dimensions: (B,) float32, computed in float32."""
-        return mean_over_features((prediction.float() - draw.target) ** 2)

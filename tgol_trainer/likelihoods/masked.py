@@ -1,4 +1,4 @@
-"""Masked-token models: the network predicts the codes of masked positions of a grid of image tokens."""
+"""The likelihood of masked-token models, which predict the image tokens at masked positions of a grid."""
 
 from __future__ import annotations
 
@@ -33,16 +33,9 @@ class MaskedTokenLikelihood:
         """
         Mask a random share of the positions of each row: r = cos(π/2·U), U uniform, at least `min_masking_rate`.
 
-        Args:
-            latents (`torch.Tensor`):
-                (B, h, w) int64 token ids.
-            rows ([`RowGenerators`]):
-                Source of every random number.
-
-        Returns:
-            [`Draw`]: `inputs` (B, h, w) int64, the ids with `round(h·w·r)` positions (one or more) replaced by the
-            mask id; `timesteps` (B,) float32, r times 1000 as Meissonic is trained with (aMUSEd takes none); `target`
-            the ids; `mask` (B, h, w) bool, true where masked.
+        The latents are token ids (B, h, w) int64. The `inputs` are the ids with `round(h·w·r)` positions (one or more)
+        replaced by the mask id; `timesteps` are float32, r times 1000 as Meissonic is trained with (aMUSEd takes
+        none); `target` is the ids; `mask` is true where masked.
         """
         ratio = torch.cos(rows.uniform("mask_ratio") * (math.pi / 2)).clamp(min=self.min_masking_rate)
         positions = latents[0].numel()
@@ -54,16 +47,9 @@ class MaskedTokenLikelihood:
 
     def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
         """
-        Mean over the masked positions of the negative log-probability of the true code, computed in float32.
+        Mean over the masked positions of the negative log-probability of the true code: (B,) float32.
 
-        Args:
-            prediction (`torch.Tensor`):
-                (B, K, h, w) logits over K codes, of any dtype.
-            draw ([`Draw`]):
-                Made by `draw`.
-
-        Returns:
-            `torch.Tensor`: (B,) float32.
+        The prediction is logits (B, K, h, w) over K codes, of any dtype; the mean is computed in float32.
         """
         if draw.mask is None:
             raise ValueError("The draw has no mask: make it with `MaskedTokenLikelihood.draw`.")

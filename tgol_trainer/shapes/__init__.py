@@ -29,6 +29,7 @@ __all__ = [
     "background_darkness",
     "colour_faithfulness",
     "colour_of",
+    "embedded_model",
     "load_masked_pipeline",
     "load_pipeline",
 ]
@@ -91,12 +92,13 @@ def _load(pipeline_class: Any, folder: Path, options: dict[str, Any]) -> Any:
 
 
 class EmbeddedModel(NamedTuple):
-    """A model that ships with the package: its loader, its name and code for cards, its sampling settings."""
+    """A model of the package: its loader, its name and code for cards, its sampling settings, and its folder."""
 
     load: Callable[..., Any]
     note: str
     loading_code: str
     call_arguments: dict[str, Any]
+    folder: Path
 
 
 EMBEDDED = {
@@ -105,12 +107,19 @@ EMBEDDED = {
         "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
         "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()",
         {"num_inference_steps": 15, "guidance_scale": 1.5},
+        PIPELINE_DIR,
     ),
     "shapes-masked": EmbeddedModel(
         load_masked_pipeline,
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
         "from tgol_trainer.shapes import load_masked_pipeline\n\npipe = load_masked_pipeline()",
         {"num_inference_steps": 12, "guidance_scale": 2.0},
+        MASKED_PIPELINE_DIR,
     ),
 }
 """The models by their name for `TGOLTrainer(model=...)`."""
+
+
+def embedded_model(name: str | Path) -> EmbeddedModel | None:
+    """Return the embedded model of a name, or `None` for another name and where there is a folder of that name."""
+    return None if Path(name).exists() else EMBEDDED.get(str(name))
