@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.helpers import randomize
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.families import load_family
@@ -23,13 +24,6 @@ def attached(**options):
     config = LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
     adapters.attach(family.denoiser, config, seed=0, probe=family.probe)
     return family
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name and f".{adapters.POLICY}" in name:
-            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def output(pipe, steps=2):

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.helpers import quick, randomize
 from tests.meissonic_standin import as_published
-from tests.test_adapters import randomize
 from tgol_trainer import adapters
 from tgol_trainer.cli import main
 from tgol_trainer.exports import ExportError, export
@@ -41,11 +41,6 @@ VARIANTS = {
 }
 # Every variant on one family, the one that needs most on the others.
 CASES = [("sd", name) for name in VARIANTS] + [(family, "DoRA") for family in FAMILIES if family != "sd"]
-
-
-def quick(cases, *kept):
-    """Cases of which all but those kept are slow tests: every family has its turn, though not every time."""
-    return [case if case in kept else pytest.param(*np.atleast_1d(case), marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests import meissonic_standin
+from tests.helpers import randomize
 from tests.tiny import amused, meissonic
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.evaluation import compare_scores, generate_images
@@ -30,13 +31,6 @@ PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 
 GEOMETRY = torch.tensor([[16, 16, 0, 0], [40, 30, 2, 1], [1023, 700, 0, 5]])
 KEYS = RowGenerators(0, 0, [5, 6, 7])
 both = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-
-
-def randomize(model, scale=0.1):
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            parameter.data = parameter.data + scale * torch.randn(parameter.shape, generator=generator)
 
 
 def trained(build, **options):

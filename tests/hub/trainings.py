@@ -32,15 +32,19 @@ folder = Path(sys.argv[1])
 
 
 class Log(logging.Handler):
-    """Keeps what the library says."""
+    """Keeps what the library says; `reactions` maps the beginning of a line to what is done when it is said."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.reactions: dict[str, Callable[[], Any]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
+        """Keep a line and react to it."""
         self.lines.append(record.getMessage())
+        for beginning, react in self.reactions.items():
+            if self.lines[-1].startswith(beginning):
+                react()
 
 
 log = Log()
@@ -119,11 +123,13 @@ def strategies() -> dict[str, Any]:
 
 
 def left_out() -> dict[str, Any]:
-    """A push so slow that the next saves come while it runs."""
-    control("fail", route="preupload", kind="stall", seconds=1.0)
+    """A push that does not end before training does, so that the next saves come while it runs."""
+    control("fail", route="preupload", kind="stall", seconds=120.0)
+    log.reactions["Waiting for the push"] = lambda: control("clear")
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     trainer = trainer_of("slow", hub_strategy="all_checkpoints", **saves)
     trainer.train()
+    log.reactions.clear()
     during = state("slow")
     trainer.push_to_hub()
     return {"during": during, "after": state("slow")}

@@ -3,7 +3,8 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
 
     torchrun --nproc_per_node 2 tests/launch/train.py RECORDS WORLD_SIZE --flags of one run -- --flags of the next
 
-RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process.
+RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
+must end with an exit code other than 0, and leaves no file.
 """
 
 import json
@@ -88,7 +89,19 @@ def main():
         else:
             groups[-1].append(flag)
     for number, group in enumerate(groups):
-        run(records, int(world_size), group, number)
+        if group[0] == "refused":
+            must_be_refused(records, int(world_size), group[1:], number)
+        else:
+            run(records, int(world_size), group, number)
+
+
+def must_be_refused(records, world_size, flags, number):
+    try:
+        run(records, world_size, flags, number)
+    except SystemExit as end:
+        sys.stderr.write(f"refused with exit code {end.code}\n")
+    else:
+        raise RuntimeError(f"run {number} should have been refused")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-from tests.data.test_videos import encoded
+from tests.helpers import encoded
 from tests.tiny import amused, stable_diffusion, wan
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.data import DataError
