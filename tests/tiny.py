@@ -301,9 +301,7 @@ def flux(guidance_embeds: bool = True, seed: int = 0) -> FluxPipeline:
         base_image_seq_len=256,
         max_image_seq_len=4096,
     )
-    pipeline = assembled(
-        FluxPipeline, **networks, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=scheduler
-    )
+    pipeline = assembled(FluxPipeline, **networks, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=scheduler)
     pipeline.default_sample_size = 8  # 128, and so a megapixel, by default
     return pipeline
 

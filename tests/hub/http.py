@@ -74,9 +74,7 @@ class Origin:
         log: Gets every request.
     """
 
-    def __init__(
-        self, name: str, routes: list[Route], faults: Faults, log: list[Request]
-    ) -> None:
+    def __init__(self, name: str, routes: list[Route], faults: Faults, log: list[Request]) -> None:
         self.name, self.faults, self.log = name, faults, log
         self.routes = [(route, method, re.compile(path), work) for route, method, path, work in routes]
         handler = type("Handler", (_Handler,), {"origin": self})
