@@ -219,9 +219,10 @@ def test_the_masked_twin_ships_with_the_package_and_draws_the_colours_it_is_aske
     pipe = load_masked_pipeline()
     assert sum(path.stat().st_size for path in MASKED_PIPELINE_DIR.rglob("*")) <= 3_000_000
     settings = {"num_inference_steps": 12, "guidance_scale": 2.0, "batch_size": 24, "progress": False}
-    faithful = colour_faithfulness(generate_images(pipe, PROMPTS, range(24), **settings), PROMPTS)
-    swapped = colour_faithfulness(generate_images(pipe, PROMPTS[::-1], range(24), **settings), PROMPTS)
-    assert sum(faithful) / 24 > 0.9 > sum(swapped) / 24 + 0.1
+    prompts = PROMPTS[::2]
+    faithful = colour_faithfulness(generate_images(pipe, prompts, range(12), **settings), prompts)
+    swapped = colour_faithfulness(generate_images(pipe, prompts[::-1], range(12), **settings), prompts)
+    assert sum(faithful) / 12 > 0.9 > sum(swapped) / 12 + 0.1
 
 
 @pytest.mark.slow
