@@ -7,6 +7,7 @@ RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A ru
 must end with an exit code other than 0, and leaves no file.
 """
 
+import gc
 import json
 import runpy
 import sys
@@ -89,6 +90,7 @@ def main():
         else:
             groups[-1].append(flag)
     for number, group in enumerate(groups):
+        gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
         if group[0] == "refused":
             must_be_refused(records, int(world_size), group[1:], number)
         else:
