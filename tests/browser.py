@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 
-PROGRAM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+NAMES = ("chromium", "google-chrome", "chromium-browser")
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:

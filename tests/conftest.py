@@ -1,5 +1,6 @@
 """What every test needs: no network, one thread, quiet libraries."""
 
+import gc
 import logging
 import os
 import sys
@@ -18,9 +19,20 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from tests.helpers import encoded
 from tgol_trainer import TGOLConfig
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collection.
+
+    Each `Trainer.train` ends with a full collection, which takes longer to look through the imported modules (0.3 s)
+    than to train a tiny pipeline. They live until the process ends in any case.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +72,15 @@ def scored_dataset(num_rows: int = 32, num_prompts: int = 5, seed: int = 0, side
 def dataset() -> Dataset:
     """32 random rows."""
     return scored_dataset()
+
+
+@pytest.fixture(scope="session")
+def clips() -> Dataset:
+    """Eight random clips of six frames, 16 high and 32 wide, as files."""
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (8, 6, 16, 32, 3), dtype=np.uint8)
+    columns = {"prompt": [f"clip {i % 3}" for i in range(8)], "score": rng.normal(size=8)}
+    return Dataset.from_dict({**columns, "video": [encoded(clip) for clip in arrays]})
 
 
 SMALL = {

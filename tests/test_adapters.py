@@ -11,7 +11,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.tiny import randomize_adapter, stable_diffusion
+from tests.helpers import randomize
+from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.families import load_family
 
@@ -43,7 +44,7 @@ VARIANTS = {
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_load_lora_weights_gives_the_trained_model_exactly(options, tmp_path):
     trained = attached(**options)
-    randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     fresh = stable_diffusion()
     base = load_family(stable_diffusion()).probe()
@@ -56,7 +57,7 @@ def test_load_lora_weights_gives_the_trained_model_exactly(options, tmp_path):
 
 def test_a_generated_image_is_the_trained_pipelines_own(tmp_path):
     trained = attached(lora_alpha=8)
-    randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     fresh = stable_diffusion()
     fresh.load_lora_weights(tmp_path)
@@ -66,7 +67,7 @@ def test_a_generated_image_is_the_trained_pipelines_own(tmp_path):
 def test_without_the_metadata_alpha_would_be_lost(tmp_path, monkeypatch):
     """What the metadata is for: break the save and the loaded output is wrong."""
     trained = attached(lora_alpha=16)
-    randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     monkeypatch.setattr(adapters, "adapter_metadata", lambda config: None)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     fresh = stable_diffusion()
@@ -116,10 +117,10 @@ def test_gradients_are_restored_even_if_the_reference_pass_fails(second):
 
 def test_a_synced_reference_is_the_policy_of_that_moment_and_stays_when_the_policy_moves():
     family = attached(lora_alpha=8)
-    randomize_adapter(family.denoiser)
+    randomize(family.denoiser)
     at_sync = family.probe()
     adapters.sync_reference(family.denoiser)
-    randomize_adapter(family.denoiser)
+    randomize(family.denoiser)
     with adapters.reference_policy(family.denoiser):
         assert torch.equal(family.probe(), at_sync)
     assert not torch.equal(family.probe(), at_sync)
@@ -171,7 +172,7 @@ def test_a_model_that_already_has_adapters_is_refused_with_the_way_out(config, d
 @pytest.fixture
 def saved(tmp_path):
     trained = attached(lora_alpha=8)
-    randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path / "saved")
     return tmp_path / "saved", trained.probe()
 
@@ -196,7 +197,7 @@ def test_on_a_bfloat16_base_policy_and_reference_start_with_the_float32_values_o
     config, dataset, tmp_path, options
 ):
     trained = attached(lora_alpha=8, **options)
-    randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
     file = load_file(tmp_path / adapters.WEIGHTS_NAME)
     assert any(not torch.equal(tensor.bfloat16().float(), tensor) for tensor in file.values())

@@ -1,21 +1,21 @@
 """
-How far do different losses and thresholds align the shapes model, and at what price?
+Compare losses and thresholds on the shapes model: how much a score gains at equal drift from the base model.
 
-All runs train on the same 1,920 scored images of the embedded model. What a run is asked is the gain of each score,
-in standard deviations of the base's, *at a drift*: the mean squared change of the network's output on fixed noised
-latents. A run therefore measures its drift as it trains, samples and scores when it has passed 1.3, 4 and 10 (×0.001),
-and stops. Gains at 2, 5 and 10 are interpolated between those points. Methods of one seed are compared on the same
-prompts and seeds, other seeds have other ones.
+All runs train on the same 1,920 scored images of the embedded model. The gain of a score is measured in standard
+deviations of the base model's score. The drift is the mean squared change of the network's output on fixed noised
+latents. A run measures its drift while it trains, samples and scores images when the drift passes 1.3, 4 and 10
+(×0.001), and then stops. Gains at 2, 5 and 10 are interpolated between these points. All methods of one seed are
+compared on the same prompts and noise; each seed has its own.
 
-A run is one line of JSON. Runs that a file already holds are passed over, so the program resumes, and a file kept in
-git grows.
+Each run is one line of JSON. Runs that the file already holds are skipped, so the program can be stopped and started
+again, and a file kept in git grows.
 
     python scripts/benchmarks/alignment.py --stage 1            # every method, one seed, one score
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
-    python scripts/benchmarks/alignment.py --stage 3            # rounds: a fifth of the images each
-    python scripts/benchmarks/alignment.py --stage 4            # star ratings; one image a prompt
+    python scripts/benchmarks/alignment.py --stage 3            # rounds with a fifth of the images each
+    python scripts/benchmarks/alignment.py --stage 4            # star ratings; one image per prompt
     python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
-    python scripts/benchmarks/alignment.py --report docs        # tables and a plot from the lines there are
+    python scripts/benchmarks/alignment.py --report docs        # write tables and a plot from the results file
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {"loss_type": "sft"},
     "csft": {"loss_type": "csft", "csft_suffixes": CSFT_SUFFIXES},
 }
-"""Name to fields of `TGOLConfig`, but for temperature and learning rate."""
+"""Name of a method to its fields of `TGOLConfig`, temperature and learning rate aside."""
 NUM_ROUNDS = 5
 ROUNDS = {"centred, 5 rounds": "centred"}
-"""Methods in rounds: each samples a fifth of the images from the policy so far."""
+"""Methods trained in rounds; each round samples a fifth of the images from the current policy."""
 STRENGTHS: list[tuple[str, float, float]] = [
     ("tgo, prompts, w=d", 0.016, 2e-4),
     ("tgo, prompts, w=d, shared noise", 0.016, 2e-4),
@@ -90,7 +90,7 @@ STRENGTHS: list[tuple[str, float, float]] = [
     ("centred", 0.016, 2e-4),
     ("dpo", 0.0005, 2e-4),
 ]
-"""Of stage 1: method, T and learning rate. SFT, CSFT and NFT have no T."""
+"""Runs of stage 1: method, T and learning rate. SFT, CSFT and NFT do not use T."""
 OTHERS = {
     ("sft", 0.001, 1e-3): 1,
     ("csft", 0.001, 1e-3): 1,
@@ -131,8 +131,8 @@ FINALISTS: dict[str, dict[tuple[str, float, float], int]] = {
     },
 }
 """
-Of stage 2, with the number of seeds. On the two scores that are harder to move, the learning rate is one at which a
-drift of 10 takes some 50 updates at T = 0.016; a smaller T gets less far.
+Runs of stage 2 with their number of seeds, by score. On the two scores that are harder to raise, the learning rate is
+one at which a drift of 10 takes about 50 updates at T = 0.016. A smaller T moves less far.
 """
 REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
     "stars": {
@@ -143,13 +143,13 @@ REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
     },
     "single": {("tgo, z-scores", 0.016, 3e-4): 2, ("tgo, prompts", 0.016, 3e-4): 2},
 }
-"""Of stage 4: stars are 1 to 5; single is one image a prompt, a tenth of the scores that of another image."""
+"""Runs of stage 4. `stars`: ratings from 1 to 5. `single`: one image per prompt, a tenth of the scores wrong."""
 QUICK = ("tgo", "tgo, prompts, w=d", "centred", "pairs, w=d", "dpo", "kto")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What was trained, and how."""
+    """The settings of one run."""
 
     method: str
     temperature: float
@@ -160,12 +160,12 @@ class Run:
     max_steps: int = MAX_STEPS[1]
 
     def key(self) -> str:
-        """Return what makes a run the same as one that a file holds."""
+        """Return a text that is equal for equal runs."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
 def left_darkness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """How much darker the left border is than the right one: a score that no prompt has a say in."""
+    """Score how much darker the left border is than the right one; no prompt mentions it."""
     scores = []
     for image in images:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
@@ -174,7 +174,7 @@ def left_darkness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
 
 
 def grey_centre(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """One minus the saturation of the centre: what it rewards, the prompt's colour forbids."""
+    """Score one minus the saturation of the centre; it rewards what the prompt's colour forbids."""
     scores = []
     for image in images:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64)[14:18, 14:18] / 255
@@ -183,7 +183,7 @@ def grey_centre(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
 
 
 def score_functions() -> dict[str, Callable[[Sequence[Any], Sequence[str]], Sequence[float]]]:
-    """The three scores trained on, then those that only watch."""
+    """Return the three scores that runs train on, then the two that are only measured."""
     from tgol_trainer.rewards import jpeg_compressibility
     from tgol_trainer.shapes import background_darkness, colour_faithfulness
 
@@ -200,7 +200,7 @@ TRAINED = ("background_darkness", "left_darkness", "grey_centre")
 
 
 def evaluation_inputs(seed: int) -> tuple[list[str], list[int]]:
-    """Prompts and seeds on which base and adapters of one training seed are compared."""
+    """Return the prompts and image seeds on which the runs of one training seed are compared with the base model."""
     from tgol_trainer.shapes import PROMPTS
 
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(NUM_EVALUATED)]
@@ -209,7 +209,7 @@ def evaluation_inputs(seed: int) -> tuple[list[str], list[int]]:
 
 
 def prepare(folder: Path) -> None:
-    """Sample and score the training images and the base's evaluation images, once."""
+    """Sample and score the training images and the evaluation images of the base model, unless a run did before."""
     from datasets import Dataset
 
     from tgol_trainer.evaluation import generate_images
@@ -226,20 +226,20 @@ def prepare(folder: Path) -> None:
     bases = []
     for seed in range(NUM_SEEDS):
         prompts, seeds = evaluation_inputs(seed)
-        images = generate_images(pipeline, prompts, seeds, description="The base's images", **SAMPLING)
+        images = generate_images(pipeline, prompts, seeds, description="Images of the base model", **SAMPLING)
         bases.append({name: list(reward(images, prompts)) for name, reward in rewards.items()})
     (folder / "base.json").write_text(json.dumps(bases))
 
 
 def training_rows(folder: Path, run: Run) -> Any:
-    """The scored images in the regime of a run."""
+    """Return the scored images with the scores of a run: as they are, as stars, or one image per prompt."""
     from datasets import Dataset
 
     rows = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(folder / "cache"))
     scores = np.asarray(rows[run.score])
     if run.regime == "stars":
         scores = 1.0 + np.searchsorted(np.quantile(scores, [0.1, 0.35, 0.65, 0.9]), scores, side="right")
-    elif run.regime == "single":  # each image a prompt of its own, one score in ten from another image
+    elif run.regime == "single":  # each image is a group of its own; one score in ten is that of another image
         rng = np.random.default_rng(run.seed)
         noisy = rng.random(scores.size) < 0.1
         scores = np.where(noisy, rng.permutation(scores), scores)
@@ -248,7 +248,7 @@ def training_rows(folder: Path, run: Run) -> Any:
 
 
 class DriftMeter:
-    """1000 times the mean squared difference to the base's output, on noised latents of the first images."""
+    """Measure drift: 1000 times the mean squared difference from the base model's output on fixed noised latents."""
 
     def __init__(self, rows: Any) -> None:
         import torch
@@ -271,7 +271,7 @@ class DriftMeter:
                 self.parts.append((draw, conditioning, base.predict(base.denoiser, draw, conditioning).double()))
 
     def __call__(self, family: Any, num_parts: int | None = None) -> float:
-        """Return the drift of a family of the same text encoder, from the first parts of 128 latents or all."""
+        """Return the drift of a trained model, on all latents or on the first parts of 128 each."""
         import torch
 
         squares = []
@@ -284,12 +284,12 @@ class DriftMeter:
 
 @functools.cache
 def drift_meter(folder: Path) -> DriftMeter:
-    """One a process: all runs train on the same images."""
+    """Return the meter of this process; it serves all runs, since they train on the same images."""
     return DriftMeter(training_rows(folder, Run("", 0.0, 0.0, TRAINED[0], 0)))
 
 
 def measure(family: Any, step: int, run: Run, folder: Path) -> dict[str, Any]:
-    """Sample, score and compare with the base: a point of a run."""
+    """Sample and score images and compare them with the base model's; return one point of a run."""
     from tgol_trainer.evaluation import generate_images
 
     prompts, seeds = evaluation_inputs(run.seed)
@@ -309,7 +309,7 @@ def measure(family: Any, step: int, run: Run, folder: Path) -> dict[str, Any]:
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Train until the last drift is passed, sampling and scoring on the way; return the line of a run."""
+    """Train until the last drift is passed, measuring on the way; return the line of the results file."""
     import torch
     from transformers import TrainerCallback
 
@@ -340,12 +340,12 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def output_folder(folder: Path, run: Run) -> Path:
-    """A run's own folder."""
+    """Return the folder of a run."""
     return folder / "runs" / hashlib.blake2b(run.key().encode(), digest_size=8).hexdigest()
 
 
 def training_arguments(run: Run, output: Path, max_steps: int) -> Any:
-    """The settings of a run."""
+    """Return the training arguments of a run."""
     from tgol_trainer import TGOLConfig
 
     settings = dict(METHODS[ROUNDS.get(run.method, run.method)])
@@ -370,7 +370,7 @@ def training_arguments(run: Run, output: Path, max_steps: int) -> Any:
 
 
 def adapter() -> Any:
-    """The adapter that every run trains."""
+    """Return the configuration of the adapter, which is the same for all runs."""
     from peft import LoraConfig
 
     modules = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
@@ -378,7 +378,7 @@ def adapter() -> Any:
 
 
 def measured_rounds(run: Run, folder: Path) -> list[dict[str, Any]]:
-    """Train in rounds of as many images in all as other runs have, and measure the policy after each."""
+    """Train in rounds, with as many images in all as other runs have, and measure the policy after each round."""
     import shutil
 
     from tgol_trainer.families import wrap_pipeline
@@ -416,7 +416,7 @@ def measured_rounds(run: Run, folder: Path) -> list[dict[str, Any]]:
 
 
 def planned(stage: int, quick: bool) -> list[Run]:
-    """The runs of a stage, those that decide most first."""
+    """Return the runs of a stage; those that matter most for the comparison come first."""
     if quick:
         return [Run(method, 0.004, 2e-4, TRAINED[0], 0, max_steps=40) for method in QUICK]
     if stage == 1:
@@ -447,20 +447,24 @@ def planned(stage: int, quick: bool) -> list[Run]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The results that a file holds."""
+    """Return the results in a file; an absent file has none."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Perform the runs that are missing, and report."""
+    """Do the runs that are missing in the results file, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=1, help="which runs (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="six methods, one seed, 40 updates")
-    parser.add_argument("--results", type=Path, help="file of lines (default: results/alignment.jsonl beside this)")
-    parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="images (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--max_runs", type=int, help="stop after so many")
-    parser.add_argument("--report", type=Path, help="write benchmarks_alignment.md and .png here and run nothing")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2, 3, 4), default=1, help="which stage (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="run six methods with one seed for 40 updates")
+    parser.add_argument("--results", type=Path, help="results file (default: results/alignment.jsonl here)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("alignment_data"), help="image folder (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="number of one-thread processes (default: %(default)s)")
+    parser.add_argument("--max_runs", type=int, help="stop after this number of runs")
+    parser.add_argument("--report", type=Path, help="only write benchmarks_alignment.md and .png into this folder")
     args = parser.parse_args(argv)
     name = "alignment_quick.jsonl" if args.quick else "alignment.jsonl"
     results = args.results or HERE / "results" / name
@@ -472,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = [field.name for field in dataclasses.fields(Run)]
     done = {Run(**{name: line[name] for name in fields}).key() for line in read_lines(results)}
     runs = [run for run in planned(args.stage, args.quick) if run.key() not in done][: args.max_runs]
-    print(f"{len(done)} runs are there, {len(runs)} to do with {args.workers} processes")
+    print(f"{len(done)} runs are done, {len(runs)} follow in {args.workers} processes")
     prepare(args.data)
     results.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:

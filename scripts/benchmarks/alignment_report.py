@@ -1,4 +1,4 @@
-"""Lines of `alignment.py` to tables and a plot: gain at equal drift, differences over seeds, and the Pareto front."""
+"""Write the report of `alignment.py`: tables of gain at equal drift and of paired differences, and a plot."""
 
 from __future__ import annotations
 
@@ -17,14 +17,35 @@ RIVALS = ("dpo", "kto", "nft", "sft", "csft")
 Line = Mapping[str, Any]
 Setting = tuple[str, float, float]
 """Method, T and learning rate."""
+REGIMES = {"stars": "Star ratings", "single": "One image per prompt"}
+"""Headings of the runs that train on other labels than the scores themselves."""
+INTRODUCTION = f"""# Alignment of the shapes model
+
+`python scripts/benchmarks/alignment.py --report docs` writes this page. [benchmarks.md](benchmarks.md) says what was
+run, how gain and drift are measured, and what follows from the tables.
+
+How to read the tables:
+
+* *gain*, *colour* and *size* are the gains of the trained score, of colour faithfulness and of JPEG size, in standard
+  deviations of the base model's score. "Gain at 2" is the gain at a drift of 2.
+* A cell shows the mean over seeds ± half the width of its 95 % interval. "(3 of 5)" after it means that only three of
+  five seeds reached the drift, and – means that none did.
+* A method at its best T is shown at the T that gained most at that drift. A T is considered only if at least three
+  seeds, and more than half of those that were run, reached the drift.
+* A table of a method "minus" its rivals shows differences that are taken seed by seed.
+* *updates to 2, 10* is the mean number of updates after which the runs were measured beyond a drift of 2 and of 10. It
+  is – if one of the runs never was.
+* *hypervolume* is the area under the Pareto front of gain over the logarithm of the drift, above a gain of 0, for
+  drifts from 0.1 to {1.5 * max(DRIFTS):g}. It is the mean over seeds."""
 
 
 def at_drift(line: Line, name: str, drift: float) -> float:
     """
-    Gain of a run at a drift by linear interpolation in its logarithm; NaN outside the drifts it was measured at.
+    Return the gain of a run at a drift, interpolated linearly in the logarithm of the drift.
 
-    Down to half the first of them a gain is taken to grow with the root of the drift, as it does while the output
-    changes little: both are 0 at the start, and one is linear in the change of the weights and the other quadratic.
+    Below the first measured drift, down to half of it, the gain is taken to grow with the square root of the drift. It
+    does so while the output changes little: both are 0 at the start, the gain is linear in the change of the weights,
+    and the drift is quadratic in it. Elsewhere outside the measured drifts the result is NaN.
     """
     points = sorted(line["points"], key=lambda point: point["drift"])
     drifts, gains = [point["drift"] for point in points], [point[name]["gain"] for point in points]
@@ -36,14 +57,14 @@ def at_drift(line: Line, name: str, drift: float) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean by Student's t, of two or more values."""
+    """Return the 95 % interval of the mean of two or more values, by Student's t."""
     array = np.asarray(values, dtype=np.float64)
     half = stats.t.ppf(0.975, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size)
     return float(array.mean() - half), float(array.mean() + half)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (drift, gain) that no other one beats by less drift and more gain, by increasing drift."""
+    """Return the points (drift, gain) that no other point beats with less drift and more gain, by increasing drift."""
     front: list[tuple[float, float]] = []
     for drift, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -52,7 +73,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], largest_drift: float) -> float:
-    """Area under the front in (log drift, gain) from drift 0.1 to the largest drift, above a gain of 0."""
+    """Return the area under the Pareto front in (log drift, gain), from drift 0.1 to the largest, above gain 0."""
     front = [(max(drift, 0.1), gain) for drift, gain in pareto(points) if drift <= largest_drift and gain > 0]
     if not front:
         return 0.0
@@ -62,7 +83,7 @@ def hypervolume(points: Sequence[tuple[float, float]], largest_drift: float) -> 
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean and half its interval of those values that are known, and how many they are where it is not all."""
+    """Return the mean of the known values ± half its interval, and their number where some are not known."""
     known = [value for value in values if np.isfinite(value)]
     if not known:
         return "–"
@@ -74,7 +95,7 @@ def cell(values: Sequence[float]) -> str:
 
 
 def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict[Setting, dict[int, Line]]:
-    """Runs on a score, by setting, then by seed."""
+    """Return the runs on a score, by setting and seed."""
     found: dict[Setting, dict[int, Line]] = defaultdict(dict)
     for line in lines:
         if (line["score"], line["regime"]) == (score, regime):
@@ -83,7 +104,7 @@ def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict
 
 
 def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
-    """Markdown: a row a setting, gain of the trained and the watched scores at each drift."""
+    """Return a table with one row per setting: gains of the trained and of the other scores at each drift."""
     largest = max(DRIFTS)
     columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
     rows = [
@@ -96,7 +117,7 @@ def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
             for name in (score, *WATCHED)
             for drift in DRIFTS
         ]
-        # Of each seed by itself: a front through the best of several would grow with their number.
+        # One front per seed: a front through the points of several seeds would grow with their number.
         points = [[(point["drift"], point[score]["gain"]) for point in run["points"]] for run in seeds.values()]
         volume = np.mean([hypervolume(each, largest * 1.5) for each in points])
         updates = ", ".join(updates_to(list(seeds.values()), drift) for drift in (DRIFTS[0], DRIFTS[-1]))
@@ -106,7 +127,7 @@ def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Markdown: a row a score and method, at each drift its gain at the T that is best there; the most first."""
+    """Return a table with one row per score and method: its gain at its best T for each drift, highest gain first."""
     rows = [f"| trained on | method | {' | '.join(f'gain at {drift:g} (T, seeds)' for drift in DRIFTS)} |"]
     rows.append("|---|---|" + "---|" * len(DRIFTS))
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
@@ -126,7 +147,7 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def updates_to(runs: Sequence[Line], drift: float) -> str:
-    """Mean number of updates at which runs were first measured beyond a drift; – if one never was."""
+    """Return the mean number of updates after which runs were beyond a drift; – if one run never was."""
     steps = [min((point["step"] for point in run["points"] if point["drift"] >= drift), default=None) for run in runs]
     return "–" if None in steps else f"{np.mean(steps):.0f}"
 
@@ -134,7 +155,7 @@ def updates_to(runs: Sequence[Line], drift: float) -> str:
 def differences(
     lines: Sequence[Line], score: str, ours: Setting, drift: float, name: str
 ) -> dict[Setting, list[float]]:
-    """Gain of one setting less each other's at a drift, of the seeds that both have; NaN where one was not there."""
+    """Return the gain of one setting minus that of each other, by seed; NaN where a run did not reach the drift."""
     settings = by_setting(lines, score)
     mine = settings[ours]
     return {
@@ -147,9 +168,9 @@ def differences(
 
 
 def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
-    """Markdown: a row a rival, by how much a setting of ours gains more at each drift, seed by seed."""
+    """Return a table with one row per rival: how much more a setting of ours gains at each drift, seed by seed."""
     columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
-    rows = [f"| {ours[0]} (T {ours[1]:g}) less | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    rows = [f"| {ours[0]} (T {ours[1]:g}) minus | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     found = {
         (name, drift): differences(lines, score, ours, drift, name) for name in (score, *WATCHED) for drift in DRIFTS
     }
@@ -161,7 +182,7 @@ def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
 
 
 def best_setting(lines: Sequence[Line], score: str, method: str, drift: float) -> Setting | None:
-    """The setting of a method with the highest mean gain at a drift, of those most of three seeds or more reach."""
+    """Return the setting of a method that gains most at a drift, if three seeds and more than half reached it."""
     means, settings = {}, by_setting(lines, score)
     wanted = min(3, max(len(runs) for runs in settings.values()))
     for setting, runs in settings.items():
@@ -173,8 +194,8 @@ def best_setting(lines: Sequence[Line], score: str, method: str, drift: float) -
 
 
 def best_table(lines: Sequence[Line], method: str) -> str:
-    """Markdown: what a method gains more than each rival, both at their best T for that drift, seed by seed."""
-    columns = ["trained on", "drift", "T", "rival", "its T", "seeds", "gain", "colour", "size"]
+    """Return a table of a method minus each rival, both at their best T for that drift, seed by seed."""
+    columns = ["trained on", "drift", "T", "rival", "rival's T", "seeds", "gain", "colour", "size"]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
         for drift, rival in itertools.product(DRIFTS, RIVALS):
@@ -197,7 +218,7 @@ def best_table(lines: Sequence[Line], method: str) -> str:
 
 
 def plot(lines: Sequence[Line], file: Path) -> None:
-    """Gain against drift: above the trained score, below it colour faithfulness; a line a method, mean over seeds."""
+    """Plot the mean gain of each method against drift: the trained score above, colour faithfulness below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,7 +257,7 @@ def plot(lines: Sequence[Line], file: Path) -> None:
 
 
 def several_seeds(settings: Mapping[Setting, dict[int, Line]]) -> dict[Setting, dict[int, Line]]:
-    """Those settings of two or more seeds; all where there are none."""
+    """Return the settings with two or more seeds, or all settings if there are none."""
     found = {setting: runs for setting, runs in settings.items() if len(runs) > 1}
     return found or dict(settings)
 
@@ -247,19 +268,19 @@ def write_report(lines: Sequence[Line], folder: Path) -> str:
 
     Args:
         lines (`Sequence[Mapping]`):
-            Of a results file.
+            The lines of a results file.
         folder (`Path`):
-            Where both go.
+            The folder that both are written into.
 
     Returns:
         `str`: the tables.
     """
     if not lines:
         raise SystemExit("There are no results yet: run without --report first.")
-    parts = [f"# Alignment of the shapes model\n\n{summary(lines)}"]
+    parts = [INTRODUCTION, f"## Gain of each method at its best T\n\n{summary(lines)}"]
     for method in dict.fromkeys(line["method"] for line in lines if line["method"].split(",")[0] not in RIVALS):
         if best := best_table(lines, method):
-            parts.append(f"## {method} less each rival, both at their best T\n\n{best}")
+            parts.append(f"## {method} minus each rival, both at their best T\n\n{best}")
     for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
         settings = by_setting(lines, score)
         compared = several_seeds(settings)
@@ -268,11 +289,11 @@ def write_report(lines: Sequence[Line], folder: Path) -> str:
             if setting[0].split(",")[0] not in RIVALS and (paired := paired_table(lines, score, setting)):
                 parts.append(paired)
         if once := {setting: runs for setting, runs in settings.items() if setting not in compared}:
-            parts.append(f"One seed:\n\n{table(once, score)}")
+            parts.append(f"Settings with one seed:\n\n{table(once, score)}")
     for regime in dict.fromkeys(line["regime"] for line in lines if line["regime"] != "dense"):
         score = next(line["score"] for line in lines if line["regime"] == regime)
         settings = by_setting(lines, score, regime)
-        parts.append(f"## Labels: {regime}, trained on {score}\n\n{table(settings, score)}")
+        parts.append(f"## {REGIMES.get(regime, regime)}, trained on {score}\n\n{table(settings, score)}")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks_alignment.md").write_text(text)

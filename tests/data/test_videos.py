@@ -13,6 +13,7 @@ import torch
 from datasets import Array4D, Dataset, Features, Image, List, Value, Video
 from PIL import Image as Pillow
 
+from tests.helpers import encoded
 from tgol_trainer.data import (
     Collator,
     Columns,
@@ -37,23 +38,6 @@ def frames_of(count=12, seed=0):
     """(F, H, W, 3) uint8: smooth images, of which the n-th is 15·n brighter than a fixed ramp."""
     ramp = np.linspace(0, 60, WIDTH)[None, :, None] + np.zeros((HEIGHT, 1, 3)) + 10 * seed
     return np.stack([ramp + 15 * number for number in range(count)]).astype(np.uint8)
-
-
-def encoded(frames, kind="mp4", rate=16):
-    codec = {"mp4": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4"}[kind]
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
-            frames.shape[2],
-            frames.shape[1],
-            "yuv420p",
-            10**6,
-        )
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def rows(values, scores=None, features=None):

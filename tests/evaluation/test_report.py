@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import PROGRAM, Browser
+from tests.browser import NAMES, PROGRAM, Browser
 from tgol_trainer.evaluation import ModelRows, compare_models, make_gallery, write_report
 
 HOSTILE = '</script><script>document.title="taken"</script><img src=x onerror=alert(1)> "quoted" & {{ 7*7 }}'
@@ -90,7 +90,9 @@ def test_small_images_come_before_large_ones(tmp_path):
 
 # ---- In a browser ----
 
-needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
+needs_browser = pytest.mark.skipif(
+    PROGRAM is None, reason=f"Chromium is not installed: none of {', '.join(NAMES)} is on the PATH"
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,6 @@ def choose(browser, name, value):
     )
 
 
-@pytest.mark.slow
 @needs_browser
 def test_images_sort_filter_and_load_as_one_scrolls(browser, report):
     browser.open(report[0])
@@ -131,15 +132,16 @@ def test_images_sort_filter_and_load_as_one_scrolls(browser, report):
     choose(browser, "search", "")
     choose(browser, "category", "")
     choose(browser, "adapter", "0")
-    for _ in range(20):
+    for _ in range(600):  # a minute, on a machine that is busy
         browser.run("window.scrollTo(0, document.body.scrollHeight)")
+        if browser.run("document.querySelector('#more').hidden"):
+            break
         time.sleep(0.1)
     assert texts(browser, "article p")[-1] == "prompt 77"  # without a score: last
     assert len(texts(browser, "article p")) == COUNT and browser.run("document.querySelector('#more').hidden")
     assert browser.requests() == [] and browser.errors() == []
 
 
-@pytest.mark.slow
 @needs_browser
 def test_images_enlarge_by_mouse_and_by_keyboard(browser, report):
     browser.open(report[0])
@@ -163,7 +165,6 @@ def test_images_enlarge_by_mouse_and_by_keyboard(browser, report):
     assert alternatives[:3] == [f"{model}: {HOSTILE}, image 1" for model in ("base", "x", "y")]
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_runs_over_on_a_phone_and_text_stands_out_light_and_dark(browser, report, dark):

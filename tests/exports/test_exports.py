@@ -16,6 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.helpers import quick, randomize
 from tests.meissonic_standin import as_published
 from tgol_trainer import adapters
 from tgol_trainer.cli import main
@@ -42,11 +43,6 @@ VARIANTS = {
 CASES = [("sd", name) for name in VARIANTS] + [(family, "DoRA") for family in FAMILIES if family != "sd"]
 
 
-def quick(cases, *kept):
-    """Cases of which all but those kept are slow tests: every family has its turn, though not every time."""
-    return [case if case in kept else pytest.param(*np.atleast_1d(case), marks=pytest.mark.slow) for case in cases]
-
-
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     # A pipeline that was loaded from a folder forgets the size that `tests.tiny.flux` set.
@@ -71,7 +67,7 @@ def adapter_run(folder, base, options=VARIANTS["alpha"], facts=None, targets=Non
     family = load_family(str(base))
     config = LoraConfig(target_modules=targets or list(family.default_target_modules), **options)
     adapters.attach(family.denoiser, config, seed=0, probe=family.probe)
-    tiny.randomize_adapter(family.denoiser)
+    randomize(family.denoiser)
     adapters.save_adapter(type(family.pipeline), family.denoiser_name, family.denoiser, folder)
     write_card(facts or CardFacts(model_name="a run", base_model_note="a local folder"), folder)
     return family
@@ -234,7 +230,7 @@ def test_meissonic_is_exported_with_its_authors_code_and_the_merged_snippet_runs
     trained = load_family(str(base), options)
     config = LoraConfig(target_modules=list(trained.default_target_modules), r=4, lora_alpha=8)
     adapters.attach(trained.denoiser, config, seed=0, probe=trained.probe)
-    tiny.randomize_adapter(trained.denoiser)
+    randomize(trained.denoiser)
     adapters.save_adapter(type(trained.pipeline), "transformer", trained.denoiser, tmp_path / "run")
     for export_format in ("diffusers", "peft", "merged"):
         out = tmp_path / export_format

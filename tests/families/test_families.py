@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from tests.conftest import SMALL
+from tests.helpers import quick
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
@@ -19,18 +20,29 @@ from tgol_trainer.metrics import RECORD
 LORA = LoraConfig(r=4, lora_alpha=12)
 
 
-def over(names):
-    """Run a test for each name, all of one name in the same process."""
+REPRESENTATIVES = ("sd", "flux", "wan", "amused")
+"""One for each likelihood and for what differs in training: ε of a UNet, packed latents, videos, masked tokens."""
+
+
+def over(names, kept):
+    """Run a test for each name, all of one name in the same process; those not kept are slow."""
+    cases = quick(list(names), *kept)
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"family {name}")) for name in names]
+        "name",
+        [pytest.param(*c.values, marks=[*c.marks, pytest.mark.xdist_group(f"family {c.values[0]}")]) for c in cases],
     )
 
 
-every_family, every_variant = over(TINY), over(VARIANTS)
+PIPELINES = ("sd", "sdxl", "sd3.5", "flux", "wan", "amused", "meissonic")
+"""One for each class: the others of `TINY` are loaded and saved by the same code."""
+# What a family's own code decides runs on every family; what all share, on the representatives unless `-m slow`.
+every_family, every_variant = over(TINY, TINY), over(VARIANTS, VARIANTS)
+every_pipeline, shared_code = over(TINY, PIPELINES), over(TINY, REPRESENTATIVES)
 
 
 def test_every_family_is_tested_here():
-    assert {type(facts.build()).__name__ for facts in TINY.values()} == set(FAMILIES)
+    for names in (TINY, PIPELINES):
+        assert {type(TINY[name].build()).__name__ for name in names} == set(FAMILIES)
 
 
 # ---- Likelihoods, latents, conditioning ----
@@ -58,7 +70,7 @@ def test_the_log_likelihood_is_that_of_a_direct_computation_from_the_formula(nam
     torch.testing.assert_close(ours, direct, rtol=1e-4, atol=1e-5)
 
 
-@every_family
+@shared_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_an_untrained_adapter_gives_a_log_ratio_of_exactly_zero(name, dtype):
     family = load_family(TINY[name].build().to(dtype))
@@ -95,7 +107,7 @@ def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
     torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
 
 
-@every_family
+@shared_code
 def test_autocast_of_the_training_step_does_not_reach_autoencoder_and_text_encoders(name):
     """Or an autoencoder kept in float32 would compute in half precision all the same."""
     family, pixels = load_family(TINY[name].build()), pixels_of(name)
@@ -138,7 +150,7 @@ def test_the_default_adapter_reaches_every_kind_of_module_it_names(name):
         assert any(module.endswith(f".{target}") for module in names), target
 
 
-@every_family
+@shared_code
 def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
     """Transformers makes an empty one of them, with which every prompt would be the same."""
     pipeline = TINY[name].build()
@@ -153,7 +165,7 @@ def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
     load_family(pipeline)
 
 
-@every_family
+@shared_code
 def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
     pipe = TINY[name].build()
     for component in set(load_family(pipe).required_components) - {"scheduler"}:
@@ -202,7 +214,7 @@ def trained(name, tmp_path_factory):
     return _TRAINED[name]
 
 
-@every_family
+@every_pipeline
 def test_the_first_logged_loss_is_the_mean_weight_times_ln_2(name, trained):
     """All four rows are in the batch: weights 1 + 5·|s - median| from the raw column."""
     scores = np.asarray(TINY[name].dataset()["score"])
@@ -210,7 +222,7 @@ def test_the_first_logged_loss_is_the_mean_weight_times_ln_2(name, trained):
     assert logged(trained.trainer)[0] == pytest.approx(weights.mean() * math.log(2), rel=1e-6)
 
 
-@every_family
+@every_pipeline
 def test_a_fresh_pipeline_loads_exactly_what_was_trained_and_draws_the_same(name, trained):
     """With alpha three times the rank, so a file that lost alpha would not pass."""
     fresh = load_family(TINY[name].build())
@@ -223,7 +235,7 @@ def test_a_fresh_pipeline_loads_exactly_what_was_trained_and_draws_the_same(name
     assert not torch.allclose(after, before, rtol=0, atol=1e-5)
 
 
-@every_family
+@shared_code
 def test_stopping_and_resuming_equals_never_having_stopped(name, trained, tmp_path):
     torch.manual_seed(12345)  # whatever happened to the global generator in between
     resumed = trainer_of(name, tmp_path, save_strategy="steps", save_steps=2)
@@ -233,7 +245,7 @@ def test_stopping_and_resuming_equals_never_having_stopped(name, trained, tmp_pa
     assert all(torch.equal(value, again[key]) for key, value in trained.trainer.model.state_dict().items())
 
 
-@every_family
+@shared_code
 def test_gradient_checkpointing_runs_the_layers_twice_and_changes_neither_loss_nor_gradient(name, trained, tmp_path):
     checkpointed, calls = trainer_of(name, tmp_path, activation_checkpointing=True), Counter()
     for path, module in checkpointed.model.named_modules():
@@ -246,7 +258,7 @@ def test_gradient_checkpointing_runs_the_layers_twice_and_changes_neither_loss_n
         assert logged(checkpointed, key) == logged(trained.trainer, key)
 
 
-@every_family
+@shared_code
 def test_eight_steps_on_one_batch_lower_the_loss_pull_positives_nearer_and_push_negatives_away(name, tmp_path):
     trainer = trainer_of(name, tmp_path)
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -265,7 +277,7 @@ def test_eight_steps_on_one_batch_lower_the_loss_pull_positives_nearer_and_push_
     assert change[positive].mean() < 0 < change[~positive].mean()
 
 
-@every_family
+@shared_code
 def test_a_bfloat16_base_trains_a_float32_adapter_and_still_generates(name, tmp_path):
     trainer = trainer_of(name, tmp_path, torch.bfloat16, max_steps=2)
     base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests import meissonic_standin
+from tests.helpers import randomize
 from tests.tiny import amused, meissonic
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.evaluation import compare_scores, generate_images
@@ -30,13 +31,6 @@ PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 
 GEOMETRY = torch.tensor([[16, 16, 0, 0], [40, 30, 2, 1], [1023, 700, 0, 5]])
 KEYS = RowGenerators(0, 0, [5, 6, 7])
 both = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-
-
-def randomize(model, scale=0.1):
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            parameter.data = parameter.data + scale * torch.randn(parameter.shape, generator=generator)
 
 
 def trained(build, **options):
@@ -225,9 +219,10 @@ def test_the_masked_twin_ships_with_the_package_and_draws_the_colours_it_is_aske
     pipe = load_masked_pipeline()
     assert sum(path.stat().st_size for path in MASKED_PIPELINE_DIR.rglob("*")) <= 3_000_000
     settings = {"num_inference_steps": 12, "guidance_scale": 2.0, "batch_size": 24, "progress": False}
-    faithful = colour_faithfulness(generate_images(pipe, PROMPTS, range(24), **settings), PROMPTS)
-    swapped = colour_faithfulness(generate_images(pipe, PROMPTS[::-1], range(24), **settings), PROMPTS)
-    assert sum(faithful) / 24 > 0.9 > sum(swapped) / 24 + 0.1
+    prompts = PROMPTS[::2]
+    faithful = colour_faithfulness(generate_images(pipe, prompts, range(12), **settings), prompts)
+    swapped = colour_faithfulness(generate_images(pipe, prompts[::-1], range(12), **settings), prompts)
+    assert sum(faithful) / 12 > 0.9 > sum(swapped) / 12 + 0.1
 
 
 @pytest.mark.slow

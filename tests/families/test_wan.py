@@ -7,13 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft import LoraConfig
 from PIL import Image
 
 from tests.conftest import scored_dataset
-from tests.data.test_videos import encoded
 from tests.tiny import stable_diffusion, wan
 from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.data import DataError
@@ -23,15 +21,6 @@ from tgol_trainer.families import FamilySettings, wrap_pipeline
 LORA = LoraConfig(r=4, lora_alpha=8)
 GENERATION = {"num_frames": 5, "num_inference_steps": 2, "height": 16, "width": 32, "guidance_scale": 1.0}
 GENERATION["progress"] = False
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """Eight random clips of six frames, 16 high and 32 wide, half of them as files."""
-    rng = np.random.default_rng(0)
-    arrays = rng.integers(0, 256, (8, 6, 16, 32, 3), dtype=np.uint8)
-    columns = {"prompt": [f"clip {i % 3}" for i in range(8)], "score": rng.normal(size=8)}
-    return Dataset.from_dict({**columns, "video": [encoded(clip) for clip in arrays]})
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""A client process of `tests/test_hub_training.py`: makes, scores, trains and pushes by the commands."""
+"""What `tests/hub/trainings.py` does by the commands: it makes, scores, trains and pushes."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -64,5 +65,8 @@ def train() -> dict[str, int]:
     return codes
 
 
-if __name__ == "__main__":
-    sys.stdout.write(f"\n{json.dumps(make() | train())}\n")
+def commands() -> dict[str, Any]:
+    """Exit codes of all commands, and what they wrote."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        codes = make() | train()
+    return {"codes": codes, "stdout": out.getvalue(), "stderr": errors.getvalue()}

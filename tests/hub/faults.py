@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ class Fault:
         kind: `"status"` answers with `status` and does nothing; `"html"` the same with a page of HTML; `"reset"`
             closes the connection with RST before an answer; `"lost"` does the work, then closes with RST; `"cut"`
             sends half of the answer's body, then RST; `"short"` the same with a clean close; `"flip"` changes one byte
-            of the body; `"stall"` waits `seconds`, then works as always.
+            of the body; `"stall"` waits `seconds`, or until [`Faults.clear`], then works as always.
         status: Of `"status"` and `"html"`.
         code: `X-Error-Code`, by which the client chooses its exception.
         message: `X-Error-Message`, and the body.
@@ -23,6 +24,7 @@ class Fault:
         seconds: Of `"stall"`.
         times: How many requests it hits; None hits all.
         skip: How many requests pass before.
+        released: Set by [`Faults.clear`]; ends a `"stall"`.
     """
 
     kind: str = "status"
@@ -33,6 +35,7 @@ class Fault:
     seconds: float = 5.0
     times: int | None = 1
     skip: int = 0
+    released: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         if self.kind not in ("status", "html", "reset", "lost", "cut", "short", "flip", "stall"):
@@ -52,8 +55,10 @@ class Faults:
             self._waiting.setdefault(route, []).append(fault)
 
     def clear(self) -> None:
-        """Forget those that were not met."""
+        """Forget those that were not met, and let the requests that stall go on."""
         with self._lock:
+            for fault in itertools.chain(*self._waiting.values()):
+                fault.released.set()
             self._waiting.clear()
 
     def take(self, route: str) -> Fault | None:

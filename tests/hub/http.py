@@ -72,13 +72,10 @@ class Origin:
         routes: The first that matches answers.
         faults: Looked up by the name of the route.
         log: Gets every request.
-        stopped: Set when the server should end; wakes those that stall.
     """
 
-    def __init__(
-        self, name: str, routes: list[Route], faults: Faults, log: list[Request], stopped: threading.Event
-    ) -> None:
-        self.name, self.faults, self.log, self.stopped = name, faults, log, stopped
+    def __init__(self, name: str, routes: list[Route], faults: Faults, log: list[Request]) -> None:
+        self.name, self.faults, self.log = name, faults, log
         self.routes = [(route, method, re.compile(path), work) for route, method, path, work in routes]
         handler = type("Handler", (_Handler,), {"origin": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -94,7 +91,7 @@ class Origin:
     def work(self, request: Request, fault: Fault | None) -> Answer:
         """Return the answer of the route, or of a fault that comes before the work."""
         if fault is not None and fault.kind == "stall":
-            self.stopped.wait(fault.seconds)
+            fault.released.wait(fault.seconds)
         if fault is not None and fault.kind in ("status", "html"):
             if fault.kind == "html":
                 return Answer(fault.status, HTML, {"Content-Type": "text/html; charset=utf-8", **fault.headers})

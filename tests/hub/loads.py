@@ -1,4 +1,4 @@
-"""A client process of `tests/test_hub_training.py`: with an empty cache, loads what another process pushed."""
+"""A client process of `tests/saving/test_hub_training.py`: with an empty cache, loads what another process pushed."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.parts: dict[str, dict[int, bytes]] = {}
         self._stopped = threading.Event()
-        shared = self.faults, self.requests, self._stopped
+        shared = self.faults, self.requests
         self._origins = [
             Origin("hub", self._hub_routes(), *shared),
             Origin("storage", self._storage_routes(), *shared),
@@ -71,6 +71,7 @@ class LoopbackHub:
         """Close both ports and wake what stalls."""
         if not self._stopped.is_set():
             self._stopped.set()
+            self.faults.clear()
             self._timer.cancel()
             for origin in self._origins:
                 origin.stop()

@@ -1,7 +1,14 @@
-"""A client process of `tests/test_hub_training.py`: trains tiny pipelines and pushes them to a Hub that also fails."""
+"""A client process of `tests/saving/test_hub_training.py`: trains tiny pipelines and pushes them to a Hub that fails.
+
+    python -m tests.hub.trainings FOLDER NAME [NAME ...]
+
+FOLDER gets the runs; the names are keys of `TINY`, pipelines that are trained and pushed once each. Afterwards the
+commands do the same in the folder above. All in one process, since starting one takes longer than most scenarios.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -19,28 +26,31 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.conftest import scored_dataset
-from tests.hub.commands import command
+from tests.hub.commands import command, commands
 from tests.hub.control import control
 from tests.pipelines import TINY
 from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.saving.card import CardImage
 from tgol_trainer.saving.hub import PushError
 
-PUSHED = ("sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic")
 api = HfApi()
-folder = Path(sys.argv[1])
+folder, pushed = Path(sys.argv[1]), sys.argv[2:]
 
 
 class Log(logging.Handler):
-    """Keeps what the library says."""
+    """Keeps what the library says; `reactions` maps the beginning of a line to what is done when it is said."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.reactions: dict[str, Callable[[], Any]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
+        """Keep a line and react to it."""
         self.lines.append(record.getMessage())
+        for beginning, react in self.reactions.items():
+            if self.lines[-1].startswith(beginning):
+                react()
 
 
 log = Log()
@@ -91,8 +101,8 @@ def failure(action: Callable[[], Any]) -> str | None:
 
 
 def families() -> dict[str, Any]:
-    """Every family once, with an image and metrics."""
-    for name in PUSHED:
+    """Each family asked for once, with an image and metrics."""
+    for name in pushed:
         trainer = trainer_of(name, name)
         trainer.train()
         output = Path(trainer.args.output_dir)
@@ -103,7 +113,7 @@ def families() -> dict[str, Any]:
         (output / "runs" / "events").write_text("x")
         trainer.push_to_hub(pictures=[CardImage("before_after.png", "pictures")])
         save_file({"probe": trainer.family.probe().contiguous()}, folder / f"{name}.safetensors")
-    return {name: state(name) for name in PUSHED}
+    return {name: state(name) for name in pushed}
 
 
 def strategies() -> dict[str, Any]:
@@ -119,11 +129,13 @@ def strategies() -> dict[str, Any]:
 
 
 def left_out() -> dict[str, Any]:
-    """A push so slow that the next saves come while it runs."""
-    control("fail", route="preupload", kind="stall", seconds=1.0)
+    """A push that does not end before training does, so that the next saves come while it runs."""
+    control("fail", route="preupload", kind="stall", seconds=120.0)
+    log.reactions["Waiting for the push"] = lambda: control("clear")
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     trainer = trainer_of("slow", hub_strategy="all_checkpoints", **saves)
     trainer.train()
+    log.reactions.clear()
     during = state("slow")
     trainer.push_to_hub()
     return {"during": during, "after": state("slow")}
@@ -218,9 +230,11 @@ def secrets() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
     results = {}
-    for scenario in (families, strategies, left_out, failures, choices, secrets):
+    for scenario in (families, strategies, left_out, failures, choices, secrets, commands):
+        os.chdir(folder.parent)
         start = time.monotonic()
         results[scenario.__name__] = scenario()
         sys.stderr.write(f"{scenario.__name__}: {time.monotonic() - start:.1f} s\n")
-    sys.stdout.write(json.dumps(results))
+    sys.stdout.write(f"\n{json.dumps(results)}\n")

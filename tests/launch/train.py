@@ -3,9 +3,11 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
 
     torchrun --nproc_per_node 2 tests/launch/train.py RECORDS WORLD_SIZE --flags of one run -- --flags of the next
 
-RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process.
+RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
+must end with an exit code other than 0, and leaves no file.
 """
 
+import gc
 import json
 import runpy
 import sys
@@ -88,7 +90,20 @@ def main():
         else:
             groups[-1].append(flag)
     for number, group in enumerate(groups):
-        run(records, int(world_size), group, number)
+        gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
+        if group[0] == "refused":
+            must_be_refused(records, int(world_size), group[1:], number)
+        else:
+            run(records, int(world_size), group, number)
+
+
+def must_be_refused(records, world_size, flags, number):
+    try:
+        run(records, world_size, flags, number)
+    except SystemExit as end:
+        sys.stderr.write(f"refused with exit code {end.code}\n")
+    else:
+        raise RuntimeError(f"run {number} should have been refused")
 
 
 if __name__ == "__main__":

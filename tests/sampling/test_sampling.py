@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-from tests.data.test_videos import encoded
+from tests.helpers import encoded, quick
 from tests.tiny import amused, stable_diffusion, wan
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.data import DataError
@@ -66,7 +66,7 @@ SCENES = {
 }
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("scene", quick(SCENES, "lora with dropout", "moving reference"))
 def test_a_run_with_sampling_equals_one_without_step_by_step_bit_for_bit(config, dataset, tmp_path, scene):
     settings, arguments = SCENES[scene]
 
@@ -211,7 +211,7 @@ def test_a_score_of_samples_chooses_the_best_checkpoint(config, dataset):
 # ---- The strip ----
 
 
-@pytest.mark.parametrize("lost", [None, "base/001.png"])
+@pytest.mark.parametrize("lost", quick([None, "base/001.png"], "base/001.png"))
 def test_a_resumed_run_goes_on_with_the_strip_and_redraws_only_a_base_that_is_missing(config, dataset, tmp_path, lost):
     calls = []
 

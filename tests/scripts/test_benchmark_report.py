@@ -72,7 +72,7 @@ def test_the_report_has_a_row_a_setting_and_differences_seed_by_seed(report, tmp
     # Both points have the same gain: the mean over seeds, 15, over all of ln(15 / 1), the second point being outside.
     row = next(row for row in text.splitlines() if row.startswith("| centred | 0.001 | 0.0002 | 3 | 15.00 ± "))
     assert row.endswith(f"| 8, 8 | {15 * math.log(15):.2f} |")
-    assert "## Labels: stars, trained on dark" in text
+    assert "## Star ratings, trained on dark" in text
     assert (tmp_path / "benchmarks_alignment.png").stat().st_size > 10_000
 
 

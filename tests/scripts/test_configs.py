@@ -5,7 +5,6 @@ import yaml
 
 from tests import ROOT, tiny
 from tests.conftest import scored_dataset
-from tests.families.test_wan import clips  # noqa: F401 - a fixture
 from tgol_trainer.cli import main
 
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -40,7 +39,7 @@ def test_every_settings_file_has_a_tiny_twin():
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips, capfd):  # noqa: F811
+def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips, capfd):
     settings = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())
     TWINS[name]().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
