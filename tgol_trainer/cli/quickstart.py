@@ -234,7 +234,7 @@ def _show_labels(folder: Path, dataset: Dataset) -> None:
     from tgol_trainer.labels.advice import advise
 
     columns = Columns(score=TRAINED_SCORE)
-    rows = read_scores(dataset, columns, progress=False)
+    rows = read_scores(dataset, columns)
     report = make_report(rows, MethodArguments(), columns)
     save_label_histogram(folder / "score_histogram.png", report, rows.scores)
     print()

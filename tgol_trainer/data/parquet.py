@@ -1,4 +1,4 @@
-"""Columns of local Parquet files in pieces, without a stream of `datasets`, which imports torch."""
+"""Read columns of local Parquet files in pieces, without a stream of `datasets`, which imports torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .images import DataError
 
 class ParquetColumns:
     """
-    Some columns of the rows of Parquet files, in order.
+    The rows of Parquet files in order, some columns of them.
 
     Args:
         files (`Sequence[str]`):
@@ -33,23 +33,23 @@ class ParquetColumns:
 
     def tables(self, size: int) -> Iterator[pa.Table]:
         """
-        Yield the rows.
+        Yield the rows in pieces.
 
         Args:
             size (`int`):
-                Rows of a piece at most.
+                Largest number of rows of a piece.
 
         Raises:
             DataError: for a file without one of the columns, or that cannot be read.
         """
         for path in self.files:
             with pq.ParquetFile(path) as file:
-                missing = [column for column in self.columns if column not in file.schema_arrow.names]
-                if missing:
-                    raise DataError(
-                        f"{path}: it has no column {missing[0]!r}, which the first file, {self.files[0]}, has. Give "
-                        "files with the same columns."
-                    )
+                for column in self.columns:
+                    if column not in file.schema_arrow.names:
+                        raise DataError(
+                            f"{path}: it has no column {column!r}, which the first file, {self.files[0]}, has. Give "
+                            "files with the same columns."
+                        )
                 try:
                     for batch in file.iter_batches(size, columns=self.columns, use_threads=False):
                         yield pa.Table.from_batches([batch]).select(self.columns)
@@ -59,6 +59,6 @@ class ParquetColumns:
                     ) from error
 
     def head(self, table: pa.Table) -> datasets.Dataset:
-        """Return the first piece as a dataset with the types that the file's own description has."""
+        """Return the first piece as a dataset with the types that the file's schema states."""
         info = datasets.DatasetInfo(features=self.features)
         return datasets.Dataset(table.replace_schema_metadata(None), info=info)

@@ -407,7 +407,7 @@ def _smallest(values: np.ndarray, count: int) -> np.ndarray:
 def _group_report(
     rows: ScoredRows, values: np.ndarray, tau: float | np.ndarray, column: str, unit: thresholds.ScoreNormalization
 ) -> GroupReport:
-    order, groups = rows.groups(column)
+    order, groups = rows.pop_groups(column)
     first = order[np.searchsorted(groups, np.arange(groups[-1] + 1))] if groups[-1] + 1 < groups.size else order
     values, tau = values[order], tau[order] if isinstance(tau, np.ndarray) else tau
     del order
