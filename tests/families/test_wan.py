@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft import LoraConfig
 from PIL import Image
 
+from tests.clips import encoded
 from tests.conftest import scored_dataset
-from tests.data.test_videos import encoded
 from tests.tiny import stable_diffusion, wan
 from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.data import DataError

@@ -328,7 +328,7 @@ def test_a_folder_that_lacks_shards_or_scores_is_read_with_a_warning(tmp_path, c
     asked["label"] += ["--output_dir", str(tmp_path / "label")]
     assert cli.main([*asked[command], "--score_column", "seed"]) == 0
     printed = capsys.readouterr()
-    assert f"1 of 3 shards of {folder} are not there" in printed.err and "give it again" in printed.err
+    assert f"1 of 3 shards of {folder} are not there" in printed.err and "start it again" in printed.err
     assert "5 rows" in printed.out
     generate(folder)
     assert cli.main([*asked[command], "--score_column", "seed"]) == 0

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-from tests.data.test_videos import encoded
+from tests.clips import encoded
 from tests.tiny import amused, stable_diffusion, wan
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.data import DataError
@@ -305,7 +305,7 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
             None,
             "`sample_prompts`: 1 of 2 cannot be used .row 1: empty prompt",
         ),
-        ({**SAMPLING, "sample_prompts": ["nowhere.txt"]}, None, "'nowhere.txt' is no file here"),
+        ({**SAMPLING, "sample_prompts": ["nowhere.txt"]}, None, "'nowhere.txt' is not a file here"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_training(config, dataset, settings, rewards, message):

@@ -340,7 +340,7 @@ class _Reader:
     def result(self) -> ScoredRows:
         """Close the texts and join the pieces."""
         self.texts.close()
-        row_ids = np.flatnonzero(np.concatenate(self._usable))
+        row_ids = np.flatnonzero(np.concatenate(self._usable)).astype(np.min_scalar_type(self.num_rows))
         keys = {column: np.concatenate(parts) for column, parts in self._keys.items()}
         scores = np.concatenate(self._scores)
         return ScoredRows(scores, row_ids, self.num_rows, dict(self.bad.counts), keys, self.texts)
