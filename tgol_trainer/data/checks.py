@@ -87,18 +87,7 @@ def check_columns(
 
 
 def check_class(dataset: Any, name: str) -> None:
-    """
-    Check that the value is a dataset of `datasets`; the error shows how to make one of another value.
-
-    Args:
-        dataset (`Any`):
-            What the user gave.
-        name (`str`):
-            The argument that it was given as.
-
-    Raises:
-        DataError: if it is neither a [`datasets.Dataset`] nor a [`datasets.IterableDataset`].
-    """
+    """Raise a [`DataError`], which shows how to make one, unless `dataset` is a dataset of `datasets`."""
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return
     import torch
@@ -264,18 +253,8 @@ def check_score_columns(
     dataset: datasets.Dataset | datasets.IterableDataset, columns: Sequence[str], name: str
 ) -> None:
     """
-    Check that several columns of scores are there and hold numbers.
-
-    Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            The first row of a stream with unknown features is read, and its types are not checked.
-        columns (`Sequence[str]`):
-            Their names.
-        name (`str`):
-            The argument that the dataset was given as, for messages.
-
-    Raises:
-        DataError: for a missing column, or one that does not hold numbers.
+    Raise a [`DataError`] if one of several columns of scores is missing or does not hold numbers. The first row of a
+    stream with unknown features is read, and its types are not checked.
     """
     present = _column_names(dataset, name)
     for column in columns:
@@ -291,18 +270,8 @@ def check_score_columns(
 
 def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, column: str, name: str) -> None:
     """
-    Check the type of the score column where it is known.
-
-    Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            With known features. The texts of a `Dataset` that do not read as numbers are listed.
-        column (`str`):
-            Name of the column.
-        name (`str`):
-            The argument that the dataset was given as, for messages.
-
-    Raises:
-        DataError: if it does not hold numbers.
+    Raise a [`DataError`] if a column of scores, of known type, does not hold numbers. The texts of a
+    [`datasets.Dataset`] that do not read as numbers are listed.
     """
     feature = dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):

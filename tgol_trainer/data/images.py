@@ -69,15 +69,7 @@ class ImageError(VisualError):
 
 
 def content_of(value: Any, error: type[VisualError]) -> Any:
-    """
-    Return the image or video of a cell: of an undecoded file, its bytes or its path.
-
-    Args:
-        value (`Any`):
-            A cell of a dataset.
-        error (`type[VisualError]`):
-            Raised where the cell holds nothing.
-    """
+    """Return the bytes or the path of an undecoded file, any other value as it is; raise `error` for no value."""
     if isinstance(value, dict):
         encoded = value.get("bytes")
         value = encoded if encoded is not None else value.get("path")
@@ -163,15 +155,8 @@ def _fetch(url: str) -> Image.Image:
 
 def stored_mode(value: Any) -> str | None:
     """
-    Return the mode an image is stored in, without decoding it.
-
-    Args:
-        value (`Any`):
-            What [`open_image`] has opened without an error.
-
-    Returns:
-        `str`, *optional*: Pillow's name, such as `"RGB"`, `"RGBA"`, `"L"`; `None` for a URL, which would be fetched
-        again.
+    Return Pillow's name of the mode that an image is stored in, such as `"RGBA"`, without decoding it; `None` for a
+    URL, which would be fetched again. The value must be one that [`open_image`] opens.
     """
     value = content_of(value, ImageError)
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -270,15 +255,8 @@ def _kept_box(width: int, height: int, resolution: tuple[int, int]) -> tuple[flo
 
 def crop_offset(width: int, height: int, resolution: tuple[int, int]) -> tuple[int, int]:
     """
-    Return where the crop of [`to_pixels`] begins, in pixels of the resized image: (top, left).
-
-    Args:
-        width (`int`):
-            Width of the image in pixels.
-        height (`int`):
-            Height of the image in pixels.
-        resolution (`tuple[int, int]`):
-            (height, width) of the training pixels.
+    Return (top, left) of the crop of [`to_pixels`] for an image of this width and height, in pixels of the resized
+    image; `resolution` is (height, width).
     """
     left, top, right, bottom = _kept_box(width, height, resolution)
     return round(top * resolution[0] / (bottom - top)), round(left * resolution[1] / (right - left))
@@ -304,15 +282,7 @@ def cropped_share(width: int, height: int, resolution: tuple[int, int]) -> float
 
 
 def describe(value: Any, limit: int = 60) -> str:
-    """
-    Return a short text for a value in an error message: a path, a number of bytes, or a shortened `repr`.
-
-    Args:
-        value (`Any`):
-            A cell of a dataset.
-        limit (`int`, *optional*, defaults to 60):
-            Largest number of characters.
-    """
+    """Return a cell as a short text for a message: a path, a number of bytes, or a `repr` of about `limit` signs."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value = value.get("path") or value.get("bytes")
     if isinstance(value, (bytes, bytearray)):

@@ -12,15 +12,7 @@ from .images import DataError
 
 
 class ParquetColumns:
-    """
-    The rows of Parquet files in order, some columns of them.
-
-    Args:
-        files (`Sequence[str]`):
-            Paths, at least one.
-        columns (`Sequence[str]`):
-            Columns that the first file has.
-    """
+    """The rows of Parquet files, at least one, in order, with some columns that the first file has."""
 
     def __init__(self, files: Sequence[str], columns: Sequence[str]) -> None:
         self.files, self.columns = list(files), list(columns)
@@ -32,16 +24,7 @@ class ParquetColumns:
         return self.num_rows
 
     def tables(self, size: int) -> Iterator[pa.Table]:
-        """
-        Yield the rows in pieces.
-
-        Args:
-            size (`int`):
-                Largest number of rows of a piece.
-
-        Raises:
-            DataError: for a file without one of the columns, or that cannot be read.
-        """
+        """Yield pieces of at most `size` rows; raise a [`DataError`] for a broken file or one that lacks a column."""
         for path in self.files:
             with pq.ParquetFile(path) as file:
                 for column in self.columns:

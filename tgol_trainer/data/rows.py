@@ -182,20 +182,8 @@ class Row:
 
 def read_row(prompt: Any, visual: Any, score: Any, num_frames: int | None = None) -> Row:
     """
-    Check the three values of a row; all of its problems are found, not the first alone.
-
-    Args:
-        prompt (`Any`):
-            A good one is a `str` that is not blank.
-        visual (`Any`):
-            A good one opens with [`open_image`], or with [`open_video`] where `num_frames` is given.
-        score (`Any`):
-            A good one is a finite number or a `bool`.
-        num_frames (`int`, *optional*):
-            Frames needed of a video; `None` for images.
-
-    Returns:
-        [`Row`]: with the image or video opened.
+    Check the three values of a row, and open its image, or its video where the frames needed of it are given. All of
+    its problems are found, not only the first.
     """
     problems = []
     if cause := prompt_problem(prompt):
@@ -218,15 +206,7 @@ def check_policy(on_bad_sample: str) -> None:
 
 
 class BadRows:
-    """
-    Collect bad rows and list them in a message.
-
-    Args:
-        name (`str`):
-            The argument that the dataset was given as, such as `"train_dataset"`.
-        columns ([`Columns`]):
-            For the names in the message.
-    """
+    """Collect the bad rows of the dataset that was given as the argument `name`, and list them in a message."""
 
     def __init__(self, name: str, columns: Columns) -> None:
         self.name = name
@@ -236,32 +216,15 @@ class BadRows:
         self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}  # by cause and column: count, first rows
 
     def add(self, row: int, problems: Sequence[tuple[str, str]]) -> None:
-        """
-        Take in one bad row.
-
-        Args:
-            row (`int`):
-                Its number, counted from 0.
-            problems (`Sequence[tuple[str, str]]`):
-                (cause, text of the value); a row is counted once under each of its causes.
-        """
+        """Take in a bad row, counted from 0, with its (cause, text of the value); it counts once under each cause."""
         self.num_rows += 1
         for cause, detail in problems:
             self._count(cause, None, 1, [f"row {row}: {detail}"])
 
     def add_rows(self, cause: str, rows: np.ndarray, value: Any, column: str | None = None) -> None:
         """
-        Take in many rows of one cause and value; the caller counts `num_rows`, since a row may have several causes.
-
-        Args:
-            cause (`str`):
-                One of `CAUSES`.
-            rows (`np.ndarray`):
-                Their numbers, counted from 0.
-            value (`Any`):
-                What stands in all of them.
-            column (`str`, *optional*):
-                The column, where several hold scores; by default that of `columns`.
+        Take in many rows of one cause and value, in a column of scores where there are several. The caller counts
+        `num_rows`, since a row may have several causes.
         """
         self._count(cause, column, len(rows), [f"row {row}: {describe(value)}" for row in rows[:_SHOWN_ROWS]])
 
@@ -301,13 +264,8 @@ class BadRows:
 
     def error(self, seen: str, *, can_skip: bool = True) -> DataError:
         """
-        Return the error that lists everything and how to mend it.
-
-        Args:
-            seen (`str`):
-                What was looked at, such as `"100 rows"`.
-            can_skip (`bool`, *optional*, defaults to `True`):
-                Whether to offer `on_bad_sample="skip"`.
+        Return the error that lists everything and how to mend it. `seen` is what was looked at, such as `"100 rows"`;
+        `can_skip` offers `on_bad_sample="skip"`.
         """
         remedies: dict[str, str] = {}  # several causes share a remedy
         for cause, column in self._in_order():
@@ -319,18 +277,7 @@ class BadRows:
         )
 
     def raise_or_warn(self, num_rows: int, on_bad_sample: str) -> None:
-        """
-        Raise for bad rows under `"raise"`, and where no row is usable; warn of rows that are left out.
-
-        Args:
-            num_rows (`int`):
-                Rows that were looked at.
-            on_bad_sample (`str`):
-                `"raise"` or `"skip"`.
-
-        Raises:
-            DataError: see above.
-        """
+        """Raise for bad rows under `"raise"`, and where no row is usable; else warn of the rows left out, if any."""
         some_usable = self.num_rows < num_rows
         if self.num_rows and (on_bad_sample == "raise" or not some_usable):
             raise self.error(f"{num_rows} rows", can_skip=on_bad_sample == "raise" and some_usable)

@@ -55,10 +55,6 @@ class ScoredRows:
         """
         Remove a column's keys, which frees their memory, and return its groups with the rows of each side by side.
 
-        Args:
-            column (`str`):
-                A column of `keys`.
-
         Returns:
             `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64, positions in `scores`, and (N,) int64, the ascending
             numbers 0 .. G - 1 of their groups. The order of the groups has no meaning.
@@ -69,13 +65,7 @@ class ScoredRows:
         return order, np.cumsum(np.append(False, keys[1:] != keys[:-1]))
 
     def kept(self, mask: np.ndarray) -> ScoredRows:
-        """
-        Return the rows where a mask is true.
-
-        Args:
-            mask (`numpy.ndarray`):
-                (N,) bool.
-        """
+        """Return the rows where a mask, (N,) bool, is true."""
         return dataclasses.replace(
             self,
             scores=self.scores[mask],
@@ -94,13 +84,7 @@ class Texts:
         self._starts = [0]
 
     def add(self, columns: dict[str, pa.Array]) -> None:
-        """
-        Append rows.
-
-        Args:
-            columns (`dict[str, pyarrow.Array]`):
-                Column to texts of type `large_string`.
-        """
+        """Append rows: column to texts of type `large_string`."""
         batch = pa.record_batch(columns, schema=self._schema)
         self._writer.write_batch(batch)
         self._starts.append(self._starts[-1] + batch.num_rows)
@@ -188,18 +172,8 @@ def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def read_columns(dataset: datasets.Dataset, score_columns: Sequence[str], bad: BadRows) -> np.ndarray:
     """
-    Read several columns of scores.
-
-    Args:
-        dataset ([`datasets.Dataset`]):
-            With these columns.
-        score_columns (`Sequence[str]`):
-            K names.
-        bad ([`BadRows`]):
-            Gets what cannot be used; its `num_rows` is left to the caller.
-
-    Returns:
-        `numpy.ndarray`: (N, K) float64, NaN for what cannot be used.
+    Read K columns of scores as (N, K) float64, NaN for what cannot be used. That is added to `bad`, but for its
+    `num_rows`, which is left to the caller.
     """
     check_score_columns(dataset, score_columns, bad.name)
     scores, start = np.empty((len(dataset), len(score_columns))), 0

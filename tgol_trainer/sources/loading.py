@@ -387,13 +387,8 @@ def _is_video(path: Any) -> bool:
 
 def absolute_path(path: Any, folder: str | Path) -> Any:
     """
-    Return a path of a table as an absolute one.
-
-    Args:
-        path (`Any`):
-            A path, absolute or relative to `folder`, also as Windows writes it. URLs and values of another type stay.
-        folder (`str` or `Path`):
-            Folder of the table.
+    Return a path of a table in `folder` as an absolute path; it may be written as on Windows. URLs, blanks and values
+    of another type stay.
     """
     if not isinstance(path, str) or not path.strip() or "://" in path:
         return path

@@ -19,7 +19,7 @@ READ = ".read"
 
 def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
-    Return what is known of the scores in a folder.
+    Return the facts about the rewards whose scores are in a folder.
 
     Args:
         folder (`str` or `Path`):
@@ -35,17 +35,8 @@ def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 def missing_shards(folder: str | Path) -> tuple[int, int]:
     """
-    Count the shards that are not written yet, or lack a column of scores that another process still writes.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of `tgol generate` or `tgol score`.
-
-    Returns:
-        `tuple[int, int]`: the number of missing shards, and of all shards.
-
-    Raises:
-        DataError: for another folder.
+    Return the number of shards that are not written yet or lack a column of scores, and of all shards; raise a
+    [`DataError`] for a folder that neither `tgol generate` nor `tgol score` made.
     """
     folder = Path(folder)
     record = next((folder / name for name in (GENERATED, SCORED) if (folder / name).is_file()), None)
@@ -67,15 +58,8 @@ def missing_shards(folder: str | Path) -> tuple[int, int]:
 
 def incomplete(folder: Path) -> str | None:
     """
-    Say which part of a folder is missing.
-
-    Args:
-        folder (`Path`):
-            Any folder.
-
-    Returns:
-        `str`, *optional*: how many shards are missing, why, and what to do; `None` for a complete folder, and for one
-        that neither `tgol generate` nor `tgol score` made.
+    Say how many shards of a folder are missing, why, and what to do; `None` for a complete folder, and for one that
+    neither `tgol generate` nor `tgol score` made.
     """
     if not any((folder / record).is_file() for record in (GENERATED, SCORED)):
         return None
@@ -89,15 +73,7 @@ def incomplete(folder: Path) -> str | None:
 
 
 def unread_files(folder: Path, num_files: int) -> list[int]:
-    """
-    Return the files of a scored stream's source that were not read to their end, or lack a shard.
-
-    Args:
-        folder (`Path`):
-            Folder of `tgol score --streaming`.
-        num_files (`int`):
-            Number of files of the source.
-    """
+    """Return the files of the source of `tgol score --streaming` that were not read to their end, or lack a shard."""
     counts = [len(list((folder / "data").glob(f"train-{index:05d}-of-*"))) for index in range(num_files)]
     return [index for index, count in enumerate(counts) if not is_whole(folder / READ / f"{index:05d}.json", count)]
 
