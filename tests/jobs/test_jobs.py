@@ -461,7 +461,7 @@ def test_prompts_come_from_lines_columns_and_refuse_blanks(tmp_path):
         load_prompts(str(tmp_path / "b.jsonl"))
     with pytest.raises(DataError, match="has no column 'x'"):
         load_prompts(str(tmp_path / "b.jsonl"), column="x")
-    with pytest.raises(DataError, match=r"no named set.*hpsv2"):
+    with pytest.raises(DataError, match=r"not a named set.*hpsv2"):
         load_prompts("hspv2")
 
 
