@@ -52,6 +52,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "pandas>=2.3",
         "peft>=0.19",
         "pillow>=11.0",
         "pyarrow>=21.0",

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from tests.helpers import encoded
+from tests.clips import encoded
 from tgol_trainer import TGOLConfig
 
 torch.set_num_threads(1)

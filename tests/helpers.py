@@ -1,8 +1,5 @@
-"""What several test modules need: which cases are slow, encoded videos, adapters that have moved."""
+"""What several test modules need: which cases are slow, adapters that have moved."""
 
-import io
-
-import av
 import pytest
 import torch
 
@@ -25,24 +22,6 @@ def quick(cases, *kept):
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in kept else [pytest.mark.slow])
         for case in cases
     ]
-
-
-def encoded(frames, kind="mp4", rate=16):
-    """Bytes of a video file of frames (F, H, W, 3) uint8; lossy."""
-    codec = {"mp4": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4"}[kind]
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
-            frames.shape[2],
-            frames.shape[1],
-            "yuv420p",
-            10**6,
-        )
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def randomize(model, scale=0.1):

@@ -36,7 +36,7 @@ def refusal(dataset, **options):
 def run_remedy(message, dataset):
     """Run the code of a message on the dataset, as a user who pastes it."""
     lines = message.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(("dataset = ", "def ", "import ", "for ")))
+    start = next(i for i, line in enumerate(lines) if line.startswith(("dataset = ", "def ", "from ")))
     stop = next((i for i, line in enumerate(lines) if line.startswith("Or leave")), len(lines))
     names = {"dataset": dataset, "datasets": datasets, "math": math, "os": os}
     exec("\n".join(lines[start:stop]), names)
@@ -82,7 +82,7 @@ def levels(dataset):
 
 def test_chosen_and_rejected_become_one_row_per_image_with_wins_as_score():
     message = refusal(pairs("chosen", "rejected"))
-    assert "pairs (columns 'chosen' and 'rejected')" in message and "one image and its score a row" in message
+    assert "pairs (columns 'chosen' and 'rejected')" in message and "one image and its score per row" in message
     mended = run_remedy(message, pairs("chosen", "rejected"))
     assert levels(mended) == [("a", 10, 1.0), ("a", 30, 0.0), ("b", 20, 1.0), ("b", 40, 0.0)]
     prepare_dataset(mended, Columns(), SIZE)
@@ -174,7 +174,7 @@ def test_text_between_numbers_is_listed_and_left_out_by_the_remedy():
     dataset = with_scores(["4", " ", "n/a", None, "5", "-", "?", "x"])
     message = refusal(dataset)
     assert (
-        "in 6 of 8 rows reads as no number (row 1: ' ', row 2: 'n/a', row 3: None, row 5: '-', row 6: '?', ...;"
+        "in 6 of 8 rows does not read as a number (row 1: ' ', row 2: 'n/a', row 3: None, row 5: '-', row 6: '?', ...;"
         in message
     )
     mended = run_remedy(message, dataset)
@@ -184,7 +184,7 @@ def test_text_between_numbers_is_listed_and_left_out_by_the_remedy():
 def test_decimal_commas_between_words_are_kept_by_the_remedy():
     dataset = with_scores(["1,5", "n/a", None, "2", "3,25"])
     message = refusal(dataset)
-    assert "with decimal commas and other text that reads as no number, 1 of 5 rows (row 0: '1,5'" in message
+    assert "with decimal commas and other text that does not read as a number, 1 of 5 rows (row 0: '1,5'" in message
     mended = run_remedy(message, dataset)
     assert prepare_dataset(mended, Columns(), SIZE)[0].scores.tolist() == [1.5, 2, 3.25]
 
@@ -207,14 +207,14 @@ def test_a_usual_name_in_other_letters_is_proposed(column, written):
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
-        ("score", [[1.0, 2.0]] * 4, "must hold one number a row"),
-        ("score", [{"a": 1}] * 4, "must hold one number a row"),
+        ("score", [[1.0, 2.0]] * 4, "must hold one number per row"),
+        ("score", [{"a": 1}] * 4, "must hold one number per row"),
         ("prompt", [1, 2, 3, 4], "must hold text"),
         ("prompt", [["a", "b"]] * 4, "must hold text"),
-        ("prompt", [[{"role": "user"}]] * 4, "store one text a row"),
+        ("prompt", [[{"role": "user"}]] * 4, "store one text per row"),
         ("image", [1, 2, 3, 4], "must hold images"),
-        ("image", [[1, 2]] * 4, "a list a row"),
-        ("image", [["a.png", "b.png"]] * 4, "a list a row"),
+        ("image", [[1, 2]] * 4, "one list per row"),
+        ("image", [["a.png", "b.png"]] * 4, "one list per row"),
         ("image", [{"url": "x"}] * 4, "must hold images"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from datasets import Array4D, Dataset, Features, Image, List, Value, Video
 from PIL import Image as Pillow
 
-from tests.helpers import encoded
+from tests.clips import HEIGHT, WIDTH, encoded, frames_of, write
 from tgol_trainer.data import (
     Collator,
     Columns,
@@ -29,15 +29,8 @@ from tgol_trainer.data import (
 )
 from tgol_trainer.sources import load_scored_dataset
 
-WIDTH, HEIGHT = 48, 32
 COLUMNS = Columns(video="video", num_frames=5)
 SIZE = (16, 24)
-
-
-def frames_of(count=12, seed=0):
-    """(F, H, W, 3) uint8: smooth images, of which the n-th is 15·n brighter than a fixed ramp."""
-    ramp = np.linspace(0, 60, WIDTH)[None, :, None] + np.zeros((HEIGHT, 1, 3)) + 10 * seed
-    return np.stack([ramp + 15 * number for number in range(count)]).astype(np.uint8)
 
 
 def rows(values, scores=None, features=None):
@@ -81,7 +74,7 @@ def test_the_frame_rate_plays_no_part():
     assert np.abs(np.stack(slow).astype(int) - np.stack(fast)).mean() < 2
 
 
-# ---- What may stand in the column ----
+# ---- The values of the column ----
 
 
 def test_every_form_of_a_clip_gives_the_same_pixels(tmp_path):
@@ -244,16 +237,10 @@ def test_every_bad_clip_has_its_cause(case, tmp_path):
 
 
 def test_a_damaged_mp4_with_its_header_in_front_is_truncated(tmp_path):
-    """With the index first, as for streaming, a cut file still opens; its header tells of frames that are gone."""
-    path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("mpeg4", rate=16)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 10**6
-        for _ in range(16):
-            frame = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    data = path.read_bytes()
+    """With the index first, as for streaming, a cut file still opens; its header states frames that are gone."""
+    frames = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+    write(str(tmp_path / "clip.mp4"), frames, movflags="faststart")
+    data = (tmp_path / "clip.mp4").read_bytes()
     assert 0 < data.find(b"moov") < data.find(b"mdat")
     assert open_video(data, 5)
     with pytest.raises(VideoError) as caught:

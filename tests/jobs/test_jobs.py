@@ -328,7 +328,7 @@ def test_a_folder_that_lacks_shards_or_scores_is_read_with_a_warning(tmp_path, c
     asked["label"] += ["--output_dir", str(tmp_path / "label")]
     assert cli.main([*asked[command], "--score_column", "seed"]) == 0
     printed = capsys.readouterr()
-    assert f"1 of 3 shards of {folder} are not there" in printed.err and "give it again" in printed.err
+    assert f"1 of 3 shards of {folder} are not there" in printed.err and "start it again" in printed.err
     assert "5 rows" in printed.out
     generate(folder)
     assert cli.main([*asked[command], "--score_column", "seed"]) == 0
@@ -461,7 +461,7 @@ def test_prompts_come_from_lines_columns_and_refuse_blanks(tmp_path):
         load_prompts(str(tmp_path / "b.jsonl"))
     with pytest.raises(DataError, match="has no column 'x'"):
         load_prompts(str(tmp_path / "b.jsonl"), column="x")
-    with pytest.raises(DataError, match=r"no named set.*hpsv2"):
+    with pytest.raises(DataError, match=r"not a named set.*hpsv2"):
         load_prompts("hspv2")
 
 

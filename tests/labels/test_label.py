@@ -20,7 +20,7 @@ from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.cli import main
 from tgol_trainer.data import Columns, DataError, prepare_dataset
-from tgol_trainer.data.scores import read_scores, side_by_side, text_keys
+from tgol_trainer.data.scores import read_scores
 from tgol_trainer.sources import load_scored_dataset
 from tgol_trainer.sources.loading import load_columns
 
@@ -200,17 +200,6 @@ def test_ten_million_scores_take_seconds_and_less_than_a_gigabyte(tmp_path, per_
     assert seconds <= 11.0
 
 
-@pytest.mark.parametrize("spread", (1, 2**34, 2**60))
-def test_equal_keys_become_neighbours_also_where_their_leading_bits_say_nothing(spread):
-    """Multiples of 1 differ in bits that the first sort does not look at, those of 2^60 in those it does."""
-    keys = np.random.default_rng(0).integers(0, 15, 3000).astype(np.uint64) * np.uint64(spread)
-    order, numbers = side_by_side(keys)
-    assert sorted(order.tolist()) == list(range(3000))
-    assert (np.diff(numbers) >= 0).all()
-    assert len(set(zip(keys[order].tolist(), numbers.tolist(), strict=True))) == numbers[-1] + 1 == 15
-    assert side_by_side(keys[:1])[0].tolist() == side_by_side(keys[:1])[1].tolist() == [0]
-
-
 # ---- Reading ----
 
 
@@ -224,7 +213,7 @@ def odd_rows():
 
 def test_the_same_rows_are_left_out_for_the_same_causes_as_in_training():
     rows, (scored, report) = (
-        read_scores(odd_rows(), on_bad_sample="skip", progress=False),
+        read_scores(odd_rows(), on_bad_sample="skip"),
         prepare_dataset(odd_rows(), Columns(), (8, 8), on_bad_sample="skip"),
     )
     assert rows.scores.tolist() == scored.scores.tolist()
@@ -232,7 +221,7 @@ def test_the_same_rows_are_left_out_for_the_same_causes_as_in_training():
     assert (rows.dropped, rows.num_rows) == (report.dropped, report.num_rows)
     assert rows.texts("prompt", rows.row_ids) == scored.prompts
     with pytest.raises(DataError) as mine:
-        read_scores(odd_rows(), progress=False)
+        read_scores(odd_rows())
     with pytest.raises(DataError) as theirs:
         prepare_dataset(odd_rows(), Columns(), (8, 8))
     assert str(mine.value) == str(theirs.value)
@@ -251,7 +240,7 @@ def test_the_same_rows_are_left_out_for_the_same_causes_as_in_training():
 def test_scores_of_every_type_are_the_numbers_that_python_makes_of_them(tmp_path, values, kind):
     column = pa.array(values, kind)
     path = parquet(tmp_path / "rows.parquet", prompt=["a", "b", "c"], score=column)
-    rows = read_scores(load_columns(str(path), ["prompt", "score"]), progress=False)
+    rows = read_scores(load_columns(str(path), ["prompt", "score"]))
     assert rows.scores.tolist() == [float(value) for value in column.to_pylist()]
 
 
@@ -260,12 +249,24 @@ def test_keys_of_texts_agree_exactly_where_the_texts_do():
     texts = ["", "a", "a\0", "a\0\0", "aaaaaaaa", "aaaaaaaa\0", "aaaaaaaab", "ä", *(map(chr, range(32, 120)))]
     texts += ["".join(rng.choice(list("ab"), size)) for size in rng.integers(1, 40, 3000)]
     texts += ["x" * size for size in (7, 8, 9, 15, 16, 17, 5000)]
-    column = pa.array(texts * 2, pa.large_string())
-    shifted = pa.concat_arrays([pa.array(["other start"], pa.large_string()), column])[1:]
-    keys = text_keys(shifted)
+    prompts = ["other start", *texts, *texts, None]
+    dataset = datasets.Dataset.from_dict({"prompt": prompts, "score": np.arange(len(prompts))}).select(
+        range(1, len(prompts))
+    )
+    keys = read_scores(dataset, scores_alone=True).keys["prompt"]
     assert len(np.unique(keys)) == len(set(texts))
-    assert keys.tolist() == [*keys[: len(texts)]] * 2
-    assert text_keys(pa.array([None, ""], pa.large_string())).tolist() == [keys[0]] * 2
+    assert keys.tolist() == [*keys[: len(texts)], *keys[: len(texts)], keys[0]]  # null counts as the empty text
+
+
+def test_rows_of_a_group_come_side_by_side_and_in_their_order():
+    prompts = np.random.default_rng(0).integers(0, 15, 3000).astype(str).tolist()
+    rows = read_scores(datasets.Dataset.from_dict({"prompt": prompts, "image": prompts, "score": range(3000)}))
+    order, numbers = rows.pop_groups("prompt")
+    assert sorted(order.tolist()) == list(range(3000))
+    pairs = list(zip(numbers.tolist(), [prompts[row] for row in order], strict=True))
+    assert pairs == sorted(pairs, key=lambda pair: pair[0]) and len(set(pairs)) == numbers[-1] + 1 == 15
+    assert all(order[1:][numbers[1:] == numbers[:-1]] > order[:-1][numbers[1:] == numbers[:-1]])
+    assert not rows.keys
 
 
 def test_of_a_parquet_file_the_images_are_not_even_read(tmp_path):

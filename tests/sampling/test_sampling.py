@@ -12,7 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-from tests.helpers import encoded, quick
+from tests.clips import encoded
+from tests.helpers import quick
 from tests.tiny import amused, stable_diffusion, wan
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.data import DataError
@@ -318,7 +319,7 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
         (None, {"metric_for_best_model": "eval_samples/a/mean"}, "Hand in a `SampleCallback`"),
         ({"prompts": ["a", " "]}, {}, "1 of 2 cannot be used .row 1: empty prompt"),
         ({"prompts": []}, {}, "is empty: give at least one prompt"),
-        ({"prompts": ["nowhere.txt"]}, {}, "'nowhere.txt' is no file here"),
+        ({"prompts": ["nowhere.txt"]}, {}, "'nowhere.txt' is not a file here"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_training(config, dataset, sampling, settings, message):

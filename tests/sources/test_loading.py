@@ -95,7 +95,7 @@ def test_a_spreadsheet_with_ties_blanks_quotes_and_a_missing_file(folder):
 def test_a_score_column_with_words_is_kept_for_the_check_that_names_the_rows(folder):
     rows = "".join(f"p,pics/0.png,{i % 5}\n" for i in range(10_050))  # more than the reader's usual piece
     (folder / "a.csv").write_text(f"prompt,image,score\n{rows}p,pics/1.png,good\n")
-    with pytest.raises(DataError, match=r"1 of 10051 rows reads as no number \(row 10050: 'good'"):
+    with pytest.raises(DataError, match=r"1 of 10051 rows does not read as a number \(row 10050: 'good'"):
         prepare_dataset(load_scored_dataset(str(folder / "a.csv")), Columns(), SIZE)
 
 

@@ -235,7 +235,7 @@ def _show_labels(folder: Path, dataset: Dataset) -> None:
     from tgol_trainer.labels.dry_run import dry_run
 
     columns = Columns(score=TRAINED_SCORE)
-    report, scores = dry_run(read_scores(dataset, columns, progress=False), MethodArguments(), columns)
+    report, scores = dry_run(read_scores(dataset, columns), MethodArguments(), columns)
     save_label_histogram(folder / "score_histogram.png", report, scores)
     print()
     for line in report_lines(report, advise(report)):

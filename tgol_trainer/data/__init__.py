@@ -1,4 +1,4 @@
-"""The data contract: prompt, image or video, and score rows, checked before training and collated to tensors."""
+"""Check rows of a prompt, an image or video, and a score before training, and collate them to tensors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ __all__ = [
     "video_pixels",
 ]
 
-# What needs torch, which takes seconds to import, is imported when it is asked for: commands that only look at data
-# start without it.
+# These modules need torch, which takes seconds to import. They are imported when asked for, so that commands that only
+# look at data start without it.
 _WITH_TORCH = {
     **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
     **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),

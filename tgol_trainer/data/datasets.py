@@ -1,4 +1,4 @@
-"""A checked dataset with a length, which the trainer reads rows from."""
+"""Check a dataset with a length before training, and read its usable rows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from .checks import check_class, check_columns
 from .images import DataError, cropped_share
-from .rows import BadRows, Columns, read_row
+from .rows import BadRows, Columns, OnBadSample, check_policy, read_row
 from .scores import read_columns
 
 logger = logging.getLogger(__name__)
 
-OnBadSample = Literal["raise", "skip"]
-
-# Part of the cache key of the check: `datasets` hashes a library function by its name, not its code, so raise this
+# Part of the cache key of the check. `datasets` hashes a library function by its name, not its code: raise this number
 # with every change of what `_check_batch` finds.
 _CHECK_VERSION = 2
 _CHECK_FEATURES = datasets.Features(
@@ -42,7 +41,7 @@ _SHOWN_ROWS = 5
 @dataclasses.dataclass(frozen=True)
 class DataReport:
     """
-    What the check of a dataset found.
+    Findings of the check of a dataset.
 
     Args:
         name (`str`):
@@ -85,17 +84,8 @@ class RowValues(Protocol):
         ...
 
 
-_NO_NUMBERS = (
-    pa.types.is_struct,
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
-
-
 def cell(column: pa.ChunkedArray, index: int) -> Any:
-    """Return an Arrow value as a Python one; nested lists of numbers as an array, 20 times faster than as lists."""
+    """Return an Arrow value as a Python value; nested lists of numbers as an array, 20 times faster than as lists."""
     scalar = column[index]
     values = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
     if not isinstance(values, (pa.ListScalar, pa.LargeListScalar)) or not values.is_valid:
@@ -107,7 +97,7 @@ def cell(column: pa.ChunkedArray, index: int) -> Any:
             return scalar.as_py()  # ragged: opening it as an image says so
         shape.append(int(lengths[0]))
         nested = nested.flatten()
-    if any(test(nested.type) for test in _NO_NUMBERS):  # the frames of a video: files, paths
+    if not pa.types.is_primitive(nested.type):  # the frames of a video: files, paths
         return scalar.as_py()
     return nested.to_numpy(zero_copy_only=False).reshape(shape)
 
@@ -118,7 +108,7 @@ def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, vers
         prompt, visual, *score = (cell(table.column(column), index) for column in names)
         row = read_row(prompt, visual, score[0] if score else 0.0, num_frames)  # several are read elsewhere
         width, height = row.visual.size if row.visual else (0, 0)
-        causes, details = [cause for cause, _ in row.problems], [detail for _, detail in row.problems]
+        causes, details = zip(*row.problems, strict=True) if row.problems else ((), ())
         found.append({"score": row.score, "width": width, "height": height, "causes": causes, "details": details})
     return pa.Table.from_pylist(found, schema=_CHECK_FEATURES.arrow_schema)
 
@@ -140,15 +130,19 @@ def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | Non
         desc=f"Checking {columns.medium}s",
     )
     table = checked.with_format("arrow")[:]
-    # The cache key knows the paths of the images and not their content: a file mended since the last run would be
-    # reported again. Only bad rows are worth a second look, a good file that breaks fails when it is loaded.
-    bad = np.flatnonzero(table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False))
+    # The cache key holds the paths of the images, not their content: a file mended since the last run would be
+    # reported again. Only bad rows need a second look; a good file that breaks later fails when it is loaded.
+    bad = np.flatnonzero(_num_causes(table))
     if not bad.size:
         return table
     again = pa.concat_tables(_check_batch(rows[int(index)], **arguments) for index in bad)
     order = np.arange(table.num_rows)
     order[bad] = table.num_rows + np.arange(bad.size)
     return pa.concat_tables([table.cast(again.schema), again]).take(order)
+
+
+def _num_causes(checked: pa.Table) -> np.ndarray:
+    return pc.list_value_length(checked.column("causes")).to_numpy()
 
 
 def prepare_dataset(
@@ -162,11 +156,11 @@ def prepare_dataset(
     name: str = "train_dataset",
 ) -> tuple[ScoredDataset, DataReport]:
     """
-    Find every bad row of a dataset in one pass, before training; the result of the pass is cached beside the data.
+    Find every bad row of a dataset in one pass before training. The result is cached beside the data.
 
     Args:
         dataset ([`datasets.Dataset`]):
-            With one prompt, image or video, and score a row.
+            Each row has a prompt, an image or video, and a score.
         columns ([`Columns`]):
             Their names.
         resolution (`tuple[int, int]`):
@@ -176,12 +170,12 @@ def prepare_dataset(
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists all bad rows in one error; `"skip"` leaves them out and warns.
         num_proc (`int`, *optional*):
-            Processes that check; `None` checks in this one.
+            Number of processes that check; `None` checks in this process.
         name (`str`, *optional*, defaults to `"train_dataset"`):
-            The argument it was given as, for messages.
+            The argument that the dataset was given as, for messages.
 
     Returns:
-        `tuple[ScoredDataset, DataReport]`: the usable rows, and what was found.
+        `tuple[ScoredDataset, DataReport]`: the usable rows, and the findings.
 
     Raises:
         DataError: for a wrong class, column or type, an empty dataset, bad rows under `"raise"`, or no usable row.
@@ -189,7 +183,7 @@ def prepare_dataset(
     check_class(dataset, name)
     check_policy(on_bad_sample)
     if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"{name}: it is a stream, which is checked while it is read; use ScoredStream for it.")
+        raise DataError(f"{name}: it is a stream, which is checked while it is read; use ScoredStream.")
     if not len(dataset):
         raise DataError(f"{name}: it has no rows. Check its split and the filters applied to it.")
     check_columns(dataset, columns, name, scored=score_columns is None)
@@ -198,23 +192,20 @@ def prepare_dataset(
     read = columns.read if several is None else [column for column in columns.read if column != columns.score]
     rows = dataset.select_columns(read).with_format("arrow")
     table = _checked_table(rows, columns, num_proc)
-    good = table.column("causes").combine_chunks().value_lengths().to_numpy(zero_copy_only=False) == 0
+    good = _num_causes(table) == 0
     if several is not None:
         unscored = np.isnan(several).any(axis=1)
         bad.num_rows += int((unscored & good).sum())
         good &= ~unscored
-    for index, causes in enumerate(table.column("causes").to_pylist()):
-        if causes:
-            bad.add(index, list(zip(causes, table.column("details")[index].as_py(), strict=True)))
-    if bad.num_rows and (on_bad_sample == "raise" or bad.num_rows == len(dataset)):
-        raise bad.error(f"{len(dataset)} rows", can_skip=on_bad_sample == "raise" and bad.num_rows < len(dataset))
-    if bad.num_rows:
-        logger.warning("%s: %d of %d rows are left out.\n%s", name, bad.num_rows, len(dataset), bad.listing())
+    for index in np.flatnonzero(_num_causes(table)).tolist():
+        causes, details = (table.column(part)[index].as_py() for part in ("causes", "details"))
+        bad.add(index, list(zip(causes, details, strict=True)))
+    bad.raise_or_warn(len(dataset), on_bad_sample)
     kept = np.flatnonzero(good)
     scores = table.column("score").to_numpy() if several is None else several
     scored = ScoredDataset(rows, columns, scores[kept], kept)
     sizes = np.stack([table.column(side).to_numpy()[kept] for side in ("width", "height")], axis=1)
-    num_smaller, mean_cropped_share = _size_facts(sizes, kept, resolution, name, columns.medium)
+    num_smaller, mean_cropped_share = _warn_of_sizes(sizes, kept, resolution, name, columns.medium)
     report = DataReport(
         name=name,
         num_rows=len(dataset),
@@ -228,9 +219,10 @@ def prepare_dataset(
     return scored, report
 
 
-def _size_facts(
+def _warn_of_sizes(
     sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, int], name: str, medium: str
 ) -> tuple[int, float]:
+    """Warn of small and of cut images; return the number of small ones and the mean share that is cut away."""
     height, width = resolution
     small = np.flatnonzero((sizes[:, 0] < width) | (sizes[:, 1] < height))
     if small.size:
@@ -238,14 +230,8 @@ def _size_facts(
         logger.warning(
             "%s: %d of %d %ss are smaller than the resolution of %dx%d (width x height, in pixels) and are "
             "enlarged, which blurs them (%s%s). Leave them out, or lower `resolution`.",
-            name,
-            small.size,
-            len(sizes),
-            medium,
-            width,
-            height,
-            first,
-            ", ..." if small.size > _SHOWN_ROWS else "",
+            *(name, small.size, len(sizes), medium, width, height),
+            *(first, ", ..." if small.size > _SHOWN_ROWS else ""),
         )
     shapes, counts = np.unique(sizes, axis=0, return_counts=True)
     shares = np.array([cropped_share(int(w), int(h), resolution) for w, h in shapes])
@@ -255,20 +241,9 @@ def _size_facts(
             "%s: the centre crop to %dx%d (width x height) cuts away %.0f %% of the %s area on average, so "
             "training sees a part of what was scored. Set `resolution` to the shape of most %ss, or crop and score "
             "them yourself.",
-            name,
-            width,
-            height,
-            100 * mean,
-            medium,
-            medium,
+            *(name, width, height, 100 * mean, medium, medium),
         )
     return int(small.size), mean
-
-
-def check_policy(on_bad_sample: str) -> None:
-    """Raise ValueError unless the policy for bad rows is one of the two."""
-    if on_bad_sample not in ("raise", "skip"):
-        raise ValueError(f"`on_bad_sample` must be 'raise' or 'skip', got {on_bad_sample!r}.")
 
 
 class ScoredDataset(torch.utils.data.Dataset):

@@ -1,4 +1,4 @@
-"""Image values of any kind to RGB images, and RGB images to training pixels. Pillow, NumPy and torch only."""
+"""Open image values of any kind as RGB images, and turn RGB images into training pixels."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _ORIENTATION = 0x0112
 
 
@@ -38,21 +39,43 @@ class DataError(ValueError):
     """The data cannot be trained on as given; the message names column or argument, rows, cause and remedy."""
 
 
-class ImageError(DataError):
+class VisualError(DataError):
     """
-    One image that cannot be opened.
+    One image or video that cannot be opened.
 
     Args:
         message (`str`):
-            What went wrong, in Pillow's words where it has any.
-        cause (`str`, *optional*, defaults to `"undecodable image"`):
-            `"missing image"`, `"image file not found"`, `"truncated image"` or `"undecodable image"`.
+            What went wrong, in the decoder's words where it has any.
+        cause (`str`, *optional*, defaults to `"undecodable image"` or `"undecodable video"`):
+            `"missing image"`, `"image file not found"`, `"truncated image"` or `"undecodable image"`, the same for
+            videos, or `"too few frames"`.
     """
 
+    medium = "image"
+
     # The second argument has a default because a DataLoader rebuilds a worker's exception from its message alone.
-    def __init__(self, message: str, cause: str = "undecodable image") -> None:
+    def __init__(self, message: str, cause: str | None = None) -> None:
         super().__init__(message)
-        self.cause = cause
+        self.cause = cause or f"undecodable {self.medium}"
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is nothing to open, as told from an image or video that is broken."""
+        return self.cause in (f"missing {self.medium}", f"{self.medium} file not found")
+
+
+class ImageError(VisualError):
+    """One image that cannot be opened; see [`VisualError`]."""
+
+
+def content_of(value: Any, error: type[VisualError]) -> Any:
+    """Return the bytes or the path of an undecoded file, any other value as it is; raise `error` for no value."""
+    if isinstance(value, dict):
+        encoded = value.get("bytes")
+        value = encoded if encoded is not None else value.get("path")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise error("there is neither a path nor data", f"missing {error.medium}")
+    return value
 
 
 def open_image(value: Any) -> Image.Image:
@@ -61,7 +84,7 @@ def open_image(value: Any) -> Image.Image:
 
     EXIF orientation is applied. Transparency is composited over white. Greyscale deeper than 8 bits is scaled, not
     clipped: `"I;16"` from 0..65535; `"I"` from 0..255 or 0..65535, whichever holds it, `"F"` also from 0..1; values
-    beyond these from their own minimum..maximum. Of an animation, the first frame is taken.
+    beyond these from their own minimum..maximum. An animation gives its first frame.
 
     Args:
         value (`PIL.Image.Image`, `dict`, `str`, `pathlib.Path`, `bytes`, `numpy.ndarray` or nested `list`):
@@ -76,10 +99,10 @@ def open_image(value: Any) -> Image.Image:
         ImageError: for a missing, truncated or undecodable image, and for a value of another kind.
     """
     try:
-        image = _open(value)
+        image = _open(content_of(value, ImageError))
     except ImageError:
         raise
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except NO_FILE as error:
         raise ImageError("no such file", cause="image file not found") from error
     except _PILLOW_ERRORS as error:
         message = f"{type(error).__name__}: {error}"
@@ -88,70 +111,54 @@ def open_image(value: Any) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             message = "cannot identify image file"  # without Pillow's own ending, the address of a buffer
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
-        raise ImageError(message, cause="truncated image" if truncated else "undecodable image") from error
+        raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
         raise ImageError(f"a side of the image is zero: {image.width}x{image.height}")
     return image
 
 
 def _open(value: Any) -> Image.Image:
-    if isinstance(value, dict):
-        encoded = value.get("bytes")
-        value = encoded if encoded is not None else value.get("path")
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise ImageError("there is neither a path nor data", cause="missing image")
     if isinstance(value, Image.Image):
-        value.load()
-        return _to_rgb(_upright(value))
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(value))
-    if isinstance(value, str) and "://" in value:
-        return _decode_remote(value)
-    if isinstance(value, (str, Path)):
-        return _decode(value)
+        return _loaded(value)
     if isinstance(value, (np.ndarray, list, tuple)):
-        return _to_rgb(_from_array(np.asarray(value)))
-    raise ImageError(
-        f"a value of type {type(value).__name__} is not an image; give a PIL image, a path, encoded bytes or a NumPy "
-        "array"
-    )
+        return _loaded(_from_array(np.asarray(value)))
+    if isinstance(value, str) and "://" in value:
+        return _loaded(_fetch(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        value = io.BytesIO(value)
+    elif not isinstance(value, (str, Path)):
+        raise ImageError(
+            f"a value of type {type(value).__name__} is not an image; give a PIL image, a path, encoded bytes or a "
+            "NumPy array"
+        )
+    # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays False, its default: a half grey image would be trained on.
+    with Image.open(value) as image:
+        return _loaded(image)
 
 
-def _decode(source: str | Path | io.BytesIO) -> Image.Image:
-    # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays as it is, False by default: a half grey image would be trained on.
-    with Image.open(source) as image:
-        image.load()
-        return _to_rgb(_upright(image))
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return _to_rgb(_upright(image))
 
 
-def _decode_remote(url: str) -> Image.Image:
+def _fetch(url: str) -> Image.Image:
     from datasets import Image as ImageFeature
 
     try:
         # Reads hf://, https:// and zip://a.png::hf://..., with the user's token.
-        image = ImageFeature().decode_example({"path": url, "bytes": None})
+        return ImageFeature().decode_example({"path": url, "bytes": None})
     except _PILLOW_ERRORS:
         raise
-    except Exception as error:  # each client has errors of its own, and one that is not installed is an ImportError
+    except Exception as error:  # each client has its own errors, and a missing client raises ImportError
         raise ImageError(f"{type(error).__name__}: {error}") from error
-    return _to_rgb(_upright(image))
 
 
 def stored_mode(value: Any) -> str | None:
     """
-    Return the mode an image is stored in, without decoding it.
-
-    Args:
-        value (`Any`):
-            What [`open_image`] has opened without an error.
-
-    Returns:
-        `str`, *optional*: Pillow's name, such as `"RGB"`, `"RGBA"`, `"L"`; `None` for a URL, which would be fetched
-        again.
+    Return Pillow's name of the mode that an image is stored in, such as `"RGBA"`, without decoding it; `None` for a
+    URL, which would be fetched again. The value must be one that [`open_image`] opens.
     """
-    if isinstance(value, dict):
-        encoded = value.get("bytes")
-        value = encoded if encoded is not None else value.get("path")
+    value = content_of(value, ImageError)
     if isinstance(value, (list, tuple, np.ndarray)):
         value = _from_array(np.asarray(value))
     if isinstance(value, Image.Image):
@@ -166,8 +173,8 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return image  # broken metadata around good pixels: every viewer shows such a file, unrotated
-    # `exif_transpose` copies even where there is nothing to turn.
+        return image  # broken metadata around good pixels: every viewer shows such a file unrotated
+    # `exif_transpose` copies an image even where there is nothing to turn.
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
@@ -232,8 +239,8 @@ def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
         image = open_image(image)
     height, width = resolution
     if image.size != (width, height):
-        # Resizing the part that remains equals resizing everything and then cutting, without the large intermediate;
-        # Pillow's LANCZOS widens its filter when it shrinks, that is, it is antialiased.
+        # This equals resizing everything and then cutting, without the large intermediate image. Pillow's LANCZOS is
+        # antialiased: it widens its filter when it shrinks.
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=_kept_box(*image.size, resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
@@ -248,15 +255,8 @@ def _kept_box(width: int, height: int, resolution: tuple[int, int]) -> tuple[flo
 
 def crop_offset(width: int, height: int, resolution: tuple[int, int]) -> tuple[int, int]:
     """
-    Return where the crop of [`to_pixels`] begins, in pixels of the resized image: (top, left).
-
-    Args:
-        width (`int`):
-            Of the image, in pixels.
-        height (`int`):
-            Of the image, in pixels.
-        resolution (`tuple[int, int]`):
-            (height, width) of the training pixels.
+    Return (top, left) of the crop of [`to_pixels`] for an image of this width and height, in pixels of the resized
+    image; `resolution` is (height, width).
     """
     left, top, right, bottom = _kept_box(width, height, resolution)
     return round(top * resolution[0] / (bottom - top)), round(left * resolution[1] / (right - left))
@@ -268,29 +268,21 @@ def cropped_share(width: int, height: int, resolution: tuple[int, int]) -> float
 
     Args:
         width (`int`):
-            Of the image, in pixels.
+            Width of the image in pixels.
         height (`int`):
-            Of the image, in pixels.
+            Height of the image in pixels.
         resolution (`tuple[int, int]`):
             (height, width) of the training pixels.
 
     Returns:
-        `float`: 0 for the same aspect ratio, below 1 always.
+        `float`: at least 0, which is the same aspect ratio, and below 1.
     """
     ratio = (width * resolution[0]) / (height * resolution[1])
     return 1.0 - min(ratio, 1.0 / ratio)
 
 
 def describe(value: Any, limit: int = 60) -> str:
-    """
-    Return a short text for a value in an error message: a path, a number of bytes, or a shortened `repr`.
-
-    Args:
-        value (`Any`):
-            A cell of a dataset.
-        limit (`int`, *optional*, defaults to 60):
-            Largest number of characters.
-    """
+    """Return a cell as a short text for a message: a path, a number of bytes, or a `repr` of about `limit` signs."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value = value.get("path") or value.get("bytes")
     if isinstance(value, (bytes, bytearray)):
@@ -302,7 +294,7 @@ def describe(value: Any, limit: int = 60) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and len(value) > limit:
-        # Of a path, the end tells more than the beginning.
+        # The end of a path tells more than its beginning.
         value = "..." + value[-limit + 3 :] if "/" in value and " " not in value else value[: limit - 3] + "..."
     text = repr(value) if not isinstance(value, (list, tuple)) or len(value) < 10 else f"<list of {len(value)}>"
     return text if len(text) <= limit + 2 else text[: limit - 3] + "..."

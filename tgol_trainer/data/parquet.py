@@ -1,4 +1,4 @@
-"""Columns of local Parquet files in pieces, without a stream of `datasets`, which imports torch."""
+"""Read columns of local Parquet files in pieces, without a stream of `datasets`, which imports torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from .images import DataError
 
 
 class ParquetColumns:
-    """
-    Some columns of the rows of Parquet files, in order.
-
-    Args:
-        files (`Sequence[str]`):
-            Paths, at least one.
-        columns (`Sequence[str]`):
-            Columns that the first file has.
-    """
+    """The rows of Parquet files, at least one, in order, with some columns that the first file has."""
 
     def __init__(self, files: Sequence[str], columns: Sequence[str]) -> None:
         self.files, self.columns = list(files), list(columns)
@@ -32,24 +24,15 @@ class ParquetColumns:
         return self.num_rows
 
     def tables(self, size: int) -> Iterator[pa.Table]:
-        """
-        Yield the rows.
-
-        Args:
-            size (`int`):
-                Rows of a piece at most.
-
-        Raises:
-            DataError: for a file without one of the columns, or that cannot be read.
-        """
+        """Yield pieces of at most `size` rows; raise a [`DataError`] for a broken file or one that lacks a column."""
         for path in self.files:
             with pq.ParquetFile(path) as file:
-                missing = [column for column in self.columns if column not in file.schema_arrow.names]
-                if missing:
-                    raise DataError(
-                        f"{path}: it has no column {missing[0]!r}, which the first file, {self.files[0]}, has. Give "
-                        "files with the same columns."
-                    )
+                for column in self.columns:
+                    if column not in file.schema_arrow.names:
+                        raise DataError(
+                            f"{path}: it has no column {column!r}, which the first file, {self.files[0]}, has. Give "
+                            "files with the same columns."
+                        )
                 try:
                     for batch in file.iter_batches(size, columns=self.columns, use_threads=False):
                         yield pa.Table.from_batches([batch]).select(self.columns)
@@ -59,6 +42,6 @@ class ParquetColumns:
                     ) from error
 
     def head(self, table: pa.Table) -> datasets.Dataset:
-        """Return the first piece as a dataset with the types that the file's own description has."""
+        """Return the first piece as a dataset with the types that the file's schema states."""
         info = datasets.DatasetInfo(features=self.features)
         return datasets.Dataset(table.replace_schema_metadata(None), info=info)

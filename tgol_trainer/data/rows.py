@@ -1,28 +1,33 @@
-"""What makes one row unusable, and the message that lists all such rows at once."""
+"""Check one row, and list all bad rows of a dataset in one message."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import numbers
 import os
 from collections import Counter
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from .images import DataError, ImageError, describe, open_image
-from .videos import Video, VideoError, open_video
+from .images import DataError, VisualError, describe, open_image
+from .videos import Video, open_video
 
+logger = logging.getLogger(__name__)
+
+OnBadSample = Literal["raise", "skip"]
 _SHOWN_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """
-    Which column of a dataset holds what; other columns are ignored.
+    Names of the columns that are read; other columns are ignored.
 
     Args:
         prompt (`str`, *optional*, defaults to `"prompt"`):
@@ -32,14 +37,14 @@ class Columns:
         score (`str`, *optional*, defaults to `"score"`):
             Column of numbers; higher is better.
         video (`str`, *optional*):
-            Column of videos, in any form that [`read_video`] takes; given, it is read instead of the images.
+            Column of videos, in any form that [`read_video`] takes. Where given, it is read instead of the images.
         num_frames (`int`, *optional*):
-            Frames that are taken of each video. Needed to read videos.
+            Frames taken of each video. Needed to read videos.
         group (`str`, *optional*):
             Column whose equal values form a group, such as the prompt's; `None` where rows are not grouped.
 
     Raises:
-        DataError: if two of them are the same.
+        DataError: if two of them are the same, or for videos without `num_frames`.
     """
 
     prompt: str = "prompt"
@@ -61,7 +66,7 @@ class Columns:
 
     @property
     def medium(self) -> str:
-        """What a row shows: `"image"` or `"video"`."""
+        """`"image"`, or `"video"` where a column of videos is given."""
         return "image" if self.video is None else "video"
 
     @property
@@ -76,59 +81,57 @@ class Columns:
 
     @property
     def read(self) -> list[str]:
-        """Every column that is read: the three, and that of the groups where it is another."""
+        """Every column that is read: the three, and the column of groups."""
         return list(dict.fromkeys([*self.names, *([self.group] if self.group else [])]))
 
 
 DEFAULT_COLUMNS = Columns()
 
+# Remedies. `remedy` fills in {column}, {medium}, {num_frames} and the working directory {folder}.
 CAST_SCORE_WITH_BLANKS = """def to_number(score):
     try:
-        return {{"{score}": float(score)}}
+        return {{"{column}": float(score)}}
     except (TypeError, ValueError):
-        return {{"{score}": None}}
+        return {{"{column}": None}}
 
 features = dataset.features.copy()
-features["{score}"] = datasets.Value("float64")
-dataset = dataset.map(to_number, input_columns="{score}", features=features)
-dataset = dataset.filter(lambda score: score is not None, input_columns="{score}")"""
-CAST_SCORE = 'dataset = dataset.cast_column("{score}", datasets.Value("float64"))'
+features["{column}"] = datasets.Value("float64")
+dataset = dataset.map(to_number, input_columns="{column}", features=features)
+dataset = dataset.filter(lambda score: score is not None, input_columns="{column}")"""
+CAST_SCORE = 'dataset = dataset.cast_column("{column}", datasets.Value("float64"))'
 _FINITE_SCORE = (
     "dataset = dataset.filter(lambda score: score is not None and math.isfinite(score), "
-    'input_columns="{score}")  # import math'
+    'input_columns="{column}")  # import math'
 )
-_FILLED_PROMPT = 'dataset = dataset.filter(lambda prompt: bool(prompt and prompt.strip()), input_columns="{prompt}")'
-_TEXT_PROMPT = 'dataset = dataset.cast_column("{prompt}", datasets.Value("string"))'
-_BROKEN_IMAGE = "# save the image again from its source, or remove the row"
-_MISSING_FILE = """# Put the files where the paths say, or correct the paths. In a table read from a file, relative
-# ones count from its folder; others are looked up in the
+_FILLED_PROMPT = 'dataset = dataset.filter(lambda prompt: bool(prompt and prompt.strip()), input_columns="{column}")'
+CAST_PROMPT = 'dataset = dataset.cast_column("{column}", datasets.Value("string"))'
+_BROKEN_FILE = "# save the {medium} again from its source, or remove the row"
+_MISSING_FILE = """# Put the files where the paths say, or correct the paths. Relative paths in a table that was
+# read from a file count from its folder; others are looked up in the
 # working directory, {folder}; to make them absolute (import os, datasets):
-dataset = dataset.cast_column("{image}", datasets.Image(decode=False))
+dataset = dataset.cast_column("{column}", datasets.{kind}(decode=False))
 dataset = dataset.map(
-    lambda image: {{"{image}": {{**image, "path": os.path.join("/folder/of/the/images", image["path"])}}}},
-    input_columns="{image}",
+    lambda {medium}: {{
+        "{column}": {{**{medium}, "path": os.path.join("/folder/of/the/{medium}s", {medium}["path"])}}
+    }},
+    input_columns="{column}",
 )
-dataset = dataset.cast_column("{image}", datasets.Image())"""
+dataset = dataset.cast_column("{column}", datasets.{kind}({undecoded}))"""
 
-_BROKEN_VIDEO = "# save the video again from its source, or remove the row"
-_TOO_FEW_FRAMES = "# lower `num_frames` (now {num_frames}), give longer clips, or remove the rows"
-_MISSING_VIDEO_FILE = _MISSING_FILE.replace("image", "video").replace("Image()", "Image(decode=False)")
-_MISSING_VIDEO_FILE = _MISSING_VIDEO_FILE.replace("Image", "Video")
-
-# Cause -> the column it concerns and its remedy. The causes are the keys of `DataReport.dropped`.
+# Cause -> what it concerns and its remedy. The causes are the keys of `DataReport.dropped`.
 CAUSES: dict[str, tuple[str, str]] = {
     "missing prompt": ("prompt", _FILLED_PROMPT),
     "empty prompt": ("prompt", _FILLED_PROMPT),
-    "prompt is not text": ("prompt", _TEXT_PROMPT),
+    "prompt is not text": ("prompt", CAST_PROMPT),
     "missing image": ("image", "# give every row an image, or remove the row"),
     "image file not found": ("image", _MISSING_FILE),
-    "truncated image": ("image", _BROKEN_IMAGE),
-    "undecodable image": ("image", _BROKEN_IMAGE),
+    "truncated image": ("image", _BROKEN_FILE),
+    "undecodable image": ("image", _BROKEN_FILE),
     "missing video": ("video", "# give every row a video, or remove the row"),
-    "video file not found": ("video", _MISSING_VIDEO_FILE),
-    "truncated video": ("video", _BROKEN_VIDEO),
-    "undecodable video": ("video", _BROKEN_VIDEO),
-    "too few frames": ("video", _TOO_FEW_FRAMES),
+    "video file not found": ("video", _MISSING_FILE),
+    "truncated video": ("video", _BROKEN_FILE),
+    "undecodable video": ("video", _BROKEN_FILE),
+    "too few frames": ("video", "# lower `num_frames` (now {num_frames}), give longer clips, or remove the rows"),
     "missing score": ("score", _FINITE_SCORE),
     "NaN score": ("score", _FINITE_SCORE),
     "infinite score": ("score", _FINITE_SCORE),
@@ -179,131 +182,104 @@ class Row:
 
 def read_row(prompt: Any, visual: Any, score: Any, num_frames: int | None = None) -> Row:
     """
-    Check the three values of a row; all of its problems are found, not the first alone.
-
-    Args:
-        prompt (`Any`):
-            A good one is a `str` that is not blank.
-        visual (`Any`):
-            A good one opens with [`open_image`], or with [`open_video`] where `num_frames` is given.
-        score (`Any`):
-            A good one is a finite number or a `bool`.
-        num_frames (`int`, *optional*):
-            Frames needed of a video; `None` for images.
-
-    Returns:
-        [`Row`]: with the image or video opened.
+    Check the three values of a row, and open its image, or its video where the frames needed of it are given. All of
+    its problems are found, not only the first.
     """
     problems = []
-    cause = prompt_problem(prompt)
-    if cause is not None:
+    if cause := prompt_problem(prompt):
         problems.append((cause, describe(prompt)))
     opened: Image.Image | Video | None = None
     try:
         opened = open_image(visual) if num_frames is None else open_video(visual, num_frames)
-    except (ImageError, VideoError) as error:
-        known = error.cause.endswith("file not found") or error.cause.startswith("missing")  # the cause says it all
-        problems.append((error.cause, describe(visual) if known else f"{describe(visual)}: {error}"))
+    except VisualError as error:
+        problems.append((error.cause, describe(visual) if error.absent else f"{describe(visual)}: {error}"))
     number, cause = read_score(score)
-    if cause is not None:
+    if cause:
         problems.append((cause, describe(score)))
     return Row(prompt, opened, number, tuple(problems))
 
 
-class BadRows:
-    """
-    Collects bad rows and words them.
+def check_policy(on_bad_sample: str) -> None:
+    """Raise ValueError unless the policy for bad rows is one of the two."""
+    if on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_sample` must be 'raise' or 'skip', got {on_bad_sample!r}.")
 
-    Args:
-        name (`str`):
-            The argument that the dataset was given as, such as `"train_dataset"`.
-        columns ([`Columns`]):
-            For the names in the message.
-    """
+
+class BadRows:
+    """Collect the bad rows of the dataset that was given as the argument `name`, and list them in a message."""
 
     def __init__(self, name: str, columns: Columns) -> None:
         self.name = name
         self.columns = columns
         self.counts: Counter[str] = Counter()
         self.num_rows = 0
-        self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}  # by cause and column
+        self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}  # by cause and column: count, first rows
 
-    def add(self, row: int, problems: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> None:
-        """
-        Take in one bad row.
-
-        Args:
-            row (`int`):
-                Its number, counted from 0.
-            problems (`Sequence[tuple[str, str]]`):
-                (cause, text of the value); a row is counted once under each of its causes.
-        """
+    def add(self, row: int, problems: Sequence[tuple[str, str]]) -> None:
+        """Take in a bad row, counted from 0, with its (cause, text of the value); it counts once under each cause."""
         self.num_rows += 1
         for cause, detail in problems:
-            self._count(cause, self._column(cause), 1, [f"row {row}: {detail}"])
+            self._count(cause, None, 1, [f"row {row}: {detail}"])
 
-    def _column(self, cause: str) -> str:
-        return str(getattr(self.columns, CAUSES[cause][0]))
+    def add_rows(self, cause: str, rows: np.ndarray, value: Any, column: str | None = None) -> None:
+        """
+        Take in many rows of one cause and value, in a column of scores where there are several. The caller counts
+        `num_rows`, since a row may have several causes.
+        """
+        self._count(cause, column, len(rows), [f"row {row}: {describe(value)}" for row in rows[:_SHOWN_ROWS]])
 
-    def _count(self, cause: str, column: str, number: int, examples: list[str]) -> None:
+    def _count(self, cause: str, column: str | None, number: int, examples: list[str]) -> None:
         self.counts[cause] += number
-        count, shown = self._found.get((cause, column), (0, []))
-        self._found[cause, column] = (count + number, [*shown, *examples][:_SHOWN_ROWS])
+        key = cause, column or getattr(self.columns, CAUSES[cause][0])
+        count, shown = self._found.get(key, (0, []))
+        self._found[key] = (count + number, [*shown, *examples][:_SHOWN_ROWS])
 
     def examples(self, cause: str, column: str) -> list[str]:
         """Return the first rows of a cause in a column, each with a short text of its value."""
         return list(self._found.get((cause, column), (0, []))[1])
 
-    def remedy(self, cause: str, column: str | None = None) -> str:
-        """Return the code or the advice that mends a cause, in a column where that is not the one of `columns`."""
-        names = dataclasses.asdict(self.columns) | ({CAUSES[cause][0]: column} if column is not None else {})
-        return CAUSES[cause][1].format(**names, folder=os.getcwd())
-
-    def add_rows(self, cause: str, rows: np.ndarray, value: Any, column: str | None = None) -> None:
-        """
-        Take in many rows of one cause and value; the caller counts `num_rows`, since a row may have several causes.
-
-        Args:
-            cause (`str`):
-                One of `CAUSES`.
-            rows (`np.ndarray`):
-                Their numbers, counted from 0.
-            value (`Any`):
-                What stands in all of them.
-            column (`str`, *optional*):
-                Where there are several of scores; by default that of `columns`.
-        """
-        shown = [f"row {row}: {describe(value)}" for row in rows[:_SHOWN_ROWS]]
-        self._count(cause, column or self._column(cause), len(rows), shown)
+    def remedy(self, cause: str, column: str) -> str:
+        """Return the code or the advice that mends a cause in a column."""
+        medium = self.columns.medium
+        return CAUSES[cause][1].format(
+            column=column,
+            medium=medium,
+            kind=medium.capitalize(),
+            undecoded="" if medium == "image" else "decode=False",
+            num_frames=self.columns.num_frames,
+            folder=os.getcwd(),
+        )
 
     def listing(self) -> str:
-        """Return one line a cause: column, cause, count and the first rows."""
+        """Return one line per cause: column, cause, count and the first rows."""
         lines = []
-        for cause, column, count, shown in self._ordered():
+        for cause, column in self._in_order():
+            count, shown = self._found[cause, column]
             more = ", ..." if count > len(shown) else ""
             lines.append(f"  column {column!r}, {cause}: {count} ({', '.join(shown)}{more})")
         return "\n".join(lines)
 
-    def _ordered(self) -> list[tuple[str, str, int, list[str]]]:
-        order = list(CAUSES)
-        found = sorted(self._found.items(), key=lambda item: order.index(item[0][0]))
-        return [(cause, column, count, shown) for (cause, column), (count, shown) in found]
+    def _in_order(self) -> list[tuple[str, str]]:
+        return sorted(self._found, key=lambda key: list(CAUSES).index(key[0]))
 
     def error(self, seen: str, *, can_skip: bool = True) -> DataError:
         """
-        Return the error that lists everything and how to mend it.
-
-        Args:
-            seen (`str`):
-                What was looked at, such as `"100 rows"`.
-            can_skip (`bool`, *optional*, defaults to `True`):
-                Whether to offer `on_bad_sample="skip"`.
+        Return the error that lists everything and how to mend it. `seen` is what was looked at, such as `"100 rows"`;
+        `can_skip` offers `on_bad_sample="skip"`.
         """
-        remedies: dict[str, str] = {}  # a dictionary for its order: several causes share a remedy
-        for cause, column, *_ in self._ordered():
+        remedies: dict[str, str] = {}  # several causes share a remedy
+        for cause, column in self._in_order():
             remedies.setdefault(self.remedy(cause, column), column)
         fixes = "\n".join(f"# column {column!r}:\n{text}" for text, column in remedies.items())
         return DataError(
             f"{self.name}: {self.num_rows} of {seen} cannot be used (rows are counted from 0).\n{self.listing()}\n"
             f"To mend them:\n{fixes}" + ("\nOr leave them out: on_bad_sample='skip'." if can_skip else "")
         )
+
+    def raise_or_warn(self, num_rows: int, on_bad_sample: str) -> None:
+        """Raise for bad rows under `"raise"`, and where no row is usable; else warn of the rows left out, if any."""
+        some_usable = self.num_rows < num_rows
+        if self.num_rows and (on_bad_sample == "raise" or not some_usable):
+            raise self.error(f"{num_rows} rows", can_skip=on_bad_sample == "raise" and some_usable)
+        if self.num_rows:
+            logger.warning("%s: %d of %d rows are left out.\n%s", self.name, self.num_rows, num_rows, self.listing())

@@ -1,4 +1,4 @@
-"""The order of rows that puts images of one prompt into one batch."""
+"""Order rows so that images of one prompt come in one batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch.utils.data import DataLoader
 
 class GroupSampler(torch.utils.data.Sampler[int]):
     """
-    Every row once an epoch, in blocks of `group_size` rows, each of one group as far as the groups go.
+    Give every row once per epoch, in blocks of `group_size` rows that share a group as far as the groups go.
 
-    Each group's rows are shuffled and cut into blocks. What is left of a group, fewer rows than a block, stays
-    together too: rests of several groups fill blocks of their own, largest first, and rows that no block can take
-    close the epoch, where a batch's end may part them. Blocks are shuffled. Batches whose size is a multiple of
-    `group_size` never cut a whole block, on any number of processes, and the order depends on seed and epoch alone, so
-    that a resumed run goes on with it.
+    Each group's rows are shuffled and cut into blocks. The rest of a group, fewer rows than a block, stays together:
+    rests of several groups fill blocks, largest first, and rows that no block can take close the epoch, where the end
+    of a batch may part them. Blocks are shuffled. A batch size that is a multiple of `group_size` never cuts a whole
+    block, on any number of processes. The order depends on seed and epoch alone, so a resumed run goes on with it.
 
     Args:
         groups (`numpy.ndarray`):
@@ -43,32 +42,30 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.groups))
         order = order[np.argsort(self.groups[order], kind="stable")]
-        starts = np.flatnonzero(np.r_[True, np.diff(self.groups[order]) != 0]) if len(order) else np.empty(0, int)
         blocks: list[np.ndarray] = []
         rests: list[np.ndarray] = []
-        for rows in np.split(order, starts[1:]):
+        for rows in np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1):
             whole = len(rows) - len(rows) % self.group_size
             blocks += np.split(rows[:whole], whole // self.group_size) if whole else []
             if whole < len(rows):
                 rests.append(rows[whole:])
         packed = _packed([rests[index] for index in rng.permutation(len(rests))], self.group_size)
-        full = [block for block in packed if len(block) == self.group_size]
-        last = [block for block in packed if len(block) < self.group_size]
-        blocks += full
-        for index in [*rng.permutation(len(blocks)), *range(len(blocks), len(blocks) + len(last))]:
-            yield from (blocks[index] if index < len(blocks) else last[index - len(blocks)]).tolist()
+        blocks += [block for block in packed if len(block) == self.group_size]
+        shuffled = [blocks[index] for index in rng.permutation(len(blocks))]
+        for block in [*shuffled, *(block for block in packed if len(block) < self.group_size)]:
+            yield from block.tolist()
 
 
 def innermost_sampler(loader: DataLoader) -> Any:
     """
-    Return the sampler of rows under whatever wraps the batches of a loader.
+    Return the sampler of rows under the wrappers around the batches of a loader.
 
-    accelerate's `set_epoch` does not pass two wrappers, which a loader of several processes has after a resume in
+    accelerate's `set_epoch` does not pass two wrappers. A loader of several processes has two after a resume in
     mid-epoch: the sampler would then give the order of another epoch.
 
     Args:
         loader (`torch.utils.data.DataLoader`):
-            With batches of rows.
+            A loader with batches of rows.
     """
     batches: Any = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):
@@ -77,7 +74,7 @@ def innermost_sampler(loader: DataLoader) -> Any:
 
 
 def _packed(rests: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Fill blocks with rests, the largest first, each with the largest that still fit."""
+    """Fill each block with the largest rests that still fit."""
     by_length: dict[int, list[np.ndarray]] = {}
     for rest in rests:
         by_length.setdefault(len(rest), []).append(rest)

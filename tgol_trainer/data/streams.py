@@ -1,4 +1,4 @@
-"""A dataset that streams: rows checked while they are read, and scores read before training."""
+"""Check the rows of a stream while they are read, and read its scores before training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from datasets.utils import tqdm
 from PIL import Image
 
 from .checks import check_class, check_columns, check_score_type
-from .datasets import OnBadSample, check_policy
 from .images import DataError, describe
-from .rows import DEFAULT_COLUMNS, BadRows, Columns, read_row, read_score
+from .rows import DEFAULT_COLUMNS, BadRows, Columns, OnBadSample, check_policy, read_row, read_score
 from .videos import Video
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
 
 
 def undecoded(dataset: datasets.IterableDataset, names: Sequence[str]) -> datasets.IterableDataset:
-    """Return a stream of the named columns whose files are left encoded; without known features, of all columns."""
+    """Return a stream of the named columns with files left encoded; of all columns where the features are unknown."""
     dataset = dataset.with_format(None)
     if dataset.features is None:
         return dataset  # nothing is known to decode

@@ -1,4 +1,4 @@
-"""Video values of any kind to the frames that are trained on. PyAV is needed for encoded files alone."""
+"""Decode video values of any kind to the frames that are trained on. Only encoded files need PyAV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from .images import DataError, ImageError, crop_offset, open_image, to_pixels
+from .images import NO_FILE, ImageError, VisualError, content_of, crop_offset, open_image, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -23,25 +23,13 @@ Result = TypeVar("Result")
 # What a damaged file may raise beside FFmpeg's own errors: a header that was cut leaves a container without streams.
 _BROKEN_FILE = (OSError, EOFError, IndexError, ValueError, RuntimeError)
 _UNTOLD_SECONDS = 0.5
-"""By so much a file may be shorter than its header says and still be whole: containers round, and sound ends later."""
+"""A whole file may be this much shorter than its header says: containers round, and sound ends later."""
 
 
-class VideoError(DataError):
-    """
-    One video that cannot be trained on.
+class VideoError(VisualError):
+    """One video that cannot be trained on; see [`VisualError`]."""
 
-    Args:
-        message (`str`):
-            What went wrong, in FFmpeg's words where it has any.
-        cause (`str`, *optional*, defaults to `"undecodable video"`):
-            `"missing video"`, `"video file not found"`, `"truncated video"`, `"undecodable video"` or
-            `"too few frames"`.
-    """
-
-    # The second argument has a default because a DataLoader rebuilds a worker's exception from its message alone.
-    def __init__(self, message: str, cause: str = "undecodable video") -> None:
-        super().__init__(message)
-        self.cause = cause
+    medium = "video"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +51,13 @@ class Video:
     digest: bytes
 
     def tobytes(self) -> bytes:
-        """Return what tells this clip from others."""
+        """Return the digest, which stands for the pixels."""
         return self.digest
 
 
 def sample_frames(total: int, num_frames: int) -> list[int]:
     """
-    Choose frames spread evenly over a clip: always the same ones, the first and the last among them.
+    Choose frames spread evenly over a clip. The choice is always the same and holds the first and the last frame.
 
     Args:
         total (`int`):
@@ -93,7 +81,7 @@ def sample_frames(total: int, num_frames: int) -> list[int]:
 
 def read_video(value: Any, num_frames: int | None, use: Callable[[Image.Image], Result]) -> list[Result]:
     """
-    Decode a video given in any of the forms that datasets hold, and use each chosen frame as soon as it is there.
+    Decode a video given in any of the forms that datasets hold, and use each chosen frame as soon as it is decoded.
 
     Args:
         value (`dict`, `str`, `pathlib.Path`, `bytes`, `Sequence` of frames, `numpy.ndarray` or [`Video`]):
@@ -101,8 +89,8 @@ def read_video(value: Any, num_frames: int | None, use: Callable[[Image.Image], 
             can read; an encoded file; frames in any form that [`open_image`] reads; or pixels (F, H, W, 1 to 4
             channels), integers in 0..255 or floating point in 0..1.
         num_frames (`int` or `None`):
-            Frames to choose, as [`sample_frames`] does; `None` takes every frame. Of a file, frames as they are
-            decoded are counted: its frame rate plays no part.
+            Frames to choose, as [`sample_frames`] does; `None` takes every frame. The decoded frames of a file are
+            counted: its frame rate plays no part.
         use (`Callable[[PIL.Image.Image], Any]`):
             Called with each chosen frame, upright and RGB, in order; all are of one size.
 
@@ -122,7 +110,7 @@ def read_video(value: Any, num_frames: int | None, use: Callable[[Image.Image], 
 
 def open_video(value: Any, num_frames: int) -> Video:
     """
-    Decode a video once, to know that it is good, how large it is, and what tells it from others.
+    Decode a video once, to learn whether it is good, its size, and a hash of its pixels.
 
     Args:
         value (`Any`):
@@ -155,7 +143,7 @@ def frame_rate(value: Any) -> float | None:
             As in [`read_video`].
 
     Returns:
-        `float`: the average that the file tells; `None` for frames and arrays, and for a file that tells none.
+        `float`: the average rate that the file states; `None` for frames, arrays, and a file that states none.
 
     Raises:
         VideoError, ImportError: as [`read_video`].
@@ -163,11 +151,8 @@ def frame_rate(value: Any) -> float | None:
     value = _content(value)
     if isinstance(value, (list, tuple, np.ndarray)):
         return None
-    av = _import_av()
-    with _plain_errors(av):
-        source = _opened(value)
-        with source, av.open(source) as container:
-            rate = container.streams.video[0].average_rate
+    with _container(value) as container:
+        rate = container.streams.video[0].average_rate
     return float(rate) if rate else None
 
 
@@ -198,7 +183,7 @@ def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
         stream = container.add_stream("libx264rgb", rate=fps, options={"qp": "0"})
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "rgb24"
-        stream.codec_context.thread_count = 1  # the encoder writes its settings, this among them, into the file
+        stream.codec_context.thread_count = 1  # the encoder writes its settings into the file, this one too
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.convert("RGB"))))
         container.mux(stream.encode())
@@ -237,34 +222,14 @@ def video_pixels(
 
 
 def _content(value: Any) -> Any:
-    """Return what a value holds: frames, an array, encoded bytes or a path."""
-    if isinstance(value, Video):
-        value = value.value
-    if isinstance(value, dict):
-        encoded = value.get("bytes")
-        value = encoded if encoded is not None else value.get("path")
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise VideoError("there is neither a path nor data", cause="missing video")
+    """Return what a cell holds: frames, an array, encoded bytes or a path."""
+    value = content_of(value.value if isinstance(value, Video) else value, VideoError)
     if not isinstance(value, (list, tuple, np.ndarray, bytes, bytearray, memoryview, str, Path)):
         raise VideoError(
             f"a value of type {type(value).__name__} is not a video; give a path, encoded bytes, a list of frames or "
             "a NumPy array"
         )
     return value
-
-
-@contextlib.contextmanager
-def _plain_errors(av: Any) -> Iterator[None]:
-    """Turn what a missing or damaged file raises into a [`VideoError`]."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise VideoError("no such file", cause="video file not found") from error
-    except (VideoError, ImportError):
-        raise
-    except (av.FFmpegError, *_BROKEN_FILE) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"{type(error).__name__}: {text}") from error
 
 
 def _of_one_size(use: Callable[[Image.Image], Result]) -> Callable[[Image.Image], Result]:
@@ -284,11 +249,11 @@ def _chosen(total: int, num_frames: int | None) -> list[int]:
 
 
 def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int | None) -> Iterator[Image.Image]:
-    if len(value) and isinstance(value[0], list):  # nested lists of numbers, as datasets return stored arrays
+    if len(value) and isinstance(value[0], list):  # nested lists of numbers, as `datasets` returns stored arrays
         try:
             value = np.asarray(value)
         except ValueError as error:
-            raise VideoError(f"the nested lists are no regular array: {error}") from error
+            raise VideoError(f"the nested lists are not a regular array: {error}") from error
     if isinstance(value, np.ndarray) and value.dtype != object and (value.ndim != 4 or value.shape[-1] > 4):
         hint = "; put the channels last: `video.transpose(0, 2, 3, 1)`" if value.ndim == 4 else ""
         raise VideoError(f"the array has shape {value.shape}; expected (frames, height, width, channels){hint}")
@@ -296,30 +261,39 @@ def _listed_frames(value: Sequence[Any] | np.ndarray, num_frames: int | None) ->
         try:
             yield open_image(value[index])
         except ImageError as error:
-            cause = {"missing image": "missing video", "image file not found": "video file not found"}.get(error.cause)
-            raise VideoError(f"frame {index}: {error.cause}, {error}", cause or "undecodable video") from error
+            cause = error.cause.replace("image", "video") if error.absent else None
+            raise VideoError(f"frame {index}: {error.cause}, {error}", cause) from error
 
 
-def _read_file(
-    value: bytes | bytearray | memoryview | str | Path, num_frames: int | None, use: Callable[[Image.Image], Result]
-) -> list[Result]:
+def _read_file(value: Any, num_frames: int | None, use: Callable[[Image.Image], Result]) -> list[Result]:
+    with _container(value) as container:
+        if not container.streams.video:
+            raise VideoError("the file holds no video track")
+        total = _count_packets(container)
+    while True:
+        results, seen = _decode(value, _chosen(total, num_frames), use)
+        if seen == total:
+            return results
+        total = seen  # some packets hold no frame, others several: choose again among the decoded frames
+
+
+@contextlib.contextmanager
+def _container(value: Any) -> Iterator[Any]:
+    """Open an encoded file; what a missing or damaged file raises inside the block becomes a [`VideoError`]."""
     av = _import_av()
-    with _plain_errors(av):
-        source = _opened(value)
-        with source, av.open(source) as container:
-            if not container.streams.video:
-                raise VideoError("the file holds no video track")
-            total = _count_packets(container)
-        while True:
-            results, seen = _pass(av, value, _chosen(total, num_frames), use)
-            if seen == total:
-                return results
-            # Some packets hold no frame of their own, or hold several: choose again among what was decoded.
-            _chosen(seen, num_frames)
-            total = seen
+    try:
+        with _opened(value) as source, av.open(source) as container:
+            yield container
+    except NO_FILE as error:
+        raise VideoError("no such file", cause="video file not found") from error
+    except (VideoError, ImportError):
+        raise
+    except (av.FFmpegError, *_BROKEN_FILE) as error:
+        text = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{type(error).__name__}: {text}") from error
 
 
-def _opened(value: bytes | bytearray | memoryview | str | Path) -> Any:
+def _opened(value: Any) -> Any:
     # Always a file object: FFmpeg would take a path such as `concat:a|b` or `http://...` for more than a file.
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value)
@@ -332,7 +306,7 @@ def _opened(value: bytes | bytearray | memoryview | str | Path) -> Any:
 
 
 def _count_packets(container: Any) -> int:
-    """Return how many images the video track stores, after comparing it and the length with the header."""
+    """Return how many frames the video track stores, after comparing their number and length with the header."""
     stream, count, end = container.streams.video[0], 0, 0.0
     for packet in container.demux():
         if packet.pts is not None:
@@ -340,25 +314,19 @@ def _count_packets(container: Any) -> int:
         if packet.stream is stream and packet.size and not packet.is_discard:
             count += 1
         if packet.is_corrupt:
-            raise VideoError(f"the file breaks off after image {count}", cause="truncated video")
+            raise VideoError(f"the file breaks off after frame {count}", cause="truncated video")
     if stream.frames and count < stream.frames:
-        raise VideoError(f"the header tells of {stream.frames} frames, {count} are there", cause="truncated video")
+        raise VideoError(f"the header states {stream.frames} frames, the file has {count}", cause="truncated video")
     length = (container.duration or 0) / 1_000_000  # FFmpeg's unit is the microsecond
     if not stream.frames and end < length - _UNTOLD_SECONDS:
-        raise VideoError(f"the header tells of {length:.2f} s, {end:.2f} s are there", cause="truncated video")
+        raise VideoError(f"the header states {length:.2f} s, the file has {end:.2f} s", cause="truncated video")
     return count
 
 
-def _pass(
-    av: Any,
-    value: bytes | bytearray | memoryview | str | Path,
-    chosen: list[int],
-    use: Callable[[Image.Image], Result],
-) -> tuple[list[Result], int]:
+def _decode(value: Any, chosen: list[int], use: Callable[[Image.Image], Result]) -> tuple[list[Result], int]:
     """Decode the whole track; return what `use` made of the chosen frames, and how many frames there were."""
     wanted, results, seen = set(chosen), [], 0
-    source = _opened(value)
-    with source, av.open(source) as container:
+    with _container(value) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # the workers of a DataLoader are the parallelism
         for frame in container.decode(stream):

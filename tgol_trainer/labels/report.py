@@ -232,7 +232,7 @@ def label_report(
     tau = threshold.value if labeler.rows is None else labeler.rows
 
     def group_report(column: str) -> GroupReport:
-        order, numbers = rows.groups(column)
+        order, numbers = rows.pop_groups(column)
         own = tau[order] if isinstance(tau, np.ndarray) else tau
         names = lambda first: rows.texts(column, rows.row_ids[order[first]])  # noqa: E731
         return summarize_groups(column, values[order], own, numbers, unit, names)

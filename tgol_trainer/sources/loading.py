@@ -1,19 +1,22 @@
-"""A name or a path to a dataset: the Hub, a saved dataset, a folder of images or videos, a spreadsheet."""
+"""Load a dataset from the Hub, a saved dataset, a folder of images or videos, or a table."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import io
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import pyarrow.parquet as pq
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
@@ -32,14 +35,9 @@ _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg")
-_SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _SAMPLE = 1_000_000
-"""Characters of a CSV file that are searched for decimal commas."""
+"""Characters of a CSV file that are searched for its separator, rows that are too long and decimal commas."""
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
@@ -67,15 +65,15 @@ def load_scored_dataset(
         streaming (`bool`, *optional*, defaults to `False`):
             Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
-            Its image column, and its video column or else `"video"`, are those whose paths are resolved.
+            The paths in its image column and in its video column, by default `"video"`, are resolved.
 
     Returns:
         [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
 
     Raises:
-        DataError: if `source` is nothing of the above or cannot be loaded; the cause is chained.
+        DataError: if `source` is none of the above or cannot be loaded; the cause is chained.
     """
-    dataset: AnyDataset = _find(source, name, split, streaming, columns, None)
+    dataset: AnyDataset = _find(source, name, _Wanted(split, streaming, columns))
     return dataset
 
 
@@ -83,12 +81,12 @@ def load_columns(
     source: str, only: Sequence[str], *, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> AnyDataset | ParquetColumns:
     """
-    Load some columns of a dataset, for a look at its scores: paths are not resolved, and of Parquet files with all of
-    them nothing else is read and nothing copied to the cache.
+    Load some columns of a dataset, to look at its scores. Paths are not resolved. Parquet files that have all the
+    columns are not copied to the cache, and their other columns are not read.
 
     Args:
         source (`str`):
-            As for [`load_scored_dataset`]; so are the last three.
+            As for [`load_scored_dataset`].
         only (`Sequence[str]`):
             Columns that are wanted. The result may have more.
         name (`str`, *optional*):
@@ -105,32 +103,51 @@ def load_columns(
     Raises:
         DataError: as [`load_scored_dataset`].
     """
-    dataset: AnyDataset | ParquetColumns = _find(source, name, split, streaming, DEFAULT_COLUMNS, only)
+    dataset: AnyDataset | ParquetColumns = _find(source, name, _Wanted(split, streaming, only=list(only)))
     return dataset
 
 
-def _find(
-    source: str, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
-) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What to load of a source; with `only`, some columns whose paths are not resolved."""
+
+    split: str
+    streaming: bool
+    columns: Columns = DEFAULT_COLUMNS
+    only: list[str] | None = None
+
+    @property
+    def base_split(self) -> str:
+        """The split without a slice: `"train[:100]"` -> `"train"`."""
+        return re.sub(r"\W.*", "", self.split)
+
+
+def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
     path = Path(source).expanduser()
-    if streaming and split != _base_split(split):
-        raise DataError(f"`split`: a stream takes no slice such as {split!r}. Name the split alone, or do not stream.")
+    if wanted.streaming and wanted.split != wanted.base_split:
+        raise DataError(
+            f"`split`: a stream takes no slice such as {wanted.split!r}. Name the split alone, or do not stream."
+        )
     if path.is_file():
-        return _load_file(path, split, streaming, columns, only)
+        return _load_file(path, wanted)
     if path.is_dir():
-        return _load_folder(path, name, split, streaming, columns, only)
+        return _load_folder(path, name, wanted)
+    here = f"(looked from {os.getcwd()})"
     if not is_hub_id(source) or path.suffix.lower() in _BUILDERS:
         raise DataError(
-            f"`source`: {source!r} is no file and no folder here (looked from {os.getcwd()}), and no Hub id, which "
-            "has the form 'owner/name'. Check the path."
+            f"`source`: {source!r} is not a file or folder here {here}, and not a Hub id, which has the form "
+            "'owner/name'. Check the path."
         )
     hint = (
-        f"No file or folder of that name exists here (looked from {os.getcwd()}), so it was taken for a Hub id. Check "
-        "its spelling, the `name` of the configuration and the `split`; for a private or gated dataset, log in with "
-        "`hf auth login`."
+        f"No file or folder of that name exists here {here}, so it was taken for a Hub id. Check its spelling, the "
+        "`name` of the configuration and the `split`; for a private or gated dataset, log in with `hf auth login`."
     )
-    dataset = _attempt(source, hint, _load, source, name, split=split, streaming=streaming, only=only)
-    return _with_origin(dataset, source)
+    with _loading(source, hint):
+        dataset = _load(wanted, source, name)
+    commit = hub_commit(dataset)
+    if commit and not dataset.info.download_checksums:  # cards read the Hub id and commit where `datasets` noted them
+        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
+    return dataset
 
 
 def hub_commit(dataset: AnyDataset) -> str | None:
@@ -140,17 +157,11 @@ def hub_commit(dataset: AnyDataset) -> str | None:
     return commit[1] if commit else None
 
 
-def _with_origin(dataset: AnyDataset, source: str) -> AnyDataset:
-    """Note Hub id and commit where `datasets` itself did until it stopped to, for cards."""
-    commit = hub_commit(dataset)
-    if commit and not dataset.info.download_checksums:
-        dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
-    return dataset
-
-
-def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@contextlib.contextmanager
+def _loading(source: str | Path, hint: str) -> Iterator[None]:
+    """Turn errors of `datasets` into a [`DataError`] that says what to check."""
     try:
-        return load(*args, **kwargs)
+        yield
     except LOAD_ERRORS as error:
         inner = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise DataError(
@@ -158,16 +169,15 @@ def _attempt(source: str | Path, hint: str, load: Callable[..., Any], *args: Any
         ) from error
 
 
-def _load(
-    *args: Any, split: str, streaming: bool, only: Sequence[str] | None, **kwargs: Any
-) -> AnyDataset | ParquetColumns:
+def _load(wanted: _Wanted, *args: Any, **kwargs: Any) -> Any:
+    """Call `datasets.load_dataset`, or read some columns of Parquet files where only some are wanted."""
+    split, only = wanted.split, wanted.only
     if only is None:
-        return datasets.load_dataset(*args, split=split, streaming=streaming, **kwargs)
+        return datasets.load_dataset(*args, split=split, streaming=wanted.streaming, **kwargs)
     builder = datasets.load_dataset_builder(*args, **kwargs)
-    by_column = hasattr(builder.config, "fragment_scan_options") and split == _base_split(
-        split
-    )  # Parquet; a stream takes no slice
-    if not (streaming or by_column):
+    # Only the builder of Parquet files has these options, and a stream takes no slice.
+    by_column = hasattr(builder.config, "fragment_scan_options") and split == wanted.base_split
+    if not (wanted.streaming or by_column):
         return datasets.load_dataset(*args, split=split, **kwargs)
     files = (builder.config.data_files or {}).get(split, [])
     local = bool(files) and all(os.path.isfile(file) for file in files)
@@ -175,14 +185,14 @@ def _load(
         return ParquetColumns(files, only)
     dataset = builder.as_streaming_dataset(split=split)
     if by_column and set(only) <= set(dataset.features or ()):
-        builder.config.columns = list(only)
-        # Without it the whole of the columns is held in memory before the first row.
+        builder.config.columns = only
+        # Otherwise all rows of the columns are held in memory before the first row.
         builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
         dataset = builder.as_streaming_dataset(split=split)
     return dataset
 
 
-def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None) -> Any:
+def _load_file(path: Path, wanted: _Wanted) -> Any:
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise DataError(
@@ -190,26 +200,27 @@ def _load_file(path: Path, split: str, streaming: bool, columns: Columns, only: 
             "folder."
         )
     hint = (
-        "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 (of a "
-        "spreadsheet: save it as 'CSV UTF-8')."
+        "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 (save a "
+        "spreadsheet as 'CSV UTF-8')."
     )
-    dataset = _attempt(
-        path,
-        hint,
-        _load,
-        builder,
-        data_files={_base_split(split): str(path)},
-        split=split,
-        streaming=streaming,
-        only=only,
-        **(_csv_options([path]) if builder == "csv" else {}),
-    )
-    dataset = _without_blanks(dataset) if builder == "csv" else dataset
-    return dataset if only is not None else _resolve_files(dataset, path.parent, columns)
+    options = _csv_options([path]) if builder == "csv" else {}
+    with _loading(path, hint):
+        dataset = _load(wanted, builder, data_files={wanted.base_split: str(path)}, **options)
+    return _as_written(dataset, path.parent, wanted, csv=builder == "csv")
+
+
+def _as_written(dataset: Any, folder: Path, wanted: _Wanted, *, csv: bool) -> Any:
+    """Strip the column names of a CSV file, as in `prompt , score`, and resolve the paths of a whole dataset."""
+    if csv:
+        known = dataset.column_names or []
+        names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
+        if len(set(names.values())) == len(names):
+            dataset = dataset.rename_columns(names)
+    return dataset if wanted.only is not None else _resolve_files(dataset, folder, wanted.columns)
 
 
 def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the options of the CSV reader for files as spreadsheets write them; the first one decides."""
+    """Return the options of the CSV reader for files as spreadsheets write them. The first file decides."""
     for path in paths[1:]:
         _read_sample(path)  # refuses rows that are too long
     separator, cells = _read_sample(paths[0])
@@ -217,12 +228,12 @@ def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
     return {
         "sep": separator,
         "decimal": "," if decimal_comma else ".",
-        # Where the first row has more values than the header, the reader would take its first column for row names,
-        # and every other column for the one beside it; a separator at the end of each row is enough.
+        # Where the first row has more values than the header (a separator at its end is enough), the reader would take
+        # the first column for row names and every other column for its neighbour.
         "index_col": False,
         "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
-        # In one piece: else a word in a later piece of a column that began with numbers stops the reader, where the
-        # check of the rows can say which row it is.
+        # In one piece: otherwise a word far down in a column of numbers stops the reader. The check of the rows can
+        # name its row.
         "chunksize": 2**31 - 1,
     }
 
@@ -250,48 +261,39 @@ def _read_sample(path: Path) -> tuple[str, list[str]]:
     return separator, cells
 
 
-def _load_folder(
-    path: Path, name: str | None, split: str, streaming: bool, columns: Columns, only: Sequence[str] | None
-) -> Any:
+def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
     lacking = incomplete(path)
     if lacking is not None and not any((path / "data").glob("*.parquet")):
-        raise DataError(f"`source`: {lacking}")  # what is there are settings
+        raise DataError(f"`source`: {lacking}")  # there are only settings
     if lacking is not None:
-        logger.warning("%s Until then the rows that are there are read, and no others.", lacking)
+        logger.warning("%s Until then, only the rows that are there are read.", lacking)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _load_saved(path, split, streaming)
-    for folder in (path / split, path):
-        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
-        if metadata is not None:
-            return _load_file(metadata, split, streaming, columns, only)
+        return _load_saved(path, wanted)
+    for folder in (path / wanted.split, path):
+        for file in _METADATA:
+            if (folder / file).is_file():
+                return _load_file(folder / file, wanted)
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    metadata = any(file.name in _METADATA for file in files)
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
     images = [file for file in files if file.suffix.lower() in _IMAGES + _VIDEOS]
-    if not any(file.name in _METADATA for file in files):
-        if images and not tables:
-            raise _no_metadata(path, images, columns)
-        if not tables:
-            raise DataError(
-                f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no "
-                f"{', '.join(_BUILDERS)} file."
-            )
-    hint = f"Check that the folder has a split {split!r} and that its files have the same columns."
+    if images and not tables and not metadata:
+        raise _no_metadata(path, images, wanted.columns)
+    if not tables and not metadata:
+        raise DataError(
+            f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no {', '.join(_BUILDERS)} "
+            "file."
+        )
     builder, options = str(path), {"name": name}
-    if images and tables and not any(file.name in _METADATA for file in files):
-        # `datasets` takes a folder for what most of its files are, here images, and would leave the tables unread.
-        builder, options = _tables_of(path, tables, split)
+    if images and tables and not metadata:
+        # `datasets` takes a folder for what most of its files are, here images, and would not read the tables.
+        builder, options = _tables_of(path, tables, wanted.base_split)
     elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
         options |= _csv_options(tables)
-    dataset = _attempt(path, hint, _load, builder, split=split, streaming=streaming, only=only, **options)
-    dataset = _without_blanks(dataset) if "sep" in options else dataset
-    return dataset if only is not None else _resolve_files(dataset, path, columns)
-
-
-def _without_blanks(dataset: AnyDataset) -> AnyDataset:
-    """Take the blanks around the names of columns away, as in `prompt , score`."""
-    known = dataset.column_names or []
-    names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
-    return dataset.rename_columns(names) if names and len(set(names.values())) == len(names) else dataset
+    hint = f"Check that the folder has a split {wanted.split!r} and that its files have the same columns."
+    with _loading(path, hint):
+        dataset = _load(wanted, builder, **options)
+    return _as_written(dataset, path, wanted, csv="sep" in options)
 
 
 def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
@@ -300,31 +302,31 @@ def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[st
     names = sorted(file.relative_to(path).as_posix() for file in tables)
     if len(builders) > 1:
         raise DataError(f"`source`: {str(path)!r} holds tables of several kinds: {names}. Name one file.")
-    base = _base_split(split)
-    words = {file: set(re.split(r"[\W\d_]+", file.relative_to(path).as_posix().lower())) for file in tables}
-    if any(words[file] & known for file in tables for known in _SPLIT_WORDS.values()):
-        tables = [file for file in tables if words[file] & _SPLIT_WORDS.get(base, {base.lower()})]
-    if not tables:
-        raise DataError(f"`split`: of the tables {names} in {str(path)!r}, none belongs to the split {base!r}.")
-    options = {"data_files": {base: [str(file) for file in sorted(tables)]}}
-    builder = builders.pop()
-    return builder, options | (_csv_options(tables) if builder == "csv" else {})
+    words = {name: set(re.split(r"[\W\d_]+", name.lower())) for name in names}
+    if any(words[name].intersection(known) for name in names for known in SPLIT_KEYWORDS.values()):
+        known = SPLIT_KEYWORDS.get(split, [split.lower()])
+        names = [name for name in names if words[name].intersection(known)]
+    if not names:
+        found = sorted(words)
+        raise DataError(f"`split`: none of the tables {found} in {str(path)!r} belongs to the split {split!r}.")
+    (builder,) = builders
+    files = [path / name for name in names]
+    options = {"data_files": {split: [str(file) for file in files]}}
+    return builder, options | (_csv_options(files) if builder == "csv" else {})
 
 
-def _base_split(split: str) -> str:
-    return re.sub(r"\W.*", "", split)  # "train[:100]" -> "train"
-
-
-def _load_saved(path: Path, split: str, streaming: bool) -> AnyDataset:
-    dataset = _attempt(path, "Save it again with `dataset.save_to_disk`.", datasets.load_from_disk, str(path))
+def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
+    with _loading(path, "Save it again with `dataset.save_to_disk`."):
+        dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
+        split = wanted.split
         if split not in dataset:
             raise DataError(
                 f"`split`: {str(path)!r} has the splits {list(dataset)}, not {split!r}. Give one of them; a saved "
                 "dataset takes no slice such as 'train[:100]'."
             )
         dataset = dataset[split]
-    if streaming:
+    if wanted.streaming:
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
     return dataset
 
@@ -335,19 +337,18 @@ def _no_metadata(path: Path, images: list[Path], columns: Columns) -> DataError:
         json.dumps({"file_name": file, columns.prompt: prompt, columns.score: score}, ensure_ascii=False)
         for file, prompt, score in ((names[0], "a red kite over the sea", 4), (names[-1], "a dog in a hat", 2.5))
     )
-    medium = "video" if images[0].suffix.lower() in _VIDEOS else "image"
+    medium = "video" if _is_video(names[0]) else "image"
     return DataError(
         f"`source`: the folder {str(path)!r} holds {len(images)} {medium}s and no metadata, so there are no prompts "
-        f"and no scores. Add a file metadata.jsonl to it, with one line {'a' if medium == 'video' else 'an'} {medium}:"
-        f"\n{lines}"
+        f"and no scores. Add a file metadata.jsonl to it, with one line per {medium}:\n{lines}"
     )
 
 
 def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
-    """Make columns of paths absolute and of images or videos; anything else is left to the check of the columns."""
+    """Make paths absolute and their columns of type image or video; the check of the columns refuses other types."""
     arguments = {"folder": str(folder.resolve()), "image": columns.image, "video": columns.video or "video"}
     if dataset.features is None:
-        # A streamed CSV or JSON file: types are known once rows are read.
+        # The types of a streamed CSV or JSON file are known once rows are read.
         return dataset.map(_absolute_row, fn_kwargs=arguments)
     if "file_name" in dataset.features and not {arguments["image"], arguments["video"]} & set(dataset.features):
         first: dict[str, Any] = next(iter(dataset.select_columns(["file_name"])), {})
@@ -362,7 +363,8 @@ def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDa
 def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) -> AnyDataset:
     feature = dataset.features[column]
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    if dtype in ("string", "large_string", "null"):
+    texts = dtype in ("string", "large_string", "null")
+    if texts:
         features = dataset.features.copy()
         features[column] = datasets.Value("string")
         dataset = dataset.map(
@@ -372,8 +374,8 @@ def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) 
             features=features,
             **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": f"Resolving {medium} paths"}),
         )
-    if dtype in ("string", "large_string", "null", "binary", "large_binary") or isinstance(feature, dict):
-        # Videos are decoded here; the decoder of `datasets` is another package.
+    if texts or dtype in ("binary", "large_binary") or isinstance(feature, dict):
+        # Videos stay encoded: `datasets` decodes them with another package than this library.
         kind = datasets.Image() if medium == "image" else datasets.Video(decode=False)
         dataset = dataset.cast_column(column, kind)
     return dataset
@@ -385,19 +387,14 @@ def _is_video(path: Any) -> bool:
 
 def absolute_path(path: Any, folder: str | Path) -> Any:
     """
-    Return a path of a table as an absolute one.
-
-    Args:
-        path (`Any`):
-            A path, absolute or relative to `folder`, written on Windows or not; URLs and what is no text stay.
-        folder (`str` or `Path`):
-            Of the table.
+    Return a path of a table in `folder` as an absolute path; it may be written as on Windows. URLs, blanks and values
+    of another type stay.
     """
     if not isinstance(path, str) or not path.strip() or "://" in path:
         return path
-    # What is there is not looked at: `datasets` keeps the result, and the files may be put there later.
+    # Whether the file exists does not matter: `datasets` keeps the result, and the file may be put there later.
     path = path.strip().replace("\\", os.sep)
-    return os.path.join(os.path.abspath(folder), path)  # an absolute path stays what it is
+    return os.path.join(os.path.abspath(folder), path)  # keeps an absolute path
 
 
 def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:

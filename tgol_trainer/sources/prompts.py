@@ -1,4 +1,4 @@
-"""Prompts from a text file, a table, a dataset, or one of the test sets that papers report on."""
+"""Read prompts from a text file, a table, a dataset, or one of the test sets that papers report on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _STYLES = ("anime", "concept-art", "paintings", "photo")
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
     """
-    Where a named prompt set lies on the Hub.
+    The place of a named prompt set on the Hub.
 
     Args:
         repo_id (`str`):
             Dataset repository.
         count (`int`):
-            Prompts that are in it, as published.
+            Number of its prompts, as published.
         revision (`str`):
             Branch, tag or commit.
         split (`str`, *optional*):
@@ -39,7 +39,7 @@ class PromptSource:
         category (`str`, *optional*):
             Column of categories.
         files (`tuple[str, ...]`, *optional*):
-            JSON files, each a list of strings, whose names are the categories; instead of split and columns.
+            JSON files, each a list of strings, instead of split and columns. Their names are the categories.
     """
 
     repo_id: str
@@ -65,13 +65,13 @@ PartiPrompts' 1632 and HPSv2's 4 × 800. Nothing is filtered; Pick-a-Pic holds p
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """
-    Prompts with their categories, where there are any.
+    Prompts, with their categories where there are any.
 
     Args:
         texts (`list[str]`):
             Prompts, in order.
         categories (`list[str]`, *optional*):
-            One a prompt.
+            One per prompt.
         revision (`str`, *optional*):
             Commit of the Hub that they were read from.
     """
@@ -83,14 +83,14 @@ class Prompts:
 
 def prompt_set(source: str) -> tuple[str, PromptSource] | None:
     """
-    Look a named set up.
+    Look up a named set.
 
     Args:
         source (`str`):
             A name of [`PROMPT_SETS`], or one with a revision: `"hpsv2@main"`.
 
     Returns:
-        `tuple[str, PromptSource]`, *optional*: the name, and its source at that revision; `None` for another text.
+        `tuple[str, PromptSource]`, *optional*: the name, and its source at that revision; `None` for other text.
     """
     name, _, revision = source.partition("@")
     if name not in PROMPT_SETS:
@@ -107,13 +107,13 @@ def load_prompts(
 
     Args:
         source (`str`):
-            A name of [`PROMPT_SETS`], alone or with a revision (`"hpsv2@main"`); a text file with one prompt a line
-            (blank lines are passed over); a CSV, JSON Lines or Parquet file; a folder or Hub id of a dataset.
+            A name of [`PROMPT_SETS`], alone or with a revision (`"hpsv2@main"`); a text file with one prompt per line
+            (blank lines are skipped); a CSV, JSON Lines or Parquet file; a folder or Hub id of a dataset.
         column (`str`, *optional*):
             Column of a table; by default that of the named set, or the first of `prompt`, `caption`, `text` that
             exists.
         category_column (`str`, *optional*):
-            Column of a table that holds the category of each prompt. Named sets that have categories bring them.
+            Column of a table that holds the category of each prompt. Some named sets have categories of their own.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset.
 
@@ -133,46 +133,41 @@ def load_prompts(
         return _checked(Prompts([text for text in texts if text]), source, None)
     if not path.exists() and "/" not in source:
         raise DataError(
-            f"prompts: {source!r} is no file here and no named set. The sets are {', '.join(PROMPT_SETS)}."
+            f"prompts: {source!r} is not a file here and not a named set. The sets are {', '.join(PROMPT_SETS)}."
         )
     return _from_table(load_scored_dataset(source, split=split), source, column, category_column)
 
 
 def _from_table(dataset: AnyDataset, source: str, column: str | None, category_column: str | None) -> Prompts:
     names = list(dataset.column_names or [])
-    found = column if column is not None else next((name for name in _COLUMNS if name in names), None)
-    if found is None or found not in names:
-        raise DataError(
-            f"prompts: {source!r} has no column {column or 'prompt'!r}; its columns are {names}. Name the one that "
-            "holds the prompts."
-        )
+    found = column or next((name for name in _COLUMNS if name in names), "prompt")
+    for wanted, remedy in ((found, " Name the one that holds the prompts."), (category_column, "")):
+        if wanted is not None and wanted not in names:
+            raise DataError(f"prompts: {source!r} has no column {wanted!r}; its columns are {names}.{remedy}")
     categories = None
     if category_column is not None:
-        if category_column not in names:
-            raise DataError(f"prompts: {source!r} has no column {category_column!r}; its columns are {names}.")
         categories = [str(value) for value in dataset.select_columns([category_column])[category_column]]
     texts = list(dataset.select_columns([found])[found])
     return _checked(Prompts(texts, categories, hub_commit(dataset)), source, found)
 
 
 def _named(name: str, source: PromptSource, column: str | None, category_column: str | None) -> Prompts:
-    if source.files and (column, category_column) != (None, None):
+    if source.files and (column or category_column):
         raise DataError(f"prompts: the set {name!r} has no columns {column or category_column!r}: name none.")
     try:
         if source.files:
-            read: Prompts | AnyDataset = _from_files(source)
+            prompts = _checked(_from_files(source), name, None)
         else:
-            read = datasets.load_dataset(source.repo_id, split=source.split, revision=source.revision)
+            dataset = datasets.load_dataset(source.repo_id, split=source.split, revision=source.revision)
+            prompts = _from_table(dataset, name, column or source.column, category_column or source.category)
+    except DataError:
+        raise
     except LOAD_ERRORS as error:
         raise DataError(
             f"prompts: the set {name!r} is read from the Hub dataset {source.repo_id} at {source.revision!r}, which "
             f"could not be loaded: {type(error).__name__}: {str(error)[:300]}\nCheck the connection (HF_HUB_OFFLINE, "
-            "proxy), or give a text file with one prompt a line."
+            "proxy), or give a text file with one prompt per line."
         ) from error
-    if isinstance(read, Prompts):
-        prompts = _checked(read, name, None)
-    else:
-        prompts = _from_table(read, name, column or source.column, category_column or source.category)
     if len(prompts.texts) != source.count:
         logger.warning(
             "prompts: the set %r has %d prompts at %r of %s, and had %d when papers used it. Name an earlier commit: "
@@ -185,26 +180,27 @@ def _named(name: str, source: PromptSource, column: str | None, category_column:
 def _from_files(source: PromptSource) -> Prompts:
     from huggingface_hub import hf_hub_download
 
-    prompts = Prompts([], [])
+    texts, categories, commit = [], [], None
     for file in source.files:
-        # All of the commit of the first: the branch may move in between.
-        revision = prompts.revision or source.revision
-        local = Path(hf_hub_download(source.repo_id, file, repo_type="dataset", revision=revision))
+        # Every file is of the commit of the first one: the branch may move in between.
+        path = hf_hub_download(source.repo_id, file, repo_type="dataset", revision=commit or source.revision)
+        local = Path(path)
+        commit = local.parts[-1 - len(Path(file).parts)]
         found = json.loads(local.read_text(encoding="utf-8"))
         if not isinstance(found, list):
-            raise ValueError(f"{file} is no JSON list")
-        texts = [*prompts.texts, *found]
-        categories = [*(prompts.categories or []), *[local.stem] * len(found)]
-        prompts = Prompts(texts, categories, local.parts[-1 - len(Path(file).parts)])
-    return prompts
+            raise ValueError(f"{file} is not a JSON list")
+        texts += found
+        categories += [local.stem] * len(found)
+    return Prompts(texts, categories, commit)
 
 
 def _checked(prompts: Prompts, source: str, column: str | None) -> Prompts:
-    bad = [(row, cause) for row, text in enumerate(prompts.texts) if (cause := prompt_problem(text))]
     where = f"column {column!r} of {source!r}" if column else repr(source)
-    if bad:
-        rows = ", ".join(f"row {row}: {cause}" for row, cause in bad[:5])
-        raise DataError(f"prompts: {where}: {len(bad)} of {len(prompts.texts)} cannot be used ({rows}). Mend them.")
     if not prompts.texts:
         raise DataError(f"prompts: {where} holds none.")
+    bad = [f"row {row}: {cause}" for row, text in enumerate(prompts.texts) if (cause := prompt_problem(text))]
+    if bad:
+        raise DataError(
+            f"prompts: {where}: {len(bad)} of {len(prompts.texts)} cannot be used ({', '.join(bad[:5])}). Mend them."
+        )
     return prompts
