@@ -1,9 +1,8 @@
-"""What an image looks like in a few numbers, so that damage and collapse show beside the scores."""
+"""Measure saturation, contrast, detail, motion and diversity of images, to show damage and collapse beside scores."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,22 +11,22 @@ from PIL import Image
 MEASURES = {
     "saturation": "mean over pixels of the largest minus the smallest of R, G and B, 0 to 1",
     "contrast": "standard deviation of the luma, 0 to 0.5",
-    "high_frequency": "root mean square of what the mean of 3×3 pixels takes away from the luma, 0 to 1",
-    "motion": "videos: root mean square difference of the luma of neighbouring frames looked at, 0 to 1",
+    "high_frequency": "root mean square of the luma minus its mean over 3×3 pixels, 0 to 1",
+    "motion": "videos: root mean square difference of the luma between neighbouring measured frames, 0 to 1",
 }
-"""Name of a measure of one image to what it is. For a video, the mean over the frames looked at."""
+"""Names and descriptions of the measures of one image. The value of a video is the mean over the measured frames."""
 
 SPREAD = "seed_spread"
 SPREADS = {
-    SPREAD: "mean distance of two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
+    SPREAD: "mean distance between two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
     "feature_spread": "mean of 1 − cosine of the features of two images of one prompt, 0 to 2",
 }
-"""Name of a measure of one prompt's images, made with different seeds, to what it is."""
+"""Names and descriptions of the measures of several images of one prompt, made with different seeds."""
 
-FRAMES_LOOKED_AT = 8
+MEASURED_FRAMES = 8
+"""Frames of a video that are measured, spread evenly."""
 _SIDE = 16
-# ITU-R BT.601.
-_LUMA = np.array([0.299, 0.587, 0.114])
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 def measure_image(frames: Sequence[Image.Image]) -> dict[str, float]:
@@ -36,10 +35,10 @@ def measure_image(frames: Sequence[Image.Image]) -> dict[str, float]:
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or the frames of a video that are to be looked at, in order and of one size.
+            A single image, or the frames of a video that are measured, in order and of one size.
 
     Returns:
-        `dict[str, float]`: the values of [`MEASURES`]; `motion` for two frames and more.
+        `dict[str, float]`: the values of [`MEASURES`]; `motion` only for two frames or more.
 
     Raises:
         ValueError: if there is no frame.
@@ -74,7 +73,7 @@ def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or the frames of a video.
+            A single image, or the frames of a video.
 
     Returns:
         `numpy.ndarray`: (768,) or (2304,) uint8.
@@ -88,16 +87,16 @@ def seed_spread(
     descriptors: Sequence[np.ndarray | None], prompts: Sequence[str], *, cosine: bool = False
 ) -> dict[str, float]:
     """
-    Return how far apart the images of each prompt lie.
+    Return how different the images of each prompt are.
 
     Args:
         descriptors (`Sequence[numpy.ndarray | None]`):
-            One an image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
+            One per image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
             image out.
         prompts (`Sequence[str]`):
             The prompt of each image.
         cosine (`bool`, *optional*, defaults to `False`):
-            Distance 1 − cosine, for features, instead of the root mean square difference of pixels in 0..1.
+            Take 1 − cosine of features as the distance, not the root mean square difference of pixels in 0..1.
 
     Returns:
         `dict[str, float]`: prompt to the mean distance over all pairs of its images; prompts with fewer than two
@@ -114,10 +113,9 @@ def _mean_distance(group: np.ndarray, cosine: bool) -> float:
     if cosine:
         values = group.astype(np.float64)
         values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-        # The mean over pairs i ≠ j, from the square of the sum and of each.
+        # The mean over pairs i ≠ j follows from the square of the sum and the sum of the squares.
         count = len(values)
         return float(1 - ((values.sum(axis=0) ** 2).sum() - (values**2).sum()) / (count * (count - 1)))
     values = group.astype(np.float64) / 255
     first, second = np.triu_indices(len(values), k=1)
-    distances = [math.sqrt(np.mean((values[i] - values[j]) ** 2)) for i, j in zip(first, second, strict=True)]
-    return float(np.mean(distances))
+    return float(np.sqrt(((values[first] - values[second]) ** 2).mean(axis=1)).mean())

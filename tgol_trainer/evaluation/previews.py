@@ -1,4 +1,4 @@
-"""Small copies of images for a report: one for the gallery, one for looking closely."""
+"""Encode small copies of images for a report: a thumbnail for the gallery and a larger preview."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or frames of a video.
+            A single image, or frames of a video.
 
     Returns:
-        `bytes`: PNG up to 64 pixels a side, else WebP.
+        `bytes`: PNG up to 64 pixels per side, else WebP.
     """
     shown = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
     small = [_reduced(frame, THUMBNAIL_SIDE) for frame in shown]
@@ -39,10 +39,10 @@ def encode_preview(frames: Sequence[Image.Image]) -> bytes | None:
 
     Args:
         frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or frames of a video.
+            A single image, or frames of a video.
 
     Returns:
-        `bytes`, *optional*: WebP; `None` where the thumbnail is all there is.
+        `bytes`, *optional*: WebP; `None` if the thumbnail is as large.
     """
     if len(frames) > 1:
         first, *others = (_reduced(frame, CLIP_SIDE) for frame in frames)

@@ -29,7 +29,7 @@ from tgol_trainer.evaluation import (
     measure_image,
     pixel_descriptor,
 )
-from tgol_trainer.evaluation.measures import FRAMES_LOOKED_AT, SPREAD
+from tgol_trainer.evaluation.measures import MEASURED_FRAMES, SPREAD
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.sources.shards import read_rewards
 
@@ -403,7 +403,7 @@ def _frames(value: Any, visual: str) -> list[Image.Image]:
         frames = read_video(value, None, lambda frame: frame)
     except (ImageError, VideoError):
         return []
-    places = np.linspace(0, len(frames) - 1, min(len(frames), FRAMES_LOOKED_AT)).round().astype(int)
+    places = np.linspace(0, len(frames) - 1, min(len(frames), MEASURED_FRAMES)).round().astype(int)
     return [frames[place] for place in places]
 
 
