@@ -243,7 +243,9 @@ def test_the_files_hold_what_was_compared_in_the_agreed_form(tmp_path):
     base, x, y = random_rows("base"), random_rows("x", 0.5, 1, trained=frozenset({"a"})), random_rows("y", 0.2, 2)
     gallery = make_gallery(PROMPTS, [[noise(i, 8) for i in range(90)]] * 3)
     evaluation = compare_models(PROMPTS, base, [x, y])
-    write_results(tmp_path, evaluation, [base, x, y], gallery, ReportOptions(prompt_set="mine | <b>"), seconds={"total": 1.0})
+    write_results(
+        tmp_path, evaluation, [base, x, y], gallery, ReportOptions(prompt_set="mine | <b>"), seconds={"total": 1.0}
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["scores"] == metrics["adapters"]["x"]["scores"] and metrics["adapter"] == "x"
     assert {"trained", "win_rate", "interval", "mean_before", "mean_after"} <= metrics["scores"]["a"].keys()

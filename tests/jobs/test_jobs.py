@@ -26,6 +26,8 @@ from tests.hub import LoopbackHub
 from tgol_trainer import cli
 from tgol_trainer.data import DataError
 from tgol_trainer.jobs import (
+    GenerationSettings,
+    ScoringSettings,
     Shards,
     check_complete,
     generate_dataset,
@@ -44,8 +46,9 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 
 def generate(folder, **overrides):
     options = {"model": "tiny", "images_per_prompt": 3, "shard_size": 4, "batch_size": 2, "num_inference_steps": 2}
-    prompts = overrides.pop("prompts", PROMPTS)
-    return generate_dataset(tiny.stable_diffusion(), prompts, folder, progress=False, **{**options, **overrides})
+    prompts, share = overrides.pop("prompts", PROMPTS), overrides.pop("share", None)
+    settings = GenerationSettings(**{**options, **overrides})
+    return generate_dataset(tiny.stable_diffusion(), prompts, folder, settings, share=share, progress=False)
 
 
 def rows(folder):
@@ -166,14 +169,13 @@ def length(images, prompts):
     return [float(len(prompt)) for prompt in prompts]
 
 
+KNOWN = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
+
+
 def score(dataset, folder, names=("jpeg",), **options):
-    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
-    return score_dataset(
-        dataset,
-        {name: known[name] for name in names},
-        folder,
-        **{"shard_size": 3, "batch_size": 2, "progress": False, **options},
-    )
+    share, settings = options.pop("share", None), ScoringSettings(**{"shard_size": 3, "batch_size": 2, **options})
+    rewards = {name: KNOWN[name] for name in names}
+    return score_dataset(dataset, rewards, folder, settings, share=share, progress=False)
 
 
 def test_scores_stand_beside_the_rows_that_were_there(images, tmp_path):
@@ -202,7 +204,7 @@ def test_a_score_that_is_no_number_names_its_row_in_the_dataset(images, tmp_path
     prompts_seen = [f"prompt {index}" for index in range(7)]
     dataset = images.remove_columns("prompt").add_column("prompt", prompts_seen)
     with pytest.raises(ValueError, match=r"NaN or infinity for row 5 \(nan, prompt 'prompt 5'\)"):
-        score_dataset(dataset, {"r": lambda: reward}, tmp_path, shard_size=3, batch_size=2, progress=False)
+        score_dataset(dataset, {"r": lambda: reward}, tmp_path, ScoringSettings(shard_size=3, batch_size=2))
 
 
 @pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"num_workers": 1, "batch_size": 7}])
@@ -217,7 +219,7 @@ def test_a_weighted_sum_follows_its_weights_without_scoring_again(images, tmp_pa
         return [None if prompt == "p3" else 2.0 for prompt in prompts]
 
     def run(loaders, **weights):
-        return score_dataset(images, loaders, tmp_path, shard_size=3, progress=False, weights=weights)
+        return score_dataset(images, loaders, tmp_path, ScoringSettings(shard_size=3, weights=weights))
 
     def refuse():
         raise AssertionError("loaded again")
@@ -231,7 +233,7 @@ def test_a_weighted_sum_follows_its_weights_without_scoring_again(images, tmp_pa
         table = rows(tmp_path)
         assert table["weighted_sum"][3] is None and None not in table["jpeg"]
         np.testing.assert_allclose(np.delete(np.array(table["weighted_sum"], float), 3), np.delete(expected, 3))
-    with pytest.raises(DataError, match="`weights`: 'hps' is no column of these rewards: jpeg, fussy"):
+    with pytest.raises(DataError, match="`weights`: 'hps' is not a column of these rewards: jpeg, fussy"):
         run({"jpeg": refuse, "fussy": refuse}, hps=1.0)
 
 
@@ -247,7 +249,10 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
     table = rows(tmp_path / "out")
     assert table["Scaled"] == [3.0 * len(prompt) for prompt in table["prompt"]]
     assert table["weighted_sum"] == [6.0 * len(prompt) for prompt in table["prompt"]]
-    for wrong, message in ((["--weights", "Scaled"], "no column and weight"), (["--reward_options", "[]"], "no JSON")):
+    for wrong, message in (
+        (["--weights", "Scaled"], "not a column and a weight"),
+        (["--reward_options", "[]"], "no JSON"),
+    ):
         with pytest.raises(SystemExit):
             cli.main([*arguments, *wrong])
         assert message in capsys.readouterr().err
@@ -265,10 +270,9 @@ def stream_of(dataset, folder):
 def test_a_stream_is_scored_like_the_dataset_by_any_number_of_processes(images, tmp_path, options):
     stream = stream_of(images, tmp_path / "source")
     score(images, tmp_path / "whole", ["jpeg", "length"], weights={"length": 2})
-    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
-    options = {**options, "shard_size": 3, "progress": False, "weights": {"length": 2}}
+    settings = ScoringSettings(shard_size=3, weights={"length": 2}, **options)
     for rank in (1, 0):
-        score_stream(stream, known, tmp_path / "out", share=(rank, 2), **options)
+        score_stream(stream, KNOWN, tmp_path / "out", settings, share=(rank, 2), progress=False)
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
     assert [len(parquet.read_table(file)) for file in sorted((tmp_path / "out" / "data").iterdir())] == [3, 1, 3]
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train")
@@ -285,7 +289,7 @@ def test_a_stream_continues_where_it_was_killed_and_opens_no_file_that_was_read(
             raise KeyboardInterrupt
         return [1.0 if prompt != "p1" else None for prompt in prompts]
 
-    options = {"shard_size": 2, "batch_size": 1, "progress": False, "share": (0, 1)}
+    options = {"settings": ScoringSettings(shard_size=2, batch_size=1), "progress": False, "share": (0, 1)}
     stream, rewards = stream_of(images, tmp_path / "source"), {"one": lambda: counted}
     with pytest.raises(KeyboardInterrupt):
         score_stream(stream, rewards, tmp_path / "out", **options)
@@ -375,8 +379,8 @@ def test_a_reward_added_later_is_scored_alone(images, tmp_path):
     def refuse():
         raise AssertionError("loaded again")
 
-    score_dataset(images, {"jpeg": refuse, "length": lambda: length}, tmp_path, shard_size=3, progress=False)
-    score_dataset(images, {"again": lambda: length}, tmp_path, shard_size=3, progress=False)
+    score_dataset(images, {"jpeg": refuse, "length": lambda: length}, tmp_path, ScoringSettings(shard_size=3))
+    score_dataset(images, {"again": lambda: length}, tmp_path, ScoringSettings(shard_size=3))
     table = rows(tmp_path)
     assert table["length"] == table["again"] == [2.0] * 7 and None not in table["jpeg"]
 

@@ -27,16 +27,11 @@ def save_before_after_grid(
     Draw pairs of images, before on the left and after on the right, below their prompt.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
-        prompts (`Sequence[str]`):
-            One per pair; cut to two lines.
-        before (`Sequence[PIL.Image.Image]`):
-            Images before.
-        after (`Sequence[PIL.Image.Image]`):
-            Images after.
-        columns (`int`, *optional*, defaults to 2):
-            Pairs side by side.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
+        prompts (`Sequence[str]`): One per pair; cut to two lines.
+        before (`Sequence[PIL.Image.Image]`): Images before.
+        after (`Sequence[PIL.Image.Image]`): Images after.
+        columns (`int`, *optional*, defaults to 2): Pairs side by side.
         scale (`int`, *optional*):
             Whole factor by which images are enlarged, pixel by pixel. `None` takes the smallest that makes every
             image at least 128 pixels wide and high, and reduces images above 320 pixels to that size.

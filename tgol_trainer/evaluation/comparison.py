@@ -92,22 +92,14 @@ def compare_scores(
     after mirrors every number.
 
     Args:
-        name (`str`):
-            Name of the score.
-        before (`Sequence[float | None]`):
-            Scores before; `None` where an image could not be scored.
-        after (`Sequence[float | None]`):
-            Scores after, of images with the same prompts and seeds.
-        prompts (`Sequence[str]`):
-            The prompt of each pair; equal prompts form one group.
-        trained (`bool`):
-            Whether this score was trained on.
-        num_resamples (`int`, *optional*, defaults to 2000):
-            Bootstrap resamples.
-        confidence (`float`, *optional*, defaults to 0.95):
-            Level of the intervals, in 0..1.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the resampling.
+        name (`str`): Name of the score.
+        before (`Sequence[float | None]`): Scores before; `None` where an image could not be scored.
+        after (`Sequence[float | None]`): Scores after, of images with the same prompts and seeds.
+        prompts (`Sequence[str]`): The prompt of each pair; equal prompts form one group.
+        trained (`bool`): Whether this score was trained on.
+        num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
+        confidence (`float`, *optional*, defaults to 0.95): Level of the intervals, in 0..1.
+        seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Returns:
         `Comparison`: all numbers over the pairs in which both were scored.
@@ -163,14 +155,10 @@ def write_metrics(
     The file appears whole or not at all. NaN and infinity, which JSON does not have, become null.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file; missing folders are made.
-        comparisons (`Sequence[Comparison]`):
-            One per score, with distinct names.
-        seconds (`Mapping[str, float]`, *optional*):
-            Wall-clock seconds of each part of the run.
-        facts (`Any`):
-            Further top-level entries: numbers, strings, lists and dictionaries of them.
+        path (`str` or `os.PathLike`): The file; missing folders are made.
+        comparisons (`Sequence[Comparison]`): One per score, with distinct names.
+        seconds (`Mapping[str, float]`, *optional*): Wall-clock seconds of each part of the run.
+        facts (`Any`): Further top-level entries: numbers, strings, lists and dictionaries of them.
 
     Raises:
         ValueError: if two comparisons share a name, or a fact is called `scores`.
@@ -196,8 +184,7 @@ def format_table(comparisons: Sequence[Comparison]) -> str:
     Return an aligned table of plain ASCII (score names apart), at most 100 columns wide.
 
     Args:
-        comparisons (`Sequence[Comparison]`):
-            One per row, in the order given.
+        comparisons (`Sequence[Comparison]`): One per row, in the order given.
 
     Returns:
         `str`: a header, a rule, one line per score and, where pairs are missing, a note; no newline at the end.

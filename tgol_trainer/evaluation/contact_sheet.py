@@ -28,14 +28,10 @@ def save_contact_sheet(
     Draw a few frames of each video in a row: below each prompt the video before, and under it the one after.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
-        prompts (`Sequence[str]`):
-            One per pair of videos; cut to two lines.
-        before (`Sequence[Sequence[PIL.Image.Image]]`):
-            Frames of the videos before.
-        after (`Sequence[Sequence[PIL.Image.Image]]`):
-            Frames of the videos after.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
+        prompts (`Sequence[str]`): One per pair of videos; cut to two lines.
+        before (`Sequence[Sequence[PIL.Image.Image]]`): Frames of the videos before.
+        after (`Sequence[Sequence[PIL.Image.Image]]`): Frames of the videos after.
         num_shown (`int`, *optional*, defaults to 6):
             Frames drawn of each video, spread evenly from the first to the last; fewer if a video has fewer. The
             number of each frame, from 1, stands above it.

@@ -35,18 +35,15 @@ def generate_images(
     the pipeline raises.
 
     Args:
-        pipeline (`DiffusionPipeline`):
-            Any text-to-image pipeline.
-        prompts (`Sequence[str]`):
-            One prompt per image.
+        pipeline (`DiffusionPipeline`): Any text-to-image pipeline.
+        prompts (`Sequence[str]`): One prompt per image.
         seeds (`Sequence[int]`):
             One seed per image, for a generator on the CPU, so that images do not depend on the kind of device.
         batch_size (`int`, *optional*, defaults to 8):
             Images per call of the pipeline; always one for a pipeline that takes no list of generators (aMUSEd).
         progress (`bool`, *optional*, defaults to `True`):
             Show one bar over all images instead of the pipeline's bar for each batch.
-        description (`str`, *optional*, defaults to `"Generating"`):
-            Text in front of that bar.
+        description (`str`, *optional*, defaults to `"Generating"`): Text in front of that bar.
         sampling (`Any`):
             Arguments of the pipeline's call, such as `num_inference_steps`, `guidance_scale`, `height` and `width` in
             pixels. `None` leaves the pipeline's own default.
@@ -78,15 +75,12 @@ def generate_videos(
     Draw one video per prompt, each from its own seed, with the guarantees of [`generate_images`].
 
     Args:
-        pipeline (`DiffusionPipeline`):
-            Any text-to-video pipeline.
-        batch_size (`int`, *optional*, defaults to 1):
-            Videos per call of the pipeline.
+        pipeline (`DiffusionPipeline`): Any text-to-video pipeline.
+        batch_size (`int`, *optional*, defaults to 1): Videos per call of the pipeline.
         sampling (`Any`):
             As in [`generate_images`], and `num_frames`. A number of frames that the pipeline rounds, as Wan does with
             what is not 4·k + 1, is an error.
-        prompts, seeds, progress, description:
-            As in [`generate_images`].
+        prompts, seeds, progress, description: As in [`generate_images`].
 
     Returns:
         `list[list[PIL.Image.Image]]`: the frames of video `i` belong to prompt `i` and seed `i`.
@@ -176,9 +170,10 @@ def _generate_chunk(
     if broken.size:
         first = int(broken[0])
         raise ValueError(
-            f"{type(pipeline).__name__} returned NaN, which would be saved as a black {_THINGS[kind]}, for {broken.size} of "
-            f"{len(prompts)} prompts; the first is prompt {start + first}, {prompts[first]!r:.80}. Half precision is "
-            "the usual reason (load the VAE in float32, or use bfloat16), else weights that diverged in training."
+            f"{type(pipeline).__name__} returned NaN, which would be saved as a black {_THINGS[kind]}, for "
+            f"{broken.size} of {len(prompts)} prompts; the first is prompt {start + first}, {prompts[first]!r:.80}. "
+            "Half precision is the usual reason (load the VAE in float32, or use bfloat16), else weights that "
+            "diverged in training."
         )
     return arrays
 

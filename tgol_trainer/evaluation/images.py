@@ -27,14 +27,10 @@ def score_model(
     Score and measure one model's images.
 
     Args:
-        name (`str`):
-            Name of the model.
-        images (`Sequence[PIL.Image.Image]`):
-            The images.
-        prompts (`Sequence[str]`):
-            One per image.
-        rewards (`Mapping[str, Callable]`):
-            Name of a score and its reward, a [`RewardFunction`].
+        name (`str`): Name of the model.
+        images (`Sequence[PIL.Image.Image]`): The images.
+        prompts (`Sequence[str]`): One per image.
+        rewards (`Mapping[str, Callable]`): Name of a score and its reward, a [`RewardFunction`].
         trained (`frozenset[str]`, *optional*):
             Names of the scores that the model was trained on; `None` if that is not known.
 
@@ -58,12 +54,9 @@ def make_gallery(
     Make small copies of the images of all models for a report.
 
     Args:
-        prompts (`Sequence[str]`):
-            One per row.
-        models (`Sequence[Sequence[PIL.Image.Image]]`):
-            The images of each model, the base model first.
-        categories (`Sequence[str]`, *optional*):
-            One per row.
+        prompts (`Sequence[str]`): One per row.
+        models (`Sequence[Sequence[PIL.Image.Image]]`): The images of each model, the base model first.
+        categories (`Sequence[str]`, *optional*): One per row.
 
     Returns:
         [`Gallery`]

@@ -72,8 +72,7 @@ def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
     Reduce an image to 16×16 pixels, or a video to its first, middle and last frame at that size.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            A single image, or the frames of a video.
+        frames (`Sequence[PIL.Image.Image]`): A single image, or the frames of a video.
 
     Returns:
         `numpy.ndarray`: (768,) or (2304,) uint8.
@@ -93,8 +92,7 @@ def seed_spread(
         descriptors (`Sequence[numpy.ndarray | None]`):
             One per image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
             image out.
-        prompts (`Sequence[str]`):
-            The prompt of each image.
+        prompts (`Sequence[str]`): The prompt of each image.
         cosine (`bool`, *optional*, defaults to `False`):
             Take 1 − cosine of features as the distance, not the root mean square difference of pixels in 0..1.
 

@@ -41,20 +41,14 @@ def write_results(
     Write `metrics.json`, `tables.md`, `report.html`, and one plot of the distributions of scores per adapter.
 
     Args:
-        folder (`Path`):
-            Where the files go; made if missing.
-        evaluation ([`Evaluation`]):
-            The numbers.
-        models (`Sequence[ModelRows]`):
-            The rows that were compared, the base model first.
-        gallery ([`Gallery`]):
-            The images of the report.
+        folder (`Path`): Where the files go; made if missing.
+        evaluation ([`Evaluation`]): The numbers.
+        models (`Sequence[ModelRows]`): The rows that were compared, the base model first.
+        gallery ([`Gallery`]): The images of the report.
         options ([`ReportOptions`], *optional*):
             Title and limit of the report, name of the prompts and settings of the run.
-        seconds (`Mapping[str, float]`, *optional*):
-            Wall-clock seconds of each part of the run.
-        facts (`Any`):
-            Further entries of metrics.json.
+        seconds (`Mapping[str, float]`, *optional*): Wall-clock seconds of each part of the run.
+        facts (`Any`): Further entries of metrics.json.
     """
     options = options or ReportOptions()
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +77,9 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
     Draw twelve pairs per adapter for its model card, spread evenly over the rows and not chosen by score.
 
     Args:
-        folder (`Path`):
-            Where `before_after.png` goes, or `before_after-NAME.png` for several adapters.
-        models (`Sequence[ModelRows]`):
-            The models, the base model first.
-        gallery ([`Gallery`]):
-            Images of each model, of the same rows.
+        folder (`Path`): Where `before_after.png` goes, or `before_after-NAME.png` for several adapters.
+        models (`Sequence[ModelRows]`): The models, the base model first.
+        gallery ([`Gallery`]): Images of each model, of the same rows.
     """
     base, *adapters = models
     for number, adapter in enumerate(adapters, start=1):

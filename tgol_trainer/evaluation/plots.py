@@ -46,14 +46,10 @@ def save_score_histogram(
     says so.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
-        scores (`Sequence[float]` or `numpy.ndarray`):
-            Finite scores, (N,).
-        threshold (`float`):
-            τ, in the unit of the scores; a score equal to it is positive.
-        name (`str`, *optional*, defaults to `"score"`):
-            Name of the score, for the axis.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
+        scores (`Sequence[float]` or `numpy.ndarray`): Finite scores, (N,).
+        threshold (`float`): τ, in the unit of the scores; a score equal to it is positive.
+        name (`str`, *optional*, defaults to `"score"`): Name of the score, for the axis.
         labels (`tuple[str, str]`, *optional*, defaults to `("positive", "negative")`):
             Names in the legend of the scores from the threshold up and of the scores below it.
         margins (`numpy.ndarray`, *optional*):
@@ -117,8 +113,7 @@ def save_score_distributions(
     Draw one small panel per score with its distribution before and after, as in the paper's Figure 3.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
         comparisons_data (`Mapping[str, tuple[Sequence, Sequence]]`):
             Name of a score to its values before and after; pairs in which either is `None` are left out.
 

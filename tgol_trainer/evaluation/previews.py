@@ -17,8 +17,7 @@ def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
     Encode an image at 128 pixels or fewer, or the first, middle and last frame of a video side by side.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            A single image, or frames of a video.
+        frames (`Sequence[PIL.Image.Image]`): A single image, or frames of a video.
 
     Returns:
         `bytes`: PNG up to 64 pixels per side, else WebP.
@@ -38,8 +37,7 @@ def encode_preview(frames: Sequence[Image.Image]) -> bytes | None:
     Encode an image at 512 pixels or fewer, or a video as an animation of 320.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            A single image, or frames of a video.
+        frames (`Sequence[PIL.Image.Image]`): A single image, or frames of a video.
 
     Returns:
         `bytes`, *optional*: WebP; `None` if the thumbnail is as large.

@@ -176,20 +176,13 @@ def compare_models(
     Compare adapters with their base model and with one another.
 
     Args:
-        prompts (`Sequence[str]`):
-            One per row.
-        base ([`ModelRows`]):
-            The base model.
-        adapters (`Sequence[ModelRows]`):
-            The adapters, with distinct names and the scores of the base model.
-        categories (`Sequence[str]`, *optional*):
-            One per row; each category is also compared on its own.
-        confidence (`float`, *optional*, defaults to 0.95):
-            Level of the intervals.
-        num_resamples (`int`, *optional*, defaults to 2000):
-            Bootstrap resamples.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the resampling.
+        prompts (`Sequence[str]`): One per row.
+        base ([`ModelRows`]): The base model.
+        adapters (`Sequence[ModelRows]`): The adapters, with distinct names and the scores of the base model.
+        categories (`Sequence[str]`, *optional*): One per row; each category is also compared on its own.
+        confidence (`float`, *optional*, defaults to 0.95): Level of the intervals.
+        num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Returns:
         [`Evaluation`]

@@ -22,8 +22,7 @@ def frame_row(frames: Sequence[Image.Image], num_shown: int = 3) -> Image.Image:
     Put a few frames of a video side by side.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            At least one.
+        frames (`Sequence[PIL.Image.Image]`): At least one.
         num_shown (`int`, *optional*, defaults to 3):
             Frames shown, spread evenly from the first to the last; fewer if the video has fewer.
 
@@ -51,12 +50,10 @@ def save_sample_strip(
     Draw images of the same prompts and seeds at successive moments, so that each row shows how one changed.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
         prompts (`Sequence[str]`):
             One per row, written above its images; cut to two lines. A prompt equal to the one above is not repeated.
-        titles (`Sequence[str]`):
-            One per column, such as `"base"` and `"step 50"`.
+        titles (`Sequence[str]`): One per column, such as `"base"` and `"step 50"`.
         images (`Sequence[Sequence[PIL.Image.Image]]`):
             For each column one image per row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
             reduced to a height of 320.

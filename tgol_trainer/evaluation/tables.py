@@ -27,8 +27,7 @@ def format_measures(measures: Sequence[MeasureChange]) -> str:
     Return the measures of one adapter for a terminal, one per line.
 
     Args:
-        measures (`Sequence[MeasureChange]`):
-            Measures of one adapter.
+        measures (`Sequence[MeasureChange]`): Measures of one adapter.
 
     Returns:
         `str`: no newline at the end.
@@ -82,10 +81,8 @@ def format_markdown(evaluation: Evaluation, *, prompt_set: str = "") -> str:
     Return the tables of an evaluation: mean and median of each model, win rates, measures, and adapters in pairs.
 
     Args:
-        evaluation ([`Evaluation`]):
-            All numbers.
-        prompt_set (`str`, *optional*, defaults to `""`):
-            Name of the prompts, for the first column.
+        evaluation ([`Evaluation`]): All numbers.
+        prompt_set (`str`, *optional*, defaults to `""`): Name of the prompts, for the first column.
 
     Returns:
         `str`: Markdown, ending with a newline.

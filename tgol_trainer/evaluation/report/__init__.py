@@ -92,18 +92,12 @@ def write_report(
     Write a report into one file: tables, plots, and a gallery that sorts by the change of a score.
 
     Args:
-        path (`str` or `os.PathLike`):
-            HTML file; missing folders are made.
-        evaluation ([`Evaluation`]):
-            The numbers.
-        models (`Sequence[ModelRows]`):
-            The rows that were compared, the base model first.
-        gallery ([`Gallery`]):
-            The images.
-        options ([`ReportOptions`], *optional*):
-            Title, prompts, settings and limit.
-        plots (`Mapping[str, path]`, *optional*):
-            Name of an adapter to its plot, a PNG file.
+        path (`str` or `os.PathLike`): HTML file; missing folders are made.
+        evaluation ([`Evaluation`]): The numbers.
+        models (`Sequence[ModelRows]`): The rows that were compared, the base model first.
+        gallery ([`Gallery`]): The images.
+        options ([`ReportOptions`], *optional*): Title, prompts, settings and limit.
+        plots (`Mapping[str, path]`, *optional*): Name of an adapter to its plot, a PNG file.
 
     Returns:
         `str`: which images were left out and why, or an empty text.
