@@ -19,9 +19,9 @@ from tgol_trainer.jobs import (
     EvaluationJob,
     GenerationSettings,
     ScoringSettings,
-    named_adapters,
     run_evaluation,
 )
+from tgol_trainer.jobs.evaluate_adapters import named_adapters
 from tgol_trainer.saving.card import CardFacts, read_facts, write_card
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]

@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _finish(args: argparse.Namespace, job: EvaluationJob, rewards: list[str], prompts: Prompts, start: float) -> None:
     """Compare, write the files, and print the tables."""
     from tgol_trainer.evaluation import format_measures, format_table
-    from tgol_trainer.jobs import compare_adapters, update_cards
+    from tgol_trainer.jobs.evaluate_adapters import compare_adapters, update_cards
 
     evaluation, settings = compare_adapters(
         job,
@@ -116,24 +116,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from datasets.utils.logging import disable_progress_bar
 
     from tgol_trainer import jobs
+    from tgol_trainer.jobs.evaluate_adapters import BASE, check_adapters, named_adapters, spread_prompts
+    from tgol_trainer.jobs.loading import load_image_features
     from tgol_trainer.rewards import find_reward, load_reward
     from tgol_trainer.sources import load_prompts
 
     with plain_errors():
         disable_progress_bar()  # `datasets` shows one bar per file over ours
-        adapters = jobs.named_adapters(args.adapters)
+        adapters = named_adapters(args.adapters)
         for spec in (*args.rewards, *filter(None, [args.features])):
             find_reward(spec)
         device = jobs.process_device(args.use_cpu)
         rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
-        jobs.check_adapters(adapters, list(rewards), args.trained_rewards, update_cards=args.update_card)
+        check_adapters(adapters, list(rewards), args.trained_rewards, update_cards=args.update_card)
         prompts = load_prompts(
             args.prompts, column=args.prompt_column, category_column=args.category_column, split=args.split
         )
-        prompts = jobs.spread_prompts(prompts, args.num_prompts)
+        prompts = spread_prompts(prompts, args.num_prompts)
         job = jobs.EvaluationJob(
             args.output_dir,
-            {jobs.BASE: None, **adapters},
+            {BASE: None, **adapters},
             prompts.texts,
             generation_settings(args, revision=args.model_revision),
         )
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 batch_size=args.scoring_batch_size,
                 mean_over_frames=args.mean_over_frames,
             ),
-            features=None if args.features is None else partial(jobs.load_image_features, args.features, device),
+            features=None if args.features is None else partial(load_image_features, args.features, device),
             keep_images=not args.drop_images,
         )
         if missing:

@@ -31,14 +31,8 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 def measure_image(frames: Sequence[Image.Image]) -> dict[str, float]:
     """
-    Measure one image, or a video by its frames.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            A single image, or the frames of a video that are measured, in order and of one size.
-
-    Returns:
-        `dict[str, float]`: the values of [`MEASURES`]; `motion` only for two frames or more.
+    Return the values of [`MEASURES`] for a single image, or for the frames of a video, in order and of one size;
+    `motion` only for two frames or more.
 
     Raises:
         ValueError: if there is no frame.
@@ -69,13 +63,7 @@ def _high_frequency(luma: np.ndarray) -> float:
 
 def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
     """
-    Reduce an image to 16×16 pixels, or a video to its first, middle and last frame at that size.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`): A single image, or the frames of a video.
-
-    Returns:
-        `numpy.ndarray`: (768,) or (2304,) uint8.
+    Return the RGB values of an image at 16×16 pixels, (768,) uint8, or of the first, middle and last frame, (2304,).
     """
     shown = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
     small = [frame.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for frame in shown]

@@ -74,12 +74,8 @@ def write_results(
 
 def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> None:
     """
-    Draw twelve pairs per adapter for its model card, spread evenly over the rows and not chosen by score.
-
-    Args:
-        folder (`Path`): Where `before_after.png` goes, or `before_after-NAME.png` for several adapters.
-        models (`Sequence[ModelRows]`): The models, the base model first.
-        gallery ([`Gallery`]): Images of each model, of the same rows.
+    Draw twelve pairs per adapter for its model card, spread evenly over the rows and not chosen by score, as
+    `before_after.png`, or `before_after-NAME.png` for several adapters. The base model is the first of `models`.
     """
     base, *adapters = models
     for number, adapter in enumerate(adapters, start=1):

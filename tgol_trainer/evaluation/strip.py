@@ -19,15 +19,8 @@ Scores = Mapping[str, Sequence[Sequence[float | None]]]
 
 def frame_row(frames: Sequence[Image.Image], num_shown: int = 3) -> Image.Image:
     """
-    Put a few frames of a video side by side.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`): At least one.
-        num_shown (`int`, *optional*, defaults to 3):
-            Frames shown, spread evenly from the first to the last; fewer if the video has fewer.
-
-    Returns:
-        `PIL.Image.Image`: each frame at least 128 and at most 320 pixels wide and high.
+    Put up to `num_shown` frames of a video, spread evenly from the first to the last, side by side. Each frame is at
+    least 128 and at most 320 pixels wide and high.
     """
     shown = resized([frames[number] for number in evenly_spaced(len(frames), num_shown)])
     width, height = shown[0].size

@@ -23,15 +23,7 @@ def level_text(evaluation: Evaluation) -> str:
 
 
 def format_measures(measures: Sequence[MeasureChange]) -> str:
-    """
-    Return the measures of one adapter for a terminal, one per line.
-
-    Args:
-        measures (`Sequence[MeasureChange]`): Measures of one adapter.
-
-    Returns:
-        `str`: no newline at the end.
-    """
+    """Return the measures of one adapter for a terminal, one per line, without a newline at the end."""
     width = max((len(measure.name) for measure in measures), default=0)
     lines = []
     for measure in measures:

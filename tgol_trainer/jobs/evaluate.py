@@ -111,14 +111,9 @@ class EvaluationJob:
 
     def generate(self, load: LoadPipeline, wanted: Sequence[tuple[str, int]], *, progress: bool = True) -> None:
         """
-        Generate the images that are missing.
-
-        Args:
-            load (`Callable`):
-                Takes an adapter, or `None` for the base model, and returns the pipeline and the model's revision.
-                Called once for each model that lacks images.
-            wanted (`Sequence[tuple[str, int]]`): (model, shard) of the results that are to be made.
-            progress (`bool`, *optional*, defaults to `True`): Show a bar over all images that are missing.
+        Generate the images that are missing for the wanted results, (model, shard) each. `load` takes an adapter, or
+        `None` for the base model, and returns the pipeline and the model's revision; it is called once for each model
+        that lacks images.
         """
         missing = [(name, shard) for name, shard in wanted if not self.images(name, shard).exists()]
         total = self._count(missing)
@@ -150,7 +145,7 @@ class EvaluationJob:
         progress: bool = True,
     ) -> None:
         """
-        Score and measure the images, and write the rows of the results.
+        Score and measure the images, and write the rows of the wanted results, (model, shard) each.
 
         Args:
             rewards (`Mapping[str, Callable]`):
@@ -163,8 +158,7 @@ class EvaluationJob:
                 frame is taken.
             keep_images (`bool`, *optional*, defaults to `True`):
                 Keep the images; otherwise each shard of images is deleted when its results are written.
-            progress (`bool`, *optional*, defaults to `True`):
-                Show a bar over all images, times the number of rewards if these are in memory one at a time.
+            progress (`bool`, *optional*, defaults to `True`): Show a bar over all images.
         """
         settings = settings or ScoringSettings()
         total = self._count(wanted) * (len(rewards) if settings.one_at_a_time else 1)
@@ -215,17 +209,7 @@ class EvaluationJob:
             path.unlink(missing_ok=True)
 
     def rows(self, name: str, scores: Sequence[str], trained: frozenset[str] | None) -> ModelRows:
-        """
-        Read the results of a model, all shards of which exist.
-
-        Args:
-            name (`str`): Name of the model.
-            scores (`Sequence[str]`): Columns of scores.
-            trained (`frozenset[str]`, *optional*): As in [`ModelRows`].
-
-        Returns:
-            [`ModelRows`]
-        """
+        """Read the results of a model, all shards of which exist: the given columns of scores, and all measures."""
         known = set(_column_names(self.shards[name].path(0)))
         table = self._read(name, [*scores, *((MEASURES.keys() | SPREADS.keys()) & known)])
         return ModelRows(
@@ -237,15 +221,7 @@ class EvaluationJob:
         )
 
     def gallery(self, categories: Sequence[str] | None) -> Gallery:
-        """
-        Return the small copies of all images; the larger ones are read when they are indexed.
-
-        Args:
-            categories (`Sequence[str]`, *optional*): One per prompt.
-
-        Returns:
-            [`Gallery`]
-        """
+        """Return the small copies of all images, with one category per prompt; larger copies are read when indexed."""
         facts = self._read(next(iter(self.models)), ["prompt", "image_index"])
         per_row = [category for category in categories or () for _ in range(self.settings.images_per_prompt)]
         return Gallery(

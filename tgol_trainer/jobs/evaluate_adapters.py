@@ -35,15 +35,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def named_adapters(specs: Sequence[str]) -> dict[str, str]:
     """
-    Give every adapter a name for tables and folders.
-
-    Args:
-        specs (`Sequence[str]`):
-            `NAME=ADAPTER`, or an adapter alone. That is named after the last part of its path, or after as many parts
-            as tell it from the others.
-
-    Returns:
-        `dict[str, str]`: name to adapter.
+    Return a name for tables and folders, and the adapter, for each `NAME=ADAPTER` or adapter alone. The latter is
+    named after the last part of its path, or after as many parts as tell it from the others.
 
     Raises:
         ValueError: if two adapters have one name, or one has the name of the base model.
@@ -207,15 +200,8 @@ def _settings(job: EvaluationJob, adapters: Mapping[str, str], prompts: str) -> 
 
 def update_cards(job: EvaluationJob, evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Path]:
     """
-    Write the result into the model cards beside the adapters.
-
-    Args:
-        job ([`EvaluationJob`]): The job.
-        evaluation ([`Evaluation`]): Its result.
-        settings (`Mapping[str, Any]`): The settings that [`compare_adapters`] returned.
-
-    Returns:
-        `list[Path]`: the cards.
+    Write the result into the model cards beside the adapters, with the settings that [`compare_adapters`] returned;
+    return the cards.
     """
     fields = {field.name for field in dataclasses.fields(EvaluationRow)}
     images = {

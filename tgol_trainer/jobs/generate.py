@@ -119,17 +119,8 @@ _VIDEO = _Medium(
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
     """
-    Return the seed of one image: a hash of the run's seed, the prompt and the number of the image.
-
-    It depends on nothing else, so the seed stays the same with more prompts, more images per prompt or another order.
-
-    Args:
-        seed (`int`): Seed of the run.
-        prompt (`str`): The prompt.
-        index (`int`): Number of the image among the images of this prompt, from 0.
-
-    Returns:
-        `int`: in 0..2**63 - 1.
+    Return the seed of one image, in 0..2**63 - 1: a hash of the run's seed, the prompt and the number of the image
+    among the images of this prompt. It does not change with more prompts, more images per prompt or another order.
     """
     digest = hashlib.blake2b(f"{seed}\0{index}\0{prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

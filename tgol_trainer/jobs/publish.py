@@ -36,27 +36,17 @@ _BINS = 16
 
 def note_source(folder: str | Path, name: str | None, revision: str | None = None) -> None:
     """
-    Record the source of the rows, for the card.
-
-    Args:
-        folder (`str` or `Path`): Folder of the shards.
-        name (`str`, *optional*):
-            Hub id of a dataset, or name of a set of prompts; `None` for a source on this machine.
-        revision (`str`, *optional*): Commit of the source.
+    Record the source of the rows for the card: Hub id of a dataset or name of a set of prompts, `None` for a source on
+    this machine, and its commit.
     """
     write_json(Path(folder) / _SOURCE, {"name": name, "revision": revision})
 
 
 def carry_rewards(folder: str | Path, source: str, revision: str | None, columns: Sequence[str]) -> None:
     """
-    Copy the facts of the scores that came with the rows from the `rewards.json` of their source.
-
-    Args:
-        folder (`str` or `Path`): Folder of the shards.
-        source (`str`):
-            Folder of `tgol score`, its folder `data`, or Hub id of a dataset; another source has no such facts.
-        revision (`str`, *optional*): Commit on the Hub.
-        columns (`Sequence[str]`): Columns of the rows; facts of other columns are not copied.
+    Copy the facts of the scores that came with the rows from the `rewards.json` of their source, for these columns
+    alone. The source is a folder of `tgol score`, its folder `data`, or a dataset on the Hub; another source has no
+    such facts.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -93,10 +83,10 @@ def check_source_complete(source: str) -> None:
 
 def wait_for_shards(folder: str | Path, patience: float = 1800.0, pause: float = 2.0) -> None:
     """
-    Wait until other processes have made their shards.
+    Wait until other processes have made their shards of `tgol generate` or `tgol score`.
 
     Args:
-        folder (`str` or `Path`): Output folder of `tgol generate` or `tgol score`.
+        folder (`str` or `Path`): Output folder.
         patience (`float`, *optional*, defaults to 1800): Seconds without a new shard after which waiting ends.
         pause (`float`, *optional*, defaults to 2): Seconds between two checks.
 

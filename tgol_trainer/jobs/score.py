@@ -67,15 +67,7 @@ class ScoringSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """
-    The columns that are read, and how.
-
-    Args:
-        prompt (`str`): Column of prompts.
-        visual (`str`): Column of images or videos.
-        medium (`str`): `"image"` or `"video"`.
-        mean_over_frames (`int`, *optional*): As in [`ScoringSettings`].
-    """
+    """The columns of prompts and of images or videos (`medium`) that are read, and the frames that are averaged."""
 
     prompt: str
     visual: str

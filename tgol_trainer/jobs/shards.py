@@ -16,23 +16,14 @@ from tgol_trainer.data import DataError
 
 
 def process_share() -> tuple[int, int]:
-    """
-    Return this process's number and the number of processes, as `accelerate launch` and `torchrun` set them.
-
-    Returns:
-        `tuple[int, int]`: `RANK` and `WORLD_SIZE` of the environment, 0 and 1 without them.
-    """
+    """Return this process's number and the number of processes (`RANK`, `WORLD_SIZE`); 0 and 1 if they are not set."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def claim_folder(folder: Path, record: str, settings: dict[str, Any]) -> None:
     """
-    Write the settings that decide the content of a folder of shards, or refuse to mix it with other content.
-
-    Args:
-        folder (`Path`): Made if missing; the shards go to `folder/data`.
-        record (`str`): Name of the JSON file in `folder` that keeps the settings.
-        settings (`dict[str, Any]`): What decides the content.
+    Write the settings that decide the content of a folder of shards to its JSON file `record`; the shards go to
+    `data`.
 
     Raises:
         DataError: if `folder` holds shards made with other settings, or other files in the place of the shards.
