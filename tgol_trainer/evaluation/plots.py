@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
 # Blue and orange of Okabe and Ito (2008), told apart under the common forms of colour blindness; grey for "before".
 _BLUE, _ORANGE, _GREY = "#0072b2", "#e69f00", "#8c8c8c"
@@ -62,6 +61,8 @@ def save_score_histogram(
     Raises:
         ValueError: if there are no scores, or one of them or the threshold is NaN or infinite.
     """
+    from matplotlib.patches import Patch
+
     values = _finite(scores, name)
     threshold = float(threshold)
     if not math.isfinite(threshold):
@@ -86,7 +87,8 @@ def save_score_histogram(
             else:
                 axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colour)
             share = 100 * side.size / values.size
-            handles.append(_swatch(colour, f"{_escaped(label)} (score {sign} τ): {side.size:,} ({share:.1f} %)"))
+            text = f"{_escaped(label)} (score {sign} τ): {side.size:,} ({share:.1f} %)"
+            handles.append(Patch(color=colour, label=text))
         if weighting is not None:
             weights = weighting(values - threshold if margins is None else margins)
             np.cumsum(weights, out=weights)
@@ -120,6 +122,8 @@ def save_score_distributions(
     Raises:
         ValueError: if there are no scores, two sides differ in length, no pair is left, or a value is NaN or infinite.
     """
+    from matplotlib.patches import Patch
+
     if not comparisons_data:
         raise ValueError("There is no score to draw: `comparisons_data` is empty.")
     pairs = {name: _complete_pairs(name, *sides) for name, sides in comparisons_data.items()}
@@ -133,7 +137,7 @@ def save_score_distributions(
             axes.set_visible(False)
         for axes in panels[: len(pairs) : columns]:
             axes.set_ylabel("images")
-        handles = [_swatch(_GREY, "before"), _swatch(_BLUE, "after"), *panels[0].lines]
+        handles = [Patch(color=_GREY, label="before"), Patch(color=_BLUE, label="after"), *panels[0].lines]
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
 
 
@@ -163,12 +167,6 @@ def _figure(
         with replacing(path) as draft:
             # Matplotlib writes its version by default, which would make equal plots differ.
             figure.savefig(draft, format="png", dpi=_DPI, metadata={"Software": None})
-
-
-def _swatch(colour: str, text: str) -> Patch:
-    from matplotlib.patches import Patch
-
-    return Patch(color=colour, label=text)
 
 
 def _cuts(values: np.ndarray, distinct: np.ndarray, edges: list[float]) -> np.ndarray:

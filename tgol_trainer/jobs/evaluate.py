@@ -109,12 +109,8 @@ class EvaluationJob:
     def _count(self, wanted: Sequence[tuple[str, int]]) -> int:
         return sum(self.shards[name].count([shard]) for name, shard in wanted)
 
-    def generate(self, load: LoadPipeline, wanted: Sequence[tuple[str, int]], *, progress: bool = True) -> None:
-        """
-        Generate the images that are missing for the wanted results, (model, shard) each. `load` takes an adapter, or
-        `None` for the base model, and returns the pipeline and the model's revision; it is called once for each model
-        that lacks images.
-        """
+    def generate(self, load: LoadPipeline, wanted: Sequence[tuple[str, int]], progress: bool) -> None:
+        """Generate the images that are missing for the wanted results, (model, shard) each."""
         missing = [(name, shard) for name, shard in wanted if not self.images(name, shard).exists()]
         total = self._count(missing)
         with tqdm(total=total, desc="Generating", unit="image", disable=not (progress and total)) as bar:
@@ -138,29 +134,13 @@ class EvaluationJob:
         self,
         rewards: Loaders,
         wanted: Sequence[tuple[str, int]],
-        settings: ScoringSettings | None = None,
+        settings: ScoringSettings,
         *,
-        features: ImageFeatures | None = None,
-        keep_images: bool = True,
-        progress: bool = True,
+        features: ImageFeatures | None,
+        keep_images: bool,
+        progress: bool,
     ) -> None:
-        """
-        Score and measure the images, and write the rows of the wanted results, (model, shard) each.
-
-        Args:
-            rewards (`Mapping[str, Callable]`):
-                Name of a score to a function without arguments that loads its reward, called once, when it is needed.
-            wanted (`Sequence[tuple[str, int]]`): (model, shard) of the results that are to be made.
-            settings ([`ScoringSettings`], *optional*):
-                Size of batches, mean over frames, and whether rewards are in memory one at a time.
-            features (`Callable`, *optional*):
-                `(images) -> (n, D)` array or tensor, for the spread of features across seeds. Of a video, the middle
-                frame is taken.
-            keep_images (`bool`, *optional*, defaults to `True`):
-                Keep the images; otherwise each shard of images is deleted when its results are written.
-            progress (`bool`, *optional*, defaults to `True`): Show a bar over all images.
-        """
-        settings = settings or ScoringSettings()
+        """Score and measure the images of the wanted results, (model, shard) each, and write their rows."""
         total = self._count(wanted) * (len(rewards) if settings.one_at_a_time else 1)
         with tqdm(total=total, desc="Scoring", unit="image", disable=not (progress and total)) as bar:
             for loaders in rewards_in_turn(rewards, settings.one_at_a_time):
@@ -339,12 +319,21 @@ def run_evaluation(
 
     Args:
         job ([`EvaluationJob`]): The models, prompts and settings of generation.
-        load (`Callable`): As in [`EvaluationJob.generate`].
+        load (`Callable`):
+            Takes an adapter, or `None` for the base model, and returns the pipeline and the model's revision. Called
+            once for each model that lacks images.
         rewards (`Mapping[str, Callable]`):
-            As in [`EvaluationJob.score`]; so are `settings`, `keep_images` and `progress`.
-        features (`Callable`, *optional*): Loads the features for [`EvaluationJob.score`], when they are needed.
+            Name of a score to a function without arguments that loads its reward, called once, when it is needed.
+        settings ([`ScoringSettings`], *optional*):
+            Size of batches, mean over frames, and whether rewards are in memory one at a time.
+        features (`Callable`, *optional*):
+            Loads a function `(images) -> (n, D)` array or tensor, when it is needed, for the spread of features across
+            seeds. Of a video, the middle frame is taken.
         share (`tuple[int, int]`, *optional*):
             Number of this process and number of processes; by default from the environment ([`process_share`]).
+        keep_images (`bool`, *optional*, defaults to `True`):
+            Keep the images; otherwise each shard of images is deleted when its results are written.
+        progress (`bool`, *optional*, defaults to `True`): Show bars over the images that are generated and scored.
 
     Returns:
         `int`: shards that other processes have not completed yet; the process that finds none writes the report.
@@ -354,8 +343,8 @@ def run_evaluation(
     """
     columns = ["thumbnail", *rewards, *([FEATURES] if features is not None else [])]
     wanted = list(job.incomplete(columns, share or process_share()))
-    job.generate(load, wanted, progress=progress)
+    job.generate(load, wanted, progress)
     if wanted:
-        computed = features() if features is not None else None
+        settings, computed = settings or ScoringSettings(), features() if features is not None else None
         job.score(rewards, wanted, settings, features=computed, keep_images=keep_images, progress=progress)
     return len(list(job.incomplete(columns)))
