@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig
-from tgol_trainer.jobs import generate_dataset, score_dataset
+from tgol_trainer.jobs import GenerationSettings, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.trainer import TGOLTrainer
 
@@ -70,7 +70,7 @@ def train_rounds(
         images_per_prompt (`int`, *optional*, defaults to 8):
             Images of each prompt in each round.
         sampling (`Mapping[str, Any]`, *optional*):
-            Further arguments of [`generate_dataset`], such as `num_inference_steps` and `guidance_scale`.
+            Further fields of [`GenerationSettings`], such as `num_inference_steps` and `guidance_scale`.
         peft_config (`peft.LoraConfig`, *optional*):
             As in [`TGOLTrainer`].
         quantization_config (`Any`, *optional*):
@@ -126,7 +126,8 @@ def _samples(
     """Return scored images of the policy; images that are there are not made again."""
     with _without_bars_of_files():
         pipeline, revision = load(None if policy is None else str(policy))
-        generate_dataset(pipeline, prompts, folder / "pictures", model=model, revision=revision, seed=seed, **options)
+        settings = GenerationSettings(model=model, revision=revision, seed=seed, **options)
+        generate_dataset(pipeline, prompts, folder / "pictures", settings)
         del pipeline
         score_dataset(read_shards(folder / "pictures"), rewards, folder / "scored")
         return read_shards(folder / "scored")

@@ -336,7 +336,7 @@ class TestMetricsAndTable:
         assert "win rate [95 % interval]" in header and "trained on" in header
         assert " ".join(first.split()) == "HPSv2.1 yes 2 100.0 % [100.0, 100.0] 0.2500 -> 0.2650"
         assert " ".join(second.split()) == "jpeg no 2 50.0 % [0.0, 100.0] -2.000 -> -1.750"
-        assert note == "jpeg: pairs left out for want of a score: 1"
+        assert note == "jpeg: pairs left out because a score is missing: 1"
 
     @pytest.mark.parametrize("size", [1e-9, 1e-4, 1.0, 123456.789, 9.999999e6, 1e30])
     def test_the_table_is_aligned_and_at_most_100_columns_wide(self, size):

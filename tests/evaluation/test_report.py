@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.browser import NAMES, PROGRAM, Browser
-from tgol_trainer.evaluation import ModelRows, compare_models, make_gallery, write_report
+from tgol_trainer.evaluation import ModelRows, ReportOptions, compare_models, make_gallery, write_report
 
 HOSTILE = '</script><script>document.title="taken"</script><img src=x onerror=alert(1)> "quoted" & {{ 7*7 }}'
 COUNT = 120
@@ -36,7 +36,8 @@ def written(path, large=0, **options):
     if large:  # of what images hold, the report asks nothing
         gallery = dataclasses.replace(gallery, previews=[[b"RIFF" + bytes(large)] * COUNT] * 3)
     evaluation = compare_models(prompts, base, [x, y], categories=categories)
-    note = write_report(path, evaluation, [base, x, y], gallery, settings={"key": HOSTILE}, **options)
+    options = ReportOptions(settings={"key": HOSTILE}, **options)
+    note = write_report(path, evaluation, [base, x, y], gallery, options)
     return path.read_text(encoding="utf-8"), note
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from tgol_trainer.evaluation import (
     ModelRows,
+    ReportOptions,
     compare_models,
     compare_scores,
     format_markdown,
@@ -188,7 +189,7 @@ def test_collapse_and_damage_are_pointed_out_beside_a_perfect_win_rate():
     assert found.adapters[0].scores[0].win_rate == 1
     assert found.adapters[0].measures[0].mean_after == 0
     text = "\n".join(found.notices)
-    assert "every score here was trained on" in text
+    assert "x was trained on every score here" in text
     assert "seed_spread changed by -100.0 % [-100.0, -100.0]" in text and "become alike" in text
     assert "x: contrast changed by +9" in text and "x: high_frequency changed by +9" in text
 
@@ -196,7 +197,7 @@ def test_collapse_and_damage_are_pointed_out_beside_a_perfect_win_rate():
 def test_what_cannot_be_known_is_said():
     base = ModelRows("base", {"s": [1.0, 2.0]})
     notices = "\n".join(compare_models(["a", "b"], base, [ModelRows("x", {"s": [2.0, None]})]).notices)
-    for part in ("Only 2 prompts", "not known which scores", "1 of 2 pairs have no s", "One image a prompt"):
+    for part in ("Only 2 prompts", "not known which scores", "1 of 2 pairs have no s", "One image per prompt"):
         assert part in notices
 
 
@@ -259,7 +260,9 @@ def test_the_files_hold_what_was_compared_in_the_agreed_form(tmp_path):
     base, x, y = random_rows("base"), random_rows("x", 0.5, 1, trained=frozenset({"a"})), random_rows("y", 0.2, 2)
     gallery = make_gallery(PROMPTS, [[noise(i, 8) for i in range(90)]] * 3)
     evaluation = compare_models(PROMPTS, base, [x, y])
-    write_results(tmp_path, evaluation, [base, x, y], gallery, prompt_set="mine | <b>", seconds={"total": 1.0})
+    write_results(
+        tmp_path, evaluation, [base, x, y], gallery, ReportOptions(prompt_set="mine | <b>"), seconds={"total": 1.0}
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["scores"] == metrics["adapters"]["x"]["scores"] and metrics["adapter"] == "x"
     assert {"trained", "win_rate", "interval", "mean_before", "mean_after"} <= metrics["scores"]["a"].keys()

@@ -252,7 +252,7 @@ def test_wrong_calls_of_generation_say_what_is_wrong():
         generate_images(wan(), ["a"], [0], num_inference_steps=1, height=16, width=16, progress=False)
     with pytest.raises(ValueError, match="asked for 6 frames and drew 5"):
         generate_videos(wan(), ["a"], [0], **{**GENERATION, "num_frames": 6})
-    with pytest.raises(TypeError, match="one prompt a video"):
+    with pytest.raises(TypeError, match="one prompt per video"):
         generate_videos(wan(), "a", [0])
     with pytest.raises(ValueError, match="1 prompts and 2 seeds"):
         generate_videos(wan(), ["a"], [0, 1])

@@ -1,20 +1,18 @@
-"""A client process of `tests/test_jobs.py`: reads the named prompt sets from a loopback Hub."""
+"""A client process of `tests/jobs/test_jobs.py`: reads the named prompt sets from a loopback Hub."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from pathlib import Path
 
-from tgol_trainer.cli import main
 from tgol_trainer.data import DataError
 from tgol_trainer.sources import load_prompts
 
 if __name__ == "__main__":
     logging.basicConfig()
     found = {}
-    for name in ("hpsv2", "hpsv2-photo", "partiprompts", "pickapic-test"):
+    for name in ("hpsv2", "hpsv2-photo", "partiprompts", "pickapic-test", "tester/prompts"):
         read = load_prompts(name)
         found[name] = [read.texts, read.categories, read.revision]
     read = load_prompts("partiprompts", category_column="Challenge")
@@ -26,7 +24,4 @@ if __name__ == "__main__":
             load_prompts(source, category_column=column)
         except DataError as error:
             found[f"hpsv2-anime {'at ' if column is None else ''}{name}"] = str(error)
-    options = "--model_name_or_path shapes --num_inference_steps 1 --output_dir images --use_cpu"
-    main(["generate", "--prompts", "tester/prompts", *options.split()])
-    found["source"] = json.loads(Path("images/.source.json").read_text())
     sys.stdout.write(f"\n{json.dumps(found)}\n")

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from pyarrow import parquet
 
 from tests import tiny
 from tgol_trainer import adapters, cli
-from tgol_trainer.cli.evaluate import named_adapters
 from tgol_trainer.data import DataError
 from tgol_trainer.evaluation import compare_models
 from tgol_trainer.families import wrap_pipeline
-from tgol_trainer.jobs import EvaluationJob, run_evaluation
+from tgol_trainer.jobs import (
+    EvaluationJob,
+    GenerationSettings,
+    ScoringSettings,
+    run_evaluation,
+)
+from tgol_trainer.jobs.evaluate_adapters import named_adapters
 from tgol_trainer.saving.card import CardFacts, read_facts, write_card
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
@@ -64,17 +70,19 @@ class Loader:
 
 def evaluate(folder, models, *, loader=None, rewards=("brightness",), share=(0, 1), features=None, **overrides):
     known = {"brightness": lambda: brightness, "redness": lambda: redness}
-    options = {name: overrides.pop(name) for name in ("keep_images", "mean_over_frames") if name in overrides}
-    settings = {"images_per_prompt": 2, "batch_size": 2, "shard_size": 2, "sampling": {"num_inference_steps": 2}}
-    job = EvaluationJob(folder, {"base": None, **models}, PROMPTS, **{**settings, **overrides})
+    keep_images, mean_over_frames = overrides.pop("keep_images", True), overrides.pop("mean_over_frames", None)
+    settings = {"images_per_prompt": 2, "batch_size": 2, "shard_size": 2, "num_inference_steps": 2}
+    settings = GenerationSettings(**{**settings, **overrides})
+    job = EvaluationJob(folder, {"base": None, **models}, PROMPTS, settings)
     missing = run_evaluation(
         job,
         loader or Loader(),
         {name: known[name] for name in rewards},
+        ScoringSettings(mean_over_frames=mean_over_frames),
         share=share,
         features=features,
+        keep_images=keep_images,
         progress=False,
-        **options,
     )
     return job, missing
 
@@ -148,6 +156,14 @@ def test_dropped_images_are_made_again_only_for_a_score_that_is_new(whole, train
     assert not list(tmp_path.rglob(".work/*"))
 
 
+def test_a_shard_size_that_is_no_multiple_of_the_default_batch_is_rounded_up_for_images_and_results_alike(tmp_path):
+    job, missing = evaluate(tmp_path, {}, batch_size=None, shard_size=3, images_per_prompt=3)
+    shards = job.shards["base"]
+    assert missing == 0 and len(job.gallery(None).previews[0]) == 9
+    assert [parquet.read_metadata(shards.path(shard)).num_rows for shard in range(2)] == [8, 1]
+    assert [len(shards.rows(shard)) for shard in range(2)] == [8, 1]
+
+
 def test_features_measure_spread_too(trained, tmp_path):
     def corner(images):
         return torch.tensor(np.stack([np.asarray(image)[0, 0] for image in images])).float() + 1
@@ -159,7 +175,7 @@ def test_features_measure_spread_too(trained, tmp_path):
 
 def test_other_settings_or_other_weights_in_the_same_folder_are_refused(whole, trained, tmp_path):
     with pytest.raises(DataError, match="num_inference_steps: 2 there, 3 now"):
-        evaluate(whole.output_dir, trained, sampling={"num_inference_steps": 3})
+        evaluate(whole.output_dir, trained, num_inference_steps=3)
     shutil.copytree(trained["moved"], tmp_path / "moved")
     evaluate(tmp_path / "out", {"x": str(tmp_path / "moved")})
     save_adapter(tiny.stable_diffusion(), tmp_path / "moved", 1.0)
@@ -171,7 +187,7 @@ def test_videos_flow_through_with_their_motion(tmp_path):
     pytest.importorskip("av")
     adapter = save_adapter(tiny.wan(), tmp_path / "adapter", 2.0)
     sampling = {"num_inference_steps": 2, "num_frames": 5, "height": 32, "width": 32}
-    options = {"batch_size": 1, "shard_size": 3, "sampling": sampling, "mean_over_frames": 2}
+    options = {"batch_size": 1, "shard_size": 3, "mean_over_frames": 2, **sampling}
     job, missing = evaluate(tmp_path / "out", {"x": adapter}, loader=Loader(tiny.wan), **options)
     assert missing == 0
     rows = results(job)
@@ -265,7 +281,7 @@ def test_what_a_reader_will_miss_is_said_before_the_work(shapes_adapter, tmp_pat
     assert "holds no card_facts.json" in capfd.readouterr().err
     for options, message in (
         (["--rewards", "colour_faithfulnes"], "Did you mean 'colour_faithfulness'"),
-        (["--adapters", "nowhere"], "'nowhere' (nowhere) is no folder here and no Hub id"),
+        (["--adapters", "nowhere"], "'nowhere' (nowhere) is neither a folder here nor a Hub id"),
     ):
         with pytest.raises(SystemExit):
             command(tmp_path, bare, *options, "--output_dir", str(tmp_path / "other"))

@@ -3,10 +3,10 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,12 +20,15 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests import ROOT, tiny
 from tests.hub import LoopbackHub
 from tgol_trainer import cli
 from tgol_trainer.data import DataError
 from tgol_trainer.jobs import (
+    GenerationSettings,
+    ScoringSettings,
     Shards,
     check_complete,
     generate_dataset,
@@ -36,7 +39,7 @@ from tgol_trainer.jobs import (
 )
 from tgol_trainer.jobs.score import note_rewards
 from tgol_trainer.rewards import RewardFacts, jpeg_compressibility, load_reward
-from tgol_trainer.sources import load_prompts
+from tgol_trainer.sources import Prompts, load_prompts
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -44,8 +47,9 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 
 def generate(folder, **overrides):
     options = {"model": "tiny", "images_per_prompt": 3, "shard_size": 4, "batch_size": 2, "num_inference_steps": 2}
-    prompts = overrides.pop("prompts", PROMPTS)
-    return generate_dataset(tiny.stable_diffusion(), prompts, folder, progress=False, **{**options, **overrides})
+    prompts, share = overrides.pop("prompts", PROMPTS), overrides.pop("share", None)
+    settings = GenerationSettings(**{**options, **overrides})
+    return generate_dataset(tiny.stable_diffusion(), prompts, folder, settings, share=share, progress=False)
 
 
 def rows(folder):
@@ -166,14 +170,13 @@ def length(images, prompts):
     return [float(len(prompt)) for prompt in prompts]
 
 
+KNOWN = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
+
+
 def score(dataset, folder, names=("jpeg",), **options):
-    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
-    return score_dataset(
-        dataset,
-        {name: known[name] for name in names},
-        folder,
-        **{"shard_size": 3, "batch_size": 2, "progress": False, **options},
-    )
+    share, settings = options.pop("share", None), ScoringSettings(**{"shard_size": 3, "batch_size": 2, **options})
+    rewards = {name: KNOWN[name] for name in names}
+    return score_dataset(dataset, rewards, folder, settings, share=share, progress=False)
 
 
 def test_scores_stand_beside_the_rows_that_were_there(images, tmp_path):
@@ -202,7 +205,7 @@ def test_a_score_that_is_no_number_names_its_row_in_the_dataset(images, tmp_path
     prompts_seen = [f"prompt {index}" for index in range(7)]
     dataset = images.remove_columns("prompt").add_column("prompt", prompts_seen)
     with pytest.raises(ValueError, match=r"NaN or infinity for row 5 \(nan, prompt 'prompt 5'\)"):
-        score_dataset(dataset, {"r": lambda: reward}, tmp_path, shard_size=3, batch_size=2, progress=False)
+        score_dataset(dataset, {"r": lambda: reward}, tmp_path, ScoringSettings(shard_size=3, batch_size=2))
 
 
 @pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"num_workers": 1, "batch_size": 7}])
@@ -217,7 +220,7 @@ def test_a_weighted_sum_follows_its_weights_without_scoring_again(images, tmp_pa
         return [None if prompt == "p3" else 2.0 for prompt in prompts]
 
     def run(loaders, **weights):
-        return score_dataset(images, loaders, tmp_path, shard_size=3, progress=False, weights=weights)
+        return score_dataset(images, loaders, tmp_path, ScoringSettings(shard_size=3, weights=weights))
 
     def refuse():
         raise AssertionError("loaded again")
@@ -231,7 +234,7 @@ def test_a_weighted_sum_follows_its_weights_without_scoring_again(images, tmp_pa
         table = rows(tmp_path)
         assert table["weighted_sum"][3] is None and None not in table["jpeg"]
         np.testing.assert_allclose(np.delete(np.array(table["weighted_sum"], float), 3), np.delete(expected, 3))
-    with pytest.raises(DataError, match="`weights`: 'hps' is no column of these rewards: jpeg, fussy"):
+    with pytest.raises(DataError, match="`weights`: 'hps' is not a column of these rewards: jpeg, fussy"):
         run({"jpeg": refuse, "fussy": refuse}, hps=1.0)
 
 
@@ -247,7 +250,10 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
     table = rows(tmp_path / "out")
     assert table["Scaled"] == [3.0 * len(prompt) for prompt in table["prompt"]]
     assert table["weighted_sum"] == [6.0 * len(prompt) for prompt in table["prompt"]]
-    for wrong, message in ((["--weights", "Scaled"], "no column and weight"), (["--reward_options", "[]"], "no JSON")):
+    for wrong, message in (
+        (["--weights", "Scaled"], "not a column and a weight"),
+        (["--reward_options", "[]"], "no JSON"),
+    ):
         with pytest.raises(SystemExit):
             cli.main([*arguments, *wrong])
         assert message in capsys.readouterr().err
@@ -265,10 +271,9 @@ def stream_of(dataset, folder):
 def test_a_stream_is_scored_like_the_dataset_by_any_number_of_processes(images, tmp_path, options):
     stream = stream_of(images, tmp_path / "source")
     score(images, tmp_path / "whole", ["jpeg", "length"], weights={"length": 2})
-    known = {"jpeg": lambda: jpeg_compressibility, "length": lambda: length}
-    options = {**options, "shard_size": 3, "progress": False, "weights": {"length": 2}}
+    settings = ScoringSettings(shard_size=3, weights={"length": 2}, **options)
     for rank in (1, 0):
-        score_stream(stream, known, tmp_path / "out", share=(rank, 2), **options)
+        score_stream(stream, KNOWN, tmp_path / "out", settings, share=(rank, 2), progress=False)
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
     assert [len(parquet.read_table(file)) for file in sorted((tmp_path / "out" / "data").iterdir())] == [3, 1, 3]
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train")
@@ -285,7 +290,7 @@ def test_a_stream_continues_where_it_was_killed_and_opens_no_file_that_was_read(
             raise KeyboardInterrupt
         return [1.0 if prompt != "p1" else None for prompt in prompts]
 
-    options = {"shard_size": 2, "batch_size": 1, "progress": False, "share": (0, 1)}
+    options = {"settings": ScoringSettings(shard_size=2, batch_size=1), "progress": False, "share": (0, 1)}
     stream, rewards = stream_of(images, tmp_path / "source"), {"one": lambda: counted}
     with pytest.raises(KeyboardInterrupt):
         score_stream(stream, rewards, tmp_path / "out", **options)
@@ -375,8 +380,8 @@ def test_a_reward_added_later_is_scored_alone(images, tmp_path):
     def refuse():
         raise AssertionError("loaded again")
 
-    score_dataset(images, {"jpeg": refuse, "length": lambda: length}, tmp_path, shard_size=3, progress=False)
-    score_dataset(images, {"again": lambda: length}, tmp_path, shard_size=3, progress=False)
+    score_dataset(images, {"jpeg": refuse, "length": lambda: length}, tmp_path, ScoringSettings(shard_size=3))
+    score_dataset(images, {"again": lambda: length}, tmp_path, ScoringSettings(shard_size=3))
     table = rows(tmp_path)
     assert table["length"] == table["again"] == [2.0] * 7 and None not in table["jpeg"]
 
@@ -521,9 +526,15 @@ def test_named_sets_come_from_their_repositories_with_categories_and_commit(read
     assert revision == commits["yuvalkirstain/pickapic_v1_no_images"]
 
 
-def test_generated_images_note_the_commit_of_their_prompts(read_sets):
+def test_generated_images_note_the_commit_of_their_prompts(read_sets, tmp_path, monkeypatch):
     found, commits, _ = read_sets
-    assert found["source"] == {"name": "tester/prompts", "revision": commits["tester/prompts"]}
+    texts, categories, revision = found["tester/prompts"]
+    assert (texts, revision) == (["a red circle"], commits["tester/prompts"])
+    prompts = Prompts(texts, categories, revision)
+    monkeypatch.setattr("tgol_trainer.sources.load_prompts", lambda source, **options: prompts)
+    options = f"--model_name_or_path shapes --num_inference_steps 1 --output_dir {tmp_path} --use_cpu"
+    assert cli.main(["generate", "--prompts", "tester/prompts", *options.split()]) == 0
+    assert json.loads((tmp_path / ".source.json").read_text()) == {"name": "tester/prompts", "revision": revision}
 
 
 def test_a_named_set_of_another_size_is_warned_about_and_an_old_commit_is_found_by_its_name(read_sets):
@@ -538,21 +549,23 @@ def test_a_named_set_of_another_size_is_warned_about_and_an_old_commit_is_found_
 # ---- The road ----
 
 
-def command(*arguments, **options):
-    program = "import sys; from tgol_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, text=True, **options)
+def forkserver():
+    """What starts processes; one server imports this module and the library once for all of them."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    return processes
 
 
 def killed_and_continued(arguments, folder):
     """Start, kill without warning once the first shard is there, start again."""
-    process = command(*arguments)
+    process = forkserver().Process(target=cli.main, args=(arguments,))
+    process.start()
     deadline = time.monotonic() + 120
-    while not list(folder.rglob("*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(folder.rglob("*.parquet")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.is_alive(), "it ended before it could be killed"
+    process.kill()
+    process.join()
     made = len(list((folder / "data").glob("train-*.parquet")))
     assert cli.main(arguments) == 0
     return made
@@ -567,22 +580,16 @@ def slow_darkness(images: list[Image.Image], prompts: list[str]) -> list[float]:
 def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_path, monkeypatch, capsys):
     """The same images, scores and weights as without the kills."""
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\n")
+    sizes = ["--batch_size", "2", "--shard_size", "2", "--use_cpu"]
     result, adapters, checked, labels = {}, {}, {}, {}
     for way in ("whole", "killed"):
         images, scored = tmp_path / way / "images", tmp_path / way / "scored"
-        generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
-        generate += ["--output_dir", str(images), "--images_per_prompt", "24", "--num_inference_steps", "6"]
-        generate += ["--batch_size", "4", "--shard_size", "4", "--use_cpu"]
-        score = [
-            "score",
-            str(images),
-            "--rewards",
-            "tests.jobs.test_jobs:slow_darkness",
-            "--output_dir",
-            str(scored),
-        ]
-        score += ["--shard_size", "4", "--batch_size", "4"]
+        generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes", *sizes]
+        generate += ["--output_dir", str(images), "--images_per_prompt", "12", "--num_inference_steps", "4"]
+        score = ["score", str(images), "--rewards", "tests.jobs.test_jobs:slow_darkness", *sizes]
+        score += ["--output_dir", str(scored)]
         if way == "killed":
             assert 0 < killed_and_continued(generate, images) < 12
             killed_and_continued(score, scored)
@@ -590,23 +597,21 @@ def test_from_prompts_to_an_adapter_with_a_kill_in_the_middle_of_both_steps(tmp_
             assert cli.main(generate) == cli.main(score) == 0
         result[way] = rows(scored)
         capsys.readouterr()
-        assert (
-            cli.main(["check", str(scored), "--score_column", "slow_darkness", "--json", "-", "--num_proc", "1"]) == 0
-        )
+        check = ["check", str(scored), "--score_column", "slow_darkness", "--json", "-", "--num_proc", "1"]
+        assert cli.main(check) == 0
         checked[way] = json.loads(capsys.readouterr().out)["facts"]
         flags = ["--dataset_name", str(scored), "--score_column", "slow_darkness"]
         assert cli.main(["label", *flags, "--output_dir", str(tmp_path / way / "labels")]) == 0
         labels[way] = json.loads((tmp_path / way / "labels" / "label.json").read_text())
         assert labels[way].pop("settings")["dataset_name"] == str(scored)
-        train = ["train", "--model_name_or_path", "shapes", "--dataset_name", str(scored)]
-        train += ["--score_column", "slow_darkness", "--output_dir", str(tmp_path / way / "adapter")]
+        train = ["train", "--model_name_or_path", "shapes", *flags, "--output_dir", str(tmp_path / way / "adapter")]
         train += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--report_to", "none", "--max_steps", "2"]
         assert cli.main(train) == 0
         adapters[way] = load_file(tmp_path / way / "adapter" / "pytorch_lora_weights.safetensors")
     assert result["killed"] == result["whole"]
     assert checked["killed"] == checked["whole"]
     assert labels["killed"] == labels["whole"]
-    assert labels["whole"]["num_rows"] == 48
+    assert labels["whole"]["num_rows"] == 24
     assert any(tensor.any() for name, tensor in adapters["whole"].items() if "lora_B" in name or "lora.up" in name)
     assert adapters["whole"].keys() == adapters["killed"].keys()
     assert all(torch.equal(tensor, adapters["killed"][name]) for name, tensor in adapters["whole"].items())
@@ -622,18 +627,15 @@ def test_the_three_commands_of_the_page_lead_to_an_adapter_as_they_stand(tmp_pat
     assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
-PROGRAM = """
-import json, os, sys
-from tgol_trainer.cli import main
-print("of", os.environ["WORLD_SIZE"])
-for arguments in json.loads(sys.argv[1]):
-    main(arguments)
-"""
+def run_steps(steps):
+    """What each launched process does."""
+    assert os.environ["WORLD_SIZE"] == "2"
+    return [cli.main(arguments) for arguments in steps], int(os.environ["RANK"])
 
 
-def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path):
+def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "prompts.txt").write_text("a red circle on white\na blue cross on black\na green square\n")
-    (tmp_path / "program.py").write_text(PROGRAM)
 
     def steps(way):
         generate = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model_name_or_path", "shapes"]
@@ -648,12 +650,11 @@ def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path):
 
     for arguments in steps("one"):
         assert cli.main(arguments) == 0
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start += [str(tmp_path / "program.py"), json.dumps(steps("two"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("of 2") == 2
+    # What `torchrun` does, but both processes come from the server that has imported the library.
+    forkserver()
+    launch = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "jobs", "start_method": "forkserver"}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, **launch)
+    assert elastic_launch(config, run_steps)(steps("two")) == {rank: ([0, 0, 0], rank) for rank in (0, 1)}
     for made in ("images", "scored", "streamed"):
         assert rows(tmp_path / "two" / made) == rows(tmp_path / "one" / made)
         files = [{file.name for file in (tmp_path / way / made / "data").iterdir()} for way in ("one", "two")]

@@ -15,7 +15,7 @@ from tests import tiny
 from tgol_trainer import TGOLTrainer, cli
 from tgol_trainer.data import DataError, encode_video, frame_rate, read_video
 from tgol_trainer.evaluation import generate_videos
-from tgol_trainer.jobs import generate_dataset, image_seed, score_dataset
+from tgol_trainer.jobs import GenerationSettings, ScoringSettings, generate_dataset, image_seed, score_dataset
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFacts, score_images
 from tgol_trainer.sources import load_scored_dataset
 
@@ -135,8 +135,8 @@ def test_numbers_that_a_video_model_does_not_take_are_refused_before_anything_is
 
 
 def test_a_number_of_frames_means_nothing_to_a_model_of_images(tmp_path, capsys):
-    with pytest.raises(TypeError, match="`num_frames` is no argument; sampling of images takes"):
-        generate_dataset(tiny.stable_diffusion(), ["a"], tmp_path / "out", model="tiny", num_frames=5)
+    with pytest.raises(TypeError, match="`num_frames` is given, but StableDiffusionPipeline makes images"):
+        generate_dataset(tiny.stable_diffusion(), ["a"], tmp_path / "out", GenerationSettings(num_frames=5))
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +167,7 @@ def encoded():
 
 def score(dataset, folder, rewards, **options):
     loaders = {reward.__name__: (lambda reward=reward: reward) for reward in rewards}
-    return score_dataset(dataset, loaders, folder, **{"shard_size": 2, "progress": False, **options})
+    return score_dataset(dataset, loaders, folder, ScoringSettings(shard_size=2, **options), progress=False)
 
 
 def test_a_reward_of_videos_gets_all_frames_and_the_frame_rate(encoded, tmp_path):
@@ -277,7 +277,7 @@ class Several:
 def test_a_reward_of_several_numbers_writes_a_column_each_from_one_pass(encoded, tmp_path):
     broken = {"bytes": b"no video", "path": None}
     dataset = dataset_of([encoded[0], encoded[1], broken, broken, encoded[2]])  # the second shard has no good row
-    counts = score_dataset(dataset, {"film": Several}, tmp_path, shard_size=2, progress=False)
+    counts = score_dataset(dataset, {"film": Several}, tmp_path, ScoringSettings(shard_size=2), progress=False)
     assert counts == {"film": 2, "film_half": 2, "film_none": 5} and Several.calls == 3
     table = rows(tmp_path)
     assert table["film"] == [3, 4, None, None, 5] and table["film_half"] == [1.5, 2, None, None, 2.5]

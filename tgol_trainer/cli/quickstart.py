@@ -144,6 +144,7 @@ class Quickstart:
     def evaluate(self, before: list[Image], after: list[Image]) -> Evaluation:
         """Compare images of equal prompts and seeds; write the tables, the plot, the images and the report."""
         from tgol_trainer.evaluation import (
+            ReportOptions,
             compare_models,
             make_gallery,
             save_before_after_grid,
@@ -176,9 +177,11 @@ class Quickstart:
             evaluation,
             models,
             make_gallery(prompts, [before, after]),
-            title="The shapes model before and after the quickstart",
+            ReportOptions(
+                title="The shapes model before and after the quickstart",
+                settings={**settings, "first seed": EVALUATION_SEED},
+            ),
             seconds={name: round(value, 1) for name, value in self.seconds.items()},
-            settings={**settings, "first seed": EVALUATION_SEED},
             seed=self.seed,
             num_images=self.num_images,
             num_steps=self.num_steps,

@@ -209,13 +209,12 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from functools import partial
 
+    from tgol_trainer.jobs import load_adapted_pipeline, process_device
     from tgol_trainer.rewards import load_reward
     from tgol_trainer.rounds import train_rounds
     from tgol_trainer.sources import load_prompts
 
-    from .generate import device_of, load_generator
-
-    name, device = model.model_name_or_path or "", device_of(training.use_cpu)
+    name, device = model.model_name_or_path or "", process_device(training.use_cpu)
     sampling = {
         "num_inference_steps": sample.sample_num_inference_steps,
         "guidance_scale": sample.sample_guidance_scale,
@@ -226,11 +225,9 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             training,
             load_prompts(script.prompts or "").texts,
             {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in script.reward_funcs or ()},
-            lambda adapter: load_generator(
+            partial(
+                load_adapted_pipeline,
                 name,
-                revision=None,
-                dtype=None,
-                adapter=adapter,
                 use_cpu=training.use_cpu,
                 model_init_kwargs=training.pipeline_kwargs,
                 num_frames=training.num_frames,

@@ -1,19 +1,20 @@
-"""Fixed-seed generation, paired comparison of scores, and the plots, tables and reports that show both."""
+"""Draw images with fixed seeds, compare scores in pairs, and write the plots, tables and reports of both."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .before_after import save_before_after_grid
 from .comparison import Comparison, compare_scores, format_table, write_metrics
 from .contact_sheet import save_contact_sheet
 from .images import make_gallery, score_model
 from .measures import MEASURES, SPREADS, measure_image, pixel_descriptor, seed_spread
 from .output import write_grids, write_results
-from .plots import save_before_after_grid, save_score_distributions, save_score_histogram
+from .plots import save_score_distributions, save_score_histogram
 from .previews import encode_preview, encode_thumbnail
 from .provenance import trained_scores
-from .report import Gallery, write_report
+from .report import Gallery, ReportOptions, write_report
 from .results import AdapterResult, Evaluation, MeasureChange, ModelRows, compare_models, verdict
 from .strip import frame_row, save_sample_strip
 from .tables import format_markdown, format_measures
@@ -30,6 +31,7 @@ __all__ = [
     "Gallery",
     "MeasureChange",
     "ModelRows",
+    "ReportOptions",
     "compare_models",
     "compare_scores",
     "encode_preview",

@@ -1,4 +1,4 @@
-"""Scores before against scores after on the same prompts and seeds: win rate, means and their intervals."""
+"""Compare scores before and after on the same prompts and seeds: win rate, means and their bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -7,59 +7,43 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tgol_trainer._files import write_file
+
 _BLOCK = 1_000_000
-"""Resampled groups held in memory at a time: 8 MB an array."""
+"""Resampled prompts that are held in memory at a time: 8 MB per array."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """
-    One score, before against after, over pairs of images made from the same prompt and seed.
+    One score before and after, over pairs of images made from the same prompt and seed.
 
     Args:
-        name (`str`):
-            Name of the score.
-        trained (`bool`):
-            Whether this score was trained on; a rise in one that was is weaker evidence.
-        num_images (`int`):
-            Pairs compared.
-        num_prompts (`int`):
-            Distinct prompts among them.
-        win_rate (`float`):
-            Share of pairs in which after beats before, a tie counting one half; in 0..1.
-        interval (`tuple[float, float]`):
-            Bootstrap interval of the win rate.
-        wins (`int`):
-            Pairs in which after beats before.
-        losses (`int`):
-            Pairs in which before beats after.
-        ties (`int`):
-            Pairs with equal scores.
+        name (`str`): Name of the score.
+        trained (`bool`): Whether this score was trained on; a rise of such a score is weaker evidence.
+        num_images (`int`): Pairs compared.
+        num_prompts (`int`): Distinct prompts among them.
+        win_rate (`float`): Share of pairs in which after beats before, a tie counting one half; in 0..1.
+        interval (`tuple[float, float]`): Bootstrap interval of the win rate.
+        wins (`int`): Pairs in which after beats before.
+        losses (`int`): Pairs in which before beats after.
+        ties (`int`): Pairs with equal scores.
         sign_test (`float`):
-            Two-sided p-value of the sign test over prompts: the chance of prompts that agree at least as much, were
-            each as likely to gain as to lose. A prompt gains if it has more wins than losses; as many of both leave
-            it out.
-        mean_before (`float`):
-            Mean score before, in the unit of the score; the next five are too.
-        mean_after (`float`):
-            Mean score after.
-        median_before (`float`):
-            Median score before.
-        median_after (`float`):
-            Median score after.
-        mean_change (`float`):
-            Mean of after − before.
-        mean_change_interval (`tuple[float, float]`):
-            Bootstrap interval of that mean.
-        num_missing (`int`):
-            Pairs left out because one of the two could not be scored.
-        confidence (`float`, *optional*, defaults to 0.95):
-            Level of both intervals.
+            Two-sided p-value of the sign test over prompts: the chance that at least as many prompts agree, if each
+            were as likely to gain as to lose. A prompt gains if it has more wins than losses; with as many of both it
+            is left out.
+        mean_before (`float`): Mean score before, in the unit of the score; the next five are too.
+        mean_after (`float`): Mean score after.
+        median_before (`float`): Median score before.
+        median_after (`float`): Median score after.
+        mean_change (`float`): Mean of after − before.
+        mean_change_interval (`tuple[float, float]`): Bootstrap interval of that mean.
+        num_missing (`int`): Pairs left out because one of the two could not be scored.
+        confidence (`float`, *optional*, defaults to 0.95): Level of both intervals.
     """
 
     name: str
@@ -102,28 +86,20 @@ def compare_scores(
     Compare paired scores.
 
     The win rate is `mean(1[after > before] + ½·1[after = before])`. Intervals are percentile bootstrap intervals over
-    prompts: whole prompts are drawn with all their images, since images of one prompt are no independent
-    evidence; the sign test counts prompts for the same reason. With a single prompt images are taken instead. Such
+    prompts: whole prompts are drawn with all their images, since images of one prompt are not independent
+    evidence; the sign test counts prompts for the same reason. With a single prompt, images are drawn instead. Such
     intervals are too narrow for a handful of prompts, and a single point where all pairs agree. Exchanging before and
     after mirrors every number.
 
     Args:
-        name (`str`):
-            Name of the score.
-        before (`Sequence[float | None]`):
-            Scores before; `None` where an image could not be scored.
-        after (`Sequence[float | None]`):
-            Scores after, of images with the same prompts and seeds.
-        prompts (`Sequence[str]`):
-            The prompt of each pair; equal prompts form one group.
-        trained (`bool`):
-            Whether this score was trained on.
-        num_resamples (`int`, *optional*, defaults to 2000):
-            Bootstrap resamples.
-        confidence (`float`, *optional*, defaults to 0.95):
-            Level of the intervals, in 0..1.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the resampling.
+        name (`str`): Name of the score.
+        before (`Sequence[float | None]`): Scores before; `None` where an image could not be scored.
+        after (`Sequence[float | None]`): Scores after, of images with the same prompts and seeds.
+        prompts (`Sequence[str]`): The prompt of each pair; equal prompts form one group.
+        trained (`bool`): Whether this score was trained on.
+        num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
+        confidence (`float`, *optional*, defaults to 0.95): Level of the intervals, in 0..1.
+        seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Returns:
         `Comparison`: all numbers over the pairs in which both were scored.
@@ -179,14 +155,10 @@ def write_metrics(
     The file appears whole or not at all. NaN and infinity, which JSON does not have, become null.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file; missing folders are made.
-        comparisons (`Sequence[Comparison]`):
-            One a score, with distinct names.
-        seconds (`Mapping[str, float]`, *optional*):
-            Wall-clock seconds of each part of the run.
-        facts (`Any`):
-            Further top-level entries: numbers, strings, lists and dictionaries of them.
+        path (`str` or `os.PathLike`): The file; missing folders are made.
+        comparisons (`Sequence[Comparison]`): One per score, with distinct names.
+        seconds (`Mapping[str, float]`, *optional*): Wall-clock seconds of each part of the run.
+        facts (`Any`): Further top-level entries: numbers, strings, lists and dictionaries of them.
 
     Raises:
         ValueError: if two comparisons share a name, or a fact is called `scores`.
@@ -194,33 +166,17 @@ def write_metrics(
     """
     names = [comparison.name for comparison in comparisons]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two comparisons share a name ({', '.join(sorted(names))}); the file holds one a name.")
+        raise ValueError(f"Two comparisons share a name ({', '.join(sorted(names))}); the file holds one per name.")
     if "scores" in facts:
         raise ValueError("`scores` is filled from `comparisons`; give the fact another name.")
-    scores = {comparison.name: comparison.to_dict() for comparison in comparisons}
-    for fields in scores.values():
-        del fields["name"]
-    content = {"scores": scores, "seconds": dict(seconds or {}), **facts}
-    replace_file(Path(path), json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    content = {"scores": by_name(comparisons), "seconds": dict(seconds or {}), **facts}
+    write_file(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """
-    Write a text file that appears whole or not at all.
-
-    Args:
-        path (`Path`):
-            The file; missing folders are made.
-        text (`str`):
-            Its content, written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def by_name(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+    """Return the name of each score and its other numbers, as metrics.json holds them."""
+    fields = [comparison.to_dict() for comparison in comparisons]
+    return {values.pop("name"): values for values in fields}
 
 
 def format_table(comparisons: Sequence[Comparison]) -> str:
@@ -228,11 +184,10 @@ def format_table(comparisons: Sequence[Comparison]) -> str:
     Return an aligned table of plain ASCII (score names apart), at most 100 columns wide.
 
     Args:
-        comparisons (`Sequence[Comparison]`):
-            One a row, in the order given.
+        comparisons (`Sequence[Comparison]`): One per row, in the order given.
 
     Returns:
-        `str`: a header, a rule, one line a score and, where pairs are missing, a note; no newline at the end.
+        `str`: a header, a rule, one line per score and, where pairs are missing, a note; no newline at the end.
     """
     levels = {comparison.confidence for comparison in comparisons}
     level = f"{100 * levels.pop():.4g} % " if len(levels) == 1 else ""
@@ -251,11 +206,11 @@ def format_table(comparisons: Sequence[Comparison]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    for comparison in comparisons:
-        if comparison.num_missing:
-            lines.append(
-                f"{_shortened(comparison.name)}: pairs left out for want of a score: {comparison.num_missing}"
-            )
+    lines += [
+        f"{_shortened(comparison.name)}: pairs left out because a score is missing: {comparison.num_missing}"
+        for comparison in comparisons
+        if comparison.num_missing
+    ]
     return "\n".join(lines)
 
 
@@ -273,7 +228,7 @@ def _check(name: str, lengths: tuple[int, int, int], num_resamples: int, confide
 
 def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarray:
     """Return float64 values (N,) with NaN for None; a NaN or infinity among the values themselves is an error."""
-    array = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    array = np.array(values, dtype=np.float64)
     bad = [i for i in np.flatnonzero(~np.isfinite(array)).tolist() if values[i] is not None]
     if bad:
         rows = ", ".join(f"row {i}: {values[i]}" for i in bad[:3])
@@ -285,16 +240,7 @@ def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarra
 
 
 def clusters_of(prompts: Sequence[str]) -> np.ndarray:
-    """
-    Return what is drawn together: the images of a prompt, or with a single prompt each image on its own.
-
-    Args:
-        prompts (`Sequence[str]`):
-            One an image.
-
-    Returns:
-        `numpy.ndarray`: (N,) integers from 0 without gaps.
-    """
+    """Return the cluster of each image, (N,) from 0 without gaps: its prompt, or itself if all have one prompt."""
     groups: dict[str, int] = {}
     numbers = np.array([groups.setdefault(prompt, len(groups)) for prompt in prompts])
     return numbers if len(groups) > 1 else np.arange(len(prompts))
@@ -304,20 +250,8 @@ def bootstrap_means(
     quantities: Sequence[np.ndarray], clusters: np.ndarray, num_resamples: int, seed: int
 ) -> np.ndarray:
     """
-    Return means of several quantities over the same resamples, in which whole clusters are drawn with replacement.
-
-    Args:
-        quantities (`Sequence[numpy.ndarray]`):
-            K of them, (N,) each.
-        clusters (`numpy.ndarray`):
-            (N,), of [`clusters_of`].
-        num_resamples (`int`):
-            Resamples R.
-        seed (`int`):
-            Seed of the drawing.
-
-    Returns:
-        `numpy.ndarray`: (K, R) float64.
+    Return the means (K, R) of K quantities (N,) over the same R resamples, in which whole clusters are drawn with
+    replacement; `clusters` (N,) are those of [`clusters_of`].
     """
     sizes = np.bincount(clusters).astype(np.float64)
     sums = [np.bincount(clusters, weights=values) for values in quantities]
@@ -340,12 +274,12 @@ def _sign_test(balances: np.ndarray) -> float:
     for k in range(min(gains, falls)):
         term = term * (gains + falls - k) // (k + 1)
         tail += term
-    # Whole numbers: 3,200 prompts are more than a float's exponent holds.
+    # Integers, because 2 ** 3200 is more than a float holds.
     return min(1.0, 2 * tail / 2 ** (gains + falls)) if gains + falls else 1.0
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with NumPy numbers and paths in plain Python, and None for what is not finite."""
+    """Return the value with NumPy numbers and paths as plain Python, and None in place of NaN and infinity."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -362,7 +296,7 @@ def _shortened(text: str, length: int = 26) -> str:
 
 
 def _before_after(before: float, after: float) -> str:
-    """Return both numbers, with the decimals that show four digits of the larger and two of the change."""
+    """Return both numbers with as many decimals as show four digits of the larger and two of the change."""
     largest, change = max(abs(before), abs(after)), abs(after - before)
     if not 1e-4 <= largest < 1e7:
         return f"{before:.4g} -> {after:.4g}"

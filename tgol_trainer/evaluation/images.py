@@ -1,4 +1,4 @@
-"""From images in memory to the rows and the gallery of a report."""
+"""Turn images in memory into the rows and the gallery of a report."""
 
 from __future__ import annotations
 
@@ -27,16 +27,12 @@ def score_model(
     Score and measure one model's images.
 
     Args:
-        name (`str`):
-            Name of the model.
-        images (`Sequence[PIL.Image.Image]`):
-            The images.
-        prompts (`Sequence[str]`):
-            One an image.
-        rewards (`Mapping[str, Callable]`):
-            Name of a score to its reward, a [`RewardFunction`].
+        name (`str`): Name of the model.
+        images (`Sequence[PIL.Image.Image]`): The images.
+        prompts (`Sequence[str]`): One per image.
+        rewards (`Mapping[str, Callable]`): Name of a score and its reward, a [`RewardFunction`].
         trained (`frozenset[str]`, *optional*):
-            Names of the scores that the model was trained on; `None` where that is not known.
+            Names of the scores that the model was trained on; `None` if that is not known.
 
     Returns:
         [`ModelRows`]
@@ -55,15 +51,12 @@ def make_gallery(
     prompts: Sequence[str], models: Sequence[Sequence[Image.Image]], *, categories: Sequence[str] | None = None
 ) -> Gallery:
     """
-    Reduce the images of all models for a report.
+    Make small copies of the images of all models for a report.
 
     Args:
-        prompts (`Sequence[str]`):
-            One a row.
-        models (`Sequence[Sequence[PIL.Image.Image]]`):
-            The images of each model, the base model first.
-        categories (`Sequence[str]`, *optional*):
-            One a row.
+        prompts (`Sequence[str]`): One per row.
+        models (`Sequence[Sequence[PIL.Image.Image]]`): The images of each model, the base model first.
+        categories (`Sequence[str]`, *optional*): One per row.
 
     Returns:
         [`Gallery`]

@@ -1,9 +1,8 @@
-"""What an image looks like in a few numbers, so that damage and collapse show beside the scores."""
+"""Measure saturation, contrast, detail, motion and diversity of images, to show damage and collapse beside scores."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,34 +11,28 @@ from PIL import Image
 MEASURES = {
     "saturation": "mean over pixels of the largest minus the smallest of R, G and B, 0 to 1",
     "contrast": "standard deviation of the luma, 0 to 0.5",
-    "high_frequency": "root mean square of what the mean of 3×3 pixels takes away from the luma, 0 to 1",
-    "motion": "videos: root mean square difference of the luma of neighbouring frames looked at, 0 to 1",
+    "high_frequency": "root mean square of the luma minus its mean over 3×3 pixels, 0 to 1",
+    "motion": "videos: root mean square difference of the luma between neighbouring measured frames, 0 to 1",
 }
-"""Name of a measure of one image to what it is. For a video, the mean over the frames looked at."""
+"""Names and descriptions of the measures of one image. The value of a video is the mean over the measured frames."""
 
 SPREAD = "seed_spread"
 SPREADS = {
-    SPREAD: "mean distance of two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
+    SPREAD: "mean distance between two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
     "feature_spread": "mean of 1 − cosine of the features of two images of one prompt, 0 to 2",
 }
-"""Name of a measure of one prompt's images, made with different seeds, to what it is."""
+"""Names and descriptions of the measures of several images of one prompt, made with different seeds."""
 
-FRAMES_LOOKED_AT = 8
+MEASURED_FRAMES = 8
+"""Frames of a video that are measured, spread evenly."""
 _SIDE = 16
-# ITU-R BT.601.
-_LUMA = np.array([0.299, 0.587, 0.114])
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 def measure_image(frames: Sequence[Image.Image]) -> dict[str, float]:
     """
-    Measure one image, or a video by its frames.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or the frames of a video that are to be looked at, in order and of one size.
-
-    Returns:
-        `dict[str, float]`: the values of [`MEASURES`]; `motion` for two frames and more.
+    Return the values of [`MEASURES`] for a single image, or for the frames of a video, in order and of one size;
+    `motion` only for two frames or more.
 
     Raises:
         ValueError: if there is no frame.
@@ -70,14 +63,7 @@ def _high_frequency(luma: np.ndarray) -> float:
 
 def pixel_descriptor(frames: Sequence[Image.Image]) -> np.ndarray:
     """
-    Reduce an image to 16×16 pixels, or a video to its first, middle and last frame at that size.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or the frames of a video.
-
-    Returns:
-        `numpy.ndarray`: (768,) or (2304,) uint8.
+    Return the RGB values of an image at 16×16 pixels, (768,) uint8, or of the first, middle and last frame, (2304,).
     """
     shown = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
     small = [frame.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for frame in shown]
@@ -88,16 +74,15 @@ def seed_spread(
     descriptors: Sequence[np.ndarray | None], prompts: Sequence[str], *, cosine: bool = False
 ) -> dict[str, float]:
     """
-    Return how far apart the images of each prompt lie.
+    Return how different the images of each prompt are.
 
     Args:
         descriptors (`Sequence[numpy.ndarray | None]`):
-            One an image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
+            One per image, (D,): uint8 pixels ([`pixel_descriptor`]) or floating-point features; `None` leaves the
             image out.
-        prompts (`Sequence[str]`):
-            The prompt of each image.
+        prompts (`Sequence[str]`): The prompt of each image.
         cosine (`bool`, *optional*, defaults to `False`):
-            Distance 1 − cosine, for features, instead of the root mean square difference of pixels in 0..1.
+            Take 1 − cosine of features as the distance, not the root mean square difference of pixels in 0..1.
 
     Returns:
         `dict[str, float]`: prompt to the mean distance over all pairs of its images; prompts with fewer than two
@@ -114,10 +99,9 @@ def _mean_distance(group: np.ndarray, cosine: bool) -> float:
     if cosine:
         values = group.astype(np.float64)
         values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-        # The mean over pairs i ≠ j, from the square of the sum and of each.
+        # The mean over pairs i ≠ j follows from the square of the sum and the sum of the squares.
         count = len(values)
         return float(1 - ((values.sum(axis=0) ** 2).sum() - (values**2).sum()) / (count * (count - 1)))
     values = group.astype(np.float64) / 255
     first, second = np.triu_indices(len(values), k=1)
-    distances = [math.sqrt(np.mean((values[i] - values[j]) ** 2)) for i, j in zip(first, second, strict=True)]
-    return float(np.mean(distances))
+    return float(np.sqrt(((values[first] - values[second]) ** 2).mean(axis=1)).mean())

@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json, tables, plots and the report."""
+"""Write the files of an evaluation: metrics.json, tables, plots and the report."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from .comparison import replace_file, write_metrics
-from .plots import save_before_after_grid, save_score_distributions
-from .report import REPORT_MEGABYTES, Gallery, write_report
+from tgol_trainer._files import write_file
+
+from .before_after import save_before_after_grid
+from .comparison import write_metrics
+from .plots import save_score_distributions
+from .report import Gallery, ReportOptions, write_report
 from .results import Evaluation, ModelRows
 from .tables import format_markdown
 
@@ -29,39 +32,25 @@ def write_results(
     evaluation: Evaluation,
     models: Sequence[ModelRows],
     gallery: Gallery,
+    options: ReportOptions | None = None,
     *,
-    title: str = "Before and after",
-    prompt_set: str = "",
     seconds: Mapping[str, float] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    megabytes: float = REPORT_MEGABYTES,
     **facts: Any,
 ) -> None:
     """
-    Write `metrics.json`, `tables.md`, `report.html`, and a plot of the distributions of scores an adapter.
+    Write `metrics.json`, `tables.md`, `report.html`, and one plot of the distributions of scores per adapter.
 
     Args:
-        folder (`Path`):
-            Where to; made if missing.
-        evaluation ([`Evaluation`]):
-            The numbers.
-        models (`Sequence[ModelRows]`):
-            What they came from, the base model first.
-        gallery ([`Gallery`]):
-            The images of the report.
-        title (`str`, *optional*):
-            Heading of the report.
-        prompt_set (`str`, *optional*, defaults to `""`):
-            Name of the prompts.
-        seconds (`Mapping[str, float]`, *optional*):
-            Wall-clock seconds of each part of the run.
-        settings (`Mapping[str, Any]`, *optional*):
-            How it was made: in the report a line each, in metrics.json under `settings`.
-        megabytes (`float`, *optional*, defaults to 50):
-            Limit of `report.html`.
-        facts (`Any`):
-            Further entries of metrics.json.
+        folder (`Path`): Where the files go; made if missing.
+        evaluation ([`Evaluation`]): The numbers.
+        models (`Sequence[ModelRows]`): The rows that were compared, the base model first.
+        gallery ([`Gallery`]): The images of the report.
+        options ([`ReportOptions`], *optional*):
+            Title and limit of the report, name of the prompts and settings of the run.
+        seconds (`Mapping[str, float]`, *optional*): Wall-clock seconds of each part of the run.
+        facts (`Any`): Further entries of metrics.json.
     """
+    options = options or ReportOptions()
     folder.mkdir(parents=True, exist_ok=True)
     base, *adapters = models
     plots = {}
@@ -73,37 +62,20 @@ def write_results(
         folder / METRICS_NAME,
         evaluation.adapters[0].scores,
         seconds=seconds,
-        settings=dict(settings or {}),
+        settings=dict(options.settings),
         **evaluation.to_dict(),
         **facts,
     )
-    replace_file(folder / TABLE_NAME, format_markdown(evaluation, prompt_set=prompt_set))
-    note = write_report(
-        folder / REPORT_NAME,
-        evaluation,
-        models,
-        gallery,
-        title=title,
-        prompt_set=prompt_set,
-        plots=plots,
-        settings=settings,
-        megabytes=megabytes,
-    )
+    write_file(folder / TABLE_NAME, format_markdown(evaluation, prompt_set=options.prompt_set))
+    note = write_report(folder / REPORT_NAME, evaluation, models, gallery, options, plots=plots)
     if note:
         logger.warning("%s: %s", folder / REPORT_NAME, note)
 
 
 def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> None:
     """
-    Draw twelve pairs an adapter, spread evenly over the rows and not chosen by score, as a model card shows them.
-
-    Args:
-        folder (`Path`):
-            Where `before_after.png` goes, or `before_after-NAME.png` for several adapters.
-        models (`Sequence[ModelRows]`):
-            The base model first.
-        gallery ([`Gallery`]):
-            Images of each model, of the same rows.
+    Draw twelve pairs per adapter for its model card, spread evenly over the rows and not chosen by score, as
+    `before_after.png`, or `before_after-NAME.png` for several adapters. The base model is the first of `models`.
     """
     base, *adapters = models
     for number, adapter in enumerate(adapters, start=1):
@@ -112,23 +84,21 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
         rows = rows[:: max(1, len(rows) // _GRID_PAIRS)][:_GRID_PAIRS]
         if not rows:
             continue
-        scores = {
-            name: tuple([model.scores[name][row] for row in rows] for model in (base, adapter))
-            for name in list(base.scores)[:3]
-        }
-        before, after = ([_image(gallery, k, row) for row in rows] for k in (0, number))
         save_before_after_grid(
             folder / file_of(GRID_NAME, adapter.name, len(adapters)),
             [gallery.prompts[row] for row in rows],
-            before,
-            after,
+            [_image(gallery, 0, row) for row in rows],
+            [_image(gallery, number, row) for row in rows],
             columns=3,
-            scores=scores,  # type: ignore[arg-type]
+            scores={
+                name: ([base.scores[name][row] for row in rows], [adapter.scores[name][row] for row in rows])
+                for name in list(base.scores)[:3]
+            },
         )
 
 
 def _image(gallery: Gallery, model: int, row: int) -> Image.Image:
-    """Return the larger image; of a video the strip of frames, since paper does not move."""
+    """Return the larger image, or the strip of frames of a video, since paper does not move."""
     preview = gallery.previews[model][row]
     image = Image.open(io.BytesIO(preview)) if preview else None
     if image is None or getattr(image, "is_animated", False):
@@ -137,20 +107,7 @@ def _image(gallery: Gallery, model: int, row: int) -> Image.Image:
 
 
 def file_of(name: str, adapter: str, count: int) -> str:
-    """
-    Return the name of a file that each adapter has one of.
-
-    Args:
-        name (`str`):
-            Name where there is one adapter.
-        adapter (`str`):
-            Name of the adapter.
-        count (`int`):
-            How many there are.
-
-    Returns:
-        `str`: the name itself, or with the adapter's, made safe, before its ending.
-    """
+    """Return the name of a file that is written once per adapter: with several, the adapter's name is added to it."""
     if count == 1:
         return name
     safe = re.sub(r"[^\w.-]+", "_", adapter)

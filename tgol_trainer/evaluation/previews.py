@@ -1,4 +1,4 @@
-"""Small copies of images for a report: one for the gallery, one for looking closely."""
+"""Encode small copies of images for a report: a thumbnail for the gallery and a larger preview."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ _MILLISECONDS = 160
 
 def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
     """
-    Encode an image at 128 pixels or fewer, or the first, middle and last frame of a video side by side.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or frames of a video.
-
-    Returns:
-        `bytes`: PNG up to 64 pixels a side, else WebP.
+    Encode an image at 128 pixels or fewer, or the first, middle and last frame of a video side by side: as PNG up to
+    64 pixels per side, else as WebP.
     """
     shown = [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
     small = [_reduced(frame, THUMBNAIL_SIDE) for frame in shown]
@@ -35,14 +29,8 @@ def encode_thumbnail(frames: Sequence[Image.Image]) -> bytes:
 
 def encode_preview(frames: Sequence[Image.Image]) -> bytes | None:
     """
-    Encode an image at 512 pixels or fewer, or a video as an animation of 320.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            An image alone, or frames of a video.
-
-    Returns:
-        `bytes`, *optional*: WebP; `None` where the thumbnail is all there is.
+    Encode an image at 512 pixels or fewer, or the frames of a video as an animation of 320, as WebP; return `None` if
+    the thumbnail is as large.
     """
     if len(frames) > 1:
         first, *others = (_reduced(frame, CLIP_SIDE) for frame in frames)

@@ -1,4 +1,4 @@
-"""The base model against any number of adapters: every number of a report, from rows that were scored and measured."""
+"""Compare a base model with any number of adapters, from images that were scored and measured."""
 
 from __future__ import annotations
 
@@ -9,31 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from .comparison import Comparison, bootstrap_means, clusters_of, compare_scores
+from .comparison import Comparison, bootstrap_means, by_name, clusters_of, compare_scores
 from .measures import MEASURES, SPREAD, SPREADS, seed_spread
 
 NOTABLE_CHANGE = 0.1
-"""A measure that moved by this share of the base model's mean, with an interval that leaves out 0, is pointed out."""
+"""A measure is pointed out if it changed by this share of the base model's mean and its interval leaves out 0."""
 FEW_PROMPTS = 20
-"""Below so many prompts the bootstrap intervals are too narrow."""
+"""With fewer prompts the bootstrap intervals are too narrow."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRows:
     """
-    What is known of one model's images; every model has the same rows, of the same prompts and seeds.
+    Scores and measures of one model's images. Every model has the same rows, made from the same prompts and seeds.
 
     Args:
-        name (`str`):
-            Name in tables.
+        name (`str`): Name in tables.
         scores (`Mapping[str, Sequence[float | None]]`):
-            Name of a score to one value a row; `None` where an image could not be scored.
-        measures (`Mapping[str, Sequence[float | None]]`, *optional*):
-            Name in [`MEASURES`] to one value a row.
+            Name of a score to one value per row; `None` where an image could not be scored.
+        measures (`Mapping[str, Sequence[float | None]]`, *optional*): Name in [`MEASURES`] to one value per row.
         descriptors (`Mapping[str, Sequence[numpy.ndarray | None]]`, *optional*):
-            Name in [`SPREADS`] to what [`seed_spread`] takes, one a row.
+            Name in [`SPREADS`] to the descriptors that [`seed_spread`] takes, one per row.
         trained (`frozenset[str]`, *optional*):
-            Names of the scores that the model was trained on; `None` where that is not known.
+            Names of the scores that the model was trained on; `None` if that is not known.
     """
 
     name: str
@@ -46,25 +44,18 @@ class ModelRows:
 @dataclasses.dataclass(frozen=True)
 class MeasureChange:
     """
-    One measure, the base model against an adapter.
+    One measure of the base model's images and of an adapter's.
 
     Args:
-        name (`str`):
-            Name in [`MEASURES`] or [`SPREADS`].
-        mean_before (`float`):
-            Mean over the base model's images, or over prompts for a spread.
-        mean_after (`float`):
-            The same of the adapter.
-        mean_change (`float`):
-            Mean of after − before.
-        mean_change_interval (`tuple[float, float]`):
-            Bootstrap interval of it, over prompts.
-        relative_change (`float`, *optional*):
-            Ratio of the two means minus 1; `None` if the base model's is 0.
+        name (`str`): Name in [`MEASURES`] or [`SPREADS`].
+        mean_before (`float`): Mean over the base model's images, or over prompts for a spread.
+        mean_after (`float`): The same for the adapter.
+        mean_change (`float`): Mean of after − before.
+        mean_change_interval (`tuple[float, float]`): Bootstrap interval of that mean, over prompts.
+        relative_change (`float`, *optional*): Ratio of the two means minus 1; `None` if the base model's is 0.
         relative_change_interval (`tuple[float, float]`, *optional*):
-            Bootstrap interval of that, both means drawn anew in each resample.
-        num_compared (`int`):
-            Images compared, or prompts for a spread.
+            Bootstrap interval of that ratio; each resample gives both means.
+        num_compared (`int`): Images compared, or prompts for a spread.
     """
 
     name: str
@@ -78,44 +69,37 @@ class MeasureChange:
 
     @property
     def notable(self) -> bool:
-        """Whether it moved by a tenth of the base model's mean or more, with an interval that leaves out 0."""
+        """Whether it changed by a tenth of the base model's mean or more, and its interval leaves out 0."""
         if self.relative_change is None or self.relative_change_interval is None:
             return False
         low, high = self.relative_change_interval
         return abs(self.relative_change) >= NOTABLE_CHANGE and not low <= 0 <= high
 
     def text(self) -> str:
-        """Return `-20.7 % [-23.1, -18.3]`; the plain change where the base model's mean is 0."""
+        """Return a text such as `-20.7 % [-23.1, -18.3]`, or the plain change if the base model's mean is 0."""
         if self.relative_change is None or self.relative_change_interval is None:
             return f"{self.mean_change:+.4g}"
-        # Rounded first: no "-0.0".
+        # Adding 0 turns -0.0 into 0.0.
         values = (self.relative_change, *self.relative_change_interval)
         change, low, high = (round(100 * value, 1) + 0.0 for value in values)
         return f"{change:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what metrics.json holds of it."""
-        fields = dataclasses.asdict(self)
-        del fields["name"]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        """Return the numbers as metrics.json holds them."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterResult:
     """
-    One adapter against the base model.
+    One adapter compared with the base model.
 
     Args:
-        name (`str`):
-            Name in tables.
-        trained_known (`bool`):
-            Whether it is known which scores it was trained on.
-        scores (`list[Comparison]`):
-            One a score; before is the base model.
-        categories (`dict[str, list[Comparison]]`):
-            The same for the prompts of each category.
-        measures (`list[MeasureChange]`):
-            Spread across seeds, then the measures of single images.
+        name (`str`): Name in tables.
+        trained_known (`bool`): Whether it is known which scores the adapter was trained on.
+        scores (`list[Comparison]`): One per score; the base model is "before".
+        categories (`dict[str, list[Comparison]]`): The same for the prompts of each category.
+        measures (`list[MeasureChange]`): Spreads across seeds, then the measures of single images.
     """
 
     name: str
@@ -125,11 +109,11 @@ class AdapterResult:
     measures: list[MeasureChange]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what metrics.json holds of it."""
+        """Return the numbers as metrics.json holds them."""
         return {
             "trained_known": self.trained_known,
-            "scores": _by_name(self.scores),
-            "categories": {name: _by_name(found) for name, found in self.categories.items()},
+            "scores": by_name(self.scores),
+            "categories": {name: by_name(found) for name, found in self.categories.items()},
             "measures": {measure.name: measure.to_dict() for measure in self.measures},
         }
 
@@ -137,21 +121,16 @@ class AdapterResult:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """
-    All adapters against the base model, and against one another.
+    All adapters compared with the base model, and with one another.
 
     Args:
-        base (`str`):
-            Name of the base model.
-        adapters (`list[AdapterResult]`):
-            In the order given.
+        base (`str`): Name of the base model.
+        adapters (`list[AdapterResult]`): In the order given.
         head_to_head (`list[tuple[str, str, list[Comparison]]]`):
             Every pair of adapters: the first is "before", the second "after".
-        notices (`list[str]`):
-            What a reader must know before the numbers, a sentence or two each.
-        num_prompts (`int`):
-            Distinct prompts.
-        num_rows (`int`):
-            Images of each model.
+        notices (`list[str]`): Warnings that a reader must know before the numbers, one or two sentences each.
+        num_prompts (`int`): Distinct prompts.
+        num_rows (`int`): Images of each model.
     """
 
     base: str
@@ -162,7 +141,7 @@ class Evaluation:
     num_rows: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what metrics.json holds beside `scores`, which are those of the first adapter."""
+        """Return the entries of metrics.json other than `scores`, which are those of the first adapter."""
         return {
             "base": self.base,
             "adapter": self.adapters[0].name,
@@ -171,14 +150,14 @@ class Evaluation:
             "notices": self.notices,
             "adapters": {adapter.name: adapter.to_dict() for adapter in self.adapters},
             "head_to_head": [
-                {"before": before, "after": after, "scores": _by_name(found)}
+                {"before": before, "after": after, "scores": by_name(found)}
                 for before, after, found in self.head_to_head
             ],
         }
 
 
 def verdict(comparison: Comparison) -> str:
-    """Return `"better"`, `"worse"` or `"no clear difference"`: on which side of 50 % the interval lies."""
+    """Return `"better"`, `"worse"` or `"no clear difference"`, by the side of 50 % on which the interval lies."""
     low, high = comparison.interval
     return "better" if low > 0.5 else "worse" if high < 0.5 else "no clear difference"
 
@@ -197,20 +176,13 @@ def compare_models(
     Compare adapters with their base model and with one another.
 
     Args:
-        prompts (`Sequence[str]`):
-            One a row.
-        base ([`ModelRows`]):
-            The base model.
-        adapters (`Sequence[ModelRows]`):
-            The adapters, with distinct names and the scores of the base model.
-        categories (`Sequence[str]`, *optional*):
-            One a row; each category is compared on its own too.
-        confidence (`float`, *optional*, defaults to 0.95):
-            Level of the intervals.
-        num_resamples (`int`, *optional*, defaults to 2000):
-            Bootstrap resamples.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the resampling.
+        prompts (`Sequence[str]`): One per row.
+        base ([`ModelRows`]): The base model.
+        adapters (`Sequence[ModelRows]`): The adapters, with distinct names and the scores of the base model.
+        categories (`Sequence[str]`, *optional*): One per row; each category is also compared on its own.
+        confidence (`float`, *optional*, defaults to 0.95): Level of the intervals.
+        num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the resampling.
 
     Returns:
         [`Evaluation`]
@@ -219,43 +191,28 @@ def compare_models(
         ValueError: if there is no adapter, names are not distinct, models differ in their scores, numbers of rows
             differ, or [`compare_scores`] refuses a score.
     """
-    models = [base, *adapters]
-    _check(prompts, models, categories)
+    _check(prompts, [base, *adapters], categories)
     options = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
-    results = []
-    for adapter in adapters:
-        trained = adapter.trained or frozenset()
-        parts: dict[str, list[Comparison]] = {}
-        for category in dict.fromkeys(categories or ()):
-            rows = [row for row, other in enumerate(categories or ()) if other == category]
-            parts[category] = _scores(prompts, base, adapter, trained, options, rows)
-        results.append(
-            AdapterResult(
-                adapter.name,
-                adapter.trained is not None,
-                _scores(prompts, base, adapter, trained, options, None),
-                parts,
-                _measures(prompts, base, adapter, options),
-            )
+    rows_of: dict[str, list[int]] = {}
+    for row, category in enumerate(categories or ()):
+        rows_of.setdefault(category, []).append(row)
+    results = [
+        AdapterResult(
+            adapter.name,
+            adapter.trained is not None,
+            _scores(prompts, base, adapter, adapter.trained, options),
+            {name: _scores(prompts, base, adapter, adapter.trained, options, rows) for name, rows in rows_of.items()},
+            _measures(prompts, base, adapter, options),
         )
-    pairs = [
-        (
-            one.name,
-            two.name,
-            _scores(prompts, one, two, (one.trained or frozenset()) | (two.trained or frozenset()), options, None),
-        )
-        for one, two in itertools.combinations(adapters, 2)
+        for adapter in adapters
     ]
+    pairs = []
+    for one, two in itertools.combinations(adapters, 2):
+        trained = (one.trained or frozenset()) | (two.trained or frozenset())
+        pairs.append((one.name, two.name, _scores(prompts, one, two, trained, options)))
     num_prompts = len(set(prompts))
     notices = _notices(results, num_prompts, len(prompts))
     return Evaluation(base.name, results, pairs, notices, num_prompts, len(prompts))
-
-
-def _by_name(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-    fields = {comparison.name: comparison.to_dict() for comparison in comparisons}
-    for values in fields.values():
-        del values["name"]
-    return fields
 
 
 def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequence[str] | None) -> None:
@@ -269,7 +226,7 @@ def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequ
     for model in models:
         if list(model.scores) != list(models[0].scores):
             raise ValueError(
-                f"{model.name!r} has the scores {list(model.scores)}, {names[0]!r} {list(models[0].scores)}; all "
+                f"{model.name!r} has the scores {list(model.scores)}, {names[0]!r} has {list(models[0].scores)}; all "
                 "models need the same."
             )
         columns = {**model.scores, **model.measures, **model.descriptors}
@@ -279,18 +236,18 @@ def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequ
                 f"{wrong[0]!r} of {model.name!r} does not have one value for each of {len(prompts)} rows."
             )
     if categories is not None and len(categories) != len(prompts):
-        raise ValueError(f"There are {len(categories)} categories for {len(prompts)} rows; give one a row.")
+        raise ValueError(f"There are {len(categories)} categories for {len(prompts)} rows; give one per row.")
 
 
 def _scores(
     prompts: Sequence[str],
     before: ModelRows,
     after: ModelRows,
-    trained: frozenset[str],
+    trained: frozenset[str] | None,
     options: Mapping[str, Any],
-    rows: Sequence[int] | None,
+    rows: Sequence[int] | None = None,
 ) -> list[Comparison]:
-    """Compare all scores, over some of the rows where these are given; there, scores without any pair are left out."""
+    """Compare all scores over all rows, or over the given ones; among these a score without any pair is left out."""
     found = []
     for name in before.scores:
         kept = range(len(prompts)) if rows is None else rows
@@ -298,7 +255,7 @@ def _scores(
         if rows is not None and all(a is None or b is None for a, b in zip(old, new, strict=True)):
             continue
         texts = [prompts[row] for row in kept]
-        found.append(compare_scores(name, old, new, texts, trained=name in trained, **options))
+        found.append(compare_scores(name, old, new, texts, trained=name in (trained or ()), **options))
     return found
 
 
@@ -309,12 +266,11 @@ def _measures(
     for name in SPREADS:
         if name not in base.descriptors or name not in adapter.descriptors:
             continue
-        both = list(zip(base.descriptors[name], adapter.descriptors[name], strict=True))
+        sides = [model.descriptors[name] for model in (base, adapter)]
         # An image that one of the two models lacks is left out of both.
-        sides = [
-            [None if old is None or new is None else pair[k] for pair in both for old, new in [pair]] for k in (0, 1)
-        ]
-        old, new = (seed_spread(side, prompts, cosine=name != SPREAD) for side in sides)
+        kept = [row for row in range(len(prompts)) if all(side[row] is not None for side in sides)]
+        texts = [prompts[row] for row in kept]
+        old, new = (seed_spread([side[row] for row in kept], texts, cosine=name != SPREAD) for side in sides)
         if old:
             found.append(_change(name, list(old.values()), list(new.values()), list(old), options))
     for name in MEASURES:
@@ -359,8 +315,8 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
     notices = []
     if num_prompts < FEW_PROMPTS:
         notices.append(
-            f"Only {num_prompts} prompt{'s' if num_prompts > 1 else ''}: bootstrap intervals are too narrow below "
-            f"about {FEW_PROMPTS}."
+            f"Only {num_prompts} prompt{'s' if num_prompts > 1 else ''}: with fewer than about {FEW_PROMPTS} the "
+            "bootstrap intervals are too narrow."
         )
     for adapter in adapters:
         if not adapter.trained_known:
@@ -370,8 +326,8 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
             )
         elif all(comparison.trained for comparison in adapter.scores):
             notices.append(
-                f"{adapter.name}: every score here was trained on, so nothing shows whether the images got better "
-                "by another measure. Add a score that was not."
+                f"{adapter.name} was trained on every score here, so nothing shows whether the images got better by "
+                "another measure. Add a score that it was not trained on."
             )
         for comparison in adapter.scores:
             if comparison.num_missing:
@@ -380,8 +336,8 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
                 )
         for measure in (measure for measure in adapter.measures if measure.notable):
             alike = measure.name in SPREADS and measure.mean_change < 0
-            cause = " The images of a prompt have become alike: look at them." if alike else ""
-            notices.append(f"{adapter.name}: {measure.name} changed by {measure.text()} of the base model's.{cause}")
+            advice = " The images of a prompt have become alike: look at them." if alike else ""
+            notices.append(f"{adapter.name}: {measure.name} changed by {measure.text()} of the base model's.{advice}")
     if not any(measure.name in SPREADS for adapter in adapters for measure in adapter.measures):
-        notices.append("One image a prompt: whether images of one prompt became alike was not measured.")
+        notices.append("One image per prompt, so it was not measured whether the images of a prompt became alike.")
     return notices

@@ -1,17 +1,16 @@
-"""How images changed in training: a row a prompt, a column a step."""
+"""Draw how images changed in training: one row per prompt, one column per step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .contact_sheet import _chosen
-from .plots import _font, _resized, _score_line, _wrapped
+from tgol_trainer._spacing import evenly_spaced
 
-_INK, _GREY, _RULE = "#222222", "#555555", "#d0d0d0"
+from .drawing import INK, RULE, SOFT, Style, enlarged, resized, save_png, score_line, wrapped
+
 _MIN_SIDE, _MAX_HEIGHT = 160, 320
 _GAP = 6
 
@@ -20,18 +19,10 @@ Scores = Mapping[str, Sequence[Sequence[float | None]]]
 
 def frame_row(frames: Sequence[Image.Image], num_shown: int = 3) -> Image.Image:
     """
-    Put a few frames of a video side by side.
-
-    Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            At least one.
-        num_shown (`int`, *optional*, defaults to 3):
-            Frames shown, spread evenly from the first to the last; fewer where the video has fewer.
-
-    Returns:
-        `PIL.Image.Image`: each frame at least 128 and at most 320 pixels wide and high.
+    Put up to `num_shown` frames of a video, spread evenly from the first to the last, side by side. Each frame is at
+    least 128 and at most 320 pixels wide and high.
     """
-    shown = _resized([frames[number] for number in _chosen(len(frames), num_shown)], None)
+    shown = resized([frames[number] for number in evenly_spaced(len(frames), num_shown)])
     width, height = shown[0].size
     row = Image.new("RGB", (len(shown) * (width + 2) - 2, height), "white")
     for column, image in enumerate(shown):
@@ -52,14 +43,12 @@ def save_sample_strip(
     Draw images of the same prompts and seeds at successive moments, so that each row shows how one changed.
 
     Args:
-        path (`str` or `os.PathLike`):
-            PNG file; missing folders are made. It appears whole or not at all.
+        path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
         prompts (`Sequence[str]`):
-            One a row, written above its images; cut to two lines. A prompt equal to the one above is not repeated.
-        titles (`Sequence[str]`):
-            One a column, such as `"base"` and `"step 50"`.
+            One per row, written above its images; cut to two lines. A prompt equal to the one above is not repeated.
+        titles (`Sequence[str]`): One per column, such as `"base"` and `"step 50"`.
         images (`Sequence[Sequence[PIL.Image.Image]]`):
-            For each column one image a row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
+            For each column one image per row. Small ones are enlarged pixel by pixel to 160 pixels or more, large ones
             reduced to a height of 320.
         scores (`Mapping[str, Sequence[Sequence]]`, *optional*):
             Name of a score to its values, arranged as `images`, written below each; `None` is written as "–".
@@ -73,18 +62,18 @@ def save_sample_strip(
     _check(prompts, titles, images, scores, means)
     columns = [[_fitted(image) for image in column] for column in images]
     widths = [max(image.width for image in column) for column in columns]
-    size = min(max(max(widths) // 16, 12), 18)
-    font, small, bold = _font(size), _font(size - 2), _font(size, bold=True)
-    line, margin = size + 5, 2 * size
+    style = Style.for_width(max(widths))
+    font, small, bold = style.font(), style.font(2), style.font(bold=True)
+    line, margin = style.line, style.margin
     width = 2 * margin + sum(widths) + _GAP * (len(widths) - 1)
     captions = [
-        [] if row and prompt == prompts[row - 1] else _wrapped(prompt, font, width - 2 * margin, 2)
+        [] if row and prompt == prompts[row - 1] else wrapped(prompt, font, width - 2 * margin, 2)
         for row, prompt in enumerate(prompts)
     ]
-    row_heights = [max(column[row].height for column in columns) for row in range(len(prompts))]
+    image_heights = [max(image.height for image in row) for row in zip(*columns, strict=True)]
     heights = [
         line * (len(caption) + len(scores)) + height + margin // 2 + (margin // 2 if caption else 0)
-        for caption, height in zip(captions, row_heights, strict=True)
+        for caption, height in zip(captions, image_heights, strict=True)
     ]
     head = margin // 2 + line * (1 + len(means))
     sheet = Image.new("RGB", (width, head + sum(heights) + margin // 2), "white")
@@ -92,39 +81,35 @@ def save_sample_strip(
     lefts = [margin + sum(widths[:column]) + _GAP * column for column in range(len(widths))]
     for column, (left, title) in enumerate(zip(lefts, titles, strict=True)):
         centre = left + widths[column] / 2
-        canvas.text((centre, margin // 2), title, fill=_INK, font=bold, anchor="ma")
+        canvas.text((centre, margin // 2), title, fill=INK, font=bold, anchor="ma")
         for number, (name, values) in enumerate(means.items(), start=1):
-            text = _score_line(name, values[column], small, widths[column])
-            canvas.text((centre, margin // 2 + line * number), text, fill=_GREY, font=small, anchor="ma")
+            text = score_line(name, values[column], small, widths[column])
+            canvas.text((centre, margin // 2 + line * number), text, fill=SOFT, font=small, anchor="ma")
     y = head
     for row, (caption, height) in enumerate(zip(captions, heights, strict=True)):
         top = y
         if caption:
-            canvas.line((margin, y + margin // 4, width - margin, y + margin // 4), fill=_RULE)
+            canvas.line((margin, y + margin // 4, width - margin, y + margin // 4), fill=RULE)
             top += margin // 2
         for text in caption:
-            canvas.text((margin, top), text, fill=_INK, font=font)
+            canvas.text((margin, top), text, fill=INK, font=font)
             top += line
         for column, left in enumerate(lefts):
             image = columns[column][row]
             sheet.paste(image, (left + (widths[column] - image.width) // 2, top))
-            for number, (name, rows) in enumerate(scores.items()):
-                text = _score_line(name, rows[column][row], small, widths[column])
-                below = (left + widths[column] / 2, top + row_heights[row] + 3 + line * number)
-                canvas.text(below, text, fill=_GREY, font=small, anchor="ma")
+            for number, (name, found) in enumerate(scores.items()):
+                text = score_line(name, found[column][row], small, widths[column])
+                below = (left + widths[column] / 2, top + image_heights[row] + 3 + line * number)
+                canvas.text(below, text, fill=SOFT, font=small, anchor="ma")
         y += height
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    save_png(sheet, path)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     factor = -(-_MIN_SIDE // min(image.size))
     if factor > 1:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        return enlarged(image, factor)
     if image.height > _MAX_HEIGHT:
         width = max(round(image.width * _MAX_HEIGHT / image.height), 1)
         return image.resize((width, _MAX_HEIGHT), Image.Resampling.LANCZOS)

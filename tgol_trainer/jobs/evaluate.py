@@ -1,12 +1,9 @@
-"""A base model and its adapters on the same prompts and seeds: images, scores and measures in resumable shards."""
+"""Generate, score and measure images of a base model and its adapters on the same prompts and seeds, in shards."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
-import hashlib
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +12,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.parquet
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from tgol_trainer._spacing import evenly_spaced
 from tgol_trainer.data import DataError, ImageError, VideoError, open_image, read_video
 from tgol_trainer.evaluation import (
     MEASURES,
@@ -29,84 +28,69 @@ from tgol_trainer.evaluation import (
     measure_image,
     pixel_descriptor,
 )
-from tgol_trainer.evaluation.measures import FRAMES_LOOKED_AT, SPREAD
-from tgol_trainer.rewards import RewardFunction
+from tgol_trainer.evaluation.measures import MEASURED_FRAMES, SPREAD
 from tgol_trainer.sources.shards import read_rewards
 
-from .generate import generate_dataset
-from .score import note_rewards, score_dataset
-from .shards import Shards, process_share, weights_digest
-
-logger = logging.getLogger(__name__)
+from .generate import IMAGE_BATCH_SIZE, GenerationSettings, generate_dataset, whole_batches
+from .score import Loaders, ScoringSettings, free_memory, note_rewards, rewards_in_turn, score_one_shard
+from .shards import Shards, process_share, prompts_digest, weights_digest
 
 RECORD = "tgol_evaluate.json"
 SHARD_SIZE = 64
 FEATURES = "feature_spread"
 _OWN = ("prompt", "seed", "image_index", *MEASURES, *SPREADS, "thumbnail", "preview")
 
+LoadPipeline = Callable[[str | None], tuple[Any, str | None]]
+ImageFeatures = Callable[[list[Image.Image]], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationJob:
     """
-    What is compared, and the folder where it is done.
+    The models that are compared, and the folder of their images and results.
 
     `output_dir/images/MODEL` holds the images as [`generate_dataset`] writes them, `output_dir/results/MODEL` one
-    row an image with scores, measures and small copies, both as Parquet shards. A shard that is there is not made
+    row per image with scores, measures and small copies, both as Parquet shards. A shard that exists is not made
     again, so the same call continues after a kill, and any number of processes share the work.
 
     Args:
-        output_dir (`Path`):
-            Made if missing.
+        output_dir (`Path`): Made if missing.
         models (`Mapping[str, str | None]`):
             Name of a model, fit for a folder, to its adapter, a folder or Hub id; `None` for the base model, which
             comes first.
-        prompts (`Sequence[str]`):
-            Prompts.
-        images_per_prompt (`int`, *optional*, defaults to 1):
-            Images of each prompt, with seeds of their own.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the run.
-        batch_size (`int`, *optional*):
-            Images a call of the pipeline; the default of [`generate_dataset`] otherwise.
-        shard_size (`int`, *optional*, defaults to 64):
-            Images a shard; rounded up to whole batches.
-        model (`str`, *optional*, defaults to `""`):
-            Name of the base model, written in every row of images.
-        sampling (`Mapping[str, Any]`, *optional*):
-            `num_inference_steps`, `guidance_scale`, `height`, `width` and whatever else [`generate_dataset`] takes.
+        prompts (`Sequence[str]`): Prompts.
+        settings ([`GenerationSettings`], *optional*):
+            How the images are generated. `adapter` is filled in for each model; `model` is the base model.
     """
 
     output_dir: Path
     models: Mapping[str, str | None]
     prompts: Sequence[str]
-    images_per_prompt: int = 1
-    seed: int = 0
-    batch_size: int | None = None
-    shard_size: int = SHARD_SIZE
-    model: str = ""
-    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
 
     @functools.cached_property
     def shards(self) -> dict[str, Shards]:
-        """The shards of results of each model; made when first asked for, which claims the folder."""
-        if self.images_per_prompt < 1 or self.shard_size < 1 or (self.batch_size or 1) < 1:
+        """The shards of results of each model. The first access claims the folder."""
+        settings = self.settings
+        batch_size = IMAGE_BATCH_SIZE if settings.batch_size is None else settings.batch_size
+        shard_size = SHARD_SIZE if settings.shard_size is None else settings.shard_size
+        if settings.images_per_prompt < 1 or shard_size < 1 or batch_size < 1:
             raise DataError("`images_per_prompt`, `batch_size` and `shard_size` must be at least 1.")
-        batch = self.batch_size or 1
-        digest = hashlib.blake2b("\0".join(self.prompts).encode(), digest_size=16).hexdigest()
-        settings = {
-            "model": self.model,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "images_per_prompt": self.images_per_prompt,
-            "prompts_blake2b": digest,
-            **self.sampling,
+        record = {
+            "model": settings.model,
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+            "images_per_prompt": settings.images_per_prompt,
+            "prompts_blake2b": prompts_digest(self.prompts),
+            **settings.given_sampling(),
         }
-        count, size = len(self.prompts) * self.images_per_prompt, -(-self.shard_size // batch) * batch
         return {
             name: Shards(
                 self.output_dir / "results" / name,
-                *(count, size, RECORD),
-                {**settings, "adapter": adapter, "weights_blake2b": weights_digest(adapter)},
+                len(self.prompts) * settings.images_per_prompt,
+                whole_batches(shard_size, batch_size),
+                RECORD,
+                {**record, "adapter": adapter, "weights_blake2b": weights_digest(adapter)},
             )
             for name, adapter in self.models.items()
         }
@@ -119,130 +103,69 @@ class EvaluationJob:
         """Yield (model, shard) of a process's share whose results lack one of the columns."""
         for name, shards in self.shards.items():
             for shard in shards.share(*share):
-                path = shards.path(shard)
-                if not path.exists() or not set(columns) <= set(pyarrow.parquet.read_schema(path).names):
+                if not set(columns) <= set(_column_names(shards.path(shard))):
                     yield name, shard
 
-    def generate(
-        self,
-        load: Callable[[str | None], tuple[Any, str | None]],
-        wanted: Sequence[tuple[str, int]],
-        *,
-        progress: bool = True,
-    ) -> None:
-        """
-        Make the images that are missing.
+    def _count(self, wanted: Sequence[tuple[str, int]]) -> int:
+        return sum(self.shards[name].count([shard]) for name, shard in wanted)
 
-        Args:
-            load (`Callable`):
-                Takes an adapter, or `None` for the base model, and returns the pipeline and the model's revision.
-                Called once a model that lacks images.
-            wanted (`Sequence[tuple[str, int]]`):
-                (model, shard) of the results that are to be made.
-            progress (`bool`, *optional*, defaults to `True`):
-                Show a bar over all images that are missing.
-        """
+    def generate(self, load: LoadPipeline, wanted: Sequence[tuple[str, int]], progress: bool) -> None:
+        """Generate the images that are missing for the wanted results, (model, shard) each."""
         missing = [(name, shard) for name, shard in wanted if not self.images(name, shard).exists()]
-        total = sum(len(self.shards[name].rows(shard)) for name, shard in missing)
+        total = self._count(missing)
         with tqdm(total=total, desc="Generating", unit="image", disable=not (progress and total)) as bar:
             for name, adapter in self.models.items():
                 mine = [shard for other, shard in missing if other == name]
                 if not mine:
                     continue
+                shards, folder = self.shards[name], self.output_dir / "images" / name
                 pipeline, revision = load(adapter)
+                settings = dataclasses.replace(
+                    self.settings, adapter=adapter, revision=revision, shard_size=shards.shard_size
+                )
                 for shard in mine:
-                    generate_dataset(
-                        pipeline,
-                        self.prompts,
-                        self.output_dir / "images" / name,
-                        model=self.model,
-                        revision=revision,
-                        adapter=adapter,
-                        images_per_prompt=self.images_per_prompt,
-                        seed=self.seed,
-                        shard_size=self.shards[name].shard_size,
-                        share=(shard, self.shards[name].num_shards),  # this shard and no other
-                        progress=False,
-                        **({} if self.batch_size is None else {"batch_size": self.batch_size}),
-                        **self.sampling,
-                    )
-                    bar.update(len(self.shards[name].rows(shard)))
+                    share = (shard, shards.num_shards)  # this shard and no other
+                    generate_dataset(pipeline, self.prompts, folder, settings, share=share, progress=False)
+                    bar.update(shards.count([shard]))
                 del pipeline
-                _free_memory()
+                free_memory()
 
     def score(
         self,
-        rewards: Mapping[str, Callable[[], RewardFunction]],
+        rewards: Loaders,
         wanted: Sequence[tuple[str, int]],
+        settings: ScoringSettings,
         *,
-        features: Callable[[list[Image.Image]], Any] | None = None,
-        one_at_a_time: bool = False,
-        keep_images: bool = True,
-        progress: bool = True,
-        **options: Any,
+        features: ImageFeatures | None,
+        keep_images: bool,
+        progress: bool,
     ) -> None:
-        """
-        Score and measure the images, and write the rows of the results.
-
-        Args:
-            rewards (`Mapping[str, Callable]`):
-                Name of a score to a function without arguments that loads its reward, called once, when it is needed.
-            wanted (`Sequence[tuple[str, int]]`):
-                (model, shard) of the results that are to be made.
-            features (`Callable`, *optional*):
-                `(images) -> (n, D)` array or tensor, for the spread of features across seeds; of a video, the middle
-                frame is taken.
-            one_at_a_time (`bool`, *optional*, defaults to `False`):
-                Keep one reward in memory at a time.
-            keep_images (`bool`, *optional*, defaults to `True`):
-                Keep the images; else each shard of them is deleted when its results are written.
-            progress (`bool`, *optional*, defaults to `True`):
-                Show a bar over all images, and rewards where these take turns.
-            options (`Any`):
-                Further arguments of [`score_dataset`].
-        """
-        groups = [[name] for name in rewards] if one_at_a_time else [list(rewards)]
-        total = len(groups) * sum(len(self.shards[name].rows(shard)) for name, shard in wanted)
+        """Score and measure the images of the wanted results, (model, shard) each, and write their rows."""
+        total = self._count(wanted) * (len(rewards) if settings.one_at_a_time else 1)
         with tqdm(total=total, desc="Scoring", unit="image", disable=not (progress and total)) as bar:
-            for group in groups:
-                loaders = {name: functools.cache(rewards[name]) for name in group}
+            for loaders in rewards_in_turn(rewards, settings.one_at_a_time):
                 for name, shard in wanted:
-                    scored = set(_names(self.shards[name].path(shard)))
-                    missing = {column: load for column, load in loaders.items() if column not in scored}
-                    if missing:
-                        self._score_shard(name, shard, missing, options)
-                    bar.update(len(self.shards[name].rows(shard)))
-                del loaders
-                if one_at_a_time:
-                    _free_memory()
+                    self._score_shard(name, shard, loaders, settings)
+                    bar.update(self._count([(name, shard)]))
         for name, shard in wanted:
             self._finish(name, shard, features, keep_images)
 
     def _work(self, name: str, shard: int) -> Path:
         return self.shards[name].folder / ".work" / f"{shard:05d}"
 
-    def _score_shard(
-        self, name: str, shard: int, rewards: Mapping[str, Callable[[], RewardFunction]], options: dict[str, Any]
-    ) -> None:
-        """Score one shard in a folder of its own, where a kill loses one reward at most."""
+    def _score_shard(self, name: str, shard: int, loaders: Loaders, settings: ScoringSettings) -> None:
+        scored = _column_names(self.shards[name].path(shard))
+        missing = {column: load for column, load in loaders.items() if column not in scored}
+        if not missing:
+            return
         rows = datasets.Dataset(pyarrow.parquet.read_table(self.images(name, shard)))
-        visual = "video" if "video" in rows.column_names else "image"
-        # Nothing but what is scored: the names of rewards are free then.
-        rows = rows.select_columns(["prompt", visual])
-        for column, load in rewards.items():
-            score_dataset(
-                rows,
-                {column: load},
-                self._work(name, shard) / column,
-                shard_size=len(rows),
-                share=(0, 1),
-                progress=False,
-                **options,
-            )
+        # Without the other columns, their names are free for rewards.
+        rows = rows.select_columns(["prompt", "video" if "video" in rows.column_names else "image"])
+        score_one_shard(rows, missing, self._work(name, shard), settings, report=True)
 
-    def _finish(self, name: str, shard: int, features: Callable[[list[Image.Image]], Any] | None, keep: bool) -> None:
-        """Bring together what is known of a shard, then delete what it was made from."""
-        path, shards = self.images(name, shard), self.shards[name]
+    def _finish(self, name: str, shard: int, features: ImageFeatures | None, keep_images: bool) -> None:
+        """Write the results of a shard, then delete what they were made from."""
+        path, shards, work = self.images(name, shard), self.shards[name], self._work(name, shard)
         images = pyarrow.parquet.read_table(path)
         visual = "video" if "video" in images.column_names else "image"
         content: dict[str, list[Any]] = {
@@ -250,72 +173,37 @@ class EvaluationJob:
             "seed": images["seed"].to_pylist(),
             "image_index": images[f"{visual}_index"].to_pylist(),
         }
-        if shards.path(shard).exists():
-            before = pyarrow.parquet.read_table(shards.path(shard))
-            content |= {column: before[column].to_pylist() for column in before.column_names if column not in _OWN}
-        facts: dict[str, Any] = {}
-        for folder in sorted(self._work(name, shard).glob("*")):
-            scored = pyarrow.parquet.read_table(next((folder / "data").glob("*.parquet")))
-            for column in scored.column_names:
-                if column not in ("prompt", visual):
-                    content[column] = scored[column].to_pylist()
-            facts |= read_rewards(folder)
-        content |= _looked_at(images[visual].to_pylist(), visual, features)
+        content |= _columns_except(shards.path(shard), _OWN)
+        for file in work.glob("data/*.parquet"):
+            content |= _columns_except(file, ("prompt", visual))
+        content |= _measured(images[visual].to_pylist(), visual, features)
         kinds = {"prompt": "string", "seed": "int64", "image_index": "int64", "thumbnail": "binary"}
         kinds |= {"preview": "binary", SPREAD: "binary"}
-        types = {column: datasets.Value(kinds.get(column, "float64")) for column in content}
+        types: dict[str, Any] = {column: datasets.Value(kinds.get(column, "float64")) for column in content}
         if FEATURES in content:
-            types[FEATURES] = datasets.List(datasets.Value("float32"))  # type: ignore[assignment]
+            types[FEATURES] = datasets.List(datasets.Value("float32"))
         shards.write(shard, datasets.Dataset.from_dict(content, features=datasets.Features(types)))
-        note_rewards(shards.folder, facts)
-        shutil.rmtree(self._work(name, shard), ignore_errors=True)
-        if not keep:
+        note_rewards(shards.folder, read_rewards(work))
+        shutil.rmtree(work, ignore_errors=True)
+        if not keep_images:
             path.unlink(missing_ok=True)
 
     def rows(self, name: str, scores: Sequence[str], trained: frozenset[str] | None) -> ModelRows:
-        """
-        Read the results of a model, all shards of which are there.
-
-        Args:
-            name (`str`):
-                Which model.
-            scores (`Sequence[str]`):
-                Columns of scores.
-            trained (`frozenset[str]`, *optional*):
-                As [`ModelRows`] has it.
-
-        Returns:
-            [`ModelRows`]
-        """
-        known = set(_names(self.shards[name].path(0)))
-        measures = [measure for measure in MEASURES if measure in known]
-        spreads = [spread for spread in SPREADS if spread in known]
-        table = self._read(name, [*scores, *measures, *spreads])
-        descriptors = {
-            spread: [None if value is None else _descriptor(value) for value in table[spread]] for spread in spreads
-        }
+        """Read the results of a model, all shards of which exist: the given columns of scores, and all measures."""
+        known = set(_column_names(self.shards[name].path(0)))
+        table = self._read(name, [*scores, *((MEASURES.keys() | SPREADS.keys()) & known)])
         return ModelRows(
             name,
             {score: table[score] for score in scores},
-            {measure: table[measure] for measure in measures},
-            descriptors,
+            {measure: table[measure] for measure in MEASURES if measure in table},
+            {spread: [_descriptor(value) for value in table[spread]] for spread in SPREADS if spread in table},
             trained,
         )
 
     def gallery(self, categories: Sequence[str] | None) -> Gallery:
-        """
-        Return the small copies of all images; the larger ones are read when they are asked for.
-
-        Args:
-            categories (`Sequence[str]`, *optional*):
-                One a prompt.
-
-        Returns:
-            [`Gallery`]
-        """
-        first = next(iter(self.models))
-        facts = self._read(first, ["prompt", "image_index"])
-        per_row = [category for category in categories or () for _ in range(self.images_per_prompt)]
+        """Return the small copies of all images, with one category per prompt; larger copies are read when indexed."""
+        facts = self._read(next(iter(self.models)), ["prompt", "image_index"])
+        per_row = [category for category in categories or () for _ in range(self.settings.images_per_prompt)]
         return Gallery(
             facts["prompt"],
             facts["image_index"],
@@ -333,8 +221,8 @@ class EvaluationJob:
 
     def score_columns(self, rewards: Sequence[str]) -> list[str]:
         """Return the columns of the given rewards, among them those that a reward adds under longer names."""
-        first = self.shards[next(iter(self.models))]
-        columns = [column for column in _names(first.path(0)) if column not in _OWN]
+        first = self.shards[next(iter(self.models))].path(0)
+        columns = [column for column in _column_names(first) if column not in _OWN]
         return [
             column
             for reward in rewards
@@ -343,17 +231,13 @@ class EvaluationJob:
         ]
 
     def _read(self, name: str, columns: Sequence[str]) -> dict[str, list[Any]]:
-        content: dict[str, list[Any]] = {column: [] for column in columns}
         shards = self.shards[name]
-        for shard in range(shards.num_shards):
-            table = pyarrow.parquet.read_table(shards.path(shard), columns=list(columns))
-            for column in columns:
-                content[column] += table[column].to_pylist()
-        return content
+        files = [shards.path(shard) for shard in range(shards.num_shards)]
+        return pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=columns) for file in files).to_pydict()
 
 
 class _Previews(Sequence):  # type: ignore[type-arg]
-    """The larger images of a model, of which one shard at a time is in memory."""
+    """The larger images of a model; one shard at a time is in memory."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -372,96 +256,95 @@ class _Previews(Sequence):  # type: ignore[type-arg]
         return self.loaded[1][place]
 
 
-def _looked_at(
-    values: Sequence[Any], visual: str, features: Callable[[list[Image.Image]], Any] | None
-) -> dict[str, list[Any]]:
-    """Return measures, descriptors and small copies of images or videos; `None` for what cannot be opened."""
-    content: dict[str, list[Any]] = {"thumbnail": [], "preview": [], SPREAD: []}
-    content |= {name: [] for name in MEASURES if name != "motion" or visual == "video"}
+def _measured(values: Sequence[Any], visual: str, features: ImageFeatures | None) -> dict[str, list[Any]]:
+    """Return measures, descriptors and small copies of images or videos; `None` for one that cannot be opened."""
+    measures = [name for name in MEASURES if name != "motion" or visual == "video"]
+    content: dict[str, list[Any]] = {name: [] for name in ("thumbnail", "preview", SPREAD, *measures)}
     middles: list[Image.Image | None] = []
     for value in values:
         frames = _frames(value, visual)
-        measured = measure_image(frames) if frames else {}
-        for name in content.keys() & set(MEASURES):
-            content[name].append(measured.get(name))
+        found = measure_image(frames) if frames else {}
+        for name in measures:
+            content[name].append(found.get(name))
         content[SPREAD].append(pixel_descriptor(frames).tobytes() if frames else None)
         content["thumbnail"].append(encode_thumbnail(frames) if frames else None)
         content["preview"].append(encode_preview(frames) if frames else None)
         middles.append(frames[len(frames) // 2] if frames and features is not None else None)
     if features is not None:
         good = [image for image in middles if image is not None]
-        found = np.asarray(_to_numpy(features(good)), dtype=np.float32).tolist() if good else []
-        places = iter(found)
-        content[FEATURES] = [None if image is None else next(places) for image in middles]
+        vectors = iter(torch.as_tensor(features(good)).detach().float().tolist() if good else [])
+        content[FEATURES] = [None if image is None else next(vectors) for image in middles]
     return content
 
 
 def _frames(value: Any, visual: str) -> list[Image.Image]:
+    """Return an image, or the measured frames of a video; nothing if it cannot be opened."""
     try:
         if visual == "image":
             return [open_image(value).convert("RGB")]
         frames = read_video(value, None, lambda frame: frame)
     except (ImageError, VideoError):
         return []
-    places = np.linspace(0, len(frames) - 1, min(len(frames), FRAMES_LOOKED_AT)).round().astype(int)
-    return [frames[place] for place in places]
+    return [frames[place] for place in evenly_spaced(len(frames), MEASURED_FRAMES)]
 
 
-def _to_numpy(values: Any) -> Any:
-    return values.detach().float().cpu().numpy() if hasattr(values, "detach") else values
-
-
-def _descriptor(value: Any) -> np.ndarray:
+def _descriptor(value: Any) -> np.ndarray | None:
+    if value is None:
+        return None
     return np.frombuffer(value, dtype=np.uint8) if isinstance(value, bytes) else np.asarray(value, dtype=np.float32)
 
 
-def _names(path: Path) -> list[str]:
+def _column_names(path: Path) -> list[str]:
     return pyarrow.parquet.read_schema(path).names if path.exists() else []
 
 
-def _free_memory() -> None:
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _columns_except(path: Path, known: Sequence[str]) -> dict[str, list[Any]]:
+    names = [name for name in _column_names(path) if name not in known]
+    return pyarrow.parquet.read_table(path, columns=names).to_pydict() if names else {}
 
 
 def run_evaluation(
     job: EvaluationJob,
-    load: Callable[[str | None], tuple[Any, str | None]],
-    rewards: Mapping[str, Callable[[], RewardFunction]],
+    load: LoadPipeline,
+    rewards: Loaders,
+    settings: ScoringSettings | None = None,
     *,
-    features: Callable[[], Callable[[list[Image.Image]], Any]] | None = None,
+    features: Callable[[], ImageFeatures] | None = None,
     share: tuple[int, int] | None = None,
-    **options: Any,
+    keep_images: bool = True,
+    progress: bool = True,
 ) -> int:
     """
     Do this process's share of an evaluation.
 
     Args:
-        job ([`EvaluationJob`]):
-            What is compared.
+        job ([`EvaluationJob`]): The models, prompts and settings of generation.
         load (`Callable`):
-            As in [`EvaluationJob.generate`].
+            Takes an adapter, or `None` for the base model, and returns the pipeline and the model's revision. Called
+            once for each model that lacks images.
         rewards (`Mapping[str, Callable]`):
-            As in [`EvaluationJob.score`].
+            Name of a score to a function without arguments that loads its reward, called once, when it is needed.
+        settings ([`ScoringSettings`], *optional*):
+            Size of batches, mean over frames, and whether rewards are in memory one at a time.
         features (`Callable`, *optional*):
-            Loads the features for [`EvaluationJob.score`], when they are needed.
+            Loads a function `(images) -> (n, D)` array or tensor, when it is needed, for the spread of features across
+            seeds. Of a video, the middle frame is taken.
         share (`tuple[int, int]`, *optional*):
-            Number of this process and how many there are; by default those of the environment ([`process_share`]).
-        options (`Any`):
-            Further arguments of [`EvaluationJob.score`].
+            Number of this process and number of processes; by default from the environment ([`process_share`]).
+        keep_images (`bool`, *optional*, defaults to `True`):
+            Keep the images; otherwise each shard of images is deleted when its results are written.
+        progress (`bool`, *optional*, defaults to `True`): Show bars over the images that are generated and scored.
 
     Returns:
-        `int`: shards that other processes are still to complete; whoever finds none writes the report.
+        `int`: shards that other processes have not completed yet; the process that finds none writes the report.
 
     Raises:
         DataError: for numbers out of range, or an `output_dir` begun with other settings.
     """
     columns = ["thumbnail", *rewards, *([FEATURES] if features is not None else [])]
     wanted = list(job.incomplete(columns, share or process_share()))
-    job.generate(load, wanted, progress=options.get("progress", True))
+    job.generate(load, wanted, progress)
     if wanted:
-        job.score(rewards, wanted, features=features() if features is not None else None, **options)
+        settings, computed = settings or ScoringSettings(), features() if features is not None else None
+        job.score(rewards, wanted, settings, features=computed, keep_images=keep_images, progress=progress)
     return len(list(job.incomplete(columns)))

@@ -1,12 +1,11 @@
-"""Prompts to a dataset of images or videos, each from a seed of its own, in shards that survive a kill."""
+"""Make a dataset of images or videos from prompts, in shards that survive a kill, with one seed per image."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,111 @@ from tgol_trainer.data import DataError, encode_video
 from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos
 from tgol_trainer.sources.shards import GENERATED
 
-from .shards import Shards, process_share, weights_digest
+from .shards import Shards, process_share, prompts_digest, weights_digest
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
+DEFAULT_FPS = 16
+IMAGE_BATCH_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """
+    How images or videos are generated, and the facts that are written in every row.
+
+    Args:
+        model (`str`, *optional*, defaults to `""`): Name of the model, written in every row.
+        revision (`str`, *optional*): Revision of the model, written in every row.
+        adapter (`str`, *optional*):
+            Folder or Hub id of the adapter, written in every row. Other weights in the same folder do not continue
+            what these began.
+        images_per_prompt (`int`, *optional*, defaults to 1): Images or videos per prompt.
+        seed (`int`, *optional*, defaults to 0): Seed of the run, from which each image gets its own ([`image_seed`]).
+        shard_size (`int`, *optional*):
+            Images per shard, which a kill can lose; rounded up to whole batches. 256 by default, 8 for videos, and 64
+            in an [`EvaluationJob`].
+        batch_size (`int`, *optional*):
+            Images per call of the pipeline. Another batch size moves pixels by up to a grey level, so it is one of the
+            settings that a folder keeps. 8 by default, 1 for videos.
+        num_inference_steps (`int`, *optional*):
+            Denoising steps. `None` leaves the pipeline's own default, as for the next four.
+        guidance_scale (`float`, *optional*): Strength of classifier-free guidance.
+        height (`int`, *optional*): Height in pixels.
+        width (`int`, *optional*): Width in pixels.
+        num_frames (`int`, *optional*): Frames of a video; only for a pipeline of videos.
+        fps (`int`, *optional*): Frames per second of a video; 16, the rate of Wan 2.1, by default.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    adapter: str | None = None
+    images_per_prompt: int = 1
+    seed: int = 0
+    shard_size: int | None = None
+    batch_size: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+
+    def given_sampling(self) -> dict[str, Any]:
+        """Return the sampling settings, `fps` among them, that are not left to their default."""
+        values = {name: getattr(self, name) for name in (*SAMPLING, "num_frames", "fps")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _image_columns(images: list[Any], fps: int) -> dict[str, list[Any]]:
+    return {"image": images}
+
+
+def _video_columns(videos: list[Any], fps: int) -> dict[str, list[Any]]:
+    return {
+        "video": [{"bytes": encode_video(frames, fps), "path": None} for frames in videos],
+        "fps": [float(fps)] * len(videos),
+        "num_frames": [len(frames) for frames in videos],
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Medium:
-    """What is made: its name, the feature that holds it, and how many by default."""
+    """How images or videos are drawn and stored."""
 
     name: str
-    feature: Any
+    draw: Callable[..., list[Any]]
+    columns: Callable[[list[Any], int], dict[str, list[Any]]]
+    features: dict[str, Any]
+    sampling: tuple[str, ...]
     shard_size: int
     batch_size: int
 
 
-_IMAGE = _Medium("image", datasets.Image(), 256, 8)
-# Undecoded, since the decoder of `datasets` is another package; a clip takes minutes and megabytes.
-_VIDEO = _Medium("video", datasets.Video(decode=False), 8, 1)
+_IMAGE = _Medium(
+    "image",
+    generate_images,
+    lambda images, _: {"image": images},
+    {"image": datasets.Image()},
+    SAMPLING,
+    shard_size=256,
+    batch_size=IMAGE_BATCH_SIZE,
+)
+_VIDEO = _Medium(
+    "video",
+    generate_videos,
+    _video_columns,
+    # Not decoded, since the decoder of `datasets` is another package.
+    {"video": datasets.Video(decode=False), "fps": datasets.Value("float64"), "num_frames": datasets.Value("int64")},
+    (*SAMPLING, "num_frames"),
+    shard_size=8,  # a clip takes minutes and megabytes
+    batch_size=1,
+)
 
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
     """
-    Return the seed of one image: a hash of the run's seed, the prompt and the number of the image.
-
-    It depends on nothing else, so more prompts, more images a prompt or another order leave it as it is.
-
-    Args:
-        seed (`int`):
-            Seed of the run.
-        prompt (`str`):
-            The prompt.
-        index (`int`):
-            Number of the image among those of this prompt, from 0.
-
-    Returns:
-        `int`: in 0..2**63 - 1.
+    Return the seed of one image, in 0..2**63 - 1: a hash of the run's seed, the prompt and the number of the image
+    among the images of this prompt. It does not change with more prompts, more images per prompt or another order.
     """
     digest = hashlib.blake2b(f"{seed}\0{index}\0{prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -62,147 +130,97 @@ def generate_dataset(
     pipeline: Any,
     prompts: Sequence[str],
     output_dir: str | Path,
+    settings: GenerationSettings | None = None,
     *,
-    model: str,
-    revision: str | None = None,
-    adapter: str | None = None,
-    images_per_prompt: int = 1,
-    seed: int = 0,
-    shard_size: int | None = None,
-    batch_size: int | None = None,
-    fps: int = 16,
     share: tuple[int, int] | None = None,
     progress: bool = True,
-    **sampling: Any,
 ) -> list[Path]:
     """
-    Make `images_per_prompt` images, or videos with a pipeline of videos, of every prompt and write Parquet shards.
+    Generate images of every prompt, or videos with a pipeline of videos, and write them as Parquet shards.
 
     A video is an MP4 file in the column `video`, without loss ([`encode_video`]), beside its `fps` and `num_frames`.
-    The same arguments give the same images whatever the number of processes, starts or kills: each image has its
-    own seed ([`image_seed`]) and the batches of a shard are the same wherever it is made. A shard that exists is not
+    The same arguments give the same images with any number of processes, starts and kills: each image has its
+    own seed ([`image_seed`]), and the batches of a shard are the same wherever it is made. A shard that exists is not
     made again.
 
     Args:
-        pipeline (`DiffusionPipeline`):
-            Any text-to-image or text-to-video pipeline, its adapter loaded.
-        prompts (`Sequence[str]`):
-            Prompts, in order; a prompt that stands twice gets twice the images, all different.
+        pipeline (`DiffusionPipeline`): Any text-to-image or text-to-video pipeline, its adapter loaded.
+        prompts (`Sequence[str]`): Prompts, in order; a prompt that stands twice gets twice the images, all different.
         output_dir (`str` or `Path`):
             Holds `data/train-*.parquet` and `tgol_generate.json`; `datasets.load_dataset(output_dir)` reads it.
-        model (`str`):
-            Name of the model, written in every row.
-        revision (`str`, *optional*):
-            Its revision, written in every row.
-        adapter (`str`, *optional*):
-            Its name, written in every row. Other weights in the same folder do not continue what these began.
-        images_per_prompt (`int`, *optional*, defaults to 1):
-            Images a prompt.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the run.
-        shard_size (`int`, *optional*):
-            Images a shard, which a kill can lose; rounded up to whole batches. 256 by default, 8 of videos.
-        batch_size (`int`, *optional*):
-            Images a call of the pipeline. Part of the settings: another moves pixels by up to a grey level. 8 by
-            default, 1 of videos.
-        fps (`int`, *optional*, defaults to 16):
-            Frames a second of a video; 16 is Wan 2.1's.
+        settings ([`GenerationSettings`], *optional*):
+            Number of images, seed, sampling, sizes of shards and batches, names of the model and the adapter.
         share (`tuple[int, int]`, *optional*):
-            Number of this process and how many there are; by default those of the environment ([`process_share`]).
+            Number of this process and number of processes; by default from the environment ([`process_share`]).
         progress (`bool`, *optional*, defaults to `True`):
             Show a bar with rate and time left, over this process's images.
-        sampling (`Any`):
-            `num_inference_steps`, `guidance_scale`, `height`, `width` and, of videos, `num_frames`.
 
     Returns:
         `list[Path]`: the shards of this process.
 
     Raises:
         DataError: for no or blank prompts, numbers below 1, or an `output_dir` begun with other settings.
-        TypeError: for an argument that is none of these, as `num_frames` is to a pipeline of images.
+        TypeError: if `num_frames` is given for a pipeline of images.
     """
+    settings = settings or GenerationSettings()
     medium = _VIDEO if makes_videos(pipeline) else _IMAGE
-    batch_size = medium.batch_size if batch_size is None else batch_size
-    shard_size = medium.shard_size if shard_size is None else shard_size
-    _check(prompts, images_per_prompt=images_per_prompt, batch_size=batch_size, fps=fps)
-    options = _options(sampling, medium)
-    facts = {"model": model, "revision": revision, "adapter": adapter}
-    settings = {"seed": seed, "batch_size": batch_size, **options, **({"fps": fps} if medium is _VIDEO else {})}
-    shards = _shards(Path(output_dir), prompts, images_per_prompt, shard_size, {**facts, **settings})
-    mine, numbered = list(shards.share(*(share or process_share()))), _numbered(prompts, images_per_prompt)
-    with _bar(shards, mine, medium, progress) as bar:
-        for shard in (shard for shard in mine if not shards.path(shard).exists()):
+    if settings.num_frames is not None and medium is _IMAGE:
+        raise TypeError(f"`num_frames` is given, but {type(pipeline).__name__} makes images. Leave it out.")
+    batch_size = medium.batch_size if settings.batch_size is None else settings.batch_size
+    fps = DEFAULT_FPS if settings.fps is None else settings.fps
+    _check(prompts, images_per_prompt=settings.images_per_prompt, batch_size=batch_size, fps=fps)
+    sampling = {name: getattr(settings, name) for name in medium.sampling}
+    facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
+    recorded = {"seed": settings.seed, "batch_size": batch_size, **sampling}
+    if medium is _VIDEO:
+        recorded["fps"] = fps
+    numbered = _numbered(prompts, settings.images_per_prompt)
+    shards = Shards(
+        Path(output_dir),
+        len(numbered),
+        whole_batches(medium.shard_size if settings.shard_size is None else settings.shard_size, batch_size),
+        GENERATED,
+        {
+            **facts,
+            **recorded,
+            "images_per_prompt": settings.images_per_prompt,
+            "prompts_blake2b": prompts_digest(prompts),
+            "weights_blake2b": weights_digest(settings.adapter),
+        },
+    )
+    mine = shards.share(*(share or process_share()))
+    missing = [shard for shard in mine if not shards.path(shard).exists()]
+    total = shards.count(mine)
+    initial = total - shards.count(missing)
+    with tqdm(total=total, initial=initial, desc="Generating", unit=medium.name, disable=not progress) as bar:
+        for shard in missing:
             rows = [numbered[row] for row in shards.rows(shard)]
-            seeds = [image_seed(seed, prompt, index) for prompt, index in rows]
-            draw = _drawn if medium is _IMAGE else partial(_drawn_videos, fps=fps)
-            made = draw(pipeline, rows, seeds, batch_size, options, bar)
-            shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(settings)}))
+            seeds = [image_seed(settings.seed, prompt, index) for prompt, index in rows]
+            made: dict[str, list[Any]] = {name: [] for name in medium.features}
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                texts = [prompt for prompt, _ in rows[part]]
+                drawn = medium.draw(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling)
+                for name, values in medium.columns(drawn, fps).items():  # encoded at once: frames are large
+                    made[name] += values
+                bar.update(len(texts))
+            shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))
     return [shards.path(shard) for shard in mine]
 
 
-def _shards(
-    folder: Path, prompts: Sequence[str], images_per_prompt: int, shard_size: int, settings: dict[str, Any]
-) -> Shards:
-    digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    settings = {**settings, "images_per_prompt": images_per_prompt, "prompts_blake2b": digest}
-    settings["weights_blake2b"] = weights_digest(settings["adapter"])
-    batch_size = settings["batch_size"]
-    whole = -(-shard_size // batch_size) * batch_size if shard_size > 0 else shard_size
-    return Shards(folder, len(prompts) * images_per_prompt, whole, GENERATED, settings)
-
-
-def _options(sampling: dict[str, Any], medium: _Medium) -> dict[str, Any]:
-    known = SAMPLING if medium is _IMAGE else (*SAMPLING, "num_frames")
-    unknown = sampling.keys() - set(known)
-    if unknown:
-        raise TypeError(f"`{sorted(unknown)[0]}` is no argument; sampling of {medium.name}s takes {', '.join(known)}.")
-    return {name: sampling.get(name) for name in known}
+def whole_batches(shard_size: int, batch_size: int) -> int:
+    """Return the size of a shard, rounded up to whole batches."""
+    return -(-shard_size // batch_size) * batch_size
 
 
 def _check(prompts: Sequence[str], **numbers: int) -> None:
     blank = [row for row, prompt in enumerate(prompts) if not prompt.strip()]
     if not prompts or blank:
         cause = f"prompts {blank[:5]} of {len(prompts)} are blank (counted from 0)" if blank else "there are none"
-        raise DataError(f"`prompts`: {cause}. Give one text an image.")
+        raise DataError(f"`prompts`: {cause}. Give one text per image.")
     for name, number in numbers.items():
         if number < 1:
             raise DataError(f"`{name}` is {number}; it must be at least 1.")
-
-
-def _drawn(
-    pipeline: Any, rows: list[tuple[str, int]], seeds: list[int], batch_size: int, options: dict[str, Any], bar: tqdm
-) -> dict[str, list[Any]]:
-    """Return the images of one shard, in batches that begin with it."""
-    images = []
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        texts = [prompt for prompt, _ in rows[part]]
-        images += generate_images(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **options)
-        bar.update(len(texts))
-    return {"image": images}
-
-
-def _drawn_videos(
-    pipeline: Any,
-    rows: list[tuple[str, int]],
-    seeds: list[int],
-    batch_size: int,
-    options: dict[str, Any],
-    bar: tqdm,
-    *,
-    fps: int,
-) -> dict[str, list[Any]]:
-    """Return the columns of one shard of videos, each encoded as soon as it is there: frames are large."""
-    made: dict[str, list[Any]] = {"video": [], "fps": [], "num_frames": []}
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        texts = [prompt for prompt, _ in rows[part]]
-        videos = generate_videos(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **options)
-        made["video"] += [{"bytes": encode_video(frames, fps), "path": None} for frames in videos]
-        made["fps"] += [float(fps)] * len(videos)
-        made["num_frames"] += [len(frames) for frames in videos]
-        bar.update(len(texts))
-    return made
 
 
 def _numbered(prompts: Sequence[str], images_per_prompt: int) -> list[tuple[str, int]]:
@@ -223,6 +241,9 @@ def _table(
     medium: _Medium,
     facts: dict[str, str | None],
 ) -> datasets.Dataset:
+    text, integer = datasets.Value("string"), datasets.Value("int64")
+    features = {"prompt": text, **medium.features, "seed": integer, f"{medium.name}_index": integer}
+    features |= dict.fromkeys(facts, text)
     columns = {
         "prompt": [prompt for prompt, _ in rows],
         **made,
@@ -230,13 +251,4 @@ def _table(
         f"{medium.name}_index": [index for _, index in rows],
         **{name: [value] * len(rows) for name, value in facts.items()},
     }
-    kinds = {"prompt": "string", "fps": "float64", "num_frames": "int64", "seed": "int64"}
-    kinds |= {f"{medium.name}_index": "int64", **dict.fromkeys(facts, "string")}
-    features = {name: medium.feature if name == medium.name else datasets.Value(kinds[name]) for name in columns}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _bar(shards: Shards, mine: list[int], medium: _Medium, progress: bool) -> tqdm:
-    done = sum(len(shards.rows(shard)) for shard in mine if shards.path(shard).exists())
-    total = sum(len(shards.rows(shard)) for shard in mine)
-    return tqdm(total=total, initial=done, desc="Generating", unit=medium.name, disable=not progress)

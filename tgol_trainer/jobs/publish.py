@@ -1,4 +1,4 @@
-"""A folder of shards to a dataset on the Hub: only when every shard is there, with a card that says what it holds."""
+"""Push a complete folder of shards to the Hub as a dataset, with a card that describes its content."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
+from tgol_trainer._files import write_json
 from tgol_trainer.data import DataError
 from tgol_trainer.families import hub_license
 from tgol_trainer.saving.card import DatasetCardFacts, ScoreFacts, write_dataset_card
@@ -25,7 +25,6 @@ from tgol_trainer.shapes import EMBEDDED
 from tgol_trainer.sources.shards import REWARDS, incomplete, missing_shards, read_rewards
 
 from .score import note_rewards
-from .shards import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,32 +36,17 @@ _BINS = 16
 
 def note_source(folder: str | Path, name: str | None, revision: str | None = None) -> None:
     """
-    Keep where the rows came from, for the card.
-
-    Args:
-        folder (`str` or `Path`):
-            Of the shards.
-        name (`str`, *optional*):
-            Hub id of a dataset, or name of a set of prompts; None for a source of this machine.
-        revision (`str`, *optional*):
-            Commit of it.
+    Record the source of the rows for the card: Hub id of a dataset or name of a set of prompts, `None` for a source on
+    this machine, and its commit.
     """
-    write_atomically(Path(folder) / _SOURCE, json.dumps({"name": name, "revision": revision}) + "\n")
+    write_json(Path(folder) / _SOURCE, {"name": name, "revision": revision})
 
 
 def carry_rewards(folder: str | Path, source: str, revision: str | None, columns: Sequence[str]) -> None:
     """
-    Add to `rewards.json` what the source of the rows says there of the scores that came with them.
-
-    Args:
-        folder (`str` or `Path`):
-            Of the shards.
-        source (`str`):
-            Folder of `tgol score`, its folder `data`, or Hub id of a dataset; of any other nothing is known.
-        revision (`str`, *optional*):
-            Commit, on the Hub.
-        columns (`Sequence[str]`):
-            Columns of the rows; of others nothing is added.
+    Copy the facts of the scores that came with the rows from the `rewards.json` of their source, for these columns
+    alone. The source is a folder of `tgol score`, its folder `data`, or a dataset on the Hub; another source has no
+    such facts.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -78,7 +62,7 @@ def carry_rewards(folder: str | Path, source: str, revision: str | None, columns
 
 
 def check_complete(folder: str | Path) -> None:
-    """Raise a [`DataError`] if shards are missing, as [`missing_shards`] counts them."""
+    """Raise a [`DataError`] if [`missing_shards`] finds any."""
     missing, total = missing_shards(folder)
     if missing:
         raise DataError(
@@ -88,29 +72,26 @@ def check_complete(folder: str | Path) -> None:
 
 
 def check_source_complete(source: str) -> None:
-    """Raise a [`DataError`] for a folder here that `tgol generate` or `tgol score` is still to fill."""
+    """Raise a [`DataError`] for a local folder that `tgol generate` or `tgol score` has not filled yet."""
     folder = Path(source).expanduser()
     lacking = incomplete(folder)
     if lacking is not None:
         raise DataError(
-            f"`source`: {lacking} Then score. To score what is there and no more, name the files: {folder / 'data'}"
+            f"`source`: {lacking} Then score. To score only the shards that exist, name the files: {folder / 'data'}"
         )
 
 
 def wait_for_shards(folder: str | Path, patience: float = 1800.0, pause: float = 2.0) -> None:
     """
-    Wait until other processes have made their shards.
+    Wait until other processes have made their shards of `tgol generate` or `tgol score`.
 
     Args:
-        folder (`str` or `Path`):
-            Of `tgol generate` or `tgol score`.
-        patience (`float`, *optional*, defaults to 1800):
-            Seconds without a new shard after which it gives up.
-        pause (`float`, *optional*, defaults to 2):
-            Seconds between two looks.
+        folder (`str` or `Path`): Output folder.
+        patience (`float`, *optional*, defaults to 1800): Seconds without a new shard after which waiting ends.
+        pause (`float`, *optional*, defaults to 2): Seconds between two checks.
 
     Raises:
-        DataError: if no new shard comes; with the command that pushes later.
+        DataError: if no new shard comes; the message names the command that pushes later.
     """
     missing, total = missing_shards(folder)
     since = time.monotonic()
@@ -131,15 +112,12 @@ def wait_for_shards(folder: str | Path, patience: float = 1800.0, pause: float =
 
 def push_dataset(target: Repository, folder: str | Path, message: str) -> CommitInfo:
     """
-    Write the card of a complete folder of shards and push both; shards that are there already are not sent again.
+    Write the card of a complete folder of shards and push both; shards that the Hub has are not sent again.
 
     Args:
-        target ([`hub.Repository`]):
-            As [`hub.open_repository`] returned it, of kind `"dataset"`.
-        folder (`str` or `Path`):
-            Of `tgol generate` or `tgol score`.
-        message (`str`):
-            Title of the commit.
+        target ([`hub.Repository`]): As [`hub.open_repository`] returned it, of kind `"dataset"`.
+        folder (`str` or `Path`): Output folder of `tgol generate` or `tgol score`.
+        message (`str`): Title of the commit.
 
     Returns:
         `huggingface_hub.CommitInfo`: the last commit.
@@ -159,9 +137,12 @@ def push_dataset(target: Repository, folder: str | Path, message: str) -> Commit
 
 def _facts(repository: str, folder: Path, shards: list[Path]) -> DatasetCardFacts:
     features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0]))
-    kinds = {name: getattr(kind, "dtype", None) or type(kind).__name__.lower() for name, kind in features.items()}
-    media = {name: type(kind).__name__ for name, kind in features.items()}
-    kinds |= {name: kind.lower() for name, kind in media.items() if kind in ("Image", "Video")}
+    kinds = {name: type(kind).__name__.lower() for name, kind in features.items()}
+    kinds |= {
+        name: str(features[name].dtype)
+        for name, kind in kinds.items()
+        if kind not in ("image", "video") and getattr(features[name], "dtype", None)
+    }
     rows = sum(pyarrow.parquet.read_metadata(shard).num_rows for shard in shards)
     scored = {column: facts for facts in read_rewards(folder).values() for column in facts["columns"]}
     source = folder / _SOURCE
@@ -169,18 +150,21 @@ def _facts(repository: str, folder: Path, shards: list[Path]) -> DatasetCardFact
     return DatasetCardFacts(
         repository=repository,
         num_rows=rows,
-        columns={name: str(kind) for name, kind in kinds.items()},
+        columns=kinds,
         scores=[_score(column, facts, shards) for column, facts in scored.items() if column in features],
         source=known.get("name"),
         source_revision=known.get("revision"),
         generators=_generators(shards, set(features)),
-        video="Video" in media.values(),
+        video="video" in kinds.values(),
     )
 
 
+def _read(shards: list[Path], columns: list[str]) -> pyarrow.Table:
+    return pyarrow.concat_tables(pyarrow.parquet.read_table(shard, columns=columns) for shard in shards)
+
+
 def _score(column: str, facts: dict[str, Any], shards: list[Path]) -> ScoreFacts:
-    read = [pyarrow.parquet.read_table(shard, columns=[column])[column].to_numpy() for shard in shards]
-    values = np.concatenate(read).astype(float)
+    values = _read(shards, [column])[column].to_numpy().astype(float)
     good = values[np.isfinite(values)]
     found = ScoreFacts(
         column,
@@ -190,23 +174,22 @@ def _score(column: str, facts: dict[str, Any], shards: list[Path]) -> ScoreFacts
         missing=len(values) - len(good),
     )
     if len(good):
-        quartiles = dict(
-            zip(("min", "25 %", "median", "75 %", "max"), np.percentile(good, [0, 25, 50, 75, 100]), strict=True)
-        )
+        quartiles = np.percentile(good, [0, 25, 50, 75, 100]).tolist()
         found.statistics = {"mean": float(good.mean()), "std": float(good.std())}
-        found.statistics |= {name: float(value) for name, value in quartiles.items()}
+        found.statistics |= dict(zip(("min", "25 %", "median", "75 %", "max"), quartiles, strict=True))
         counts, edges = np.histogram(good, bins=min(_BINS, len(np.unique(good))))
         found.histogram = [(float(edge), int(count)) for edge, count in zip(edges, counts, strict=False)]
     return found
 
 
 def _generators(shards: list[Path], columns: set[str]) -> list[dict[str, Any]]:
-    """Return what made the rows, the most frequent first, where the columns say it."""
+    """Return the models that made the rows, the most frequent first, if there are such columns."""
     names = [name for name in _MADE_BY if name in columns]
     if "model" not in names:
         return []
-    table = pyarrow.concat_tables([pyarrow.parquet.read_table(shard, columns=names) for shard in shards])
-    counted = table.group_by(names).aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
+    counted = (
+        _read(shards, names).group_by(names).aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
+    )
     found = [{name: row[name] for name in names} for row in counted.to_pylist()[:_SHOWN]]
     for made in found:
         for name in {"model", "adapter"} & made.keys():

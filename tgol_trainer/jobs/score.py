@@ -1,49 +1,73 @@
-"""A dataset of images or videos to the same dataset with a column a reward, in shards that survive a kill."""
+"""Score a dataset of images or videos: add one column per reward, in shards that survive a kill."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet
+import torch
 from tqdm.auto import tqdm
 
+from tgol_trainer._files import write_json
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
 from tgol_trainer.sources.loading import AnyDataset
 from tgol_trainer.sources.shards import REWARDS, SCORED, read_rewards
 
-from .shards import Shards, process_share, write_atomically, write_parquet
+from .shards import Shards, process_share, write_parquet
 
 logger = logging.getLogger(__name__)
 
 WEIGHTED = "weighted_sum"
 _BATCH_SIZES = {"image": 32, "video": 2}
 
+Loaders = Mapping[str, Callable[[], RewardFunction]]
+Scores = Mapping[str, Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSettings:
+    """
+    How a dataset is scored.
+
+    Args:
+        columns ([`Columns`], *optional*): Names of the prompt and image columns.
+        video_column (`str`, *optional*):
+            Column of videos, scored instead of images; by default `columns.video`, or `"video"` without images.
+        mean_over_frames (`int`, *optional*):
+            Score videos also with rewards of images: the mean over this number of frames ([`MeanOverFrames`]).
+        weights (`Mapping[str, float]`, *optional*):
+            Columns of the rewards to weights: adds the column `weighted_sum`, `None` where one of them is.
+        one_at_a_time (`bool`, *optional*, defaults to `False`):
+            Keep one reward in memory at a time and decode the images once for each.
+        shard_size (`int`, *optional*, defaults to 1024): Rows per shard.
+        batch_size (`int`, *optional*): Images or videos per call of a reward; 32 images or 2 videos by default.
+        num_workers (`int`, *optional*, defaults to 2): Threads that decode images and videos.
+    """
+
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    video_column: str | None = None
+    mean_over_frames: int | None = None
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    one_at_a_time: bool = False
+    shard_size: int = 1024
+    batch_size: int | None = None
+    num_workers: int = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """
-    The columns that are read, and how.
-
-    Args:
-        prompt (`str`):
-            Column of prompts.
-        visual (`str`):
-            Column of images or videos.
-        medium (`str`):
-            `"image"` or `"video"`.
-        mean_over_frames (`int`, *optional*):
-            As in [`score_dataset`].
-    """
+    """The columns of prompts and of images or videos (`medium`) that are read, and the frames that are averaged."""
 
     prompt: str
     visual: str
@@ -53,59 +77,34 @@ class Source:
 
 def score_dataset(
     dataset: datasets.Dataset,
-    rewards: Mapping[str, Callable[[], RewardFunction]],
+    rewards: Loaders,
     output_dir: str | Path,
+    settings: ScoringSettings | None = None,
     *,
-    columns: Columns | None = None,
-    one_at_a_time: bool = False,
-    shard_size: int = 1024,
-    batch_size: int | None = None,
-    num_workers: int = 2,
     share: tuple[int, int] | None = None,
     progress: bool = True,
-    video_column: str | None = None,
-    mean_over_frames: int | None = None,
-    weights: Mapping[str, float] | None = None,
     report: bool = True,
 ) -> dict[str, int]:
     """
-    Add one float64 column a reward and write the dataset as Parquet shards.
+    Add one float64 column per reward and write the dataset as Parquet shards.
 
     The scores of a shard are kept as soon as they are made (`.scores/<reward>/`), so a kill loses at most one shard of
-    one reward, and a reward that is asked for later is scored alone. Rows whose image cannot be decoded get `None`
-    everywhere and are counted. Memory holds one shard of encoded images and one batch of decoded ones, of a video all
-    frames. A reward with a method `columns` adds several columns, as [`RewardFunction`] says.
+    one reward, and a reward that is added later is scored alone. Rows whose image cannot be decoded get `None`
+    in all columns and are counted. Memory holds one shard of encoded images and one batch of decoded ones, with all
+    frames of a video. A reward with a method `columns` adds several columns, see [`RewardFunction`].
 
     Args:
-        dataset (`datasets.Dataset`):
-            With columns of prompts and of images or videos; other columns are kept.
+        dataset (`datasets.Dataset`): With columns of prompts and of images or videos; other columns are kept.
         rewards (`Mapping[str, Callable]`):
-            Column name to a function without arguments that loads the reward; it is called when scores are missing.
+            Column name to a function without arguments that loads the reward; it is called if scores are missing.
         output_dir (`str` or `Path`):
             Holds `data/train-*.parquet`, `tgol_score.json` and `rewards.json` ([`read_rewards`]);
             `datasets.load_dataset(output_dir)` reads it.
-        columns ([`Columns`], *optional*):
-            Names of the prompt and image columns.
-        one_at_a_time (`bool`, *optional*, defaults to `False`):
-            Keep one reward in memory at a time and decode the images once for each.
-        shard_size (`int`, *optional*, defaults to 1024):
-            Rows a shard.
-        batch_size (`int`, *optional*):
-            Images or videos a call of a reward; 32 images or 2 videos by default.
-        num_workers (`int`, *optional*, defaults to 2):
-            Threads that decode images and videos.
+        settings ([`ScoringSettings`], *optional*): Columns, weights, sizes of shards and batches.
         share (`tuple[int, int]`, *optional*):
-            Number of this process and how many there are; by default those of the environment ([`process_share`]).
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a bar a group of rewards, over this process's rows.
-        video_column (`str`, *optional*):
-            Column of videos, scored in place of images. By default `columns.video`, or `"video"` where no images are.
-        mean_over_frames (`int`, *optional*):
-            Score videos with rewards of images as well: the mean over so many frames ([`MeanOverFrames`]).
-        weights (`Mapping[str, float]`, *optional*):
-            Columns of these rewards to weights: adds the column `weighted_sum`, `None` where one of them is.
-        report (`bool`, *optional*, defaults to `True`):
-            Warn of rows without a score.
+            Number of this process and number of processes; by default from the environment ([`process_share`]).
+        progress (`bool`, *optional*, defaults to `True`): Show one bar per group of rewards, over this process's rows.
+        report (`bool`, *optional*, defaults to `True`): Warn of rows without a score.
 
     Returns:
         `dict[str, int]`: column name to the number of this process's rows without a score.
@@ -115,48 +114,50 @@ def score_dataset(
             images and the rows hold videos or the other way round, or if `output_dir` was begun with another dataset
             or other shards.
     """
-    source, weights = source_of(dataset, columns or Columns(), video_column, mean_over_frames), weights or {}
-    check_rewards(dataset, list(rewards), source, weights)
-    batch_size = _BATCH_SIZES[source.medium] if batch_size is None else batch_size
+    settings = settings or ScoringSettings()
+    source = source_of(dataset, settings)
+    check_rewards(dataset, list(rewards), source, settings.weights)
     dataset = _undecoded(dataset, source)
-    shards = _shards(dataset, Path(output_dir), source, shard_size)
-    mine = list(shards.share(*(share or process_share())))
-    work = (dataset, shards, source, batch_size, num_workers, progress)
-    for group in [[name] for name in rewards] if one_at_a_time else [list(rewards)]:
-        _score_group({name: rewards[name] for name in group}, mine, *work)
-        if one_at_a_time:
-            gc.collect()  # the next group's models need the room
-    missing = _assemble(dataset, list(rewards), shards, mine, source, weights)
+    work = _Work(dataset, _shards(dataset, Path(output_dir), source, settings.shard_size), source, settings)
+    mine = work.shards.share(*(share or process_share()))
+    for loaders in rewards_in_turn(rewards, settings.one_at_a_time):
+        work.score(loaders, mine, progress)
+    missing = work.assemble(list(rewards), mine)
     if report:
-        report_missing(missing, sum(len(shards.rows(shard)) for shard in mine), source.medium)
+        report_missing(missing, work.shards.count(mine), source.medium)
     return missing
 
 
-def _score_group(
-    rewards: Mapping[str, Callable[[], RewardFunction]],
-    mine: Sequence[int],
-    dataset: datasets.Dataset,
-    shards: Shards,
-    source: Source,
-    batch_size: int,
-    num_workers: int,
-    progress: bool,
-) -> None:
-    """Score the shards that lack one of the rewards, which are in memory together."""
-    wanted = [shard for shard in mine if any(not _part(shards, name, shard).exists() for name in rewards)]
-    missing = [name for name in rewards if any(not _part(shards, name, shard).exists() for shard in wanted)]
-    if not missing:
-        return
-    loaded = {name: _fitting(name, rewards[name](), source) for name in missing}
-    total = sum(len(shards.rows(shard)) for shard in wanted)
-    with tqdm(total=total, desc=f"Scoring ({', '.join(missing)})", unit=source.medium, disable=not progress) as bar:
-        for shard in wanted:
-            _score_shard(dataset, loaded, shards, shard, source, batch_size, num_workers, bar)
+def score_one_shard(
+    rows: datasets.Dataset, rewards: Loaders, folder: Path, settings: ScoringSettings, *, report: bool
+) -> Path:
+    """Score rows that become one shard, in a folder of its own where a kill loses one reward at most."""
+    settings = dataclasses.replace(settings, shard_size=len(rows), weights={}, one_at_a_time=False)
+    score_dataset(rows, rewards, folder, settings, share=(0, 1), progress=False, report=report)
+    return next((folder / "data").glob("*.parquet"))
 
 
-def source_of(dataset: AnyDataset, columns: Columns, video_column: str | None, mean_over_frames: int | None) -> Source:
-    """Return what is read of a dataset."""
-    video = video_column or columns.video
+def rewards_in_turn(rewards: Loaders, one_at_a_time: bool) -> Iterator[Loaders]:
+    """Yield groups of rewards that are in memory together: each is loaded when first called, and freed afterwards."""
+    for group in [[name] for name in rewards] if one_at_a_time else [list(rewards)]:
+        loaders: dict[str, Callable[[], RewardFunction]] = {name: functools.cache(rewards[name]) for name in group}
+        yield loaders
+        loaders.clear()
+        if one_at_a_time:  # the models of the next group need the memory
+            free_memory()
+
+
+def free_memory() -> None:
+    """Give the memory of models that nobody holds any more back to the system and the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def source_of(dataset: AnyDataset, settings: ScoringSettings) -> Source:
+    """Return the columns of a dataset that are read."""
+    columns, mean_over_frames = settings.columns, settings.mean_over_frames
+    video = settings.video_column or columns.video
     if video is None and columns.image not in dataset.column_names and "video" in dataset.column_names:
         video = "video"
     if video is None:
@@ -172,7 +173,7 @@ def source_of(dataset: AnyDataset, columns: Columns, video_column: str | None, m
 
 
 def _fitting(name: str, reward: RewardFunction, source: Source) -> RewardFunction:
-    """Return a reward that scores what the rows hold."""
+    """Return the reward in a form that scores what the rows hold."""
     takes = reward_takes(reward)
     if takes == f"{source.medium}s":
         return reward
@@ -185,7 +186,7 @@ def _fitting(name: str, reward: RewardFunction, source: Source) -> RewardFunctio
         return MeanOverFrames(reward, source.mean_over_frames)
     raise DataError(
         f"`rewards`: {name!r} scores images, and {source.visual!r} is a column of videos. Ask for its mean over "
-        "frames (`mean_over_frames=8`, which takes no notice of motion), or name a reward of videos. "
+        "frames (`mean_over_frames=8`, which ignores motion), or name a reward of videos. "
         'A function of your own that takes lists of frames says so by an attribute: my_reward.takes = "videos".'
     )
 
@@ -221,7 +222,7 @@ def check_rewards(dataset: AnyDataset, rewards: Sequence[str], source: Source, w
         name for name in weights if not any(name == reward or name.startswith(f"{reward}_") for reward in rewards)
     ]
     if unknown:
-        raise DataError(f"`weights`: {unknown[0]!r} is no column of these rewards: {', '.join(rewards)}.")
+        raise DataError(f"`weights`: {unknown[0]!r} is not a column of these rewards: {', '.join(rewards)}.")
 
 
 def _shards(dataset: datasets.Dataset, folder: Path, source: Source, shard_size: int) -> Shards:
@@ -234,68 +235,119 @@ def _shards(dataset: datasets.Dataset, folder: Path, source: Source, shard_size:
     return Shards(folder, len(dataset), shard_size, SCORED, settings)
 
 
-def _part(shards: Shards, name: str, shard: int) -> Path:
-    return shards.folder / ".scores" / name / f"{shard:05d}.parquet"
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A dataset, its images not decoded, and the shards that its scores are written to."""
+
+    dataset: datasets.Dataset
+    shards: Shards
+    source: Source
+    settings: ScoringSettings
+
+    def part(self, reward: str, shard: int) -> Path:
+        """Return the file of the scores of one reward for one shard."""
+        return self.shards.folder / ".scores" / reward / f"{shard:05d}.parquet"
+
+    def score(self, loaders: Loaders, mine: Sequence[int], progress: bool) -> None:
+        """Score the shards that lack one of the rewards, which are in memory together."""
+        wanted = {shard: [name for name in loaders if not self.part(name, shard).exists()] for shard in mine}
+        wanted = {shard: names for shard, names in wanted.items() if names}
+        missing = [name for name in loaders if any(name in names for names in wanted.values())]
+        if not missing:
+            return
+        rewards = {name: _fitting(name, loaders[name](), self.source) for name in missing}
+        total, title = self.shards.count(wanted), f"Scoring ({', '.join(missing)})"
+        with tqdm(total=total, desc=title, unit=self.source.medium, disable=not progress) as bar:
+            for shard, names in wanted.items():
+                self._score_shard(shard, {name: rewards[name] for name in names}, missing, bar)
+
+    def _score_shard(self, shard: int, rewards: dict[str, RewardFunction], names: Sequence[str], bar: tqdm) -> None:
+        source, row = self.source, self.shards.rows(shard).start
+        rows = self.dataset.select(self.shards.rows(shard)).select_columns([source.prompt, source.visual])
+        batch_size = self.settings.batch_size
+        batch_size = _BATCH_SIZES[source.medium] if batch_size is None else batch_size
+        open_one = _opened if source.medium == "image" else _opened_video
+        scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in rewards}
+        with ThreadPoolExecutor(max(1, self.settings.num_workers)) as pool:
+            for batch in rows.iter(batch_size):
+                prompts = [prompt or "" for prompt in batch[source.prompt]]
+                images = list(pool.map(open_one, batch[source.visual]))
+                for name, reward in rewards.items():
+                    found = score_columns(reward, images, prompts, batch_size=batch_size, first_row=row)
+                    for ending, values in found.items():
+                        scores[name].setdefault(name + ending, []).extend(values)
+                row += len(images)
+                bar.update(len(images))
+        for name, columns in scores.items():
+            others = {*self.dataset.column_names, *names} - {name}
+            taken = [column for column in columns if column in others]
+            if taken:
+                raise DataError(
+                    f"`rewards`: {name!r} would write the column {taken[0]!r}, which is there. Rename it first."
+                )
+            features = datasets.Features({column: datasets.Value("float64") for column in columns})
+            file = self.part(name, shard)
+            write_parquet(file, datasets.Dataset.from_dict(columns, features=features))
+            write_json(file.with_name("facts.json"), dataclasses.asdict(reward_facts(rewards[name])))
+        note_rewards(self.shards.folder, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        found = {}
+        for file in sorted((self.shards.folder / ".scores").glob("*/facts.json")):
+            first = min(file.parent.glob("*.parquet"), default=None)
+            names = pyarrow.parquet.read_schema(first).names if first else []
+            found[file.parent.name] = {**json.loads(file.read_text(encoding="utf-8")), "columns": names}
+        return found
+
+    def assemble(self, rewards: list[str], mine: Sequence[int]) -> dict[str, int]:
+        """Write the shards that lack a column or the present weighted sum; return how many rows have no score."""
+        weights = self.settings.weights
+        note_rewards(self.shards.folder, self._facts() | weighted_facts(weights))
+        missing = dict.fromkeys(rewards, 0)
+        for shard in mine:
+            found: dict[str, list[float | None]] = {}
+            for name in rewards:
+                # Not read by `datasets`, which would keep a copy in its cache.
+                found |= pyarrow.parquet.read_table(self.part(name, shard)).to_pydict()
+            if weights:
+                found[WEIGHTED] = weighted(found, weights)
+            for name, values in found.items():
+                missing[name] = missing.get(name, 0) + values.count(None)
+            path = self.shards.path(shard)
+            names = pyarrow.parquet.read_schema(path).names if path.exists() else []
+            if not set(found) <= set(names) or (weights and _column(path, WEIGHTED) != found[WEIGHTED]):
+                earlier = [name for name in names if name not in self.dataset.column_names]
+                scores = {name: _column(path, name) for name in earlier} | found
+                self.shards.write(shard, self._assembled(self.dataset.select(self.shards.rows(shard)), scores))
+        return missing
+
+    def _assembled(self, rows: datasets.Dataset, scores: Scores) -> datasets.Dataset:
+        """Return the rows with their images or videos as bytes, and the columns of scores behind."""
+        visual = self.source.visual
+        features = datasets.Features({**rows.features, **{name: datasets.Value("float64") for name in scores}})
+        if self.source.medium == "image":
+            features[visual] = datasets.Image()
+        content: dict[str, Any] = {name: list(rows[name]) for name in rows.column_names}
+        content[visual] = [_with_bytes(value) for value in content[visual]]
+        return datasets.Dataset.from_dict({**content, **scores}, features=features)
 
 
-def _score_shard(
-    dataset: datasets.Dataset,
-    rewards: dict[str, RewardFunction],
-    shards: Shards,
-    shard: int,
-    source: Source,
-    batch_size: int,
-    num_workers: int,
-    bar: tqdm,
-) -> None:
-    rows = dataset.select(shards.rows(shard))
-    wanted = [name for name in rewards if not _part(shards, name, shard).exists()]
-    scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in wanted}
-    row = shards.rows(shard).start
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for batch in rows.select_columns([source.prompt, source.visual]).iter(batch_size):
-            prompts = [prompt or "" for prompt in batch[source.prompt]]
-            images = list(pool.map(_opened if source.medium == "image" else _opened_video, batch[source.visual]))
-            for name in wanted:
-                found = score_columns(rewards[name], images, prompts, batch_size=batch_size, first_row=row)
-                for ending, values in found.items():
-                    scores[name].setdefault(name + ending, []).extend(values)
-            row += len(images)
-            bar.update(len(images))
-    for name, columns in scores.items():
-        taken = [column for column in columns if column in rows.column_names or column in {*rewards} - {name}]
-        if taken:
-            raise DataError(
-                f"`rewards`: {name!r} would write the column {taken[0]!r}, which is there. Rename it first."
-            )
-        features = datasets.Features({column: datasets.Value("float64") for column in columns})
-        write_parquet(_part(shards, name, shard), datasets.Dataset.from_dict(columns, features=features))
-        facts = json.dumps(dataclasses.asdict(reward_facts(rewards[name])), indent=2, ensure_ascii=False)
-        write_atomically(_part(shards, name, shard).with_name("facts.json"), facts + "\n")
-        note_rewards(shards.folder, _facts(shards.folder))
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    found = {}
-    for file in sorted((folder / ".scores").glob("*/facts.json")):
-        parts = sorted(file.parent.glob("*.parquet"))
-        names = pyarrow.parquet.read_schema(parts[0]).names if parts else []
-        found[file.parent.name] = {**json.loads(file.read_text(encoding="utf-8")), "columns": names}
-    return found
+def _column(path: Path, name: str) -> list[float | None]:
+    return pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist()
 
 
 def weighted_facts(weights: Mapping[str, float]) -> dict[str, Any]:
-    """Return what [`read_rewards`] says of the weighted sum, nothing without weights."""
+    """Return the entry of the weighted sum in `rewards.json`; nothing without weights."""
     scale = " + ".join(f"{weight:g} * {name}" for name, weight in weights.items())
     facts = {"name": WEIGHTED, "model_id": None, "revision": None, "scale": scale, "columns": [WEIGHTED]}
     return {WEIGHTED: facts} if weights else {}
 
 
 def note_rewards(folder: Path, facts: dict[str, Any]) -> None:
-    """Add what is known of rewards to what [`read_rewards`] reads; every process writes the same."""
-    known = read_rewards(folder)
-    if known != (known := known | facts):
-        write_atomically(folder / REWARDS, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    """Add facts of rewards to the `rewards.json` that [`read_rewards`] reads; every process writes the same."""
+    before = read_rewards(folder)
+    if before != before | facts:
+        write_json(folder / REWARDS, before | facts)
 
 
 def _opened(value: Any) -> Any:
@@ -312,70 +364,16 @@ def _opened_video(value: Any) -> Clip | None:
         return None
 
 
-def _read_part(path: Path) -> dict[str, list[float | None]]:
-    return pyarrow.parquet.read_table(path).to_pydict()  # `datasets` would keep a copy in its cache
-
-
-def weighted(found: Mapping[str, list[float | None]], weights: Mapping[str, float]) -> list[float | None]:
-    """Return the sum of columns times weights, `None` where one of them is."""
+def weighted(found: Scores, weights: Mapping[str, float]) -> list[float | None]:
+    """Return the sum of columns times weights, `None` where one of them is `None`."""
     absent = [name for name in weights if name not in found]
     if absent:
-        raise DataError(f"`weights`: {absent[0]!r} is no column of these rewards: {', '.join(found)}.")
+        raise DataError(f"`weights`: {absent[0]!r} is not a column of these rewards: {', '.join(found)}.")
     rows = zip(*(found[name] for name in weights), strict=True)
     return [
         None if None in row else sum(weight * value for weight, value in zip(weights.values(), row, strict=True))
         for row in rows
     ]
-
-
-def _has_columns(path: Path, found: Mapping[str, list[float | None]]) -> bool:
-    """Return whether a shard has these columns, and the sum of the weights of now."""
-    if not path.exists() or not set(found) <= set(pyarrow.parquet.read_schema(path).names):
-        return False
-    return WEIGHTED not in found or pyarrow.parquet.read_table(path, columns=[WEIGHTED]).to_pydict() == {
-        WEIGHTED: found[WEIGHTED]
-    }
-
-
-def _assemble(
-    dataset: datasets.Dataset,
-    rewards: list[str],
-    shards: Shards,
-    mine: list[int],
-    source: Source,
-    weights: Mapping[str, float],
-) -> dict[str, int]:
-    """Write the shards that lack a column or have a sum of other weights; return how many rows have no score."""
-    note_rewards(shards.folder, _facts(shards.folder) | weighted_facts(weights))
-    missing = dict.fromkeys(rewards, 0)
-    for shard in mine:
-        found: dict[str, list[float | None]] = {}
-        for name in rewards:
-            found |= _read_part(_part(shards, name, shard))
-        if weights:
-            found[WEIGHTED] = weighted(found, weights)
-        for name, values in found.items():
-            missing[name] = missing.get(name, 0) + sum(value is None for value in values)
-        if not _has_columns(shards.path(shard), found):
-            before = _other_columns(shards.path(shard), dataset.column_names)
-            shards.write(shard, _assembled(dataset.select(shards.rows(shard)), before | found, source))
-    return missing
-
-
-def _other_columns(path: Path, known: Sequence[str]) -> dict[str, list[float | None]]:
-    """Return the scores of an earlier start that a shard holds."""
-    names = [name for name in pyarrow.parquet.read_schema(path).names if name not in known] if path.exists() else []
-    return pyarrow.parquet.read_table(path, columns=names).to_pydict() if names else {}
-
-
-def _assembled(rows: datasets.Dataset, scores: dict[str, list[float | None]], source: Source) -> datasets.Dataset:
-    """Return the rows with their images or videos as bytes and the score columns behind."""
-    features = datasets.Features({**rows.features, **{name: datasets.Value("float64") for name in scores}})
-    if source.medium == "image":
-        features[source.visual] = datasets.Image()
-    content: dict[str, Any] = {name: list(rows[name]) for name in rows.column_names}
-    content[source.visual] = [_with_bytes(value) for value in content[source.visual]]
-    return datasets.Dataset.from_dict({**content, **scores}, features=features)
 
 
 def _with_bytes(value: Any) -> Any:
@@ -396,7 +394,7 @@ def _with_bytes(value: Any) -> Any:
 
 
 def report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:
-    """Warn of rows without a score, of each column."""
+    """Warn of rows without a score, for each column."""
     for name, count in missing.items():
         if count:
             logger.warning(

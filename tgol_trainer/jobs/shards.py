@@ -1,47 +1,36 @@
-"""A folder of Parquet shards that is filled in any order, by any number of processes, over any number of starts."""
+"""Fill a folder of Parquet shards in any order, by any number of processes, over any number of starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from tgol_trainer._files import replacing, write_json
 from tgol_trainer.data import DataError
 
 
 def process_share() -> tuple[int, int]:
-    """
-    Return this process's number and how many there are, as `accelerate launch` and `torchrun` say it.
-
-    Returns:
-        `tuple[int, int]`: `RANK` and `WORLD_SIZE` of the environment, 0 and 1 without them.
-    """
+    """Return this process's number and the number of processes (`RANK`, `WORLD_SIZE`); 0 and 1 if they are not set."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def claim_folder(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, record: str, settings: dict[str, Any]) -> None:
     """
-    Note what decides the content of a folder of shards, or refuse to mix it with something else.
-
-    Args:
-        folder (`Path`):
-            Made if missing; the shards go to `folder/data`.
-        record (`str`):
-            Name of the JSON file in `folder` that keeps the settings.
-        settings (`Mapping[str, Any]`):
-            What decides the content.
+    Write the settings that decide the content of a folder of shards to its JSON file `record`; the shards go to
+    `data`.
 
     Raises:
-        DataError: if `folder` holds shards made with other settings, or other files where the shards should go.
+        DataError: if `folder` holds shards made with other settings, or other files in the place of the shards.
     """
     path, data = folder / record, folder / "data"
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    if path.exists() and any(folder.rglob("*.parquet")):  # of a start that made nothing, nothing is kept
+    if path.exists() and any(folder.rglob("*.parquet")):  # without a shard, other settings may take the folder over
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in before.keys() | settings if before.get(name) != settings.get(name))
         if changed:
@@ -55,20 +44,16 @@ def claim_folder(folder: Path, record: str, settings: Mapping[str, Any]) -> None
     elif not path.exists() and data.is_dir() and any(data.iterdir()):
         raise DataError(f"`output_dir`: {data} holds files of something else. Give another `output_dir`.")
     data.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, settings)
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """Return a hash of prompts and their order."""
+    return hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
 
 
 def weights_digest(adapter: str | None) -> str | None:
-    """
-    Return a hash of the weights in a local folder: what an adapter made before it was trained further is not its.
-
-    Args:
-        adapter (`str`, *optional*):
-            Folder or Hub id.
-
-    Returns:
-        `str`: BLAKE2b in hexadecimal; `None` for a Hub id and for none.
-    """
+    """Return a hash of the weights in a local folder or file, or `None` for a Hub id: it tells retrained weights."""
     folder = Path(adapter).expanduser() if adapter is not None else None
     if folder is None or not folder.exists():
         return None
@@ -84,7 +69,7 @@ def weights_digest(adapter: str | None) -> str | None:
 
 class Shards:
     """
-    Fixed ranges of rows, each a file that is either complete or absent.
+    Fixed ranges of rows, each in a file that is either complete or absent.
 
     A shard is written under another name and then renamed, so a kill loses at most the shard in work. Which rows a
     shard holds depends on `num_rows` and `shard_size` alone, never on the number of processes.
@@ -92,17 +77,13 @@ class Shards:
     Args:
         folder (`Path`):
             Made if missing; the shards go to `folder/data`, where `datasets.load_dataset(folder)` finds them.
-        num_rows (`int`):
-            Rows in all, at least 1.
-        shard_size (`int`):
-            Rows a shard, at least 1; the last may be smaller.
-        record (`str`):
-            Name of the JSON file in `folder` that keeps the settings.
-        settings (`Mapping[str, Any]`):
-            What decides the content. A second start with others is refused.
+        num_rows (`int`): Rows in all, at least 1.
+        shard_size (`int`): Rows per shard, at least 1; the last may be smaller.
+        record (`str`): Name of the JSON file in `folder` that keeps the settings.
+        settings (`Mapping[str, Any]`): What decides the content. A second start with other settings is refused.
 
     Raises:
-        DataError: if `folder` holds shards made with other settings, or other files where the shards should go.
+        DataError: if `folder` holds shards made with other settings, or other files in the place of the shards.
     """
 
     def __init__(self, folder: Path, num_rows: int, shard_size: int, record: str, settings: Mapping[str, Any]) -> None:
@@ -112,48 +93,30 @@ class Shards:
             raise DataError(f"`shard_size` is {shard_size}; it must be at least 1.")
         self.folder, self.num_rows, self.shard_size = folder, num_rows, shard_size
         self.num_shards = -(-num_rows // shard_size)
-        self.data = folder / "data"
         claim_folder(folder, record, {**settings, "num_rows": num_rows, "shard_size": shard_size})
 
     def rows(self, shard: int) -> range:
         """Return the rows of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
 
+    def count(self, shards: Iterable[int]) -> int:
+        """Return the number of rows of some shards."""
+        return sum(len(self.rows(shard)) for shard in shards)
+
     def path(self, shard: int) -> Path:
         """Return the file of a shard."""
-        return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+        return self.folder / "data" / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
 
-    def missing(self) -> list[int]:
-        """Return the shards that are still to be made, by anyone."""
-        return [shard for shard in range(self.num_shards) if not self.path(shard).exists()]
-
-    def share(self, rank: int, world_size: int) -> Iterator[int]:
-        """Yield every `world_size`-th shard, from `rank` on: those of one process, made or not."""
-        yield from range(rank, self.num_shards, world_size)
+    def share(self, rank: int, world_size: int) -> range:
+        """Return the shards of one process, made or not: every `world_size`-th, from `rank` on."""
+        return range(rank, self.num_shards, world_size)
 
     def write(self, shard: int, rows: datasets.Dataset) -> None:
-        """Write a shard; it appears at once and whole."""
+        """Write a shard; it appears whole or not at all."""
         write_parquet(self.path(shard), rows)
 
 
 def write_parquet(path: Path, rows: datasets.Dataset) -> None:
-    """
-    Write a dataset as one Parquet file that appears at once and whole.
-
-    Args:
-        path (`Path`):
-            The file; its folder is made if missing.
-        rows (`datasets.Dataset`):
-            Images must hold their bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    rows.to_parquet(draft)
-    os.replace(draft, path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears at once and whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    """Write a dataset, whose images hold their bytes, as one Parquet file that appears whole or not at all."""
+    with replacing(path) as draft:
+        rows.to_parquet(draft)

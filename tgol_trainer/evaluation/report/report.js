@@ -36,7 +36,7 @@
     const text = (large && images.previews[row]?.[model]) || images.thumbnails[row]?.[model];
     if (!text) return make("span", { className: "absent", textContent: images.thumbnails[row] ? "no image" : "not in this file" });
     const node = make("img", { alt: `${models[model]}: ${rows[row].prompt}, image ${rows[row].number + 1}`, loading: "lazy", decoding: "async", draggable: false });
-    // Pictures of a few pixels are shown as they are, not blurred.
+    // Images of a few pixels are shown as they are, not blurred.
     node.addEventListener("load", () => node.classList.toggle("small", node.naturalWidth < 100));
     node.src = source(text);
     return node;
@@ -114,7 +114,7 @@
   options("score", scores);
   for (const name of data.categories) find("category")?.append(make("option", { value: name, textContent: name }));
   find("score").value = String(data.first_score);
-  // Room for images before they are decoded, so that nothing jumps; set by script, which the policy allows.
+  // Keeps space for images before they are decoded, so that nothing jumps; the policy allows a script to set this.
   find("cards").style.setProperty("--ratio", String(data.ratio));
   find("cards").className = models.length > 3 ? "many" : models.length > 2 ? "three" : "two";
   find("controls").addEventListener("submit", (event) => event.preventDefault());
