@@ -45,9 +45,8 @@ def rounds_in(folder, num_rounds, **settings):
         {"background_darkness": lambda: background_darkness},
         load,
         num_rounds=num_rounds,
-        images_per_prompt=4,
-        sampling=SAMPLING,
-        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]),
+        sampling={"images_per_prompt": 4, **SAMPLING},
+        trainer_options={"peft_config": LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"])},
     )
 
 

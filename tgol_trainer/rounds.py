@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,9 +21,6 @@ from tgol_trainer.config import TGOLConfig
 from tgol_trainer.jobs import GenerationSettings, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.trainer import TGOLTrainer
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +36,14 @@ def train_rounds(
     load: Callable[[str | None], tuple[Any, str | None]],
     *,
     num_rounds: int,
-    images_per_prompt: int = 8,
     sampling: Mapping[str, Any] | None = None,
-    peft_config: PeftConfig | None = None,
-    quantization_config: Any = None,
+    trainer_options: Mapping[str, Any] | None = None,
 ) -> TGOLTrainer | None:
     """
     Train in rounds on images of the policy itself (paper, Algorithm 1, with line 15 after each round).
 
-    Round r draws `images_per_prompt` images per prompt from the policy that round r - 1 left, scores them, fits
-    threshold and normalisation to these scores, and trains as `args` say, with the policy it began with as reference.
+    Round r draws images of every prompt from the policy that round r - 1 left, scores them, fits threshold and
+    normalisation to these scores, and trains as `args` say, with the policy it began with as reference.
     `round-r/` keeps the images (`pictures/`), the scores (`scored/`) and the adapter. `rounds.json` keeps the mean
     score of the images, the threshold and the seconds of each round. The same call continues after a kill: it skips
     rounds that are recorded, and does not make images and scores again that are there.
@@ -67,14 +62,11 @@ def train_rounds(
             Takes the folder of an adapter, or `None` for the base model. Returns the pipeline and its revision.
         num_rounds (`int`):
             Number of rounds in all, at least 1.
-        images_per_prompt (`int`, *optional*, defaults to 8):
-            Images of each prompt in each round.
         sampling (`Mapping[str, Any]`, *optional*):
-            Further fields of [`GenerationSettings`], such as `num_inference_steps` and `guidance_scale`.
-        peft_config (`peft.LoraConfig`, *optional*):
-            As in [`TGOLTrainer`].
-        quantization_config (`Any`, *optional*):
-            As in [`TGOLTrainer`].
+            Fields of [`GenerationSettings`], such as `images_per_prompt` (here 8 by default) and `guidance_scale`.
+        trainer_options (`Mapping[str, Any]`, *optional*):
+            Further arguments of [`TGOLTrainer`]: `peft_config` (of the first round; later ones continue its adapter)
+            and `quantization_config`.
 
     Returns:
         [`TGOLTrainer`]: that of the last round; `None` if all rounds were there.
@@ -82,7 +74,8 @@ def train_rounds(
     Raises:
         ValueError: for settings that do not go with rounds, with the remedy.
     """
-    score = _checked(args, rewards, num_rounds, images_per_prompt)
+    images = {"images_per_prompt": 8, **(sampling or {})}
+    score = _checked(args, rewards, num_rounds, images["images_per_prompt"])
     output = Path(args.output_dir)
     records = _recorded(output)
     policy: Path | None = None
@@ -94,11 +87,11 @@ def train_rounds(
             continue
         start = time.time()
         logger.info("Round %d of %d: images of %s.", number + 1, num_rounds, policy or model)
-        options = {"images_per_prompt": images_per_prompt, **(sampling or {})}
-        rows = _samples(load, rewards, prompts, folder, model, policy, args.seed + _SEEDS_APART * number, options)
-        arguments = _round_arguments(args, folder, policy, score)
-        lora = peft_config if policy is None else None
-        trainer = TGOLTrainer(model, arguments, rows, peft_config=lora, quantization_config=quantization_config)
+        rows = _samples(load, rewards, prompts, folder, model, policy, args.seed + _SEEDS_APART * number, images)
+        options = dict(trainer_options or {})
+        if policy is not None:
+            options.pop("peft_config", None)
+        trainer = TGOLTrainer(model, _round_arguments(args, folder, policy, score), rows, **options)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None or None)
         policy = folder / "adapter"
         trainer.save_model(str(policy))

@@ -400,9 +400,8 @@ def measured_rounds(run: Run, folder: Path) -> list[dict[str, Any]]:
         {run.score: lambda: score_functions()[run.score]},
         load,
         num_rounds=NUM_ROUNDS,
-        images_per_prompt=NUM_IMAGES // NUM_ROUNDS // len(PROMPTS),
-        sampling=SAMPLING,
-        peft_config=adapter(),
+        sampling={"images_per_prompt": NUM_IMAGES // NUM_ROUNDS // len(PROMPTS), **SAMPLING},
+        trainer_options={"peft_config": adapter()},
     )
     return [
         measure(

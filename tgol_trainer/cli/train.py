@@ -216,6 +216,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
 
     name, device = model.model_name_or_path or "", process_device(training.use_cpu)
     sampling = {
+        "images_per_prompt": script.images_per_prompt,
         "num_inference_steps": sample.sample_num_inference_steps,
         "guidance_scale": sample.sample_guidance_scale,
     }
@@ -233,10 +234,11 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
                 num_frames=training.num_frames,
             ),
             num_rounds=script.rounds or 1,
-            images_per_prompt=script.images_per_prompt,
             sampling={key: value for key, value in sampling.items() if value is not None},
-            peft_config=_lora_config(model, training),
-            quantization_config=_quantization_config(model),
+            trainer_options={
+                "peft_config": _lora_config(model, training),
+                "quantization_config": _quantization_config(model),
+            },
         )
     print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")
     if not training.push_to_hub:
