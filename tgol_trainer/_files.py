@@ -17,8 +17,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yield a draft beside a file; the draft takes the file's place when the block ends without an error.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file. Missing folders are made. The mode of a file that exists is kept.
+        path (`str` or `os.PathLike`): The file. Missing folders are made. The mode of a file that exists is kept.
 
     Raises:
         OSError: where the folder cannot be written; the file is then as it was and no draft is left.
@@ -40,10 +39,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     Write a file at once; text is UTF-8.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file.
-        content (`str` or `bytes`):
-            All of it.
+        path (`str` or `os.PathLike`): The file.
+        content (`str` or `bytes`): All of it.
     """
     with replacing(path) as draft:
         draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -54,9 +51,7 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any] | list[Any]
     Write indented JSON at once; values that JSON does not have become text.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file.
-        content (`dict` or `list`):
-            All of it.
+        path (`str` or `os.PathLike`): The file.
+        content (`dict` or `list`): All of it.
     """
     write_file(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -8,10 +8,8 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     Return `count` positions of 0 .. total - 1, the first and the last among them; all where there are no more.
 
     Args:
-        total (`int`):
-            Number of positions.
-        count (`int`):
-            Number to choose; one position is the first.
+        total (`int`): Number of positions.
+        count (`int`): Number to choose; one position is the first.
 
     Returns:
         `list[int]`: ascending and different.

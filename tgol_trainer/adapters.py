@@ -48,8 +48,7 @@ def check_peft_config(config: PeftConfig) -> None:
     Refuse adapters under which "adapters off" would not be the base model.
 
     Args:
-        config (`peft.PeftConfig`):
-            The user's configuration.
+        config (`peft.PeftConfig`): The user's configuration.
 
     Raises:
         TypeError: for anything but a `LoraConfig` (DoRA and rsLoRA are options of it).
@@ -90,14 +89,10 @@ def attach(model: ModelMixin, config: LoraConfig, *, seed: int, probe: Callable[
     Add the policy's adapter to a denoiser, in float32 on a base of any dtype, and freeze the rest.
 
     Args:
-        model (`diffusers.ModelMixin`):
-            The denoiser; changed in place.
-        config (`peft.LoraConfig`):
-            With `target_modules` set.
-        seed (`int`):
-            Seed of the adapter's random half; the global generator is left as it was.
-        probe (`Callable`):
-            Runs the denoiser on a fixed input; called before and, with adapters off, after attaching.
+        model (`diffusers.ModelMixin`): The denoiser; changed in place.
+        config (`peft.LoraConfig`): With `target_modules` set.
+        seed (`int`): Seed of the adapter's random half; the global generator is left as it was.
+        probe (`Callable`): Runs the denoiser on a fixed input; called before and, with adapters off, after attaching.
 
     Raises:
         ValueError: if the model already has adapters, if nothing matches `target_modules`, or if switching the adapter

@@ -36,8 +36,7 @@ def stack_record(**columns: torch.Tensor) -> torch.Tensor:
     Stack per-example values into one float32 matrix, detached.
 
     Args:
-        columns (`torch.Tensor`):
-            (B,) tensors, one for each name in `RECORD`.
+        columns (`torch.Tensor`): (B,) tensors, one for each name in `RECORD`.
 
     Returns:
         `torch.Tensor`: (B, len(RECORD)) float32.

@@ -18,14 +18,10 @@ class ScoredBatch:
     A batch after the passes of policy and reference, all (B,).
 
     Args:
-        log_ratio (`torch.Tensor`):
-            float32 log π_θ/π_ref, with gradient.
-        error (`torch.Tensor`):
-            float32 error of the policy, with gradient.
-        batch (`dict[str, torch.Tensor]`):
-            Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
-        mixed_error (`Callable[[float], torch.Tensor]`):
-            Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
+        log_ratio (`torch.Tensor`): float32 log π_θ/π_ref, with gradient.
+        error (`torch.Tensor`): float32 error of the policy, with gradient.
+        batch (`dict[str, torch.Tensor]`): Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
+        mixed_error (`Callable[[float], torch.Tensor]`): Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
     """
 
     log_ratio: torch.Tensor
@@ -41,12 +37,9 @@ def training_loss(
     Compute the loss of `args.loss_type` on a batch.
 
     Args:
-        scored ([`ScoredBatch`]):
-            The batch after both passes.
-        args ([`MethodArguments`]):
-            Loss type and its settings.
-        weighting ([`thresholds.Weighting`]):
-            Weights of margins that only the batch knows: those within a group.
+        scored ([`ScoredBatch`]): The batch after both passes.
+        args ([`MethodArguments`]): Loss type and its settings.
+        weighting ([`thresholds.Weighting`]): Weights of margins that only the batch knows: those within a group.
         score_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the normalised scores, which NFT divides by.
 

@@ -49,19 +49,15 @@ def train_rounds(
     rounds that are recorded, and does not make images and scores again that are there.
 
     Args:
-        model (`str`):
-            Hub id, folder or the name of an embedded model.
+        model (`str`): Hub id, folder or the name of an embedded model.
         args ([`TGOLConfig`]):
             Settings of each round. `output_dir` gets the last round's adapter and card. With several rewards,
             `score_column` names the one to train on.
-        prompts (`Sequence[str]`):
-            Prompts that images are drawn of in each round.
-        rewards (`Mapping[str, Callable]`):
-            Name to a function that loads the reward.
+        prompts (`Sequence[str]`): Prompts that images are drawn of in each round.
+        rewards (`Mapping[str, Callable]`): Name to a function that loads the reward.
         load (`Callable`):
             Takes the folder of an adapter, or `None` for the base model. Returns the pipeline and its revision.
-        num_rounds (`int`):
-            Number of rounds in all, at least 1.
+        num_rounds (`int`): Number of rounds in all, at least 1.
         sampling (`Mapping[str, Any]`, *optional*):
             Fields of [`GenerationSettings`], such as `images_per_prompt` (here 8 by default) and `guidance_scale`.
         trainer_options (`Mapping[str, Any]`, *optional*):

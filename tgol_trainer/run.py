@@ -22,27 +22,18 @@ class Run:
     A training run, as callbacks see it.
 
     Args:
-        args ([`TGOLConfig`]):
-            Settings of the run: folder, device, process, batch sizes.
-        pipeline (`diffusers.DiffusionPipeline`):
-            The pipeline with the policy in it.
-        size (`tuple[int, int]`):
-            (height, width) of training images, in pixels.
-        num_frames (`int`, *optional*):
-            Frames of a video; `None` for models of images.
-        call_arguments (`Mapping[str, Any]`):
-            Arguments of a pipeline call that suit this model, such as its guidance.
+        args ([`TGOLConfig`]): Settings of the run: folder, device, process, batch sizes.
+        pipeline (`diffusers.DiffusionPipeline`): The pipeline with the policy in it.
+        size (`tuple[int, int]`): (height, width) of training images, in pixels.
+        num_frames (`int`, *optional*): Frames of a video; `None` for models of images.
+        call_arguments (`Mapping[str, Any]`): Arguments of a pipeline call that suit this model, such as its guidance.
         base_model (`Callable[[bool], ContextManager[bool]]`):
             Puts the base model into the pipeline for a block. Takes whether the policy has moved since it began, and
             yields whether the base model is still to be had.
-        gather (`Callable[[list], list]`):
-            Joins the lists of all processes.
-        log (`Callable[[dict], None]`):
-            Writes a line of the training log.
-        add_card_image (`Callable[[CardImage], None]`):
-            Shows an image on the model card.
-        callbacks (`Callable[[], list]`):
-            Returns the trainer's callbacks, its trackers among them.
+        gather (`Callable[[list], list]`): Joins the lists of all processes.
+        log (`Callable[[dict], None]`): Writes a line of the training log.
+        add_card_image (`Callable[[CardImage], None]`): Shows an image on the model card.
+        callbacks (`Callable[[], list]`): Returns the trainer's callbacks, its trackers among them.
         sharded (`bool`, *optional*, defaults to `False`):
             Whether the network is sharded, so that all processes must call it together.
     """
@@ -68,8 +59,7 @@ class RunCallback(TrainerCallback):
         Take over the run.
 
         Args:
-            run ([`Run`]):
-                The run.
+            run ([`Run`]): The run.
 
         Raises:
             ValueError: for settings of the callback that do not fit the run.
@@ -80,11 +70,8 @@ class RunCallback(TrainerCallback):
         Return metrics for an evaluation at this moment; empty by default.
 
         Args:
-            state (`transformers.TrainerState`):
-                State of the run.
-            control (`transformers.TrainerControl`):
-                Flags of the training loop.
-            in_train (`bool`):
-                Whether the evaluation happens during training.
+            state (`transformers.TrainerState`): State of the run.
+            control (`transformers.TrainerControl`): Flags of the training loop.
+            in_train (`bool`): Whether the evaluation happens during training.
         """
         return {}

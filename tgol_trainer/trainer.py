@@ -76,8 +76,7 @@ class TGOLTrainer(SavingTrainer):
         model (`str`, `Path` or `diffusers.DiffusionPipeline`):
             Hub id, local folder or loaded pipeline of a supported class; `"shapes"` and `"shapes-masked"` are the
             models embedded in this package. A loaded pipeline is used in place.
-        args ([`TGOLConfig`], *optional*):
-            By default the paper's settings, with output to `tgol_output`.
+        args ([`TGOLConfig`], *optional*): By default the paper's settings, with output to `tgol_output`.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
             Prompt (str), image (or video) and score (real number, higher is better), in the columns that `args` names.
             Needed for `train()`.
@@ -87,14 +86,12 @@ class TGOLTrainer(SavingTrainer):
             Scores from which the threshold is estimated instead of the training scores (paper, Sec. 3.3). A callable
             gets the pipeline while the policy is the reference, and is called again after each sync where
             `threshold_update="epoch"`.
-        peft_config (`peft.LoraConfig`, *optional*):
-            By default r = alpha = 16 on the model family's usual targets.
+        peft_config (`peft.LoraConfig`, *optional*): By default r = alpha = 16 on the model family's usual targets.
         quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
             Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
             Added to Trainer's own; a [`sampling.SampleCallback`] draws and scores images during training.
-        optimizers (`tuple`, *optional*):
-            Optimizer and scheduler, as in Trainer.
+        optimizers (`tuple`, *optional*): Optimizer and scheduler, as in Trainer.
 
     Raises:
         ValueError: for arguments that would train something else than asked.
@@ -477,14 +474,10 @@ class TGOLTrainer(SavingTrainer):
         One draw, scored by reference and policy; then the loss of `args.loss_type`.
 
         Args:
-            model (`torch.nn.Module`):
-                The denoiser as Trainer wrapped it.
-            inputs (`dict[str, torch.Tensor]`):
-                A batch of [`data.Collator`].
-            return_outputs (`bool`, *optional*, defaults to `False`):
-                Also return the (B, len(metrics.RECORD)) record.
-            num_items_in_batch (`int`, *optional*):
-                Unused: the loss is a mean over the micro-batch.
+            model (`torch.nn.Module`): The denoiser as Trainer wrapped it.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
+            return_outputs (`bool`, *optional*, defaults to `False`): Also return the (B, len(metrics.RECORD)) record.
+            num_items_in_batch (`int`, *optional*): Unused: the loss is a mean over the micro-batch.
 
         Returns:
             `torch.Tensor`: scalar float32, and the record if asked for.

@@ -207,7 +207,7 @@ def test_the_mean_share_cut_away_is_reported_and_beyond_ten_per_cent_warned_abou
 def test_streams_and_datasets_point_to_each_other():
     with pytest.raises(DataError, match="use ScoredStream"):
         prepare_dataset(Dataset.from_list(rows_of(2)).to_iterable_dataset(), Columns(), SIZE)
-    with pytest.raises(DataError, match="use prepare_dataset"):
+    with pytest.raises(DataError, match="Use prepare_dataset"):
         ScoredStream(Dataset.from_list(rows_of(2)))
 
 

@@ -205,7 +205,7 @@ def test_a_resolution_that_is_no_size_is_refused(value):
 
 
 def test_a_size_that_does_not_fit_the_model_is_refused_with_the_nearest(video_config, clips):
-    with pytest.raises(ValueError, match=r"`resolution` 20x33 is no multiple of 16.*on both sides: use 16x32\."):
+    with pytest.raises(ValueError, match=r"`resolution` 20x33 is not a multiple of 16.*on both sides: use 16x32\."):
         TGOLTrainer(wan(), video_config(resolution="20x33"), clips)
 
 

@@ -252,7 +252,7 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
     assert table["weighted_sum"] == [6.0 * len(prompt) for prompt in table["prompt"]]
     for wrong, message in (
         (["--weights", "Scaled"], "not a column and a weight"),
-        (["--reward_options", "[]"], "no JSON"),
+        (["--reward_options", "[]"], "not a JSON object"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*arguments, *wrong])

@@ -121,7 +121,11 @@ def test_generated_clips_are_trained_on_as_they_are(clips, config, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--num_frames", "6"], "4·k [+] 1"), (["--fps", "0"], "`fps` is 0"), (["--dtype", "float31"], "no torch dtype")],
+    [
+        (["--num_frames", "6"], "4·k [+] 1"),
+        (["--fps", "0"], "`fps` is 0"),
+        (["--dtype", "float31"], "not a torch dtype"),
+    ],
 )
 def test_numbers_that_a_video_model_does_not_take_are_refused_before_anything_is_drawn(
     wan_folder, tmp_path, capsys, arguments, message

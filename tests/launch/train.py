@@ -21,10 +21,11 @@ def record_run(file_of, world_size):
     import torch.distributed
 
     from tgol_trainer import adapters, trainer
+    from tgol_trainer.saving import trainer as saving
 
     seen = {"adapters": [], "cards": [], "states": [], "row_ids": [], "labels": [], "eval_row_ids": []}
-    write_json, train, compute_loss = trainer.write_json, trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss
-    save_adapter, write_card = adapters.save_adapter, trainer.write_card
+    write_json, train, compute_loss = saving.write_json, trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss
+    save_adapter, write_card = adapters.save_adapter, saving.write_card
 
     def recorded_train(self, *args, **kwargs):
         started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -55,13 +56,13 @@ def record_run(file_of, world_size):
         return call
 
     trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = recorded_train, recorded_loss
-    trainer.write_json = recorded("states", write_json, lambda args: args[0].parent)
-    trainer.write_card = recorded("cards", write_card, lambda args: args[1])
+    saving.write_json = recorded("states", write_json, lambda args: args[0].parent)
+    saving.write_card = recorded("cards", write_card, lambda args: args[1])
     adapters.save_adapter = recorded("adapters", save_adapter, lambda args: args[3])
 
     def undo():
         trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = train, compute_loss
-        trainer.write_json, trainer.write_card, adapters.save_adapter = write_json, write_card, save_adapter
+        saving.write_json, saving.write_card, adapters.save_adapter = write_json, write_card, save_adapter
 
     return undo
 

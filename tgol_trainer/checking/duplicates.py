@@ -27,8 +27,7 @@ def image_mark(image: Image.Image) -> bytes:
     follows.
 
     Args:
-        image (`PIL.Image.Image`):
-            Mode `"RGB"`.
+        image (`PIL.Image.Image`): Mode `"RGB"`.
 
     Returns:
         `bytes`: of length `MARK_BYTES`.
@@ -48,10 +47,8 @@ def group_marks(marks: np.ndarray, max_distance: int = DEFAULT_DISTANCE) -> np.n
     that share a band are compared. Time grows with the number of such pairs, not with the square of the marks.
 
     Args:
-        marks (`numpy.ndarray`):
-            (N, `MARK_BYTES`) uint8, of [`image_mark`].
-        max_distance (`int`, *optional*, defaults to 6):
-            Bits of 256 that may differ, 0 to 31.
+        marks (`numpy.ndarray`): (N, `MARK_BYTES`) uint8, of [`image_mark`].
+        max_distance (`int`, *optional*, defaults to 6): Bits of 256 that may differ, 0 to 31.
 
     Returns:
         `numpy.ndarray`: (N,) int64, one number per mark; equal numbers are one group.

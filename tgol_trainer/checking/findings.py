@@ -35,19 +35,14 @@ class Finding:
     One thing that a check found.
 
     Args:
-        check (`str`):
-            Name of the check; docs/checking.md lists them.
+        check (`str`): Name of the check; docs/checking.md lists them.
         level (`str`):
             `"problem"`: training refuses the data. `"warning"`: it trains, probably not as meant. `"note"`: good to
             know.
-        count (`int`):
-            Rows concerned, or groups or prompts where the text says so.
-        text (`str`):
-            What was found, for people.
-        rows (`list[int]`):
-            Numbers of the rows, from 0: all of them for bad rows, the first for others.
-        remedy (`str`):
-            What to change, code or advice; may be empty.
+        count (`int`): Rows concerned, or groups or prompts where the text says so.
+        text (`str`): What was found, for people.
+        rows (`list[int]`): Numbers of the rows, from 0: all of them for bad rows, the first for others.
+        remedy (`str`): What to change, code or advice; may be empty.
     """
 
     check: str
@@ -64,14 +59,10 @@ class Diagnosis:
     Everything that was found in a dataset.
 
     Args:
-        name (`str`):
-            What the dataset was called.
-        num_rows (`int`):
-            Rows of the dataset.
-        num_usable (`int`):
-            Rows that training would use with `on_bad_sample="skip"`.
-        findings (`list[Finding]`):
-            Problems first, then warnings, then notes.
+        name (`str`): What the dataset was called.
+        num_rows (`int`): Rows of the dataset.
+        num_usable (`int`): Rows that training would use with `on_bad_sample="skip"`.
+        findings (`list[Finding]`): Problems first, then warnings, then notes.
         facts (`dict[str, Any]`):
             Numbers about scores, prompts, sizes, modes and duplicates; docs/checking.md lists them.
     """
@@ -119,22 +110,17 @@ def diagnose(
     Read a dataset once, apply the checks of training to every row, and look for what training does not check.
 
     Args:
-        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
-            One prompt, image or video, and score per row.
-        columns ([`Columns`]):
-            Their names.
+        dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]): One prompt, image or video, and score per row.
+        columns ([`Columns`]): Their names.
         score_columns (`Sequence[str]`, *optional*):
             Several columns of scores, as in [`TGOLConfig`], in place of the score column of `columns`.
         limits ([`ModelLimits`], *optional*):
             Resolution and prompt length of the model that will be trained; see [`load_limits`].
-        name (`str`, *optional*, defaults to `"dataset"`):
-            What messages call the dataset.
-        num_proc (`int`, *optional*, defaults to 1):
-            Processes that decode.
+        name (`str`, *optional*, defaults to `"dataset"`): What messages call the dataset.
+        num_proc (`int`, *optional*, defaults to 1): Processes that decode.
         max_distance (`int`, *optional*, defaults to 6):
             Bits of 256 in which near duplicates may differ, as in [`group_marks`].
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a bar.
+        progress (`bool`, *optional*, defaults to `True`): Show a bar.
 
     Returns:
         [`Diagnosis`]

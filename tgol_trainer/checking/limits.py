@@ -31,8 +31,7 @@ class ModelLimits:
         resolution (`tuple[int, int]`, *optional*):
             (height, width) in pixels that will be trained on. Without it sizes are compared with 512 x 512, and what
             does not fit is a note.
-        num_frames (`int`, *optional*):
-            Frames of a training clip; `None` for images.
+        num_frames (`int`, *optional*): Frames of a training clip; `None` for images.
         count_long_prompts (`Callable`, *optional*):
             Counts prompts that the text encoder cuts, such as `ModelFamily.count_long_prompts`. Without it they are
             not counted, and a note says so.
@@ -51,10 +50,8 @@ def load_limits(model: str | None, *, revision: str | None = None, num_frames: i
         model (`str`, *optional*):
             Hub id or folder of a diffusers pipeline, `"shapes"` or `"shapes-masked"`. Without a model, prompts are
             counted with the 77 tokens of CLIP if a CLIP tokenizer is on this machine.
-        revision (`str`, *optional*):
-            Revision on the Hub.
-        num_frames (`int`, *optional*):
-            Frames of a training clip, in place of the model's own number.
+        revision (`str`, *optional*): Revision on the Hub.
+        num_frames (`int`, *optional*): Frames of a training clip, in place of the model's own number.
 
     Returns:
         [`ModelLimits`]

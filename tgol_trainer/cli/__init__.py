@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run a subcommand.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments after the program's name; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Arguments after the program's name; by default those of the process.
 
     Returns:
         `int`: exit code; 2 for a command line that is not understood.

@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Check a dataset.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0 or 1, as the epilog of `--help` says.

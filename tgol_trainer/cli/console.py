@@ -1,4 +1,4 @@
-"""How a command speaks: our log on standard error, and errors with a remedy as one message."""
+"""What the commands share: the log on standard error, errors as one message, options of the Hub."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ PUSH_FAILED = 3
 
 
 def set_up_logging() -> None:
-    """Print our log from INFO on standard error, beside other libraries' warnings."""
+    """Print the log of this library from INFO up on standard error, beside other libraries' warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("tgol_trainer")
     root.handlers = [handler]
-    # What every process would say alike is said once; a warning may concern the rows of one process alone.
+    # All processes would say the same at INFO; a warning may concern the rows of one process.
     root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     root.propagate = False
-    # a second adapter is what a frozen reference policy is
+    # A frozen reference policy is a second adapter.
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator.*")
-    # Pillow opens such an image all the same; one of twice the size is an error that names the row.
+    # Pillow opens such an image. An image of twice that size is an error that names the row.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
 def hide_local_bars(source: str) -> None:
-    """Hide the bars of `datasets`, one a file and a step, for a source of this machine; a download keeps its own."""
+    """Hide the progress bars of `datasets` for a source on this machine. A download keeps its bar."""
     from datasets.utils.logging import disable_progress_bar
 
     if Path(source).expanduser().exists():
@@ -56,8 +56,7 @@ def json_object(text: str) -> dict[str, Any]:
     Read an option that is a JSON object, as `type=` of an argument.
 
     Args:
-        text (`str`):
-            Such as `{"variant": "fp16"}`.
+        text (`str`): JSON such as `{"variant": "fp16"}`.
 
     Returns:
         `dict`
@@ -68,15 +67,15 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         read = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(read, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as " + """'{"variant": "fp16"}'""")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as " + """'{"variant": "fp16"}'""")
     return read
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn an error that names its cause and remedy into that message alone and exit code 1."""
+    """Print an error that names its cause and remedy without a traceback, and exit with 1."""
     from tgol_trainer.data import DataError
     from tgol_trainer.saving.hub import PushError
     from tgol_trainer.thresholds import ThresholdError
@@ -86,7 +85,7 @@ def plain_errors() -> Iterator[None]:
     except (DataError, PushError, ThresholdError) as error:
         raise _plain(error) from error
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        # Our own refusals say what to change; the same types from other libraries need their traceback.
+        # This library's own errors say what to change. Errors of other libraries need their traceback.
         if not _raised_here(error):
             raise
         raise _plain(error) from error

@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Convert a dataset.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0.

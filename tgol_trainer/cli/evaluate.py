@@ -104,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Do this process's share, and write the report if it is the last to finish.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0.

@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Generate the images of this process's share.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0, or 3 if all images are made and a push failed.

@@ -1,4 +1,4 @@
-"""`tgol label`, the dry run: what labels and weights training would see, without a model."""
+"""`tgol label`: show the labels and weights that training would use, without a model."""
 
 from __future__ import annotations
 
@@ -37,19 +37,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Show the labels and weights that `tgol train` would make of a dataset with the same flags. No "
         "model is loaded and no image is read.",
     )
-    parser.add_argument("--config", type=Path, help="settings file of `tgol train`; what is no flag here is ignored")
+    parser.add_argument(
+        "--config", type=Path, help="settings file of `tgol train`; settings that are not flags here are ignored"
+    )
     parser.add_argument("--dataset_name", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
     parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
     parser.add_argument("--dataset_train_split", default="train", help="default: %(default)s")
     parser.add_argument(
         *("--dataset_streaming",), nargs="?", const=True, default=False, type=_boolean, help="default: %(default)s"
     )
-    parser.add_argument("--proxy_dataset_name", help="dataset whose scores give the threshold instead")
+    parser.add_argument(
+        "--proxy_dataset_name", help="dataset whose scores set the threshold, instead of the training scores"
+    )
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
     parser.add_argument("--score_column", default="score", help="default: %(default)s")
     parser.add_argument("--on_bad_sample", choices=("raise", "skip"), default="raise", help="default: %(default)s")
     parser.add_argument(
-        *("--output_dir",), type=Path, default=Path("label_output"), help="for label.json and score_histogram.png"
+        *("--output_dir",),
+        type=Path,
+        default=Path("label_output"),
+        help="folder for label.json and score_histogram.png (default: %(default)s)",
     )
     _add_fields(
         parser.add_argument_group("the method, as in `tgol train`; some of it says nothing about labels"),
@@ -91,7 +98,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _settings(path: Path, known: set[str]) -> dict[str, Any]:
-    """Return what a settings file of training says about our flags."""
+    """Return the values of a settings file of training for the flags of this command."""
     import yaml
 
     if not path.is_file():
@@ -102,7 +109,9 @@ def _settings(path: Path, known: set[str]) -> dict[str, Any]:
     for name in set(values) - known:
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.9)
         if close:
-            raise SystemExit(f"error: --config: {path} has {name!r}, which is no setting. Did you mean {close[0]!r}?")
+            raise SystemExit(
+                f"error: --config: {path} has {name!r}, which is not a setting. Did you mean {close[0]!r}?"
+            )
     return {
         name: str(value) if isinstance(value, int | float | bool) else value
         for name, value in values.items()
@@ -115,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Show and save the labels of a dataset.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0.

@@ -1,4 +1,4 @@
-"""The dry run of labels as lines for a terminal; also for the quickstart and the converters."""
+"""Write the report of `tgol label` as lines for a terminal; also for the quickstart and the converters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
     Return the report as lines for a terminal.
 
     Args:
-        report ([`LabelReport`]):
-            The dry run.
-        advice (`list[Advice]`, *optional*):
-            Printed last.
+        report ([`LabelReport`]): The dry run.
+        advice (`list[Advice]`, *optional*): Printed last.
     """
     threshold, weights = report.labeler.threshold, report.labeler.weights
     total, scores = threshold.num_scores, report.scores
@@ -153,10 +151,8 @@ def histogram_lines(bars: Sequence[tuple[float, float, int]], threshold: float |
     Return scores as bars of text.
 
     Args:
-        bars (`Sequence[tuple[float, float, int]]`):
-            (low, high, count), see [`score_bars`].
-        threshold (`float`, *optional*):
-            τ, whose place is marked.
+        bars (`Sequence[tuple[float, float, int]]`): (low, high, count), see [`score_bars`].
+        threshold (`float`, *optional*): τ, whose place is marked.
     """
     labels = [f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}" for low, high, _ in bars]
     width, largest = max(map(len, labels)), max(count for *_, count in bars)

@@ -1,4 +1,4 @@
-"""`tgol quickstart`: the whole road on the embedded shapes model, from sampling to a measured, documented adapter."""
+"""`tgol quickstart`: sample, score, label, train, compare and document on the embedded shapes model."""
 
 from __future__ import annotations
 
@@ -23,32 +23,28 @@ if TYPE_CHECKING:
     from tgol_trainer.trainer import TGOLTrainer
 
 SAMPLING: dict[str, Any] = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 96}
-"""DDIM steps and guidance; at 1.5 the shapes model's colours are most faithful, above that they over-saturate."""
+"""DDIM steps and guidance. At 1.5 the shapes model's colours are most faithful; above that they over-saturate."""
 TRAINED_SCORE = "background_darkness"
 EVALUATION_SEED = 1_000_000
-"""First seed of the evaluation images; training images count up from 0 and never get there."""
+"""First seed of the evaluation images. Seeds of training images count up from 0 and stay below."""
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
 LEARNING_RATE = 2e-4
-"""For a network of a million weights; the default is meant for real ones."""
+"""Learning rate for a network of a million weights. The library's default is meant for larger ones."""
 
 
 @dataclass
 class Quickstart:
     """
-    One run, whose steps can be called singly (the notebook does).
+    One run. Its steps can be called one by one, as the notebook does.
 
     Args:
-        output_dir (`Path`):
-            Where everything goes.
+        output_dir (`Path`): Folder of all results.
         num_images (`int`, *optional*, defaults to 960):
             Training images, a multiple of 24 for equal shares of the prompts.
-        num_steps (`int`, *optional*, defaults to 120):
-            Updates of 64 images.
-        num_evaluation_images (`int`, *optional*, defaults to 192):
-            Images made before and again after training.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of sampling and training.
+        num_steps (`int`, *optional*, defaults to 120): Updates of 64 images.
+        num_evaluation_images (`int`, *optional*, defaults to 192): Images made before and again after training.
+        seed (`int`, *optional*, defaults to 0): Seed of sampling and training.
     """
 
     output_dir: Path
@@ -64,7 +60,7 @@ class Quickstart:
         return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
 
     def rewards(self) -> dict[str, Callable[[list[Image], list[str]], Sequence[float | None]]]:
-        """The three scores, the one trained on first; higher is better for each."""
+        """The three scores, the trained one first; higher is better for each."""
         from tgol_trainer.rewards import jpeg_compressibility
         from tgol_trainer.shapes import background_darkness, colour_faithfulness
 
@@ -75,7 +71,7 @@ class Quickstart:
         }
 
     def sample_dataset(self, pipeline: DiffusionPipeline) -> Dataset:
-        """Draw images from the base model, score them, and write them as Parquet with the scores as columns."""
+        """Draw images from the base model, score them, and write them as Parquet with one column per score."""
         from datasets import Dataset, Features, Value
         from datasets import Image as ImageFeature
 
@@ -104,7 +100,7 @@ class Quickstart:
         return dataset
 
     def evaluation_images(self, pipeline: DiffusionPipeline, description: str) -> list[Image]:
-        """Images of the same prompts and seeds at every call."""
+        """Draw the evaluation images: the same prompts and seeds at every call."""
         from tgol_trainer.evaluation import generate_images
 
         start = time.time()
@@ -115,7 +111,7 @@ class Quickstart:
         return images
 
     def trainer(self, pipeline: Any, dataset: Dataset, callbacks: list[Any] | None = None) -> TGOLTrainer:
-        """The trainer with the paper's loss settings and a LoRA that suits a network of a million weights."""
+        """Make the trainer, with the paper's loss settings and a LoRA for a network of a million weights."""
         from peft import LoraConfig
 
         from tgol_trainer.config import TGOLConfig
@@ -142,7 +138,7 @@ class Quickstart:
         )
 
     def evaluate(self, before: list[Image], after: list[Image]) -> Evaluation:
-        """Compare images of equal prompts and seeds; write the tables, the plot, the images and the report."""
+        """Compare images of equal prompts and seeds, and write tables, plot, images and report."""
         from tgol_trainer.evaluation import (
             ReportOptions,
             compare_models,
@@ -211,7 +207,7 @@ class Quickstart:
 
 
 def _progress_callback() -> Any:
-    """Trainer's progress bar, with the log on it instead of a dictionary a line."""
+    """Trainer's progress bar, with the log on the bar instead of one dictionary per line."""
     from transformers.trainer_callback import ProgressCallback
 
     class CompactProgress(ProgressCallback):
@@ -230,7 +226,7 @@ def _progress_callback() -> Any:
 
 
 def _show_labels(folder: Path, dataset: Dataset) -> None:
-    """Print what `tgol label` prints of the dataset, and draw the histogram."""
+    """Print what `tgol label` prints for the dataset, and draw the histogram."""
     from tgol_trainer.config import MethodArguments
     from tgol_trainer.data import Columns
     from tgol_trainer.data.scores import read_scores
@@ -257,7 +253,7 @@ def _train(trainer: TGOLTrainer) -> None:
 
 
 def run(quickstart: Quickstart) -> Evaluation:
-    """Run every step and print what a user wants to see of it."""
+    """Run every step and print its results."""
     from tgol_trainer.evaluation import format_measures, format_table
     from tgol_trainer.shapes import load_pipeline
 
@@ -291,7 +287,7 @@ def run(quickstart: Quickstart) -> Evaluation:
 
 
 def _program() -> str:
-    """How to call `tgol` from here: by name if the shell finds this environment's, else by its path."""
+    """Return how to call `tgol` from here: by name if the shell finds this environment's, else by its path."""
     import os
     import shutil
 
@@ -310,7 +306,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--output_dir",
         type=Path,
         default=Path("quickstart_output"),
-        help="where everything goes (default: %(default)s)",
+        help="folder of all results (default: %(default)s)",
     )
     parser.add_argument("--num_images", type=int, default=960, help="training images to sample (default: %(default)s)")
     parser.add_argument("--num_steps", type=int, default=120, help="updates of 64 images (default: %(default)s)")
@@ -334,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the quickstart.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0.
@@ -348,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    # Their bars are for downloads and for maps that take a moment here; ours show what takes time.
+    # These bars show downloads and maps that take a moment here. Ours show what takes time.
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()

@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Score this process's share.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Options; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
         `int`: 0, or 3 if all rows are scored and a push failed.

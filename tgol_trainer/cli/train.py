@@ -1,4 +1,4 @@
-"""`tgol train`, which is also `scripts/train_tgol.py`: parse, build, train, save, push."""
+"""`tgol train` and `scripts/train_tgol.py`: parse, build, train, save, push."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from typing import Any
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
-from tgol_trainer.shapes import embedded_model
 
 from .console import PUSH_FAILED, plain_errors, set_up_logging
 
 
 @dataclass
 class TrainArguments(ScriptArguments):
-    """TRL's script arguments, the proxy set and rewards; `dataset_name` is a Hub id, a folder, or a file of rows."""
+    """TRL's script arguments with proxy set, rewards and rounds. `dataset_name` is a Hub id, a folder or a file."""
 
     proxy_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, folder or file whose scores give the threshold instead of the training scores."},
+        metadata={"help": "Hub id, folder or file whose scores set the threshold, instead of the training scores."},
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -75,7 +74,7 @@ class SampleArguments:
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's model arguments with LoRA defaults for denoisers; `use_peft` has no effect, `full_finetuning` decides."""
+    """TRL's model arguments with LoRA defaults for denoisers. `full_finetuning` decides; `use_peft` has no effect."""
 
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(
@@ -83,7 +82,7 @@ class ModelArguments(ModelConfig):
     )
 
 
-# TRL's fields that mean nothing here; a value other than the default must not be dropped in silence.
+# TRL's fields that mean nothing here. A value other than the default is refused, not dropped in silence.
 _UNUSED: tuple[str, ...] = (
     "attn_implementation",
     "trust_remote_code",
@@ -152,6 +151,8 @@ def _check_arguments(
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
     fixed = [name for name in changed if name in ("model_revision", "dtype")]
     fixed += ["model_init_kwargs"] if training.pipeline_kwargs else []
+    from tgol_trainer.shapes import embedded_model
+
     if fixed and embedded_model(model.model_name_or_path):
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in fixed)}: has no effect on the embedded model.")
 
@@ -260,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Train from a command line.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            Flags, `--config file.yaml` among them; by default those of the process.
+        argv (`Sequence[str]`, *optional*): Flags, `--config file.yaml` among them; by default those of the process.
 
     Returns:
         `int`: 0, or 3 where all is trained and saved and a push failed.

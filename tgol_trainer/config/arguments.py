@@ -158,7 +158,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         # accelerate's dispatcher sends batches from rank 0, which streams of several processes do not need.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
-        self.pipeline_kwargs  # noqa: B018 - refuses a text that is no JSON object
+        self.pipeline_kwargs  # noqa: B018 - refuses text that is not a JSON object
         self.resolution = _read_resolution(self.resolution)
         self._check_ranges()
         self._check_combinations()
@@ -191,10 +191,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         Return the (height, width) in pixels that a model is trained at.
 
         Args:
-            native (`tuple[int, int]`):
-                The model's own size, used if `resolution` is not given.
-            multiple (`int`):
-                Both must be multiples of it.
+            native (`tuple[int, int]`): The model's own size, used if `resolution` is not given.
+            multiple (`int`): Both must be multiples of it.
 
         Raises:
             ValueError: if one is not, with the nearest sizes that are.

@@ -220,8 +220,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         Check the fields of this class.
 
         Args:
-            batch_size (`int`):
-                Rows of a micro-batch of one process.
+            batch_size (`int`): Rows of a micro-batch of one process.
 
         Raises:
             ValueError: for a value out of range, fields that contradict each other, or a field that has no effect.
@@ -364,10 +363,8 @@ def check_choices(arguments: Any, owner: type) -> None:
     Check the fields whose type is a `Literal`.
 
     Args:
-        arguments (`Any`):
-            A dataclass.
-        owner (`type`):
-            The class whose own annotations are checked.
+        arguments (`Any`): A dataclass.
+        owner (`type`): The class whose own annotations are checked.
 
     Raises:
         ValueError: for a value that is not among the choices.

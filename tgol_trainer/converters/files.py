@@ -22,10 +22,8 @@ def image_root(source: str, split: str) -> Path | None:
     Return the folder that the paths in a table are relative to: the folder of the table.
 
     Args:
-        source (`str`):
-            The table, the folder that holds it, or a Hub id.
-        split (`str`):
-            Name of the split, which may have a folder of its own.
+        source (`str`): The table, the folder that holds it, or a Hub id.
+        split (`str`): Name of the split, which may have a folder of its own.
 
     Returns:
         `Path`; `None` for a Hub id.
@@ -44,12 +42,9 @@ def write_shards(dataset: datasets.Dataset, folder: Path, rows_per_shard: int | 
     Write `train-*.parquet` with the images in them.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            With a column `image` of images.
-        folder (`Path`):
-            Where the files go.
-        rows_per_shard (`int`, *optional*):
-            Rows per file; by default about 500 MB per file.
+        dataset ([`datasets.Dataset`]): With a column `image` of images.
+        folder (`Path`): Where the files go.
+        rows_per_shard (`int`, *optional*): Rows per file; by default about 500 MB per file.
 
     Returns:
         `int`: number of files.

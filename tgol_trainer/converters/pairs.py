@@ -36,12 +36,9 @@ class PairColumns:
     The columns of a dataset of comparisons. Columns that are not given are found by their usual names.
 
     Args:
-        prompt (`str`, *optional*):
-            Texts; by default `prompt`, `caption` or `text`.
-        first (`str`, *optional*):
-            The first images; of `chosen` and `rejected`, the winners.
-        second (`str`, *optional*):
-            The second images.
+        prompt (`str`, *optional*): Texts; by default `prompt`, `caption` or `text`.
+        first (`str`, *optional*): The first images; of `chosen` and `rejected`, the winners.
+        second (`str`, *optional*): The second images.
         choice (`str`, *optional*):
             What was chosen: words such as `left`, `second`, `win` (of the first image), `tie`, `both`, the name of an
             image column, the id of an image, or numbers.
@@ -74,10 +71,8 @@ def pairs_to_scores(
     if they have the same id, or without ids the same encoded bytes, or without bytes the same path.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            One comparison per row.
-        columns ([`PairColumns`], *optional*):
-            Its columns; by default those of the layouts above.
+        dataset ([`datasets.Dataset`]): One comparison per row.
+        columns ([`PairColumns`], *optional*): Its columns; by default those of the layouts above.
         method (`str`, *optional*, defaults to `"wins"`):
             `"wins"`: comparisons won, a tie is half a win, the paper's "aggregating each image's win counts";
             `"win_rate"`: that divided by the comparisons of the image; `"bradley_terry"`: its log-strength among the

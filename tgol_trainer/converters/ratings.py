@@ -31,10 +31,8 @@ class RatingColumns:
             Ratings: numbers or lists of numbers, higher is better. Thumbs: words (`up`, `thumbs_down`, `like`, `bad`,
             `yes`, ...), booleans, 1 and 0, or 1 and -1, or lists of them. Where -1 occurs, 0 is no vote, and such a
             row cannot be used.
-        image (`str`, *optional*, defaults to `"image"`):
-            Images, paths or encoded bytes.
-        prompt (`str`, *optional*, defaults to `"prompt"`):
-            Texts.
+        image (`str`, *optional*, defaults to `"image"`): Images, paths or encoded bytes.
+        prompt (`str`, *optional*, defaults to `"prompt"`): Texts.
         annotator (`str`, *optional*):
             Who rated; lists where the ratings are lists. What one annotator gave one image counts as one rating, its
             mean.
@@ -60,10 +58,8 @@ def ratings_to_scores(
     Make one row per image from ratings; an image may have several. No image is decoded or copied.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            One rating per row, or a list of ratings per row.
-        columns ([`RatingColumns`]):
-            Its columns.
+        dataset ([`datasets.Dataset`]): One rating per row, or a list of ratings per row.
+        columns ([`RatingColumns`]): Its columns.
         image_root (`str` or `Path`, *optional*):
             Folder that relative paths start from; by default the working directory.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
@@ -90,14 +86,10 @@ def thumbs_to_scores(
     Make one row per image from thumbs up and down, as 1 and 0; several votes become their share of thumbs up.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            One vote per row, or a list of votes per row.
-        columns ([`RatingColumns`]):
-            Its columns.
-        image_root (`str` or `Path`, *optional*):
-            As in [`ratings_to_scores`].
-        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            As in [`ratings_to_scores`].
+        dataset ([`datasets.Dataset`]): One vote per row, or a list of votes per row.
+        columns ([`RatingColumns`]): Its columns.
+        image_root (`str` or `Path`, *optional*): As in [`ratings_to_scores`].
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`): As in [`ratings_to_scores`].
 
     Returns:
         [`datasets.Dataset`]: the columns of [`ratings_to_scores`].

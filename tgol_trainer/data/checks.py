@@ -43,14 +43,11 @@ def check_columns(
     Args:
         dataset ([`datasets.Dataset`] or [`datasets.IterableDataset`]):
             The user's dataset. The first row of a stream with unknown features is read.
-        columns ([`Columns`]):
-            Names to look for.
+        columns ([`Columns`]): Names to look for.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             The argument that the dataset was given as, for messages.
-        scored (`bool`, *optional*, defaults to `True`):
-            Whether the score column is needed.
-        shown (`bool`, *optional*, defaults to `True`):
-            Whether the column of images or videos is needed.
+        scored (`bool`, *optional*, defaults to `True`): Whether the score column is needed.
+        shown (`bool`, *optional*, defaults to `True`): Whether the column of images or videos is needed.
 
     Raises:
         DataError: for another class, a missing column, pairs instead of single images, or a type that does not fit.
@@ -172,10 +169,11 @@ def _refuse_pairs(present: list[str], columns: Columns, name: str, missing: list
         return
     text = next((column for column in (columns.prompt, *_SYNONYMS["prompt"]) if column in present), columns.prompt)
     label = next((column for column in ("label_0", "label", "preference") if column in present), "your_label_column")
-    options = f'prompt_column="{text}", first_column="{pair[0]}", second_column="{pair[1]}"'
+    named, options = f'"{text}", "{pair[0]}", "{pair[1]}"', ""
     if pair[0] != "chosen":
-        options += f', choice_column="{label}", choice_numbers="share"'
-    code = f"from tgol_trainer.converters import pairs_to_scores\n\ndataset = pairs_to_scores(dataset, {options})"
+        named, options = f'{named}, "{label}"', ', choice_numbers="share"'
+    code = "from tgol_trainer.converters import PairColumns, pairs_to_scores\n\n"
+    code += f"dataset = pairs_to_scores(dataset, PairColumns({named}){options})"
     renamed = {"prompt": columns.prompt, "image": columns.image, "score": columns.score}
     renamed = {made: wanted for made, wanted in renamed.items() if made != wanted}
     code += f"\ndataset = dataset.rename_columns({renamed})" if renamed else ""

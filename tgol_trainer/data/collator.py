@@ -20,10 +20,8 @@ class Collator:
     Stack rows to a batch. The batch holds tensors only, because `accelerate` dispatches nothing else of a stream.
 
     Args:
-        resolution (`tuple[int, int]`):
-            (height, width) in pixels.
-        num_frames (`int`, *optional*):
-            Number of frames taken of each video; `None` for images.
+        resolution (`tuple[int, int]`): (height, width) in pixels.
+        num_frames (`int`, *optional*): Number of frames taken of each video; `None` for images.
     """
 
     def __init__(self, resolution: tuple[int, int], num_frames: int | None = None) -> None:
@@ -35,8 +33,7 @@ class Collator:
         Collate rows.
 
         Args:
-            rows (`Sequence[Mapping[str, Any]]`):
-                B rows of [`ScoredDataset`] or [`ScoredStream`].
+            rows (`Sequence[Mapping[str, Any]]`): B rows of [`ScoredDataset`] or [`ScoredStream`].
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1, or (B, 3, num_frames,
@@ -87,10 +84,8 @@ def decode_prompts(prompt_bytes: torch.Tensor, prompt_length: torch.Tensor) -> l
     Return the prompts of a batch.
 
     Args:
-        prompt_bytes (`torch.Tensor`):
-            (B, L) uint8, UTF-8 padded with zeros, on any device.
-        prompt_length (`torch.Tensor`):
-            (B,) integers, in bytes.
+        prompt_bytes (`torch.Tensor`): (B, L) uint8, UTF-8 padded with zeros, on any device.
+        prompt_length (`torch.Tensor`): (B,) integers, in bytes.
     """
     rows = prompt_bytes.cpu().numpy()
     return [row[:length].tobytes().decode("utf-8") for row, length in zip(rows, prompt_length.tolist(), strict=True)]

@@ -44,22 +44,15 @@ class DataReport:
     Findings of the check of a dataset.
 
     Args:
-        name (`str`):
-            The argument that the dataset was given as.
-        num_rows (`int`):
-            Rows of the user's dataset.
-        num_kept (`int`):
-            Rows that can be trained on.
-        dropped (`dict[str, int]`):
-            Cause to number of rows; a row with two causes counts under both.
-        num_smaller (`int`):
-            Kept images or videos with a side below the resolution, which are enlarged.
+        name (`str`): The argument that the dataset was given as.
+        num_rows (`int`): Rows of the user's dataset.
+        num_kept (`int`): Rows that can be trained on.
+        dropped (`dict[str, int]`): Cause to number of rows; a row with two causes counts under both.
+        num_smaller (`int`): Kept images or videos with a side below the resolution, which are enlarged.
         mean_cropped_share (`float`):
             Mean over the kept images or videos of the share of the area, 0 to 1, that the centre crop cuts away.
-        num_unique_prompts (`int`):
-            Different prompts among the kept rows.
-        resolution (`tuple[int, int]`):
-            (height, width) that the last numbers refer to, in pixels.
+        num_unique_prompts (`int`): Different prompts among the kept rows.
+        resolution (`tuple[int, int]`): (height, width) that the last numbers refer to, in pixels.
     """
 
     name: str
@@ -159,18 +152,14 @@ def prepare_dataset(
     Find every bad row of a dataset in one pass before training. The result is cached beside the data.
 
     Args:
-        dataset ([`datasets.Dataset`]):
-            Each row has a prompt, an image or video, and a score.
-        columns ([`Columns`]):
-            Their names.
-        resolution (`tuple[int, int]`):
-            (height, width) in pixels, for the warnings about small and cut images.
+        dataset ([`datasets.Dataset`]): Each row has a prompt, an image or video, and a score.
+        columns ([`Columns`]): Their names.
+        resolution (`tuple[int, int]`): (height, width) in pixels, for the warnings about small and cut images.
         score_columns (`Sequence[str]`, *optional*):
             K columns of scores instead of the one of `columns`; the rows' scores are then (N, K).
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists all bad rows in one error; `"skip"` leaves them out and warns.
-        num_proc (`int`, *optional*):
-            Number of processes that check; `None` checks in this process.
+        num_proc (`int`, *optional*): Number of processes that check; `None` checks in this process.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             The argument that the dataset was given as, for messages.
 
@@ -256,18 +245,13 @@ class ScoredDataset(torch.utils.data.Dataset):
     [`labels.RowLabels.row`] are added, and `"score"` is the normalised score.
 
     Args:
-        rows ([`datasets.Dataset`]):
-            The user's dataset.
-        columns ([`Columns`]):
-            Its column names.
-        scores (`numpy.ndarray`):
-            (N,) float64 raw scores of the usable rows; (N, K) of several columns.
-        row_ids (`numpy.ndarray`):
-            (N,) int64, the numbers of the usable rows in `rows`.
+        rows ([`datasets.Dataset`]): The user's dataset.
+        columns ([`Columns`]): Its column names.
+        scores (`numpy.ndarray`): (N,) float64 raw scores of the usable rows; (N, K) of several columns.
+        row_ids (`numpy.ndarray`): (N,) int64, the numbers of the usable rows in `rows`.
 
     Attributes:
-        labels ([`labels.RowLabels`], *optional*):
-            What the scores mean to training; set by the trainer.
+        labels ([`labels.RowLabels`], *optional*): What the scores mean to training; set by the trainer.
     """
 
     labels: RowValues | None = None
@@ -315,8 +299,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         Return the rows where a mask is true, without labels.
 
         Args:
-            mask (`numpy.ndarray`):
-                (N,) bool.
+            mask (`numpy.ndarray`): (N,) bool.
         """
         return ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
 

@@ -44,8 +44,7 @@ class VisualError(DataError):
     One image or video that cannot be opened.
 
     Args:
-        message (`str`):
-            What went wrong, in the decoder's words where it has any.
+        message (`str`): What went wrong, in the decoder's words where it has any.
         cause (`str`, *optional*, defaults to `"undecodable image"` or `"undecodable video"`):
             `"missing image"`, `"image file not found"`, `"truncated image"` or `"undecodable image"`, the same for
             videos, or `"too few frames"`.
@@ -225,10 +224,8 @@ def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
     Resize an image until it covers the resolution, cut out the centre and scale to -1..1.
 
     Args:
-        image (`PIL.Image.Image`):
-            An image of any size; other modes than RGB go through [`open_image`].
-        resolution (`tuple[int, int]`):
-            (height, width) in pixels.
+        image (`PIL.Image.Image`): An image of any size; other modes than RGB go through [`open_image`].
+        resolution (`tuple[int, int]`): (height, width) in pixels.
 
     Returns:
         `torch.Tensor`: (3, height, width), float32, -1 for black and 1 for white, contiguous.
@@ -267,12 +264,9 @@ def cropped_share(width: int, height: int, resolution: tuple[int, int]) -> float
     Return the share of an image's area that the centre crop of [`to_pixels`] cuts away.
 
     Args:
-        width (`int`):
-            Width of the image in pixels.
-        height (`int`):
-            Height of the image in pixels.
-        resolution (`tuple[int, int]`):
-            (height, width) of the training pixels.
+        width (`int`): Width of the image in pixels.
+        height (`int`): Height of the image in pixels.
+        resolution (`tuple[int, int]`): (height, width) of the training pixels.
 
     Returns:
         `float`: at least 0, which is the same aspect ratio, and below 1.

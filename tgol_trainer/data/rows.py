@@ -30,16 +30,12 @@ class Columns:
     Names of the columns that are read; other columns are ignored.
 
     Args:
-        prompt (`str`, *optional*, defaults to `"prompt"`):
-            Column of texts.
-        image (`str`, *optional*, defaults to `"image"`):
-            Column of images, in any form that [`open_image`] reads.
-        score (`str`, *optional*, defaults to `"score"`):
-            Column of numbers; higher is better.
+        prompt (`str`, *optional*, defaults to `"prompt"`): Column of texts.
+        image (`str`, *optional*, defaults to `"image"`): Column of images, in any form that [`open_image`] reads.
+        score (`str`, *optional*, defaults to `"score"`): Column of numbers; higher is better.
         video (`str`, *optional*):
             Column of videos, in any form that [`read_video`] takes. Where given, it is read instead of the images.
-        num_frames (`int`, *optional*):
-            Frames taken of each video. Needed to read videos.
+        num_frames (`int`, *optional*): Frames taken of each video. Needed to read videos.
         group (`str`, *optional*):
             Column whose equal values form a group, such as the prompt's; `None` where rows are not grouped.
 

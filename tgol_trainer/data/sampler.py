@@ -20,12 +20,9 @@ class GroupSampler(torch.utils.data.Sampler[int]):
     block, on any number of processes. The order depends on seed and epoch alone, so a resumed run goes on with it.
 
     Args:
-        groups (`numpy.ndarray`):
-            (N,) integers, equal ones form a group.
-        group_size (`int`):
-            Rows of a block, at least 2.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the order.
+        groups (`numpy.ndarray`): (N,) integers, equal ones form a group.
+        group_size (`int`): Rows of a block, at least 2.
+        seed (`int`, *optional*, defaults to 0): Seed of the order.
     """
 
     def __init__(self, groups: np.ndarray, group_size: int, seed: int = 0) -> None:
@@ -64,8 +61,7 @@ def innermost_sampler(loader: DataLoader) -> Any:
     mid-epoch: the sampler would then give the order of another epoch.
 
     Args:
-        loader (`torch.utils.data.DataLoader`):
-            A loader with batches of rows.
+        loader (`torch.utils.data.DataLoader`): A loader with batches of rows.
     """
     batches: Any = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):

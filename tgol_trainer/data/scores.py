@@ -29,19 +29,14 @@ class ScoredRows:
     Scores of the usable rows of a dataset, and which rows share a prompt or a group.
 
     Args:
-        scores (`numpy.ndarray`):
-            (N,) float64, raw; (N, K) of several columns.
-        row_ids (`numpy.ndarray`):
-            (N,) integers, their numbers in the user's dataset.
-        num_rows (`int`):
-            Rows of the dataset, or rows read of the stream.
-        dropped (`dict[str, int]`):
-            Cause to number of rows left out; a row with two causes counts under both.
+        scores (`numpy.ndarray`): (N,) float64, raw; (N, K) of several columns.
+        row_ids (`numpy.ndarray`): (N,) integers, their numbers in the user's dataset.
+        num_rows (`int`): Rows of the dataset, or rows read of the stream.
+        dropped (`dict[str, int]`): Cause to number of rows left out; a row with two causes counts under both.
         keys (`dict[str, numpy.ndarray]`):
             Column of texts to (N,) uint64 keys. Equal texts have equal keys; among ten million different texts, two
             share a key with probability 3e-6.
-        texts ([`Texts`]):
-            Texts of all rows read, by row id.
+        texts ([`Texts`]): Texts of all rows read, by row id.
     """
 
     scores: np.ndarray
@@ -123,18 +118,15 @@ def read_scores(
     Args:
         dataset ([`datasets.Dataset`], [`datasets.IterableDataset`] or [`ParquetColumns`]):
             The column of images may be missing.
-        columns ([`Columns`], *optional*):
-            Names of the prompt and score columns.
+        columns ([`Columns`], *optional*): Names of the prompt and score columns.
         score_columns (`Sequence[str]`, *optional*):
             K columns of scores instead of the one of `columns`; a row is usable if all of them are.
-        group_column (`str`, *optional*):
-            Column of texts or numbers that groups rows.
+        group_column (`str`, *optional*): Column of texts or numbers that groups rows.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` lists all rows with a bad score or prompt in one error; `"skip"` leaves them out and warns.
         scores_alone (`bool`, *optional*, defaults to `False`):
             Check scores and not prompts, as training does for the threshold of a stream and of a proxy set.
-        limit (`int`, *optional*):
-            Stop after this many usable rows; `None` reads all.
+        limit (`int`, *optional*): Stop after this many usable rows; `None` reads all.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             The argument that the dataset was given as, for messages. The prompts of a `"proxy_dataset"` whose scores
             are read alone are not read.

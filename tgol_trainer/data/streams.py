@@ -36,21 +36,17 @@ class ScoredStream(torch.utils.data.IterableDataset):
     by cause the rows that this process has left out so far; each worker of a DataLoader counts its own.
 
     Args:
-        dataset ([`datasets.IterableDataset`]):
-            With one prompt, image or video, and score a row.
-        columns ([`Columns`], *optional*):
-            Their names.
+        dataset ([`datasets.IterableDataset`]): With one prompt, image or video, and score a row.
+        columns ([`Columns`], *optional*): Their names.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at the first bad row; `"skip"` leaves it out, counts it and warns.
-        name (`str`, *optional*, defaults to `"train_dataset"`):
-            The argument it was given as, for messages.
+        name (`str`, *optional*, defaults to `"train_dataset"`): The argument it was given as, for messages.
 
     Attributes:
         follower (`Callable[[], Callable[[float], dict]]`, *optional*):
             Makes, for each pass over the stream, a function from a row's raw score to its labels, such as
             [`labels.Labeler.follower`]; set by the trainer. Each process and worker follows the rows that it reads.
-        source ([`datasets.IterableDataset`]):
-            The dataset as it was given.
+        source ([`datasets.IterableDataset`]): The dataset as it was given.
 
     Raises:
         DataError: for a wrong class, column or type; while reading, for a bad row under `"raise"`.
@@ -69,7 +65,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         check_class(dataset, name)
         check_policy(on_bad_sample)
         if not isinstance(dataset, datasets.IterableDataset):
-            raise DataError(f"{name}: it is no stream; use prepare_dataset for a datasets.Dataset.")
+            raise DataError(f"{name}: it is not a stream. Use prepare_dataset for a datasets.Dataset.")
         check_columns(dataset, columns, name)
         self.source = dataset
         self._dataset = undecoded(dataset, columns.names)
@@ -110,8 +106,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         Pass the epoch on to the stream, which shuffles by it.
 
         Args:
-            epoch (`int`):
-                Counted from 0.
+            epoch (`int`): Counted from 0.
         """
         self._dataset.set_epoch(epoch)
 
@@ -125,10 +120,8 @@ class ScoredStream(torch.utils.data.IterableDataset):
         Return the part of the stream that one process reads; the parts are disjoint and complete.
 
         Args:
-            rank (`int`):
-                Number of the process, from 0.
-            world_size (`int`):
-                Number of processes.
+            rank (`int`): Number of the process, from 0.
+            world_size (`int`): Number of processes.
         """
         part = ScoredStream.__new__(ScoredStream)
         part.__dict__.update(self.__dict__)
@@ -173,18 +166,13 @@ def stream_scores(
     Read the scores of a stream without opening an image, for a threshold before the first step.
 
     Args:
-        dataset ([`datasets.IterableDataset`]):
-            The stream.
-        columns ([`Columns`]):
-            Its column names.
+        dataset ([`datasets.IterableDataset`]): The stream.
+        columns ([`Columns`]): Its column names.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops once five bad scores are found, or at the end; `"skip"` leaves them out and warns.
-        limit (`int`, *optional*):
-            Stop after this many usable scores; `None` reads to the end.
-        name (`str`, *optional*, defaults to `"train_dataset"`):
-            The argument it was given as, for messages.
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a progress bar.
+        limit (`int`, *optional*): Stop after this many usable scores; `None` reads to the end.
+        name (`str`, *optional*, defaults to `"train_dataset"`): The argument it was given as, for messages.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
         `tuple[numpy.ndarray, list[str] | None]`: (N,) float64, and the N names of their groups where `columns` name a

@@ -38,12 +38,9 @@ class Video:
     A video that was decoded once and found good. Its frames are not kept: in memory a clip is many times larger.
 
     Args:
-        value (`Any`):
-            The value of the dataset.
-        size (`tuple[int, int]`):
-            (width, height) in pixels, in the order of Pillow.
-        digest (`bytes`):
-            Hash of the chosen frames' pixels.
+        value (`Any`): The value of the dataset.
+        size (`tuple[int, int]`): (width, height) in pixels, in the order of Pillow.
+        digest (`bytes`): Hash of the chosen frames' pixels.
     """
 
     value: Any
@@ -60,10 +57,8 @@ def sample_frames(total: int, num_frames: int) -> list[int]:
     Choose frames spread evenly over a clip. The choice is always the same and holds the first and the last frame.
 
     Args:
-        total (`int`):
-            Frames of the clip, at least `num_frames`.
-        num_frames (`int`):
-            Frames to choose; a single one is taken from the middle.
+        total (`int`): Frames of the clip, at least `num_frames`.
+        num_frames (`int`): Frames to choose; a single one is taken from the middle.
 
     Returns:
         `list[int]`: `num_frames` rising numbers in 0 .. total - 1, `i·(total-1)/(num_frames-1)` rounded half up.
@@ -113,10 +108,8 @@ def open_video(value: Any, num_frames: int) -> Video:
     Decode a video once, to learn whether it is good, its size, and a hash of its pixels.
 
     Args:
-        value (`Any`):
-            As in [`read_video`].
-        num_frames (`int`):
-            Frames that will be trained on.
+        value (`Any`): As in [`read_video`].
+        num_frames (`int`): Frames that will be trained on.
 
     Returns:
         [`Video`]
@@ -139,8 +132,7 @@ def frame_rate(value: Any) -> float | None:
     Return how many frames a second an encoded video shows.
 
     Args:
-        value (`Any`):
-            As in [`read_video`].
+        value (`Any`): As in [`read_video`].
 
     Returns:
         `float`: the average rate that the file states; `None` for frames, arrays, and a file that states none.
@@ -161,10 +153,8 @@ def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
     Write frames as an MP4 file without any loss: H.264 in RGB, so that decoding gives the same pixels.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            Frames of one size, at least one.
-        fps (`int`):
-            Frames a second, written into the file for players.
+        frames (`Sequence[PIL.Image.Image]`): Frames of one size, at least one.
+        fps (`int`): Frames a second, written into the file for players.
 
     Returns:
         `bytes`: the same for the same frames, with one version of PyAV.
@@ -197,12 +187,9 @@ def video_pixels(
     Return a clip's training pixels, each frame resized and cut as [`to_pixels`] does with an image.
 
     Args:
-        value (`Any`):
-            As in [`read_video`].
-        num_frames (`int`):
-            Frames to take.
-        resolution (`tuple[int, int]`):
-            (height, width) in pixels.
+        value (`Any`): As in [`read_video`].
+        num_frames (`int`): Frames to take.
+        resolution (`tuple[int, int]`): (height, width) in pixels.
 
     Returns:
         `tuple[torch.Tensor, tuple]`: (3, num_frames, height, width) float32 in -1..1; and height, width, top and left

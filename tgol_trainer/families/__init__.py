@@ -71,8 +71,7 @@ def load_family(
             component, `{"default": "bfloat16", "vae": "float32"}`; float32 by default), `revision`, `variant`,
             `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
             and `trust_remote_code=True`, passed to [`load_meissonic`] instead. An embedded model takes `dtype` alone.
-        settings ([`FamilySettings`], *optional*):
-            Choices of the run.
+        settings ([`FamilySettings`], *optional*): Choices of the run.
 
     Returns:
         [`ModelFamily`]
@@ -176,12 +175,9 @@ def wrap_pipeline(
     Wrap a loaded pipeline in its model family.
 
     Args:
-        pipeline (`diffusers.DiffusionPipeline`):
-            Any supported pipeline; used as it is, not copied.
-        origin ([`ModelOrigin`], *optional*):
-            Where it came from; by default what its own config says.
-        settings ([`FamilySettings`], *optional*):
-            Choices of the run.
+        pipeline (`diffusers.DiffusionPipeline`): Any supported pipeline; used as it is, not copied.
+        origin ([`ModelOrigin`], *optional*): Where it came from; by default what its own config says.
+        settings ([`FamilySettings`], *optional*): Choices of the run.
 
     Returns:
         [`ModelFamily`]

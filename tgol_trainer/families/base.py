@@ -45,12 +45,9 @@ class ModelOrigin:
     Where a base model came from, for the card.
 
     Args:
-        hub_id (`str`, *optional*):
-            `owner/name`; `None` for a local folder or an object of unknown origin.
-        revision (`str`, *optional*):
-            Commit hash where known, else the revision asked for.
-        note (`str`, *optional*):
-            What the card says where there is no Hub id.
+        hub_id (`str`, *optional*): `owner/name`; `None` for a local folder or an object of unknown origin.
+        revision (`str`, *optional*): Commit hash where known, else the revision asked for.
+        note (`str`, *optional*): What the card says where there is no Hub id.
         loading_code (`str`, *optional*):
             Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
         call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
@@ -122,10 +119,8 @@ class ModelFamily(abc.ABC):
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
             Used in place. Every component is frozen and set to eval mode; the trainer decides what trains.
-        origin ([`ModelOrigin`]):
-            Where it came from.
-        settings ([`FamilySettings`], *optional*):
-            Choices of the run.
+        origin ([`ModelOrigin`]): Where it came from.
+        settings ([`FamilySettings`], *optional*): Choices of the run.
 
     Raises:
         ValueError: for a pipeline that lacks a required component, or that the family refuses.
@@ -213,8 +208,7 @@ class ModelFamily(abc.ABC):
         Args:
             geometry (`torch.Tensor`):
                 (B, 4) integers: height and width of the image, top and left of the crop in the resized image.
-            resolution (`tuple[int, int]`):
-                (height, width) of the training pixels.
+            resolution (`tuple[int, int]`): (height, width) of the training pixels.
 
         Returns:
             `dict[str, torch.Tensor]`: keyword arguments of the denoiser with B rows; by default none.
@@ -239,12 +233,9 @@ class ModelFamily(abc.ABC):
         Encode images or clips into scaled latents; by default with a KL autoencoder, in the dtype it was loaded in.
 
         Args:
-            pixels (`torch.Tensor`):
-                (B, 3, H, W), or (B, 3, F, H, W) for models of videos, float32 in [-1, 1].
-            rows ([`RowGenerators`]):
-                Source of the posterior sample.
-            sample (`bool`):
-                Sample the posterior, or take its mode.
+            pixels (`torch.Tensor`): (B, 3, H, W), or (B, 3, F, H, W) for models of videos, float32 in [-1, 1].
+            rows ([`RowGenerators`]): Source of the posterior sample.
+            sample (`bool`): Sample the posterior, or take its mode.
 
         Returns:
             `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype.
@@ -321,10 +312,8 @@ class ModelFamily(abc.ABC):
         A Python snippet that loads the base model and the adapter and makes an image.
 
         Args:
-            location (`str`):
-                What to hand to `load_lora_weights`: Hub id or folder.
-            prompt (`str`):
-                Any text.
+            location (`str`): What to hand to `load_lora_weights`: Hub id or folder.
+            prompt (`str`): Any text.
 
         Returns:
             `str`: source code.

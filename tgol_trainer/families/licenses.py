@@ -22,10 +22,8 @@ def hub_license(hub_id: str, revision: str | None) -> dict[str, str]:
     Read the licence of a model on the Hub: from the copy of its card in the cache, else by asking the Hub once.
 
     Args:
-        hub_id (`str`):
-            `owner/name`.
-        revision (`str`, *optional*):
-            Revision of the model.
+        hub_id (`str`): `owner/name`.
+        revision (`str`, *optional*): Revision of the model.
 
     Returns:
         `dict[str, str]`: `license`, `license_name`, `license_link`, without what is not known; empty where the Hub

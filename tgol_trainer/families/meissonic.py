@@ -148,8 +148,7 @@ def set_head_dim(transformer: ModelMixin) -> None:
     it once Meissonic uses that class.
 
     Args:
-        transformer (`diffusers.ModelMixin`):
-            Changed in place.
+        transformer (`diffusers.ModelMixin`): Changed in place.
     """
     from diffusers.models.attention_processor import Attention
 

@@ -27,12 +27,9 @@ def load_skeleton(
     it can neither encode nor predict.
 
     Args:
-        model (`str` or `Path`):
-            Hub id or folder of a diffusers pipeline, or the name of an embedded model.
-        revision (`str`, *optional*):
-            Revision on the Hub.
-        settings ([`FamilySettings`], *optional*):
-            Choices of the run.
+        model (`str` or `Path`): Hub id or folder of a diffusers pipeline, or the name of an embedded model.
+        revision (`str`, *optional*): Revision on the Hub.
+        settings ([`FamilySettings`], *optional*): Choices of the run.
 
     Returns:
         [`ModelFamily`]

@@ -25,12 +25,9 @@ class Advice:
     One thing worth knowing before training.
 
     Args:
-        topic (`str`):
-            A word for scripts; docs/labelling.md lists them.
-        text (`str`):
-            What was found and what it does.
-        flag (`str`):
-            What mends it: a flag of `tgol train`, or what to change in the data.
+        topic (`str`): A word for scripts; docs/labelling.md lists them.
+        text (`str`): What was found and what it does.
+        flag (`str`): What mends it: a flag of `tgol train`, or what to change in the data.
     """
 
     topic: str
@@ -43,8 +40,7 @@ def advise(report: LabelReport, *, can_compare: bool = False) -> list[Advice]:
     Return what looks wrong with the labels and weights, most serious first, then what the data would allow.
 
     Args:
-        report ([`LabelReport`]):
-            The dry run.
+        report ([`LabelReport`]): The dry run.
         can_compare (`bool`, *optional*, defaults to `False`):
             Whether the settings do not compare the images of a prompt, and could.
     """
@@ -64,14 +60,10 @@ def advise_training(
     Return what looks wrong with the labels of a training run, as [`advise`] does for a dry run.
 
     Args:
-        labeler ([`Labeler`]):
-            Fitted to the training rows.
-        labels ([`RowLabels`]):
-            Labels of the training rows.
-        prompts (`Sequence[str]`):
-            N prompts of these rows.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Their column.
+        labeler ([`Labeler`]): Fitted to the training rows.
+        labels ([`RowLabels`]): Labels of the training rows.
+        prompts (`Sequence[str]`): N prompts of these rows.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`): Their column.
     """
     scores = np.sort(labels.score.astype(np.float64))
     numbers, names = thresholds.group_ids(prompts)

@@ -23,16 +23,11 @@ def fit_and_log(
     Fit a combination of score columns and log it.
 
     Args:
-        scores (`np.ndarray`):
-            (N, K) finite raw scores.
-        columns (`Sequence[str]`):
-            Names of the K columns.
-        weights (`Sequence[float]`, *optional*):
-            One weight per column; by default 1 each.
-        method (`str`):
-            `"sum"` or `"min"`.
-        percentile (`float`):
-            Percentile of each column, 0 to 100, that is its threshold under `"min"`.
+        scores (`np.ndarray`): (N, K) finite raw scores.
+        columns (`Sequence[str]`): Names of the K columns.
+        weights (`Sequence[float]`, *optional*): One weight per column; by default 1 each.
+        method (`str`): `"sum"` or `"min"`.
+        percentile (`float`): Percentile of each column, 0 to 100, that is its threshold under `"min"`.
 
     Returns:
         [`thresholds.ScoreCombination`]
@@ -68,10 +63,8 @@ def check_combined(scores: np.ndarray, combination: ScoreCombination) -> None:
     Check that `"min"` gives both labels. Other combinations get their threshold from the scores.
 
     Args:
-        scores (`np.ndarray`):
-            (N,) combined.
-        combination ([`thresholds.ScoreCombination`]):
-            The combination that made them.
+        scores (`np.ndarray`): (N,) combined.
+        combination ([`thresholds.ScoreCombination`]): The combination that made them.
 
     Raises:
         ThresholdError: if no row, or every row, reaches the threshold in every column.

@@ -27,16 +27,11 @@ def dry_run(
     Label scores as training would, and describe the result.
 
     Args:
-        rows ([`ScoredRows`]):
-            The training scores.
-        method ([`MethodArguments`]):
-            Checked settings.
-        columns ([`Columns`]):
-            The columns as read.
-        group_column (`str`, *optional*):
-            Column of the groups, as read.
-        proxy ([`ScoredRows`], *optional*):
-            Scores that give the threshold instead.
+        rows ([`ScoredRows`]): The training scores.
+        method ([`MethodArguments`]): Checked settings.
+        columns ([`Columns`]): The columns as read.
+        group_column (`str`, *optional*): Column of the groups, as read.
+        proxy ([`ScoredRows`], *optional*): Scores that give the threshold instead.
 
     Returns:
         `tuple[LabelReport, numpy.ndarray]`: the report, and the (N,) raw or combined scores that were labelled.

@@ -27,21 +27,16 @@ class LabelSettings:
     The settings that decide what a score means.
 
     Args:
-        percentile (`float`, *optional*, defaults to 50.0):
-            Percentile of the source scores that becomes τ.
-        fixed (`float`, *optional*):
-            τ in normalised units, for the strategy `"fixed"`.
-        normalization (`str`, *optional*, defaults to `"none"`):
-            `"none"`, `"zscore"` or `"robust"`.
+        percentile (`float`, *optional*, defaults to 50.0): Percentile of the source scores that becomes τ.
+        fixed (`float`, *optional*): τ in normalised units, for the strategy `"fixed"`.
+        normalization (`str`, *optional*, defaults to `"none"`): `"none"`, `"zscore"` or `"robust"`.
         strategy (`str`, *optional*, defaults to `"global"`):
             `"global"` and `"running"` (the percentile), `"fixed"`, `"group"`
             ([`thresholds.estimate_group_thresholds`]) or `"oracle"` ([`thresholds.estimate_oracle_thresholds`]).
         statistic (`str`, *optional*, defaults to `"percentile"`):
             Statistic of a group: its percentile or its `"mean"`.
-        oracle_beta (`float`, *optional*):
-            β_r of the oracle, in normalised units.
-        weighting ([`thresholds.Weighting`], *optional*):
-            Turns margins into weights; by default the paper's.
+        oracle_beta (`float`, *optional*): β_r of the oracle, in normalised units.
+        weighting ([`thresholds.Weighting`], *optional*): Turns margins into weights; by default the paper's.
         unit_mean_weight (`bool`, *optional*, defaults to `False`):
             Divide the weights by their mean over the training rows.
         dead_zone (`float`, *optional*, defaults to 0.0):
@@ -51,14 +46,10 @@ class LabelSettings:
             [`thresholds.estimate_threshold`].
         quantiles (`bool`, *optional*, defaults to `False`):
             Whether rows get their quantile among the source scores (QRPO).
-        window (`int`, *optional*):
-            Number of last scores of the strategy `"running"`.
-        columns (`tuple[str, ...]`, *optional*):
-            Names of K score columns that make one score.
-        column_weights (`tuple[float, ...]`, *optional*):
-            Their weights; by default 1 each.
-        combination (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` or `"min"`, see [`thresholds.ScoreCombination`].
+        window (`int`, *optional*): Number of last scores of the strategy `"running"`.
+        columns (`tuple[str, ...]`, *optional*): Names of K score columns that make one score.
+        column_weights (`tuple[float, ...]`, *optional*): Their weights; by default 1 each.
+        combination (`str`, *optional*, defaults to `"sum"`): `"sum"` or `"min"`, see [`thresholds.ScoreCombination`].
     """
 
     percentile: float = 50.0
@@ -102,18 +93,15 @@ def fit_labels(
     Args:
         scores (`np.ndarray`, *optional*):
             (N,) raw training scores, or (N, K) of several columns; `None` for a stream that was not read.
-        settings ([`LabelSettings`]):
-            Strategy, percentile, weights.
+        settings ([`LabelSettings`]): Strategy, percentile, weights.
         groups (`Sequence[str]` or `np.ndarray`, *optional*):
             N names or keys of the rows' groups, for the strategies `"group"` and `"oracle"`.
         source (`np.ndarray`, *optional*):
             (M,) or (M, K) raw scores of a proxy set, from which everything is estimated; by default `scores`.
-        source_groups (`Sequence[str]` or `np.ndarray`, *optional*):
-            M names or keys of the groups of `source`.
+        source_groups (`Sequence[str]` or `np.ndarray`, *optional*): M names or keys of the groups of `source`.
         combination ([`thresholds.ScoreCombination`], *optional*):
             A combination fitted before, which is kept; by default it is fitted to the source scores.
-        name (`str`, *optional*, defaults to `"score"`):
-            Column of the scores, for messages.
+        name (`str`, *optional*, defaults to `"score"`): Column of the scores, for messages.
 
     Returns:
         [`FittedLabels`]

@@ -26,12 +26,9 @@ class RowLabels:
     What training reads of the scores of N rows. The label of a row is the sign of its margin; 0 is positive.
 
     Args:
-        score (`numpy.ndarray`):
-            (N,) float32, the normalised score.
-        margin (`numpy.ndarray`):
-            (N,) float32, normalised score − τ; (N, m) for the m cut points of the ordinal loss.
-        weight (`numpy.ndarray`):
-            Weight w of each margin, float32, in the shape of `margin`.
+        score (`numpy.ndarray`): (N,) float32, the normalised score.
+        margin (`numpy.ndarray`): (N,) float32, normalised score − τ; (N, m) for the m cut points of the ordinal loss.
+        weight (`numpy.ndarray`): Weight w of each margin, float32, in the shape of `margin`.
         quantile (`numpy.ndarray`, *optional*):
             (N,) float32 in 0..1, the share of the source scores below the score; ties count one half. Only QRPO
             reads it.
@@ -57,30 +54,22 @@ class Labeler:
         threshold ([`thresholds.Threshold`]):
             The global τ in normalised units. Its counts are those of the training rows, as far as their scores are
             known; where rows have a τ of their own, the counts use that.
-        normalization ([`thresholds.ScoreNormalization`], *optional*):
-            Applied to scores before τ.
+        normalization ([`thresholds.ScoreNormalization`], *optional*): Applied to scores before τ.
         weights ([`thresholds.WeightSummary`], *optional*):
             Summary of the weights of the training rows, where their scores are known.
-        weighting ([`thresholds.Weighting`], *optional*):
-            Turns margins into weights.
+        weighting ([`thresholds.Weighting`], *optional*): Turns margins into weights.
         by_group (`Mapping[str, float]`, *optional*):
             τ of each group in normalised units. Other groups take the global τ. `None` without groups.
-        rows (`numpy.ndarray`, *optional*):
-            (N,) τ of each training row, where rows differ.
-        strategy (`dict`, *optional*):
-            Facts about how τ was found, JSON-serialisable.
-        score_std (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the source scores in normalised units.
+        rows (`numpy.ndarray`, *optional*): (N,) τ of each training row, where rows differ.
+        strategy (`dict`, *optional*): Facts about how τ was found, JSON-serialisable.
+        score_std (`float`, *optional*, defaults to 1.0): Standard deviation of the source scores in normalised units.
         source (`numpy.ndarray`, *optional*):
             (M,) source scores in normalised units, in the order they were read. Kept only where they are needed.
         combination ([`thresholds.ScoreCombination`], *optional*):
             Makes one score of several columns, before normalisation.
-        cut_points (`Sequence[float]`, *optional*):
-            Thresholds of the ordinal loss in normalised units.
-        quantiles (`bool`, *optional*, defaults to `False`):
-            Whether rows get their quantile among `source`.
-        window (`int`, *optional*):
-            Number of last scores whose percentile is the running threshold of a stream.
+        cut_points (`Sequence[float]`, *optional*): Thresholds of the ordinal loss in normalised units.
+        quantiles (`bool`, *optional*, defaults to `False`): Whether rows get their quantile among `source`.
+        window (`int`, *optional*): Number of last scores whose percentile is the running threshold of a stream.
     """
 
     threshold: thresholds.Threshold
@@ -102,8 +91,7 @@ class Labeler:
         Label rows.
 
         Args:
-            scores (`Sequence[float]`):
-                (N,) raw scores, or (N, K) of the K columns of `combination`.
+            scores (`Sequence[float]`): (N,) raw scores, or (N, K) of the K columns of `combination`.
             tau (`numpy.ndarray` or `float`, *optional*):
                 (N,) τ of the rows in normalised units; by default the global one.
 
@@ -181,8 +169,7 @@ class Labeler:
         Return the labeler of a checkpoint, for the data that this one was fitted to.
 
         Args:
-            saved (`Mapping[str, Any]`):
-                What `to_dict` returned when the checkpoint was written.
+            saved (`Mapping[str, Any]`): What `to_dict` returned when the checkpoint was written.
 
         Raises:
             ValueError: if the checkpoint's scores were made of other columns, or by another rule.
@@ -239,8 +226,7 @@ def signed_float32(values: np.ndarray) -> np.ndarray:
     devices flush to 0, becomes the smallest normal number of its sign; 0 stays 0. Larger numbers stay finite.
 
     Args:
-        values (`numpy.ndarray`):
-            float64, (N,) or (N, m).
+        values (`numpy.ndarray`): float64, (N,) or (N, m).
     """
     rounded = np.empty(values.shape, dtype=np.float32)
     for start in range(0, len(values), _BLOCK):  # keeps the float64 copies small

@@ -48,22 +48,16 @@ class GroupReport:
     Labels by the text of a column.
 
     Args:
-        column (`str`):
-            The column.
-        num_groups (`int`):
-            Different texts.
-        num_several (`int`):
-            Groups of at least two rows. The next three fields count only these.
-        num_positive_only (`int`):
-            Groups whose labels are all positive.
-        num_negative_only (`int`):
-            Groups whose labels are all negative.
+        column (`str`): The column.
+        num_groups (`int`): Different texts.
+        num_several (`int`): Groups of at least two rows. The next three fields count only these.
+        num_positive_only (`int`): Groups whose labels are all positive.
+        num_negative_only (`int`): Groups whose labels are all negative.
         one_sided_by_chance (`float`):
             Share of the groups, 0 to 1, that would have one label only if labels fell on rows at random.
         between_share (`float`, *optional*):
             Share of the variance of scores that lies between groups; `None` where fewer than ten rows tell.
-        largest (`list[Group]`):
-            Up to 20 groups, largest first.
+        largest (`list[Group]`): Up to 20 groups, largest first.
     """
 
     column: str
@@ -107,8 +101,7 @@ class Uncertainty:
         num_flips (`int`):
             Labels that differ between the ends of the interval, or of the group's interval; estimated from 2,000
             groups where there are more.
-        median_width (`float`, *optional*):
-            Median width of the groups' intervals in normalised units.
+        median_width (`float`, *optional*): Median width of the groups' intervals in normalised units.
     """
 
     of: str
@@ -123,27 +116,18 @@ class LabelReport:
     The dry run of a dataset. τ and its interval are in the unit that weights act on (normalised scores).
 
     Args:
-        score_column (`str`):
-            Column of the scores.
-        num_rows (`int`):
-            Rows read.
-        dropped (`dict[str, int]`):
-            Cause to number of rows left out.
-        scores ([`ScoreSummary`]):
-            Summary of the scores of the labelled rows.
-        labeler ([`Labeler`]):
-            What [`TGOLTrainer`] makes of the same data: τ, counts, normalisation, weights.
-        uncertainty ([`Uncertainty`], *optional*):
-            How sure τ is; `None` for a fixed τ.
+        score_column (`str`): Column of the scores.
+        num_rows (`int`): Rows read.
+        dropped (`dict[str, int]`): Cause to number of rows left out.
+        scores ([`ScoreSummary`]): Summary of the scores of the labelled rows.
+        labeler ([`Labeler`]): What [`TGOLTrainer`] makes of the same data: τ, counts, normalisation, weights.
+        uncertainty ([`Uncertainty`], *optional*): How sure τ is; `None` for a fixed τ.
         tie_breaker (`float`, *optional*):
             A τ that makes the scores tied with τ negative. `None` without ties, without scores above, where rows
             have their own τ, and for the combination `"min"`.
-        weight_percentiles (`dict[str, float]`):
-            Percentile to weight.
-        prompts ([`GroupReport`]):
-            Labels by prompt.
-        groups ([`GroupReport`], *optional*):
-            Labels by the column asked for.
+        weight_percentiles (`dict[str, float]`): Percentile to weight.
+        prompts ([`GroupReport`]): Labels by prompt.
+        groups ([`GroupReport`], *optional*): Labels by the column asked for.
         levels (`list[tuple[float, int]]`, *optional*):
             Each cut point of the ordinal loss in normalised units, and the number of rows from there up.
         histogram (`list[tuple[float, float, int]]`):
@@ -203,18 +187,13 @@ def label_report(
     Describe what labels and weights a dataset's scores get.
 
     Args:
-        rows ([`ScoredRows`]):
-            The scores, see [`read_scores`].
-        fitted ([`FittedLabels`]):
-            Labels of these scores, see [`fit_labels`].
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts, as read.
+        rows ([`ScoredRows`]): The scores, see [`read_scores`].
+        fitted ([`FittedLabels`]): Labels of these scores, see [`fit_labels`].
+        prompt_column (`str`, *optional*, defaults to `"prompt"`): Column of the prompts, as read.
         score_column (`str`, *optional*, defaults to `"score"`):
             Column of the scores, as read, or the name of the combined score.
-        group_column (`str`, *optional*):
-            Column of the groups, as read.
-        uncertainty ([`Uncertainty`], *optional*):
-            See [`label_uncertainty`].
+        group_column (`str`, *optional*): Column of the groups, as read.
+        uncertainty ([`Uncertainty`], *optional*): See [`label_uncertainty`].
 
     Returns:
         [`LabelReport`]
@@ -270,10 +249,8 @@ def tie_breaker(labeler: Labeler, ordered: np.ndarray) -> float | None:
     Return a τ that makes the scores tied with the present one negative, or `None` where there is none.
 
     Args:
-        labeler ([`Labeler`]):
-            Its threshold must be one for all rows.
-        ordered (`np.ndarray`):
-            (N,) normalised scores in ascending order.
+        labeler ([`Labeler`]): Its threshold must be one for all rows.
+        ordered (`np.ndarray`): (N,) normalised scores in ascending order.
     """
     value = labeler.threshold.value
     movable = labeler.rows is None and (labeler.combination is None or labeler.combination.method == "sum")
@@ -296,18 +273,13 @@ def label_uncertainty(
     Say how far τ could lie from where it does, and how many labels would change; the normalisation is held fixed.
 
     Args:
-        rows ([`ScoredRows`]):
-            The scores.
-        fitted ([`FittedLabels`]):
-            Labels of these scores.
-        settings ([`LabelSettings`]):
-            The settings they were fitted with.
-        source (`np.ndarray`, *optional*):
-            Raw scores of the proxy set that τ comes from; by default those of `rows`.
+        rows ([`ScoredRows`]): The scores.
+        fitted ([`FittedLabels`]): Labels of these scores.
+        settings ([`LabelSettings`]): The settings they were fitted with.
+        source (`np.ndarray`, *optional*): Raw scores of the proxy set that τ comes from; by default those of `rows`.
         group_column (`str`, *optional*):
             Column of `rows.keys` that holds the groups, for the strategies `"group"` and `"oracle"`.
-        source_keys (`np.ndarray`, *optional*):
-            Keys of the groups of `source`.
+        source_keys (`np.ndarray`, *optional*): Keys of the groups of `source`.
 
     Returns:
         [`Uncertainty`]; `None` for a fixed τ.
@@ -354,16 +326,11 @@ def summarize_groups(
     Describe labels by the text of a column.
 
     Args:
-        column (`str`):
-            The column.
-        values (`np.ndarray`):
-            (N,) normalised scores.
-        tau (`float` or `np.ndarray`):
-            τ, one value or (N,), in normalised units.
-        numbers (`np.ndarray`):
-            (N,) integers 0 .. G - 1, the group of each row.
-        unit ([`thresholds.ScoreNormalization`]):
-            Normalisation of the scores; the report is in raw units.
+        column (`str`): The column.
+        values (`np.ndarray`): (N,) normalised scores.
+        tau (`float` or `np.ndarray`): τ, one value or (N,), in normalised units.
+        numbers (`np.ndarray`): (N,) integers 0 .. G - 1, the group of each row.
+        unit ([`thresholds.ScoreNormalization`]): Normalisation of the scores; the report is in raw units.
         names (`Callable[[np.ndarray], Sequence[str]]`):
             Takes positions of rows, and returns the texts of their groups.
 
@@ -405,12 +372,9 @@ def score_bars(
     Count scores in bars: one bar per value where values are few, else equal bins whose outermost hold outliers too.
 
     Args:
-        ordered (`np.ndarray`):
-            (N,) scores in ascending order.
-        distinct (`np.ndarray`, *optional*):
-            (N,) bool, true where a score differs from the one before.
-        unit ([`thresholds.ScoreNormalization`], *optional*):
-            Normalisation of the scores; bars are in raw units.
+        ordered (`np.ndarray`): (N,) scores in ascending order.
+        distinct (`np.ndarray`, *optional*): (N,) bool, true where a score differs from the one before.
+        unit ([`thresholds.ScoreNormalization`], *optional*): Normalisation of the scores; bars are in raw units.
 
     Returns:
         `list[tuple[float, float, int]]`: (low, high, count); low equals high where each value has its own bar.

@@ -40,14 +40,11 @@ def check_sources(
     Check that the data can give the threshold that the arguments ask for.
 
     Args:
-        args ([`MethodArguments`]):
-            The configuration.
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            The training data.
+        args ([`MethodArguments`]): The configuration.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): The training data.
         proxy_dataset (the same, or a callable that returns one, *optional*):
             The proxy set. Any other value that is not `None` stands for a proxy set that is not loaded yet.
-        streamed (`bool`, *optional*):
-            Whether the training data are a stream; by default read from `train_dataset`.
+        streamed (`bool`, *optional*): Whether the training data are a stream; by default read from `train_dataset`.
 
     Raises:
         ValueError: for a combination that would train something else than asked, with the remedy.
@@ -134,12 +131,9 @@ def fit_rows(
     Read the scores that decide the labels, and fit a labeler to them.
 
     Args:
-        rows ([`data.ScoredDataset`] or [`data.ScoredStream`]):
-            The training rows.
-        args ([`TGOLConfig`]):
-            The configuration.
-        columns ([`data.Columns`]):
-            Names of the columns.
+        rows ([`data.ScoredDataset`] or [`data.ScoredStream`]): The training rows.
+        args ([`TGOLConfig`]): The configuration.
+        columns ([`data.Columns`]): Names of the columns.
         proxy (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
             Scores to estimate from instead of the training scores.
         combination ([`thresholds.ScoreCombination`], *optional*):
@@ -203,12 +197,9 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
     Check that groups hold something to compare, where the loss compares rows of one group.
 
     Args:
-        rows ([`data.ScoredDataset`]):
-            The rows that are trained on.
-        scores (`numpy.ndarray`):
-            (N,) their scores.
-        args ([`TGOLConfig`]):
-            The configuration.
+        rows ([`data.ScoredDataset`]): The rows that are trained on.
+        scores (`numpy.ndarray`): (N,) their scores.
+        args ([`TGOLConfig`]): The configuration.
 
     Raises:
         ValueError: if no group has two rows with different scores.

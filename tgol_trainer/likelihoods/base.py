@@ -18,12 +18,9 @@ class Draw:
     Args:
         inputs (`torch.Tensor`):
             (B, ...) what the network sees: the noised latents in the latents' dtype, or token ids.
-        timesteps (`torch.Tensor`):
-            (B,) times as the network takes them.
-        target (`torch.Tensor`):
-            (B, ...) what the network should predict: float32, or token ids.
-        mask (`torch.Tensor`, *optional*):
-            (B, ...) bool, the positions that count; `None` for all.
+        timesteps (`torch.Tensor`): (B,) times as the network takes them.
+        target (`torch.Tensor`): (B, ...) what the network should predict: float32, or token ids.
+        mask (`torch.Tensor`, *optional*): (B, ...) bool, the positions that count; `None` for all.
     """
 
     inputs: torch.Tensor
@@ -42,12 +39,9 @@ class RowGenerators:
     between devices.
 
     Args:
-        seed (`int`):
-            The run's seed.
-        step (`int`):
-            The optimizer step; any fixed number for evaluation.
-        row_ids (`Sequence[int]`):
-            B ids, each in [-2^63, 2^63).
+        seed (`int`): The run's seed.
+        step (`int`): The optimizer step; any fixed number for evaluation.
+        row_ids (`Sequence[int]`): B ids, each in [-2^63, 2^63).
     """
 
     def __init__(self, seed: int, step: int, row_ids: Sequence[int]) -> None:
@@ -88,10 +82,8 @@ class Likelihood(Protocol):
         Draw noise and time, or masked positions, once for policy and reference alike.
 
         Args:
-            latents (`torch.Tensor`):
-                (B, ...) scaled latents, or token ids.
-            rows ([`RowGenerators`]):
-                Source of every random number.
+            latents (`torch.Tensor`): (B, ...) scaled latents, or token ids.
+            rows ([`RowGenerators`]): Source of every random number.
 
         Returns:
             [`Draw`]
@@ -123,12 +115,9 @@ def log_likelihood(likelihood: Likelihood, error: torch.Tensor, temperature: flo
     Surrogate log-likelihood from an error (paper, Sec. 3.5): `-error / T`, or `-error` where T does not apply.
 
     Args:
-        likelihood ([`Likelihood`]):
-            The likelihood that computed the error.
-        error (`torch.Tensor`):
-            (B,) float32.
-        temperature (`float`):
-            T > 0, in the unit of the error.
+        likelihood ([`Likelihood`]): The likelihood that computed the error.
+        error (`torch.Tensor`): (B,) float32.
+        temperature (`float`): T > 0, in the unit of the error.
 
     Returns:
         `torch.Tensor`: (B,) float32.

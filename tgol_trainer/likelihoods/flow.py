@@ -20,8 +20,7 @@ class FlowLikelihood(SquaredError):
         sigmas (`torch.Tensor`):
             (N,) noise levels in [0, 1] of a schedule made for this purpose, never a pipeline's live one: generation
             overwrites that one's.
-        timesteps (`torch.Tensor`):
-            (N,) the same times as the network takes them.
+        timesteps (`torch.Tensor`): (N,) the same times as the network takes them.
         density (`str`, *optional*, defaults to `"uniform"`):
             How a place u in [0, 1) of the schedule is drawn: `"uniform"`, or `"logit_normal"`, the sigmoid of a
             standard normal number (arXiv 2403.03206, Sec. 3.1).

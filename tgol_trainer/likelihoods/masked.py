@@ -14,8 +14,7 @@ class MaskedTokenLikelihood:
     The surrogate `log π(y|x) = (1/|M|)·Σ_{i∈M} log p(t_i | visible tokens, x)` (paper, Sec. 3.5); T does not apply.
 
     Args:
-        mask_token_id (`int`):
-            Id that stands for "masked" in the network's input.
+        mask_token_id (`int`): Id that stands for "masked" in the network's input.
         min_masking_rate (`float`, *optional*, defaults to 0.0):
             Smallest share of masked positions, in [0, 1]. 0 is the default of the training scripts of aMUSEd and
             Meissonic.

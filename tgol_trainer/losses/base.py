@@ -12,14 +12,10 @@ class LossRecord(NamedTuple):
     What a loss function returns, one value an example.
 
     Args:
-        loss (`torch.Tensor`):
-            (B,) float32 loss; its mean is minimised.
-        implicit_reward (`torch.Tensor`):
-            (B,) float32 ŝ = β·log(π_θ/π_ref), with gradient.
-        label (`torch.Tensor`):
-            (B,) bool pseudo-label, true where the score reaches the threshold.
-        weight (`torch.Tensor`):
-            (B,) float32 weight of the example.
+        loss (`torch.Tensor`): (B,) float32 loss; its mean is minimised.
+        implicit_reward (`torch.Tensor`): (B,) float32 ŝ = β·log(π_θ/π_ref), with gradient.
+        label (`torch.Tensor`): (B,) bool pseudo-label, true where the score reaches the threshold.
+        weight (`torch.Tensor`): (B,) float32 weight of the example.
     """
 
     loss: torch.Tensor

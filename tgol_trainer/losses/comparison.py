@@ -22,14 +22,10 @@ def supervised_loss(
     prompt carries the label). The reference takes no part; ŝ is logged.
 
     Args:
-        error (`torch.Tensor`):
-            (B,) the policy's error.
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref, for the record.
-        margin (`torch.Tensor`):
-            (B,) s - τ; 0 is positive.
-        beta (`float`, *optional*, defaults to 1.0):
-            β, for the record.
+        error (`torch.Tensor`): (B,) the policy's error.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref, for the record.
+        margin (`torch.Tensor`): (B,) s - τ; 0 is positive.
+        beta (`float`, *optional*, defaults to 1.0): β, for the record.
         positives_only (`bool`, *optional*, defaults to `True`):
             Leave negatives out. They still count in the mean, so that a batch without positives gives 0.
 
@@ -52,14 +48,10 @@ def kto_loss(
     this process, so accumulation and process count change it.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
-        margin (`torch.Tensor`):
-            (B,) s - τ; 0 is positive.
-        beta (`float`, *optional*, defaults to 1.0):
-            β.
-        weight (`torch.Tensor`, *optional*):
-            (B,) weights; by default 1, as in the paper.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
+        margin (`torch.Tensor`): (B,) s - τ; 0 is positive.
+        beta (`float`, *optional*, defaults to 1.0): β.
+        weight (`torch.Tensor`, *optional*): (B,) weights; by default 1, as in the paper.
 
     Returns:
         [`LossRecord`]: at a log-ratio of 0 the loss is `w/2`.
@@ -80,14 +72,10 @@ def regression_loss(
     Direct reward optimization (DRO, arXiv 2405.19107): `w·½·(ŝ - (s - τ))²`, with τ in place of its value function.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
-        margin (`torch.Tensor`):
-            (B,) s - τ.
-        beta (`float`, *optional*, defaults to 1.0):
-            β, in the unit of the scores.
-        weight (`torch.Tensor`, *optional*):
-            (B,) weights; by default 1.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
+        margin (`torch.Tensor`): (B,) s - τ.
+        beta (`float`, *optional*, defaults to 1.0): β, in the unit of the scores.
+        weight (`torch.Tensor`, *optional*): (B,) weights; by default 1.
 
     Returns:
         [`LossRecord`]: at a log-ratio of 0 the loss is `w·½·(s - τ)²`.
@@ -108,14 +96,10 @@ def quantile_regression_loss(
     `Z = E[exp(q/β)] = β·(exp(1/β) - 1)` is known. Here q is the quantile among the scores τ is estimated from.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
-        quantile (`torch.Tensor`):
-            (B,) q in [0, 1].
-        beta (`float`, *optional*, defaults to 1.0):
-            β > 0.
-        weight (`torch.Tensor`, *optional*):
-            (B,) weights; by default 1.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
+        quantile (`torch.Tensor`): (B,) q in [0, 1].
+        beta (`float`, *optional*, defaults to 1.0): β > 0.
+        weight (`torch.Tensor`, *optional*): (B,) weights; by default 1.
 
     Returns:
         [`LossRecord`]: at a log-ratio of 0 the loss is `w·(q - β·log Z)²`; `label` is true where that target is at
@@ -145,18 +129,12 @@ def nft_loss(
     caller, who knows the predictions.
 
     Args:
-        positive_error (`torch.Tensor`):
-            (B,) mean squared error of v⁺.
-        negative_error (`torch.Tensor`):
-            (B,) mean squared error of v⁻.
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref, for the record.
-        margin (`torch.Tensor`):
-            (B,) s - τ.
-        score_std (`float`):
-            Z > 0, the standard deviation of the scores, in their unit.
-        beta (`float`, *optional*, defaults to 1.0):
-            β, for the record.
+        positive_error (`torch.Tensor`): (B,) mean squared error of v⁺.
+        negative_error (`torch.Tensor`): (B,) mean squared error of v⁻.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref, for the record.
+        margin (`torch.Tensor`): (B,) s - τ.
+        score_std (`float`): Z > 0, the standard deviation of the scores, in their unit.
+        beta (`float`, *optional*, defaults to 1.0): β, for the record.
 
     Returns:
         [`LossRecord`]: at a log-ratio of 0 the loss is the reference's error; `weight` is r.

@@ -24,16 +24,11 @@ def centred_in_group(
     `(1 - κ)·(s_i - τ) + κ·(s_i - mean_{j≠i} s_j)`. A sample that is alone in its group keeps both.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref, with gradient.
-        margin (`torch.Tensor`):
-            (B,) s - τ.
-        scores (`torch.Tensor`):
-            (B,) s.
-        groups (`torch.Tensor`):
-            (B,) integers; equal ones form a group.
-        strength (`float`):
-            κ between 0 and 1.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref, with gradient.
+        margin (`torch.Tensor`): (B,) s - τ.
+        scores (`torch.Tensor`): (B,) s.
+        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
+        strength (`float`): κ between 0 and 1.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: (B,) log-ratios and (B,) margins.
@@ -49,12 +44,9 @@ def pair_margins(scores: torch.Tensor, margin: torch.Tensor, strength: float) ->
     Return the (B, B) margins of [`pairwise_threshold_loss`]: `(1 - κ)·(s_i - τ) + κ·(s_i - s_j)`, s_i - τ where i = j.
 
     Args:
-        scores (`torch.Tensor`):
-            (B,) s.
-        margin (`torch.Tensor`):
-            (B,) s - τ.
-        strength (`float`):
-            κ between 0 and 1.
+        scores (`torch.Tensor`): (B,) s.
+        margin (`torch.Tensor`): (B,) s - τ.
+        strength (`float`): κ between 0 and 1.
     """
     among = scores[:, None] - scores[None, :]
     margins = margin[:, None] + strength * (among - margin[:, None])
@@ -69,10 +61,8 @@ def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.
     gives its difference. At the KL optimum `ŝ = R - τ*(x)`, so centred rewards equal centred scores whatever τ*(x) is.
 
     Args:
-        values (`torch.Tensor`):
-            (B,) with or without gradient, which passes through.
-        groups (`torch.Tensor`):
-            (B,) integers; equal ones form a group.
+        values (`torch.Tensor`): (B,) with or without gradient, which passes through.
+        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: (B,) means, 0 for a row that is alone, and (B,) bool, false for those.
@@ -88,10 +78,8 @@ def group_differences(values: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     Mean difference to the other rows of each row's group: `v_i - mean_{j≠i} v_j`, exactly 0 where all are equal.
 
     Args:
-        values (`torch.Tensor`):
-            (B,) with or without gradient, which passes through.
-        groups (`torch.Tensor`):
-            (B,) integers; equal ones form a group.
+        values (`torch.Tensor`): (B,) with or without gradient, which passes through.
+        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
 
     Returns:
         `torch.Tensor`: (B,), 0 for a row that is alone.
@@ -119,18 +107,13 @@ def pairwise_threshold_loss(
     [`preference_loss`], except that samples with equal scores are drawn together.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
         margins (`torch.Tensor`):
             (B, B), see [`pair_margins`]. A sample that is alone in its group uses its diagonal entry, s - τ.
-        groups (`torch.Tensor`):
-            (B,) integers; equal ones form a group.
-        weights (`torch.Tensor`):
-            (B, B) weights w_ij >= 0.
-        beta (`float`, *optional*, defaults to 1.0):
-            β.
-        strength (`float`, *optional*, defaults to 1.0):
-            κ between 0 and 1.
+        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
+        weights (`torch.Tensor`): (B, B) weights w_ij >= 0.
+        beta (`float`, *optional*, defaults to 1.0): β.
+        strength (`float`, *optional*, defaults to 1.0): κ between 0 and 1.
 
     Returns:
         [`LossRecord`]: `implicit_reward` is the mean of the sample's differences, `label` is true where the mean of
@@ -170,14 +153,10 @@ def preference_loss(
     where there are pairs. `β/T` here is the product `β·T·ω(λ)` of that paper, for a constant ω.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
-        scores (`torch.Tensor`):
-            (B,) scores; a difference of 0 makes no pair.
-        groups (`torch.Tensor`):
-            (B,) integers; equal ones form a group.
-        beta (`float`, *optional*, defaults to 1.0):
-            β.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
+        scores (`torch.Tensor`): (B,) scores; a difference of 0 makes no pair.
+        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
+        beta (`float`, *optional*, defaults to 1.0): β.
 
     Returns:
         [`LossRecord`]: `label` is true where the score is above the mean of its opponents', `weight` 1 where the

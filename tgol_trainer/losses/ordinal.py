@@ -24,16 +24,11 @@ def ordinal_loss(
     `(1/m)·Σ_k w_k·softplus(-(2·1[s >= τ_k] - 1)·(ŝ - b_k))`. With m = 1 it is Eq. 10 of the paper.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) log π_θ/π_ref.
-        margins (`torch.Tensor`):
-            (B, m) s - τ_k.
-        offsets (`Sequence[float]`):
-            m numbers b_k, from [`thresholds.ordinal_offsets`].
-        weights (`torch.Tensor`):
-            (B, m) weights w_k.
-        beta (`float`, *optional*, defaults to 1.0):
-            β.
+        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
+        margins (`torch.Tensor`): (B, m) s - τ_k.
+        offsets (`Sequence[float]`): m numbers b_k, from [`thresholds.ordinal_offsets`].
+        weights (`torch.Tensor`): (B, m) weights w_k.
+        beta (`float`, *optional*, defaults to 1.0): β.
 
     Returns:
         [`LossRecord`]: `label` is that of the middle cut point (the lower of two), `weight` the mean over cut points.

@@ -19,14 +19,10 @@ def threshold_guided_loss(
     inside the logarithm, which loses the gradient once σ saturates. At a log-ratio of 0 the loss is exactly `w·ln 2`.
 
     Args:
-        log_ratio (`torch.Tensor`):
-            (B,) `log π_θ(y|x) - log π_ref(y|x)`; computed in float32 whatever its dtype.
-        margin (`torch.Tensor`):
-            (B,) s - τ. A margin of 0 is positive.
-        weight (`torch.Tensor`):
-            (B,) w >= 0; in the paper `1 + c·|s - τ|`, see [`thresholds.confidence_weights`].
-        beta (`float`, *optional*, defaults to 1.0):
-            β, the scale of the implicit reward.
+        log_ratio (`torch.Tensor`): (B,) `log π_θ(y|x) - log π_ref(y|x)`; computed in float32 whatever its dtype.
+        margin (`torch.Tensor`): (B,) s - τ. A margin of 0 is positive.
+        weight (`torch.Tensor`): (B,) w >= 0; in the paper `1 + c·|s - τ|`, see [`thresholds.confidence_weights`].
+        beta (`float`, *optional*, defaults to 1.0): β, the scale of the implicit reward.
 
     Returns:
         [`LossRecord`]: all (B,).

@@ -23,12 +23,9 @@ class AestheticScore(ModelReward):
     Args:
         vision (`CLIPVisionModelWithProjection`):
             CLIP's vision tower, on the device and in the dtype to compute with. It is put in evaluation mode.
-        head (`torch.nn.Module`):
-            Maps the feature of length 1 to the score, in fp32.
-        image_processor (`CLIPImageProcessor`):
-            The tower's image processor.
-        facts ([`RewardFacts`], *optional*):
-            What the scores are.
+        head (`torch.nn.Module`): Maps the feature of length 1 to the score, in fp32.
+        image_processor (`CLIPImageProcessor`): The tower's image processor.
+        facts ([`RewardFacts`], *optional*): What the scores are.
     """
 
     default_source = "ttj/sac-logos-ava1-l14-linearMSE"
@@ -67,8 +64,7 @@ class AestheticScore(ModelReward):
                 Name of the head's weights in the repository or the folder.
             backbone (`str` or `Path`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
                 Repository or folder of the vision tower and its image processor.
-            backbone_revision (`str`, *optional*):
-                Branch, tag or commit of the repository of the vision tower.
+            backbone_revision (`str`, *optional*): Branch, tag or commit of the repository of the vision tower.
 
         Returns:
             [`AestheticScore`]

@@ -39,10 +39,8 @@ class Clip(list[Image.Image]):
     The frames of a video: upright, RGB and of one size.
 
     Args:
-        frames (`Iterable[PIL.Image.Image]`):
-            In order.
-        fps (`float`, *optional*):
-            Frames per second; `None` where that is not known.
+        frames (`Iterable[PIL.Image.Image]`): In order.
+        fps (`float`, *optional*): Frames per second; `None` where that is not known.
     """
 
     def __init__(self, frames: Iterable[Image.Image] = (), fps: float | None = None) -> None:
@@ -56,14 +54,10 @@ class RewardFacts:
     What the scores of a reward are, for tables and model cards.
 
     Args:
-        name (`str`):
-            Name in tables.
-        model_id (`str`, *optional*):
-            Hub repository or path of the reward model.
-        revision (`str`, *optional*):
-            Its commit, where it is known.
-        scale (`str`, *optional*, defaults to `""`):
-            Unit and direction, in words.
+        name (`str`): Name in tables.
+        model_id (`str`, *optional*): Hub repository or path of the reward model.
+        revision (`str`, *optional*): Its commit, where it is known.
+        scale (`str`, *optional*, defaults to `""`): Unit and direction, in words.
     """
 
     name: str
@@ -77,8 +71,7 @@ def reward_facts(reward: Callable[..., Any]) -> RewardFacts:
     Return what is known about a reward.
 
     Args:
-        reward (`Callable`):
-            A function, a `functools.partial` of one, or an instance with `__call__`.
+        reward (`Callable`): A function, a `functools.partial` of one, or an instance with `__call__`.
 
     Returns:
         [`RewardFacts`]: its attribute `facts` where that is a [`RewardFacts`]. Otherwise only the name: `__name__` of
@@ -101,8 +94,7 @@ def reward_takes(reward: Callable[..., Any]) -> Medium:
     Return what a reward scores.
 
     Args:
-        reward (`Callable`):
-            A function, a `functools.partial` of one, or an instance with `__call__`.
+        reward (`Callable`): A function, a `functools.partial` of one, or an instance with `__call__`.
 
     Returns:
         `str`: `"videos"` where its attribute `takes` says so, else `"images"`.
@@ -144,8 +136,7 @@ def score_columns(
     Score images or clips, and return all numbers that the reward computes.
 
     Args:
-        reward (`RewardFunction`):
-            As in [`score_images`], with or without a method `columns`.
+        reward (`RewardFunction`): As in [`score_images`], with or without a method `columns`.
         images, prompts, batch_size, progress, first_row:
             As in [`score_images`].
 
@@ -180,14 +171,10 @@ def score_images(
         images (`Sequence[PIL.Image.Image]`):
             The images, or clips (lists of frames) for a reward that takes videos. The reward is not shown an image
             that is `None`, one that could not be read.
-        prompts (`Sequence[str]`):
-            One prompt per image.
-        batch_size (`int`, *optional*, defaults to 64):
-            Largest number of images per call.
-        progress (`bool`, *optional*, defaults to `False`):
-            Show a progress bar over the images.
-        first_row (`int`, *optional*, defaults to 0):
-            Number of the first image in messages.
+        prompts (`Sequence[str]`): One prompt per image.
+        batch_size (`int`, *optional*, defaults to 64): Largest number of images per call.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar over the images.
+        first_row (`int`, *optional*, defaults to 0): Number of the first image in messages.
 
     Returns:
         `list[float | None]`: one score per image, in order; `None` where there is no image or the reward gave none.

@@ -26,14 +26,10 @@ class ClipReward(ModelReward):
     and the features of the last 1024 prompts are kept.
 
     Args:
-        model (`CLIPModel`):
-            Both towers, on the device and in the dtype to compute with. It is put in evaluation mode.
-        tokenizer (`CLIPTokenizer`):
-            Its tokenizer. Prompts are cut to the model's length, and the end token is kept.
-        image_processor (`CLIPImageProcessor`, *optional*):
-            Its image processor. [`HPSv2`] needs none.
-        facts ([`RewardFacts`], *optional*):
-            What the scores are; the class's, without a revision, by default.
+        model (`CLIPModel`): Both towers, on the device and in the dtype to compute with. It is put in evaluation mode.
+        tokenizer (`CLIPTokenizer`): Its tokenizer. Prompts are cut to the model's length, and the end token is kept.
+        image_processor (`CLIPImageProcessor`, *optional*): Its image processor. [`HPSv2`] needs none.
+        facts ([`RewardFacts`], *optional*): What the scores are; the class's, without a revision, by default.
     """
 
     factor: float = 1.0

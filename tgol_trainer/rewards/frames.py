@@ -17,8 +17,7 @@ class MeanOverFrames:
     A reward of images, averaged over frames that are spread evenly over a clip. It takes no notice of motion.
 
     Args:
-        reward (`RewardFunction`):
-            A reward of images.
+        reward (`RewardFunction`): A reward of images.
         num_frames (`int`):
             Frames of each clip, the first and the last among them (a single one is the first). A shorter clip is
             scored by all its frames.

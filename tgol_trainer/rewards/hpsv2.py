@@ -139,8 +139,7 @@ class HPSv2(ClipReward):
             tokenizer (`str` or `Path`, *optional*):
                 Repository or folder of the tokenizer, which does not come with the weights. Any CLIP tokenizer with
                 the usual 49408 tokens fits; `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` by default.
-            config (`CLIPConfig`, *optional*):
-                Sizes of the model; ViT-H/14 by default.
+            config (`CLIPConfig`, *optional*): Sizes of the model; ViT-H/14 by default.
 
         Returns:
             [`HPSv2`]

@@ -103,10 +103,8 @@ class ImageReward(ModelReward):
     Args:
         model ([`ImageRewardModel`]):
             On the device and in the dtype to compute with; its head in fp32. It is put in evaluation mode.
-        tokenizer (`BertTokenizer`):
-            Of the prompts.
-        facts ([`RewardFacts`], *optional*):
-            What the scores are.
+        tokenizer (`BertTokenizer`): Of the prompts.
+        facts ([`RewardFacts`], *optional*): What the scores are.
     """
 
     default_source = "zai-org/ImageReward"

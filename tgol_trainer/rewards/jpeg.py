@@ -17,10 +17,8 @@ def jpeg_compressibility(images: list[Image.Image], prompts: list[str]) -> list[
     Learning", arXiv 2305.13301). Sizes depend a little on the JPEG library that Pillow was built with.
 
     Args:
-        images (`list[PIL.Image.Image]`):
-            Images of any mode, converted to RGB first; transparency is dropped.
-        prompts (`list[str]`):
-            Not used.
+        images (`list[PIL.Image.Image]`): Images of any mode, converted to RGB first; transparency is dropped.
+        prompts (`list[str]`): Not used.
 
     Returns:
         `list[float]`: negative numbers; higher means a smaller file.

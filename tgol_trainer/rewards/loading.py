@@ -39,8 +39,7 @@ def load_reward(
         spec (`str`):
             A name in [`REWARDS`], or `module:attribute` of your own: a function `(images, prompts) -> scores`, an
             object with such a `__call__`, or a class of such objects. Modules are found in the current directory too.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where a model computes.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where a model computes.
         dtype (`torch.dtype` or `str`, *optional*):
             Of a model, for instance `"bfloat16"`; the default of its class otherwise, which is `torch.float32` in this
             library.
@@ -93,8 +92,7 @@ def find_reward(spec: str) -> Any:
     Find a reward without loading its model, so that a wrong name is reported before any work.
 
     Args:
-        spec (`str`):
-            As in [`load_reward`].
+        spec (`str`): As in [`load_reward`].
 
     Returns:
         `Any`: the named function or class.

@@ -17,8 +17,7 @@ class ModelReward:
     Base of the rewards that load a model; a subclass computes the scores of a batch in `_scores`.
 
     Args:
-        facts ([`RewardFacts`], *optional*):
-            What the scores are; the class's `name` and `scale` by default.
+        facts ([`RewardFacts`], *optional*): What the scores are; the class's `name` and `scale` by default.
     """
 
     default_source: ClassVar[str] = ""
@@ -43,12 +42,9 @@ class ModelReward:
         Args:
             source (`str` or `Path`, *optional*):
                 Hub repository, folder or file of the weights; the class's `default_source` by default.
-            revision (`str`, *optional*):
-                Branch, tag or commit of the repository.
-            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-                Where to compute.
-            dtype (`torch.dtype`, *optional*):
-                Of the model; `torch.float32` by default. Linear heads stay in fp32.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
+            dtype (`torch.dtype`, *optional*): Of the model; `torch.float32` by default. Linear heads stay in fp32.
 
         Returns:
             The reward.

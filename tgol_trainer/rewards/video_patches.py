@@ -50,10 +50,8 @@ def patches_of(
     Resize and normalise frames, and cut them into patches of `temporal` frames in the order of Qwen2-VL.
 
     Args:
-        frames (`Sequence[PIL.Image.Image]`):
-            RGB frames, a multiple of `temporal`.
-        size (`tuple[int, int]`):
-            (height, width) to resize to, multiples of `patch * merge`.
+        frames (`Sequence[PIL.Image.Image]`): RGB frames, a multiple of `temporal`.
+        size (`tuple[int, int]`): (height, width) to resize to, multiples of `patch * merge`.
         patch, merge, temporal (`int`, *optional*, defaults to 14, 2 and 2):
             Pixels per side of a patch; patches per side that the model merges into one, which follow each other in
             the result; frames per patch.

@@ -92,10 +92,8 @@ class VideoRewardModel(torch.nn.Module):
     frequencies rounded to bfloat16, since the authors cast the whole model.
 
     Args:
-        config (`Qwen2VLConfig`):
-            Sizes.
-        output_dim (`int`):
-            Numbers that the head gives for a token: one, or one for each score.
+        config (`Qwen2VLConfig`): Sizes.
+        output_dim (`int`): Numbers that the head gives for a token: one, or one for each score.
     """
 
     def __init__(self, config: Any, output_dim: int) -> None:
@@ -185,20 +183,13 @@ class VideoReward(ModelReward):
     Args:
         model ([`VideoRewardModel`]):
             On the device and in the dtype to compute with; its head in fp32. It is put in evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Qwen2-VL's, with the three score tokens.
-        template (`str`):
-            The question to the model, from [`read_template`].
-        statistics (`Mapping[str, float]`, *optional*):
-            `VQ_mean`, `VQ_std` and so on.
-        sampling_fps (`float`, *optional*, defaults to 2.0):
-            Frames per second that the model sees.
-        max_pixels (`int`, *optional*, defaults to 200704):
-            Largest area of a frame.
-        fps (`float`, *optional*, defaults to 16.0):
-            Frames per second of clips that do not state it; 16 is Wan 2.1's.
-        facts ([`RewardFacts`], *optional*):
-            What the scores are.
+        tokenizer (`PreTrainedTokenizerBase`): Qwen2-VL's, with the three score tokens.
+        template (`str`): The question to the model, from [`read_template`].
+        statistics (`Mapping[str, float]`, *optional*): `VQ_mean`, `VQ_std` and so on.
+        sampling_fps (`float`, *optional*, defaults to 2.0): Frames per second that the model sees.
+        max_pixels (`int`, *optional*, defaults to 200704): Largest area of a frame.
+        fps (`float`, *optional*, defaults to 16.0): Frames per second of clips that do not state it; 16 is Wan 2.1's.
+        facts ([`RewardFacts`], *optional*): What the scores are.
     """
 
     default_source = "KlingTeam/VideoReward"
@@ -254,8 +245,7 @@ class VideoReward(ModelReward):
             template (`str` or `Path`, *optional*):
                 The authors' `prompt_template.py`, which holds the question to the model and is not run. By default it
                 is the one beside `model_config.json`, or else it is downloaded once from their repository.
-            fps (`float`, *optional*, defaults to 16.0):
-                Frames per second of clips that do not state it.
+            fps (`float`, *optional*, defaults to 16.0): Frames per second of clips that do not state it.
 
         Returns:
             [`VideoReward`]
@@ -304,10 +294,8 @@ class VideoReward(ModelReward):
         Return the sum and the three scores of each video, from one pass.
 
         Args:
-            videos (`list[list[PIL.Image.Image]]`):
-                Frames of each video, best as [`Clip`]s.
-            prompts (`list[str]`):
-                One prompt per video.
+            videos (`list[list[PIL.Image.Image]]`): Frames of each video, best as [`Clip`]s.
+            prompts (`list[str]`): One prompt per video.
 
         Returns:
             `dict[str, list[float | None]]`: `""` for the sum, `"_vq"`, `"_mq"` and `"_ta"`.

@@ -70,17 +70,14 @@ class SampleCallback(RunCallback):
     are afterwards as they were. Hand it to [`TGOLTrainer`] in `callbacks`.
 
     Args:
-        prompts (`list[str]` or `str`):
-            Prompts; or one text file, table or named prompt set that holds them.
+        prompts (`list[str]` or `str`): Prompts; or one text file, table or named prompt set that holds them.
         reward_funcs (`str`, `Callable` or a list of them, *optional*):
             Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the images.
             Rewards that are named are loaded on the trainer's device when the trainer is set up.
         steps (`int`, *optional*):
             Draw every so many updates; by default at each evaluation. The start and the end are always drawn.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`):
-            Each prompt is drawn once per seed.
-        settings ([`SampleSettings`], *optional*):
-            Guidance and denoising steps of the images.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each prompt is drawn once per seed.
+        settings ([`SampleSettings`], *optional*): Guidance and denoising steps of the images.
 
     Raises:
         ValueError: for settings out of range; when the trainer is set up, for an unknown reward, two of one name, one
@@ -336,8 +333,7 @@ def read_sample_prompts(given: list[str] | str) -> list[str]:
     Return the prompts to draw.
 
     Args:
-        given (`list[str]` or `str`):
-            Prompts; or one text file, table or named set that holds them.
+        given (`list[str]` or `str`): Prompts; or one text file, table or named set that holds them.
 
     Returns:
         `list[str]`

@@ -30,10 +30,8 @@ class SampleColumn:
     The images of one moment.
 
     Args:
-        step (`int`, *optional*):
-            Number of updates made before; `None` for the base model.
-        scores (`dict[str, list[float | None]]`):
-            Name of a reward to one score per image.
+        step (`int`, *optional*): Number of updates made before; `None` for the base model.
+        scores (`dict[str, list[float | None]]`): Name of a reward to one score per image.
     """
 
     step: int | None
@@ -55,12 +53,9 @@ class SampleFiles:
     Read and write `samples/` of a run. Only one process does.
 
     Args:
-        output_dir (`str` or `Path`):
-            Folder of the run.
-        prompts (`Sequence[str]`):
-            One prompt per image.
-        settings (`Mapping[str, Any]`):
-            What the images depend on beside the weights; JSON-serialisable.
+        output_dir (`str` or `Path`): Folder of the run.
+        prompts (`Sequence[str]`): One prompt per image.
+        settings (`Mapping[str, Any]`): What the images depend on beside the weights; JSON-serialisable.
     """
 
     def __init__(self, output_dir: str | Path, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -73,8 +68,7 @@ class SampleFiles:
         Return what an earlier part of the run left, and remove what does not belong to it.
 
         Args:
-            step (`int`):
-                Number of updates already made. A new run, with 0, takes nothing over.
+            step (`int`): Number of updates already made. A new run, with 0, takes nothing over.
             rewards (`Sequence[str]`):
                 Names of the rewards. A base column without a score of one of them counts as missing.
 
@@ -106,12 +100,9 @@ class SampleFiles:
         Add the images of one column and draw the strip anew.
 
         Args:
-            columns (`Sequence[SampleColumn]`):
-                All columns in order, `new` among them.
-            new ([`SampleColumn`]):
-                The column to add.
-            images (`Sequence[PIL.Image.Image]`):
-                Images of the new column.
+            columns (`Sequence[SampleColumn]`): All columns in order, `new` among them.
+            new ([`SampleColumn`]): The column to add.
+            images (`Sequence[PIL.Image.Image]`): Images of the new column.
         """
         (self.folder / new.folder).mkdir(parents=True, exist_ok=True)
         for path, image in zip(self._paths(new), images, strict=True):

@@ -25,12 +25,9 @@ def log_images(
             The callbacks of a Trainer on its first process. Images go through Trainer's own integrations.
         names (`Sequence[str]`):
             One name per image, the same at every step. TensorBoard and trackio show one series per name.
-        captions (`Sequence[str]`):
-            One caption per image, for W&B and trackio.
-        images (`Sequence[PIL.Image.Image]`):
-            The images.
-        step (`int`):
-            Number of updates made so far.
+        captions (`Sequence[str]`): One caption per image, for W&B and trackio.
+        images (`Sequence[PIL.Image.Image]`): The images.
+        step (`int`): Number of updates made so far.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):

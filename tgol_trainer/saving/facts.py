@@ -70,10 +70,8 @@ def dataset_facts(dataset: datasets.Dataset | datasets.IterableDataset, columns:
     Name a dataset by its Hub id and commit where `datasets` recorded them, else not at all.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            As the user gave it.
-        columns (`list[str]`):
-            Names of the columns used.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): As the user gave it.
+        columns (`list[str]`): Names of the columns used.
     """
     for source in getattr(dataset.info, "download_checksums", None) or {}:
         if match := _HUB_DATA.match(source):
@@ -155,8 +153,7 @@ def harvest_facts(trainer: CardSource) -> CardFacts:
     Gather what a card states about a run, at any moment of it.
 
     Args:
-        trainer ([`CardSource`]):
-            The trainer. Its `card_extras` override single fields.
+        trainer ([`CardSource`]): The trainer. Its `card_extras` override single fields.
 
     Returns:
         [`card.CardFacts`]

@@ -35,18 +35,13 @@ class SavingTrainer(Trainer):
     The part of the trainer that saves, loads, writes cards and pushes.
 
     Attributes:
-        family ([`families.ModelFamily`]):
-            The model, with the policy as its denoiser.
+        family ([`families.ModelFamily`]): The model, with the policy as its denoiser.
         reference_model (`diffusers.ModelMixin`, *optional*):
             Frozen copy of the denoiser, where all weights are trained.
-        labeler ([`labels.Labeler`], *optional*):
-            Fitted to the training data.
-        dataset_facts (`list[card.DatasetFacts]`):
-            What the card says of the training data.
-        example_prompt (`str`, *optional*):
-            Prompt of the card's snippet.
-        card_extras (`dict[str, Any]`):
-            Fields of [`card.CardFacts`] that were given by hand.
+        labeler ([`labels.Labeler`], *optional*): Fitted to the training data.
+        dataset_facts (`list[card.DatasetFacts]`): What the card says of the training data.
+        example_prompt (`str`, *optional*): Prompt of the card's snippet.
+        card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
     """
 
     args: TGOLConfig
@@ -125,8 +120,7 @@ class SavingTrainer(Trainer):
         Write `README.md` in `args.output_dir`, keeping what a person edited.
 
         Args:
-            model_name (`str`, *optional*):
-                Title; by default the name of the Hub repository or output folder.
+            model_name (`str`, *optional*): Title; by default the name of the Hub repository or output folder.
             extras:
                 Further fields of [`card.CardFacts`] (`evaluations`, `pictures`, `license`, ...), kept for later saves.
         """
@@ -193,18 +187,13 @@ class SavingTrainer(Trainer):
         Save, write the card, upload, and compare what the Hub holds with the local files.
 
         Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Return when the push has ended.
+            commit_message (`str`, *optional*, defaults to `"End of training"`): Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Return when the push has ended.
             token (`str`, *optional*):
                 By default `args.hub_token`; without one, the token of the environment or of `hf auth login`.
-            revision (`str`, *optional*):
-                Branch, made where missing; by default `args.hub_revision`.
-            private (`bool`, *optional*):
-                Make a new repository private; by default `args.hub_private_repo`.
-            kwargs (`Any`):
-                Arguments of [`create_model_card`].
+            revision (`str`, *optional*): Branch, made where missing; by default `args.hub_revision`.
+            private (`bool`, *optional*): Make a new repository private; by default `args.hub_private_repo`.
+            kwargs (`Any`): Arguments of [`create_model_card`].
 
         Returns:
             `huggingface_hub.CommitInfo`, or a future of it; `None` on other processes than the main one.

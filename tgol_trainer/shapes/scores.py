@@ -22,10 +22,8 @@ def background_darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -
     No prompt asks for it, and the shapes model draws backgrounds of every brightness.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`):
-            Images of any size and mode.
-        prompts (`Sequence[str]`):
-            Not used.
+        images (`Sequence[PIL.Image.Image]`): Images of any size and mode.
+        prompts (`Sequence[str]`): Not used.
 
     Returns:
         `list[float]`: 0 (white) to 1 (black).
@@ -46,10 +44,8 @@ def colour_faithfulness(images: Sequence[Image.Image], prompts: Sequence[str]) -
     The centre is the middle eighth of each side (4 x 4 of 32 x 32 pixels), inside every shape.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`):
-            Images of any size and mode.
-        prompts (`Sequence[str]`):
-            Each names a colour of the shapes world.
+        images (`Sequence[PIL.Image.Image]`): Images of any size and mode.
+        prompts (`Sequence[str]`): Each names a colour of the shapes world.
 
     Returns:
         `list[float | None]`: 0 to 1; a distance is the mean absolute difference of RGB values in 0 to 1. `None` for a

@@ -45,12 +45,9 @@ def draw(colour: str, shape: str, rng: np.random.Generator, quality: str | None 
     Draw one image: a shape of random size and place on a background of random colour.
 
     Args:
-        colour (`str`):
-            A key of `COLOURS`.
-        shape (`str`):
-            One of `SHAPES`.
-        rng (`numpy.random.Generator`):
-            Source of every random choice.
+        colour (`str`): A key of `COLOURS`.
+        shape (`str`): One of `SHAPES`.
+        rng (`numpy.random.Generator`): Source of every random choice.
         quality (`str`, *optional*):
             `"good"` draws the exact colour in the middle; `"bad"` draws a dull colour and blurs; `None` lies between.
 
@@ -92,10 +89,8 @@ def samples(count: int, seed: int) -> Iterator[tuple[str, str, str, Image.Image]
     or, equally often, before the whole caption.
 
     Args:
-        count (`int`):
-            Number of examples.
-        seed (`int`):
-            Seed of the whole sequence.
+        count (`int`): Number of examples.
+        seed (`int`): Seed of the whole sequence.
 
     Yields:
         `tuple`: caption, colour, shape, image.

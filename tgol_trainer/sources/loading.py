@@ -57,13 +57,11 @@ def load_scored_dataset(
             A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
             videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
             Parquet, JSON Lines or CSV files; or one such file. Paths in a table count from the folder of the table.
-        name (`str`, *optional*):
-            Configuration of a dataset that has several.
+        name (`str`, *optional*): Configuration of a dataset that has several.
         split (`str`, *optional*, defaults to `"train"`):
             Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
             its name.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Return a stream instead of downloading first.
+        streaming (`bool`, *optional*, defaults to `False`): Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
             The paths in its image column and in its video column, by default `"video"`, are resolved.
 
@@ -85,16 +83,11 @@ def load_columns(
     columns are not copied to the cache, and their other columns are not read.
 
     Args:
-        source (`str`):
-            As for [`load_scored_dataset`].
-        only (`Sequence[str]`):
-            Columns that are wanted. The result may have more.
-        name (`str`, *optional*):
-            Configuration.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Return a stream, or [`ParquetColumns`].
+        source (`str`): As for [`load_scored_dataset`].
+        only (`Sequence[str]`): Columns that are wanted. The result may have more.
+        name (`str`, *optional*): Configuration.
+        split (`str`, *optional*, defaults to `"train"`): Split.
+        streaming (`bool`, *optional*, defaults to `False`): Return a stream, or [`ParquetColumns`].
 
     Returns:
         [`ParquetColumns`] of local Parquet files with all the columns, a stream of other Parquet files, else what

@@ -26,18 +26,12 @@ class PromptSource:
     The place of a named prompt set on the Hub.
 
     Args:
-        repo_id (`str`):
-            Dataset repository.
-        count (`int`):
-            Number of its prompts, as published.
-        revision (`str`):
-            Branch, tag or commit.
-        split (`str`, *optional*):
-            Split of a dataset that `datasets` loads.
-        column (`str`, *optional*):
-            Column of prompts.
-        category (`str`, *optional*):
-            Column of categories.
+        repo_id (`str`): Dataset repository.
+        count (`int`): Number of its prompts, as published.
+        revision (`str`): Branch, tag or commit.
+        split (`str`, *optional*): Split of a dataset that `datasets` loads.
+        column (`str`, *optional*): Column of prompts.
+        category (`str`, *optional*): Column of categories.
         files (`tuple[str, ...]`, *optional*):
             JSON files, each a list of strings, instead of split and columns. Their names are the categories.
     """
@@ -68,12 +62,9 @@ class Prompts:
     Prompts, with their categories where there are any.
 
     Args:
-        texts (`list[str]`):
-            Prompts, in order.
-        categories (`list[str]`, *optional*):
-            One per prompt.
-        revision (`str`, *optional*):
-            Commit of the Hub that they were read from.
+        texts (`list[str]`): Prompts, in order.
+        categories (`list[str]`, *optional*): One per prompt.
+        revision (`str`, *optional*): Commit of the Hub that they were read from.
     """
 
     texts: list[str]
@@ -86,8 +77,7 @@ def prompt_set(source: str) -> tuple[str, PromptSource] | None:
     Look up a named set.
 
     Args:
-        source (`str`):
-            A name of [`PROMPT_SETS`], or one with a revision: `"hpsv2@main"`.
+        source (`str`): A name of [`PROMPT_SETS`], or one with a revision: `"hpsv2@main"`.
 
     Returns:
         `tuple[str, PromptSource]`, *optional*: the name, and its source at that revision; `None` for other text.
@@ -114,8 +104,7 @@ def load_prompts(
             exists.
         category_column (`str`, *optional*):
             Column of a table that holds the category of each prompt. Some named sets have categories of their own.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a dataset.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset.
 
     Returns:
         [`Prompts`]

@@ -22,8 +22,7 @@ def read_rewards(folder: str | Path) -> dict[str, dict[str, Any]]:
     Return the facts about the rewards whose scores are in a folder.
 
     Args:
-        folder (`str` or `Path`):
-            Folder of `tgol score`.
+        folder (`str` or `Path`): Folder of `tgol score`.
 
     Returns:
         `dict[str, dict]`: the fields of [`RewardFacts`] and the `columns` written, by the name of each reward and of

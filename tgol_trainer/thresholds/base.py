@@ -21,16 +21,11 @@ class Threshold:
     Args:
         value (`float`):
             τ, in the (normalised) unit of the scores it was estimated from; a score equal to τ is positive.
-        source (`str`):
-            `"percentile"`, `"fixed"` or `"proxy"`.
-        num_scores (`int`):
-            Number of scores labelled.
-        num_positive (`int`):
-            Scores with `score >= value`.
-        num_ties (`int`):
-            Scores equal to `value`.
-        percentile (`float`, *optional*):
-            The percentile asked for, 0 to 100; `None` for a fixed value.
+        source (`str`): `"percentile"`, `"fixed"` or `"proxy"`.
+        num_scores (`int`): Number of scores labelled.
+        num_positive (`int`): Scores with `score >= value`.
+        num_ties (`int`): Scores equal to `value`.
+        percentile (`float`, *optional*): The percentile asked for, 0 to 100; `None` for a fixed value.
         moved_from (`float`, *optional*):
             The percentile's own value, if it left the negative side empty and τ was moved; else `None`.
     """

@@ -24,18 +24,12 @@ class ScoreCombination:
     reaches its threshold.
 
     Args:
-        columns (`tuple[str, ...]`):
-            Names of the K columns.
-        weights (`tuple[float, ...]`):
-            w_k.
-        method (`str`):
-            `"sum"` or `"min"`.
-        centers (`tuple[float, ...]`):
-            Means, each in the unit of its column.
-        scales (`tuple[float, ...]`):
-            Standard deviations, each in the unit of its column; never 0.
-        thresholds (`tuple[float, ...]`, *optional*):
-            τ_k in standardised units, of `"min"`.
+        columns (`tuple[str, ...]`): Names of the K columns.
+        weights (`tuple[float, ...]`): w_k.
+        method (`str`): `"sum"` or `"min"`.
+        centers (`tuple[float, ...]`): Means, each in the unit of its column.
+        scales (`tuple[float, ...]`): Standard deviations, each in the unit of its column; never 0.
+        thresholds (`tuple[float, ...]`, *optional*): τ_k in standardised units, of `"min"`.
         moved_from (`tuple[float | None, ...]`, *optional*):
             The standardised percentile of a column, if it is the smallest score and τ_k was moved as in
             [`estimate_threshold`]; else `None`.
@@ -108,12 +102,9 @@ def check_combination(
     Check a choice of columns and weights.
 
     Args:
-        columns (`Sequence[str]`, *optional*):
-            Names of the columns; `None` where there is one score column.
-        weights (`Sequence[float]`, *optional*):
-            One per column; by default 1 each.
-        method (`str`):
-            `"sum"` or `"min"`.
+        columns (`Sequence[str]`, *optional*): Names of the columns; `None` where there is one score column.
+        weights (`Sequence[float]`, *optional*): One per column; by default 1 each.
+        method (`str`): `"sum"` or `"min"`.
 
     Returns:
         `tuple[float, ...]`: the weights; empty if there is one score column.
@@ -164,14 +155,10 @@ def fit_combination(
     Fit the standardisation of several score columns, and under `"min"` their thresholds.
 
     Args:
-        scores (`np.ndarray`):
-            (N, K) finite raw scores.
-        columns (`Sequence[str]`):
-            Names of the K columns.
-        weights (`Sequence[float]`, *optional*):
-            w_k; by default 1 each.
-        method (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` or `"min"`.
+        scores (`np.ndarray`): (N, K) finite raw scores.
+        columns (`Sequence[str]`): Names of the K columns.
+        weights (`Sequence[float]`, *optional*): w_k; by default 1 each.
+        method (`str`, *optional*, defaults to `"sum"`): `"sum"` or `"min"`.
         percentile (`float`, *optional*, defaults to 50.0):
             Percentile of a column, 0 to 100, that is its threshold under `"min"`.
 

@@ -13,12 +13,9 @@ class GroupCounts:
     Counts of the labels of G groups.
 
     Args:
-        num_rows (`np.ndarray`):
-            (G,) integers.
-        num_positive (`np.ndarray`):
-            (G,) integers, rows at or above the threshold.
-        mean (`np.ndarray`):
-            (G,) float64, mean score.
+        num_rows (`np.ndarray`): (G,) integers.
+        num_positive (`np.ndarray`): (G,) integers, rows at or above the threshold.
+        mean (`np.ndarray`): (G,) float64, mean score.
         threshold (`np.ndarray`):
             (G,) float64, mean τ of the group's rows, which is the group's own τ if groups have their own.
     """
@@ -55,12 +52,9 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
     Count labels by group.
 
     Args:
-        groups (`np.ndarray`):
-            (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
-        scores (`np.ndarray`):
-            (N,) float64.
-        threshold (`float` or `np.ndarray`):
-            τ, or (N,) one τ per row if groups have their own.
+        groups (`np.ndarray`): (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
+        scores (`np.ndarray`): (N,) float64.
+        threshold (`float` or `np.ndarray`): τ, or (N,) one τ per row if groups have their own.
 
     Returns:
         [`GroupCounts`]

@@ -22,18 +22,13 @@ class GroupThresholds:
     Thresholds of groups, in the (normalised) unit of the scores.
 
     Args:
-        values (`numpy.ndarray`):
-            (G,) float64, τ of each group.
-        pooled (`float`):
-            The global τ, for groups of one score or equal scores and for groups never seen.
+        values (`numpy.ndarray`): (G,) float64, τ of each group.
+        pooled (`float`): The global τ, for groups of one score or equal scores and for groups never seen.
         reliability (`numpy.ndarray`):
             (G,) float64 in [0, 1], the weight of a group's own statistic; 0 where the pooled τ is taken.
-        within_variance (`float`):
-            σ², of scores about their group's mean; NaN where no group has two scores.
-        between_variance (`float`):
-            ω², of the groups' true means; at least 0.
-        num_one_sided (`int`):
-            Groups whose scores all get one label.
+        within_variance (`float`): σ², of scores about their group's mean; NaN where no group has two scores.
+        between_variance (`float`): ω², of the groups' true means; at least 0.
+        num_one_sided (`int`): Groups whose scores all get one label.
     """
 
     values: np.ndarray
@@ -49,8 +44,7 @@ def group_ids(keys: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Number groups in order of first appearance.
 
     Args:
-        keys (`Sequence[str]` or `numpy.ndarray`):
-            (N,) names of the rows' groups.
+        keys (`Sequence[str]` or `numpy.ndarray`): (N,) names of the rows' groups.
 
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64 numbers 0 .. G - 1, and the (G,) names.
@@ -71,10 +65,8 @@ def variance_components(scores: np.ndarray, groups: np.ndarray) -> tuple[float, 
     `ω² = max(0, (MS_between - σ²)/n₀)`.
 
     Args:
-        scores (`numpy.ndarray`):
-            (N,) float64.
-        groups (`numpy.ndarray`):
-            (N,) integers 0 .. G - 1.
+        scores (`numpy.ndarray`): (N,) float64.
+        groups (`numpy.ndarray`): (N,) integers 0 .. G - 1.
 
     Returns:
         `tuple[float, float]`: σ² and ω²; σ² is NaN and ω² 0 where no group has two scores, ω² is 0 for one group.
@@ -113,10 +105,8 @@ def estimate_group_thresholds(
     smallest distinct scores, as [`estimate_threshold`] does. Groups with one label alone are allowed.
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores.
-        groups (`numpy.ndarray`):
-            (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
+        scores (`Sequence[float]`): (N,) finite scores.
+        groups (`numpy.ndarray`): (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
         percentile (`float`, *optional*, defaults to 50.0):
             Percentile of the scores of a group, and of all scores, in (0, 100).
         statistic (`str`, *optional*, defaults to `"percentile"`):

@@ -21,10 +21,8 @@ class ScoreNormalization:
     Args:
         method (`str`):
             `"none"`, `"zscore"` (mean and standard deviation) or `"robust"` (median and interquartile range).
-        center (`float`):
-            Subtracted first, in the unit of the scores.
-        scale (`float`):
-            Divisor after that, in the unit of the scores; never 0.
+        center (`float`): Subtracted first, in the unit of the scores.
+        scale (`float`): Divisor after that, in the unit of the scores; never 0.
     """
 
     method: NormalizationMethod = "none"
@@ -42,8 +40,7 @@ def fit_normalization(scores: Sequence[float] | np.ndarray, method: Normalizatio
     Fit a score normalisation, so that the confidence scale c means the same for every reward.
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores.
+        scores (`Sequence[float]`): (N,) finite scores.
         method (`str`):
             `"none"`, `"zscore"`, or `"robust"` (median; interquartile range / 1.349, which equals the standard
             deviation for normal scores; where that range is 0, the standard deviation).

@@ -19,14 +19,10 @@ class OracleThresholds:
     Monte-Carlo thresholds, in the (normalised) unit of the scores.
 
     Args:
-        values (`numpy.ndarray`):
-            (G,) float64, τ̂* of each group from all its samples, for other samples of the group.
-        leave_one_out (`numpy.ndarray`):
-            (N,) float64, τ̂* of each sample from the others of its group.
-        pooled (`float`):
-            The global percentile, for groups of one sample or equal scores and for groups never seen.
-        beta (`float`):
-            β_r, in the unit of the scores.
+        values (`numpy.ndarray`): (G,) float64, τ̂* of each group from all its samples, for other samples of the group.
+        leave_one_out (`numpy.ndarray`): (N,) float64, τ̂* of each sample from the others of its group.
+        pooled (`float`): The global percentile, for groups of one sample or equal scores and for groups never seen.
+        beta (`float`): β_r, in the unit of the scores.
     """
 
     values: np.ndarray
@@ -48,15 +44,12 @@ def estimate_oracle_thresholds(
     one sample or equal scores take the pooled percentile.
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores of samples of the reference.
-        groups (`numpy.ndarray`):
-            (N,) integers 0 .. G - 1, each number present: the prompt of each sample.
+        scores (`Sequence[float]`): (N,) finite scores of samples of the reference.
+        groups (`numpy.ndarray`): (N,) integers 0 .. G - 1, each number present: the prompt of each sample.
         beta (`float`, *optional*):
             β_r > 0 in the unit of the scores, the KL temperature of the objective; by default the pooled standard
             deviation within groups.
-        percentile (`float`, *optional*, defaults to 50.0):
-            Percentile of all scores that is the pooled value.
+        percentile (`float`, *optional*, defaults to 50.0): Percentile of all scores that is the pooled value.
 
     Returns:
         [`OracleThresholds`]

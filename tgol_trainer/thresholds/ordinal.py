@@ -15,8 +15,7 @@ def ordinal_offsets(percentiles: Sequence[float]) -> list[float]:
     the implicit reward at which being above the k-th is as likely as not under a logistic model of the scores.
 
     Args:
-        percentiles (`Sequence[float]`):
-            m increasing values in (0, 100).
+        percentiles (`Sequence[float]`): m increasing values in (0, 100).
 
     Returns:
         `list[float]`: m numbers of mean 0; `[0.0]` for one percentile.

@@ -18,10 +18,8 @@ def estimate_threshold(scores: Sequence[float] | np.ndarray, *, percentile: floa
     percentile's own value.
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores of any unit.
-        percentile (`float`, *optional*, defaults to 50.0):
-            Between 0 and 100; 50 is the paper's median.
+        scores (`Sequence[float]`): (N,) finite scores of any unit.
+        percentile (`float`, *optional*, defaults to 50.0): Between 0 and 100; 50 is the paper's median.
 
     Returns:
         [`Threshold`]: with `value` τ and both sides non-empty.
@@ -50,14 +48,10 @@ def apply_threshold(
     Label scores with a given τ: a fixed number, or the percentile of a proxy set.
 
     Args:
-        scores (`Sequence[float]`):
-            (N,) finite scores, in the unit of `value`.
-        value (`float`):
-            τ.
-        source (`str`, *optional*, defaults to `"fixed"`):
-            Becomes `source` of the result.
-        percentile (`float`, *optional*):
-            Becomes `percentile` of the result.
+        scores (`Sequence[float]`): (N,) finite scores, in the unit of `value`.
+        value (`float`): τ.
+        source (`str`, *optional*, defaults to `"fixed"`): Becomes `source` of the result.
+        percentile (`float`, *optional*): Becomes `percentile` of the result.
 
     Returns:
         [`Threshold`]: counts are those of `scores`.

@@ -17,12 +17,9 @@ class RunningPercentile:
     [`estimate_threshold`]; a window of equal scores gives that score.
 
     Args:
-        percentile (`float`, *optional*, defaults to 50.0):
-            Between 0 and 100.
-        window (`int`, *optional*, defaults to 1024):
-            Scores kept, at least 2.
-        initial (`Iterable[float]`, *optional*):
-            Finite scores seen before; the last `window` of them fill the window.
+        percentile (`float`, *optional*, defaults to 50.0): Between 0 and 100.
+        window (`int`, *optional*, defaults to 1024): Scores kept, at least 2.
+        initial (`Iterable[float]`, *optional*): Finite scores seen before; the last `window` of them fill the window.
 
     Raises:
         ValueError: for a percentile or window out of range.

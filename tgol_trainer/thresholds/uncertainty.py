@@ -25,12 +25,9 @@ class ThresholdInterval:
     A bootstrap interval of τ.
 
     Args:
-        low (`float`):
-            Lower end, in the unit of the scores.
-        high (`float`):
-            Upper end.
-        level (`float`):
-            Share of the bootstrap distribution between the ends, 0 to 1.
+        low (`float`): Lower end, in the unit of the scores.
+        high (`float`): Upper end.
+        level (`float`): Share of the bootstrap distribution between the ends, 0 to 1.
     """
 
     low: float
@@ -90,10 +87,8 @@ def bootstrap_interval(scores: np.ndarray, *, percentile: float = 50.0) -> Thres
     Return the percentile bootstrap interval of τ, with 95 % of 20,000 replicates inside.
 
     Args:
-        scores (`np.ndarray`):
-            (N,) finite scores that τ comes from, in any order.
-        percentile (`float`, *optional*, defaults to 50.0):
-            Between 0 and 100.
+        scores (`np.ndarray`): (N,) finite scores that τ comes from, in any order.
+        percentile (`float`, *optional*, defaults to 50.0): Between 0 and 100.
 
     Returns:
         [`ThresholdInterval`]
@@ -116,16 +111,12 @@ def bootstrap_groups(
     Each group is resampled within itself.
 
     Args:
-        scores (`numpy.ndarray`):
-            (N,) finite scores that the thresholds come from.
-        keys (`numpy.ndarray`):
-            (N,) integers, equal for rows of a group.
+        scores (`numpy.ndarray`): (N,) finite scores that the thresholds come from.
+        keys (`numpy.ndarray`): (N,) integers, equal for rows of a group.
         draw (`Callable`):
             The sorted scores of a group and a generator to replicates of its τ: [`group_draw`] or [`oracle_draw`].
-        max_groups (`int`, *optional*, defaults to 2000):
-            If there are more groups, so many are chosen at random.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of that choice and of the draws.
+        max_groups (`int`, *optional*, defaults to 2000): If there are more groups, so many are chosen at random.
+        seed (`int`, *optional*, defaults to 0): Seed of that choice and of the draws.
 
     Returns:
         [`GroupIntervals`]

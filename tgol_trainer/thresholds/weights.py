@@ -22,17 +22,14 @@ def confidence_weights(
     Return the confidence weights of examples with margins s - τ; `d = |s - τ|`.
 
     Args:
-        margin (`numpy.ndarray` or `torch.Tensor`):
-            (B,) s - τ.
+        margin (`numpy.ndarray` or `torch.Tensor`): (B,) s - τ.
         form (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: `1 + c·d` (paper, Eq. 10); `"none"`: 1; `"abs"`: `d`; `"power"`: `1 + c·d^power`;
             `"clipped"`: `min(1 + c·d, limit)`.
         scale (`float`, *optional*, defaults to 5.0):
             c >= 0, in the inverse unit of the scores (for `"power"`, to that power).
-        power (`float`, *optional*, defaults to 0.5):
-            Exponent > 0 of `"power"`.
-        limit (`float`, *optional*, defaults to 2.0):
-            Largest weight of `"clipped"`, at least 1.
+        power (`float`, *optional*, defaults to 0.5): Exponent > 0 of `"power"`.
+        limit (`float`, *optional*, defaults to 2.0): Largest weight of `"clipped"`, at least 1.
 
     Returns:
         `numpy.ndarray` or `torch.Tensor`: weights of the type, shape and dtype of `margin`.
@@ -60,20 +57,13 @@ class Weighting:
     The weights of a run: [`confidence_weights`], times a factor for each class, divided by a constant.
 
     Args:
-        form (`str`, *optional*, defaults to `"linear"`):
-            As in [`confidence_weights`]; so are the next three.
-        scale (`float`, *optional*, defaults to 5.0):
-            c.
-        power (`float`, *optional*, defaults to 0.5):
-            Exponent of `"power"`.
-        limit (`float`, *optional*, defaults to 2.0):
-            Largest weight of `"clipped"`.
-        desirable (`float`, *optional*, defaults to 1.0):
-            Factor of positive samples.
-        undesirable (`float`, *optional*, defaults to 1.0):
-            Factor of negative samples.
-        divisor (`float`, *optional*, defaults to 1.0):
-            The mean weight of the data, if weights should have mean 1.
+        form (`str`, *optional*, defaults to `"linear"`): As in [`confidence_weights`]; so are the next three.
+        scale (`float`, *optional*, defaults to 5.0): c.
+        power (`float`, *optional*, defaults to 0.5): Exponent of `"power"`.
+        limit (`float`, *optional*, defaults to 2.0): Largest weight of `"clipped"`.
+        desirable (`float`, *optional*, defaults to 1.0): Factor of positive samples.
+        undesirable (`float`, *optional*, defaults to 1.0): Factor of negative samples.
+        divisor (`float`, *optional*, defaults to 1.0): The mean weight of the data, if weights should have mean 1.
     """
 
     form: WeightForm = "linear"
@@ -121,8 +111,7 @@ def summarize_weights(weights: np.ndarray) -> WeightSummary:
     Summarise the weights that a dataset's samples get, such as `1 + c·|s - τ|` (paper, Eq. 10).
 
     Args:
-        weights (`numpy.ndarray`):
-            (N,) finite weights.
+        weights (`numpy.ndarray`): (N,) finite weights.
 
     Returns:
         [`WeightSummary`]: equal weights give a `top_1_percent_share` of 0.01 (for N a multiple of 100).
