@@ -46,18 +46,16 @@ class ScoredRows:
     keys: dict[str, np.ndarray]
     texts: Texts
 
-    def pop_groups(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Remove a column's keys, which frees their memory, and return its groups with the rows of each side by side.
-
-        Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]`: (N,) int64, positions in `scores`, and (N,) int64, the ascending
-            numbers 0 .. G - 1 of their groups. The order of the groups has no meaning.
-        """
+    def pop_groups(self, column: str) -> np.ndarray:
+        """Remove a column's keys, which frees their memory, and return (N,) integers 0 .. G - 1, the rows' groups."""
         keys = self.keys.pop(column)
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys)
         keys = keys[order]
-        return order, np.cumsum(np.append(False, keys[1:] != keys[:-1]))
+        starts = np.append(False, keys[1:] != keys[:-1])
+        del keys
+        groups = np.empty(order.size, dtype=np.int64)
+        groups[order] = np.cumsum(starts)
+        return groups
 
     def kept(self, mask: np.ndarray) -> ScoredRows:
         """Return the rows where a mask, (N,) bool, is true."""

@@ -70,7 +70,7 @@ def advise_training(
     tau = labeler.threshold.value if labeler.rows is None else labeler.rows
     groups = summarize_groups(
         *(prompt_column, labels.score.astype(np.float64), tau, numbers, labeler.normalization),
-        lambda first: [names[numbers[index]] for index in first],
+        names.__getitem__,
     )
     found = [*_of_sides(labeler, tie_breaker(labeler, scores), float(scores[-1])), *_of_weights(labeler)]
     return _fitting_flags([*found, *_of_groups(groups, labeler.rows is not None)], labeler)

@@ -211,10 +211,9 @@ def label_report(
     tau = threshold.value if labeler.rows is None else labeler.rows
 
     def group_report(column: str) -> GroupReport:
-        order, numbers = rows.pop_groups(column)
-        own = tau[order] if isinstance(tau, np.ndarray) else tau
-        names = lambda first: rows.texts(column, rows.row_ids[order[first]])  # noqa: E731
-        return summarize_groups(column, values[order], own, numbers, unit, names)
+        groups = rows.pop_groups(column)
+        names = lambda shown: rows.texts(column, rows.row_ids[[np.argmax(groups == one) for one in shown]])  # noqa: E731
+        return summarize_groups(column, values, tau, groups, unit, names)
 
     prompts = group_report(prompt_column)
     groups = prompts if group_column == prompt_column else group_report(group_column) if group_column else None
@@ -331,8 +330,7 @@ def summarize_groups(
         tau (`float` or `np.ndarray`): τ, one value or (N,), in normalised units.
         numbers (`np.ndarray`): (N,) integers 0 .. G - 1, the group of each row.
         unit ([`thresholds.ScoreNormalization`]): Normalisation of the scores; the report is in raw units.
-        names (`Callable[[np.ndarray], Sequence[str]]`):
-            Takes positions of rows, and returns the texts of their groups.
+        names (`Callable[[np.ndarray], Sequence[str]]`): Takes numbers of groups, and returns their texts.
 
     Returns:
         [`GroupReport`]
@@ -341,8 +339,6 @@ def summarize_groups(
     counts = thresholds.count_groups(numbers, values, tau)
     spare = values.size - len(counts)
     share = between / (between + within) if spare >= 10 and between + within > 0 else None
-    first = np.empty(len(counts), dtype=np.int64)
-    first[numbers[::-1]] = np.arange(values.size - 1, -1, -1)
     largest = _smallest(-counts.num_rows, _SHOWN_GROUPS)
     return GroupReport(
         column=column,
@@ -360,7 +356,7 @@ def summarize_groups(
                 mean=float(counts.mean[group] * unit.scale + unit.center),
                 threshold=float(counts.threshold[group] * unit.scale + unit.center),
             )
-            for name, group in zip(names(first[largest]), largest, strict=True)
+            for name, group in zip(names(largest), largest, strict=True)
         ],
     )
 
