@@ -1,6 +1,8 @@
 """Loss types, threshold strategies, weights and groups through the trainer, on a tiny pipeline."""
 
+import logging
 import math
+import re
 
 import datasets
 import numpy as np
@@ -300,6 +302,39 @@ def test_normalised_weights_have_mean_one_and_class_weights_multiply(config, gro
     line = first_line(trainer)
     assert line["weights/mean"] == pytest.approx(1.0, rel=1e-5)
     assert line["weights/max"] == pytest.approx(weights.max() / weights.mean(), rel=1e-5)
+    rows, trainer.train_dataset.labels = trainer.train_dataset.labels, None
+    again = trainer.labeler(trainer.train_dataset.scores)  # as a resumed run labels them
+    assert np.array_equal(again.weight, rows.weight)
+
+
+def test_normalised_weights_of_a_stream_are_divided_by_their_mean_over_its_rows(config, grouped):
+    """Also with a fixed threshold or a proxy set, which alone would not need the scores."""
+    scores, settings = np.asarray(grouped["score"]), {"normalize_weights": True, "max_steps": 1}
+    for fixed, proxy in ((0.5, None), (None, datasets.Dataset.from_dict({"score": [0.0, 0.5, 1.0]}))):
+        args, stream = config(threshold=fixed, **settings), grouped.to_iterable_dataset()
+        trainer = TGOLTrainer(stable_diffusion(), args, stream, proxy_dataset=proxy, peft_config=LORA)
+        assert trainer.labeler.weighting.divisor == pytest.approx((1 + 5 * np.abs(scores - 0.5)).mean())
+
+
+@pytest.mark.parametrize("source", ["fixed", "proxy"])
+def test_a_limit_of_scores_read_is_refused_where_none_are_read(config, grouped, source):
+    proxy = datasets.Dataset.from_dict({"score": [0.0, 1.0]}) if source == "proxy" else None
+    args = config(max_threshold_samples=8, threshold=0.0 if source == "fixed" else None)
+    with pytest.raises(ValueError, match="there is none: leave it out"):
+        TGOLTrainer(stable_diffusion(), args, grouped.to_iterable_dataset(), proxy_dataset=proxy)
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.7])  # float32 lies above the first and below the second
+def test_advice_in_training_counts_labels_as_training_does(config, grouped, caplog, tau):
+    """Half of each prompt's rows lie below τ; the others lie at it, and for every second prompt above it."""
+    above = np.where(np.arange(64) % 2, 0.1, 0.0)
+    scores = tau + np.where(np.arange(64) // 8 % 2, above, -0.1)
+    rows = grouped.remove_columns("score").add_column("score", scores)
+    caplog.set_level(logging.WARNING)
+    trainer = TGOLTrainer(stable_diffusion(), config(threshold=tau), rows, peft_config=LORA)
+    assert trainer.threshold.num_positive == 32
+    assert "nothing contrasts" not in caplog.text
+    assert re.findall("--threshold ([0-9.]+)", caplog.text) == [f"{tau + 0.05:.2f}"]
 
 
 # ---- Groups ----
@@ -405,7 +440,9 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
         ({"ordinal_percentiles": [50.0, 20.0]}, "increase"),
         ({"csft_suffixes": ["one"]}, "two texts"),
         ({"oracle_beta": -1.0}, "larger than 0"),
-        ({"loss_type": "ordinal", "threshold_strategy": "group"}, "do not change"),
+        ({"loss_type": "ordinal", "threshold_strategy": "group"}, "`threshold_strategy='group'` does not change"),
+        ({"loss_type": "ordinal", "threshold": 0.1}, "`threshold=0.1` does not change"),
+        ({"loss_type": "ordinal", "threshold_percentile": 70.0}, "only beside a `dead_zone`"),
         ({"threshold_strategy": "running", "threshold_update": "epoch"}, "follows the scores"),
         (
             {"threshold_strategy": "group", "threshold_update": "epoch", "dataloader_persistent_workers": True}

@@ -554,6 +554,16 @@ def test_ratings_full_of_ties_train_and_say_that_the_threshold_moved(config, cap
     [
         ({"threshold": 50.0}, None, "leaves the positive side empty"),
         ({"threshold": 0.0}, datasets.Dataset.from_dict({"score": [1.0, 2.0]}), "both set τ"),
+        (
+            {"threshold_strategy": "oracle", "reference_samples": True},
+            datasets.Dataset.from_dict({"score": [1.0, 2.0]}),
+            "both name samples of the reference",
+        ),
+        (
+            {"score_columns": ["score", "score_b"]},
+            lambda pipeline: datasets.Dataset.from_dict({"score": [1.0, 2.0]}).to_iterable_dataset(),
+            "proxy_dataset: `score_columns` are standardised",
+        ),
         ({"threshold_update": "epoch"}, None, "would give the same τ each time"),
         ({"resolution": 17}, None, "not a multiple of 2"),
         ({"per_device_train_batch_size": 64}, None, "do not fill one batch of 64"),
@@ -561,7 +571,8 @@ def test_ratings_full_of_ties_train_and_say_that_the_threshold_moved(config, cap
 )
 def test_arguments_that_would_train_something_else_are_refused(config, dataset, options, proxy, message):
     with pytest.raises((ValueError, ThresholdError), match=message):
-        TGOLTrainer(stable_diffusion(), config(**options), dataset, proxy_dataset=proxy).train()
+        rows = dataset.add_column("score_b", dataset["score"])
+        TGOLTrainer(stable_diffusion(), config(**options), rows, proxy_dataset=proxy).train()
 
 
 def test_an_unsupported_pipeline_is_told_what_is_supported(config, dataset):
@@ -627,15 +638,28 @@ def test_a_stream_trains_with_the_threshold_of_a_first_pass_over_its_scores(conf
     assert line["loss"] == pytest.approx(line["weights/mean"] * math.log(2), rel=1e-6)
 
 
-def test_a_stream_can_estimate_its_threshold_anew_at_each_pass(config, dataset, monkeypatch):
-    trainer = TGOLTrainer(
-        stable_diffusion(), config(max_steps=8, threshold_update="epoch"), dataset.to_iterable_dataset()
-    )
-    fits = []
-    fit = trainer._label
-    monkeypatch.setattr(trainer, "_label", lambda rows: fits.append(rows) or fit(rows))
+def test_a_stream_whose_threshold_is_estimated_at_each_pass_is_labelled_with_the_new_one(config, dataset, monkeypatch):
+    """Every time the stream is read, its scores are 100 higher: first for τ, then in training, and so on."""
+    passes = []
+
+    def rows():
+        passes.append(len(passes))
+        for row in dataset:
+            yield {**row, "score": row["score"] + 100 * len(passes)}
+
+    stream = datasets.IterableDataset.from_generator(rows, features=dataset.features)
+    trainer = TGOLTrainer(stable_diffusion(), config(max_steps=8, threshold_update="epoch"), stream)
+    met, compute = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, **kwargs):
+        met.extend((inputs["score"] - inputs["margin"]).tolist())
+        return compute(model, inputs, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
     trainer.train()
-    assert len(fits) == 1  # 32 rows are 4 steps: one new pass in 8 steps
+    median = np.median(dataset["score"])
+    assert met[:32] == pytest.approx([median + 100] * 32, abs=1e-3)  # 32 rows are 4 steps
+    assert met[32:] == pytest.approx([median + 300] * 32, abs=1e-3)
 
 
 def test_a_stream_with_a_fixed_threshold_is_not_read_beforehand(config):

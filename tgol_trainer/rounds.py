@@ -1,4 +1,4 @@
-"""Train in rounds: draw images of the policy, score them, fit the threshold, train, and move the reference."""
+"""Train in rounds: generate images with the policy, score them, fit the threshold, train, and move the reference."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train_rounds(
     """
     Train in rounds on images of the policy itself (paper, Algorithm 1, with line 15 after each round).
 
-    Round r draws images of every prompt from the policy that round r - 1 left, scores them, fits threshold and
+    Round r generates images of every prompt with the policy that round r - 1 left, scores them, fits threshold and
     normalisation to these scores, and trains as `args` say, with the policy it began with as reference.
     `round-r/` keeps the images (`pictures/`), the scores (`scored/`) and the adapter. `rounds.json` keeps the mean
     score of the images, the threshold and the seconds of each round. The same call continues after a kill: it skips
@@ -53,7 +53,7 @@ def train_rounds(
         args ([`TGOLConfig`]):
             Settings of each round. `output_dir` gets the last round's adapter and card. With several rewards,
             `score_column` names the one to train on.
-        prompts (`Sequence[str]`): Prompts that images are drawn of in each round.
+        prompts (`Sequence[str]`): Prompts whose images are generated in each round.
         rewards (`Mapping[str, Callable]`): Name to a function that loads the reward.
         load (`Callable`):
             Takes the folder of an adapter, or `None` for the base model. Returns the pipeline and its revision.

@@ -52,7 +52,23 @@ class Run:
 
 
 class RunCallback(TrainerCallback):
-    """A callback that draws on the run itself; [`TGOLTrainer`] calls `start` once, when it is set up."""
+    """
+    A callback that uses the run itself. A trainer takes one of each class.
+
+    [`TGOLTrainer`] calls `prepare` and then `start` once, when the callback is handed to it.
+    """
+
+    def prepare(self, args: TGOLConfig, num_frames: int | None) -> None:
+        """
+        Check the settings and load what they name, before the trainer makes a folder or a repository.
+
+        Args:
+            args ([`TGOLConfig`]): Settings of the run.
+            num_frames (`int`, *optional*): Frames of a video; `None` for models of images.
+
+        Raises:
+            ValueError: for settings of the callback that do not fit the run.
+        """
 
     def start(self, run: Run) -> None:
         """
@@ -60,9 +76,6 @@ class RunCallback(TrainerCallback):
 
         Args:
             run ([`Run`]): The run.
-
-        Raises:
-            ValueError: for settings of the callback that do not fit the run.
         """
 
     def evaluate(self, state: TrainerState, control: TrainerControl, in_train: bool) -> dict[str, float]:

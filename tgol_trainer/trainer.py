@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class TGOLTrainer(SavingTrainer):
         quantization_config (`diffusers.BitsAndBytesConfig`, *optional*):
             Loads the denoiser quantised (QLoRA), where `model` is an id or a folder; bitsandbytes needs a GPU.
         callbacks (`list[transformers.TrainerCallback]`, *optional*):
-            Added to Trainer's own; a [`sampling.SampleCallback`] draws and scores images during training.
+            Added to Trainer's own; a [`sampling.SampleCallback`] samples and scores images during training.
         optimizers (`tuple`, *optional*): Optimizer and scheduler, as in Trainer.
 
     Raises:
@@ -148,13 +148,15 @@ class TGOLTrainer(SavingTrainer):
         self._train_sampler: Any = None
         self._reference_epoch = 0
         self.card_extras = {}
-        self._run_callbacks = [callback for callback in callbacks or () if isinstance(callback, RunCallback)]
+        run_callbacks = [callback for callback in callbacks or () if isinstance(callback, RunCallback)]
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        if metric.startswith("samples/") and not self._run_callbacks:
+        if metric.startswith("samples/") and not run_callbacks:
             raise ValueError(
                 f"`metric_for_best_model` is {metric!r}, which will not be logged. Hand in a `SampleCallback` with "
                 "`reward_funcs` in `callbacks`."
             )
+        for number, callback in enumerate(run_callbacks):
+            self._prepare_callback(callback, run_callbacks[:number])
 
         super().__init__(
             model=self.family.denoiser,
@@ -166,12 +168,31 @@ class TGOLTrainer(SavingTrainer):
             callbacks=[_EpochStart(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        for callback in self._run_callbacks:
+        for callback in run_callbacks:
             callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
         self.label_names = ["row_id"]
 
     # ---- Set-up ----
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback, as Trainer does; one that uses the run is set up."""
+        added = callback() if isinstance(callback, type) else callback
+        if isinstance(added, RunCallback):
+            self._prepare_callback(added, self._run_callbacks)
+        super().add_callback(added)
+        if isinstance(added, RunCallback):
+            added.start(self._run())
+
+    def _prepare_callback(self, callback: RunCallback, others: Sequence[Any]) -> None:
+        if any(type(callback) is type(other) for other in others):
+            name = type(callback).__name__
+            raise ValueError(f"`callbacks` holds two of {name}, which would write the same files: hand in one.")
+        callback.prepare(self.args, self.family.num_frames)
+
+    @property
+    def _run_callbacks(self) -> list[RunCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunCallback)]
 
     def _load_family(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> ModelFamily:
         args, options = self.args, self.args.pipeline_kwargs
@@ -317,7 +338,8 @@ class TGOLTrainer(SavingTrainer):
             rows = rows if kept is None else rows.kept(kept)
             rows.labels = labels
             check_comparisons(rows, labels.score, self.args)
-            advice = advise_training(self.labeler, labels, rows.prompts, self.args.prompt_column) if not before else []
+            prompts = self.args.prompt_column
+            advice = advise_training(self.labeler, rows.scores, rows.prompts, prompts) if not before else []
             for item in advice:
                 logger.warning("%s To change that: %s.", item.text, item.flag)
         for evaluated in self._evaluation_rows():

@@ -321,30 +321,29 @@ def test_a_stream_survives_pickling():
 def test_scores_of_a_stream_are_read_without_opening_an_image(tmp_path):
     rows = [{**row, "image": {"bytes": b"no image", "path": None}} for row in rows_of(6)]
     for stream in (stream_of(rows), IterableDataset.from_generator(lambda: iter(rows))):
-        scores, _ = stream_scores(stream, Columns(), progress=False)
+        scores, _ = stream_scores(stream, Columns())
         assert scores.tolist() == [0, 1, 2, 3, 4, 5] and scores.dtype == np.float64
-        assert stream_scores(stream, Columns(), limit=2, progress=False)[0].tolist() == [0, 1]
+        assert stream_scores(stream, Columns(), limit=2)[0].tolist() == [0, 1]
 
 
 def test_bad_scores_of_a_stream_raise_or_are_left_out(warnings):
     rows = [{**row, "score": math.nan if i % 2 else 1.0} for i, row in enumerate(rows_of(20))]
     with pytest.raises(DataError, match=r"5 of 10 rows read.*\n.*row 1: nan, row 3: nan.*row 9: nan"):
-        stream_scores(stream_of(rows), Columns(), on_bad_sample="raise", progress=False)
-    scores, _ = stream_scores(stream_of(rows), Columns(), on_bad_sample="skip", progress=False)
+        stream_scores(stream_of(rows), Columns(), on_bad_sample="raise")
+    scores, _ = stream_scores(stream_of(rows), Columns(), on_bad_sample="skip")
     assert scores.tolist() == [1.0] * 10 and "10 of 20 scores are left out" in warnings.text
 
 
 def test_a_stream_without_rows_without_usable_scores_or_with_text_is_refused():
     empty = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(DataError, match="the stream has no rows"):
-        stream_scores(empty, Columns(), on_bad_sample="skip", progress=False)
+        stream_scores(empty, Columns(), on_bad_sample="skip")
     with pytest.raises(DataError, match="3 of 3 rows read cannot be used"):
         rows = [{**row, "score": None} for row in rows_of(3)]
-        stream_scores(stream_of(rows), Columns(), on_bad_sample="skip", progress=False)
+        stream_scores(stream_of(rows), Columns(), on_bad_sample="skip")
     texts = Dataset.from_dict({"prompt": ["a"], "image": ["a"], "score": ["4"]}).to_iterable_dataset()
     for read in (stream_scores, ScoredStream):
-        options = {"progress": False} if read is stream_scores else {}
         with pytest.raises(DataError, match=r"(?s)column 'score' must hold numbers.*def to_number"):
-            read(texts, Columns(), **options)
+            read(texts, Columns())
     with pytest.raises(DataError, match="no column 'rating'"):
-        stream_scores(stream_of(rows_of(2)), dataclasses.replace(Columns(), score="rating"), progress=False)
+        stream_scores(stream_of(rows_of(2)), dataclasses.replace(Columns(), score="rating"))

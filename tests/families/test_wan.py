@@ -250,7 +250,7 @@ def test_wrong_calls_of_generation_say_what_is_wrong():
         generate_videos(stable_diffusion(), ["a"], [0], num_inference_steps=1, progress=False)
     with pytest.raises(TypeError, match=r"WanPipeline returned .* holds no images"):
         generate_images(wan(), ["a"], [0], num_inference_steps=1, height=16, width=16, progress=False)
-    with pytest.raises(ValueError, match="asked for 6 frames and drew 5"):
+    with pytest.raises(ValueError, match="asked for 6 frames and made 5"):
         generate_videos(wan(), ["a"], [0], **{**GENERATION, "num_frames": 6})
     with pytest.raises(TypeError, match="one prompt per video"):
         generate_videos(wan(), "a", [0])

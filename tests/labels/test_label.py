@@ -197,7 +197,7 @@ def test_ten_million_scores_take_seconds_and_less_than_a_gigabyte(tmp_path, per_
     seconds, gigabytes = map(float, done.stdout.splitlines()[-1].split())
     assert json.loads((tmp_path / "out" / "label.json").read_text())["num_rows"] == 10_000_000
     assert gigabytes <= 1.0
-    assert seconds <= 14.0
+    assert seconds <= 18.0
 
 
 # ---- Reading ----

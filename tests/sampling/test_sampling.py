@@ -300,7 +300,47 @@ def test_videos_become_rows_of_frames_and_their_score_is_the_mean_over_frames(co
     assert [line["step"] for line in sampled(trainer)] == [0, 1]
 
 
+def test_a_callback_forgets_the_run_before_when_another_trainer_takes_it(config, dataset, tmp_path):
+    used, found = sampler(brightness), []
+    for seed, callback in ((0, used), (1, used), (1, sampler(brightness))):
+        args = config(**SAMPLING, max_steps=1, output_dir=str(tmp_path / str(len(found))))
+        trainer = TGOLTrainer(stable_diffusion(seed=seed), args, dataset, dataset, callbacks=[callback])
+        found.append({key: value for key, value in trainer.evaluate().items() if "samples/" in key})
+        trainer.train()
+    assert found[1] == found[2] != found[0]
+
+
+def test_a_callback_that_is_added_later_samples_like_one_handed_in(config, dataset, tmp_path):
+    lines = []
+    for late in (False, True):
+        args = config(**SAMPLING, max_steps=2, output_dir=str(tmp_path / str(late)))
+        callback = sampler(brightness, steps=1)
+        trainer = TGOLTrainer(stable_diffusion(), args, dataset, callbacks=None if late else [callback])
+        if late:
+            trainer.add_callback(callback)
+        trainer.train()
+        lines.append(sampled(trainer))
+    assert len(lines[0]) == 3 and lines[0] == lines[1]
+
+
 # ---- What is refused ----
+
+
+def test_two_callbacks_that_would_write_the_same_files_are_refused(config, dataset):
+    with pytest.raises(ValueError, match="two of SampleCallback"):
+        TGOLTrainer(stable_diffusion(), config(), dataset, callbacks=[sampler(), sampler()])
+    trainer = TGOLTrainer(stable_diffusion(), config(), dataset, callbacks=[sampler()])
+    with pytest.raises(ValueError, match="two of SampleCallback"):
+        trainer.add_callback(sampler())
+
+
+def test_no_repository_is_made_for_a_reward_that_does_not_exist(config, dataset, monkeypatch):
+    made = []
+    monkeypatch.setattr(TGOLTrainer, "init_hf_repo", lambda self, *args, **kwargs: made.append(self))
+    with pytest.raises(ValueError, match="'brightnes' is not a known reward"):
+        args = config(push_to_hub=True, hub_model_id="user/adapter")
+        TGOLTrainer(stable_diffusion(), args, dataset, callbacks=[sampler("brightnes")])
+    assert not made
 
 
 @pytest.mark.parametrize(

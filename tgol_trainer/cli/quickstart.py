@@ -71,7 +71,7 @@ class Quickstart:
         }
 
     def sample_dataset(self, pipeline: DiffusionPipeline) -> Dataset:
-        """Draw images from the base model, score them, and write them as Parquet with one column per score."""
+        """Generate images with the base model, score them, and write them as Parquet with one column per score."""
         from datasets import Dataset, Features, Value
         from datasets import Image as ImageFeature
 
@@ -100,7 +100,7 @@ class Quickstart:
         return dataset
 
     def evaluation_images(self, pipeline: DiffusionPipeline, description: str) -> list[Image]:
-        """Draw the evaluation images: the same prompts and seeds at every call."""
+        """Generate the evaluation images: the same prompts and seeds at every call."""
         from tgol_trainer.evaluation import generate_images
 
         start = time.time()

@@ -34,8 +34,8 @@ class TrainArguments(ScriptArguments):
     rounds: int | None = field(
         default=None,
         metadata={
-            "help": "Train in this many rounds instead of on --dataset_name. Each round draws images of --prompts "
-            "from the policy, scores them with --reward_funcs, and trains with that policy as the reference."
+            "help": "Train in this many rounds instead of on --dataset_name. Each round generates images of --prompts "
+            "with the policy, scores them with --reward_funcs, and trains with that policy as the reference."
         },
     )
     prompts: str | None = field(
@@ -52,29 +52,45 @@ class SampleArguments:
     sample_prompts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Prompts to draw at the start, during and at the end of training: texts, or one text file, table "
-            "or named set of prompts. --reward_funcs score the images."
+            "help": "Prompts whose images are generated at the start, during and at the end of training: texts, or "
+            "one text file, table or named set of prompts. --reward_funcs score the images."
         },
     )
     sample_steps: int | None = field(
-        default=None, metadata={"help": "Draw them every so many updates. None: at each evaluation."}
+        default=None, metadata={"help": "Updates between two samplings of --sample_prompts. None: at each evaluation."}
     )
     sample_seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds. Each prompt is drawn once per seed."}
+        default_factory=lambda: [0], metadata={"help": "Seeds. Each prompt gets one image per seed."}
     )
     sample_guidance_scale: float | None = field(
         default=None,
-        metadata={"help": "Guidance scale of images drawn in training or --rounds. None: the pipeline's own default."},
+        metadata={"help": "Guidance scale of --sample_prompts and --rounds. None: the pipeline's own default."},
     )
     sample_num_inference_steps: int | None = field(
         default=None,
-        metadata={"help": "Denoising steps of images drawn in training or --rounds. None: the pipeline's default."},
+        metadata={"help": "Denoising steps of --sample_prompts and --rounds. None: the pipeline's own default."},
     )
+
+
+_NOT_USED = {"help": "Means nothing for diffusion pipelines: another value is refused."}
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's model arguments with LoRA defaults for denoisers. `full_finetuning` decides; `use_peft` has no effect."""
+    """TRL's model arguments with LoRA defaults for denoisers."""
+
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "No effect: a LoRA adapter is trained unless `full_finetuning` is set."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get a LoRA. None: those of the family (docs/families.md)."}
+    )
+    attn_implementation: str | None = field(default=None, metadata=_NOT_USED)
+    lora_target_parameters: list[str] | None = field(default=None, metadata=_NOT_USED)
+    lora_modules_to_save: list[str] | None = field(default=None, metadata=_NOT_USED)
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=_NOT_USED)
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata=_NOT_USED)
 
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(
@@ -114,11 +130,20 @@ def _check_arguments(
     script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments
 ) -> None:
     if sample.sample_prompts is None and script.rounds is None:
-        for name in ("sample_steps", "sample_guidance_scale", "sample_num_inference_steps"):
+        for name in ("sample_guidance_scale", "sample_num_inference_steps"):
             if getattr(sample, name) is not None:
-                raise SystemExit(f"error: --{name}: has no effect without --sample_prompts.")
+                raise SystemExit(f"error: --{name}: has no effect without --sample_prompts or --rounds.")
         if script.reward_funcs:
             raise SystemExit("error: --reward_funcs: has no effect without --sample_prompts or --rounds.")
+    if sample.sample_prompts is None:
+        if sample.sample_steps is not None or sample.sample_seeds != [0]:
+            name = "sample_seeds" if sample.sample_steps is None else "sample_steps"
+            raise SystemExit(f"error: --{name}: has no effect without --sample_prompts.")
+        if "samples/" in (training.metric_for_best_model or ""):
+            raise SystemExit(
+                f"error: --metric_for_best_model: {training.metric_for_best_model} is only logged with "
+                "--sample_prompts and --reward_funcs."
+            )
     changed = _changed(model)
     unused = [name for name in [*changed, *_changed(script)] if name in _UNUSED]
     if unused:
@@ -239,6 +264,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             trainer_options={
                 "peft_config": _lora_config(model, training),
                 "quantization_config": _quantization_config(model),
+                "callbacks": [_sample_callback(sample, script)] if sample.sample_prompts else None,
             },
         )
     print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")

@@ -72,8 +72,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     reference: Literal["base", "initial"] = field(
         default="base",
         metadata={
-            "help": "What log-ratios are measured against: the base model, or with 'initial' the adapter of "
-            "`adapter_name_or_path`, kept frozen under a second name."
+            "help": "'base': log-ratios are measured against the base model. 'initial': against the adapter of "
+            "`adapter_name_or_path`, of which a frozen copy is kept."
         },
     )
     full_finetuning: bool = field(
@@ -130,9 +130,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
-        metadata={
-            "help": "Rows that cannot be trained on: 'raise' stops before training, 'skip' leaves them out and counts."
-        },
+        metadata={"help": "Rows that cannot be trained on: 'raise' stops before training, 'skip' logs their number."},
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Number of processes that check the images before training."}

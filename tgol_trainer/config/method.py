@@ -53,8 +53,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     threshold_strategy: Literal["global", "group", "oracle", "running"] = field(
         default="global",
         metadata={
-            "help": "Where τ comes from: a percentile of all scores (paper); one τ per group, pooled towards the "
-            "global τ; the log-mean-exp of a prompt's reference samples; or the last scores of a stream."
+            "help": "Source of τ. 'global': a percentile of all scores (paper). 'group': one τ per group, pooled "
+            "towards the global τ. 'oracle': the log-mean-exp of a prompt's reference samples. 'running': a "
+            "percentile of the last scores of a stream."
         },
     )
     threshold_percentile: float = field(
@@ -63,7 +64,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     )
     threshold: float | None = field(
         default=None,
-        metadata={"help": "A fixed τ in normalised score units. Set it instead of estimating τ from the scores."},
+        metadata={
+            "help": "A fixed τ instead of one from the scores, in raw units unless `score_normalization` is set."
+        },
     )
     group_column: str | None = field(
         default=None,
@@ -71,13 +74,14 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     )
     group_statistic: Literal["percentile", "mean"] = field(
         default="percentile",
-        metadata={"help": "A group's own threshold: that percentile of its scores, or their mean."},
+        metadata={"help": "A group's own threshold: the `threshold_percentile` of its scores, or their mean."},
     )
     oracle_beta: float | None = field(
         default=None,
         metadata={
-            "help": "β_r of the oracle threshold in normalised score units. Large values approach the mean of a "
-            "prompt's samples, small ones the maximum. None: the standard deviation within prompts."
+            "help": "β_r of the oracle threshold, in raw units unless `score_normalization` is set. Large values "
+            "approach the mean of a prompt's samples, small ones the maximum. None: the standard deviation within "
+            "prompts."
         },
     )
     reference_samples: bool = field(
@@ -104,13 +108,13 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     score_normalization: Literal["none", "zscore", "robust"] = field(
         default="none",
         metadata={
-            "help": "Standardise scores before τ and c act: by mean and standard deviation, or by median and "
-            "interquartile range. The paper uses 'none'."
+            "help": "Standardise scores before τ and c act. 'zscore': by mean and standard deviation. 'robust': by "
+            "median and interquartile range. 'none': raw scores (paper)."
         },
     )
     dead_zone: float = field(
         default=0.0,
-        metadata={"help": "Leave out rows whose score is closer to τ than this, in normalised score units."},
+        metadata={"help": "Leave out rows with |s - τ| below this, in raw units unless `score_normalization` is set."},
     )
     ordinal_percentiles: list[float] = field(
         default_factory=lambda: [25.0, 50.0, 75.0],
@@ -144,7 +148,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default="none",
         metadata={
             "help": "'group' subtracts the mean of the group's other images in the batch from log-ratio and score. "
-            "The prompt's baseline cancels, and the hold of the reference becomes weaker."
+            "The prompt's baseline cancels. The policy is held less closely to the reference."
         },
     )
     centering_strength: float = field(
@@ -157,12 +161,12 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default=None,
         metadata={
             "help": "Images of one group side by side in a batch. It must divide `per_device_train_batch_size`. "
-            "Needed by 'dpo', 'tgol_pairs' and centring. None: rows in random order."
+            "The losses 'dpo' and 'tgol_pairs' and `log_ratio_centering` need it. None: rows in random order."
         },
     )
     share_group_noise: bool = field(
         default=False,
-        metadata={"help": "Give all samples of a group the same noise and time (or mask) at each step."},
+        metadata={"help": "Give all images of a group the same noise and time (or mask) at each step."},
     )
 
     # Settings of other losses, and the reference
@@ -173,7 +177,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         },
     )
     nft_mix: float = field(
-        default=1.0, metadata={"help": "b of 'nft': how far v⁺ and v⁻ lie from the reference towards the policy."}
+        default=1.0, metadata={"help": "b of the loss 'nft': v⁺ and v⁻ are v_ref ± b·(v - v_ref), see docs/losses.md."}
     )
     reference_update: Literal["never", "epoch"] = field(
         default="never",
@@ -284,9 +288,10 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         if self.threshold_strategy == "running" and self.threshold_update == "epoch":
             raise ValueError("`threshold_strategy='running'` follows the scores anyway: leave `threshold_update`.")
         if self.loss_type == "ordinal" and self.strategy != "global":
+            given = "threshold" if self.threshold is not None else "threshold_strategy"
             raise ValueError(
                 f"`loss_type='ordinal'` cuts at the `ordinal_percentiles` of all scores, which "
-                f"`threshold_strategy={self.threshold_strategy!r}` and `threshold` do not change: leave them out."
+                f"`{given}={getattr(self, given)!r}` does not change: leave it out."
             )
         if self.oracle_beta is not None and not (math.isfinite(self.oracle_beta) and self.oracle_beta > 0):
             raise ValueError(f"`oracle_beta` must be larger than 0 and finite, got {self.oracle_beta}.")
@@ -320,7 +325,10 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
 
 
 _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
-    "threshold_percentile": (lambda args: args.threshold is None, "without a fixed `threshold`"),
+    "threshold_percentile": (
+        lambda args: args.threshold is None and (args.loss_type != "ordinal" or args.dead_zone > 0),
+        "without a fixed `threshold`, and with `loss_type='ordinal'` only beside a `dead_zone`",
+    ),
     "group_column": (lambda args: args.uses_groups, "with group thresholds, `group_size` or `share_group_noise`"),
     "group_statistic": (lambda args: args.threshold_strategy == "group", "with `threshold_strategy='group'`"),
     "oracle_beta": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),

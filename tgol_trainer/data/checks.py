@@ -15,10 +15,23 @@ from .rows import CAST_PROMPT, CAST_SCORE, CAST_SCORE_WITH_BLANKS, Columns, read
 
 logger = logging.getLogger(__name__)
 
+_FILE_NAMES = ["file_name", "filename"]
 _VIDEO_NAMES = ["video", "clip", "mp4", "webm"]
 _SYNONYMS = {
     "prompt": ["prompt", "caption", "text", "prompts", "captions", "instruction"],
-    "image": ["image", "img", "jpg", "png", "file_name", "filename", "image_path", "path", "file", "images"],
+    "image": [
+        "image",
+        "img",
+        "picture",
+        "jpg",
+        "png",
+        "file_name",
+        "filename",
+        "image_path",
+        "path",
+        "file",
+        "images",
+    ],
     "video": [*_VIDEO_NAMES, "file_name", "filename", "video_path", "path", "file", "videos", "frames"],
     "score": ["score", "rating", "reward", "stars", "aesthetic_score", "scores", "preference", "label"],
 }

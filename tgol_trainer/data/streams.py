@@ -44,8 +44,9 @@ class ScoredStream(torch.utils.data.IterableDataset):
 
     Attributes:
         follower (`Callable[[], Callable[[float], dict]]`, *optional*):
-            Makes, for each pass over the stream, a function from a row's raw score to its labels, such as
-            [`labels.Labeler.follower`]; set by the trainer. Each process and worker follows the rows that it reads.
+            Makes, for each pass over the stream or a part of it, a function from a row's raw score to its labels, such
+            as [`labels.Labeler.follower`]; set by the trainer on the whole stream. Each process and worker follows the
+            rows that it reads.
         source ([`datasets.IterableDataset`]): The dataset as it was given.
 
     Raises:
@@ -68,6 +69,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
             raise DataError(f"{name}: it is not a stream. Use prepare_dataset for a datasets.Dataset.")
         check_columns(dataset, columns, name)
         self.source = dataset
+        self._whole = self  # parts read its `follower`
         self._dataset = undecoded(dataset, columns.names)
         self._columns = columns
         self._on_bad_sample = on_bad_sample
@@ -77,7 +79,8 @@ class ScoredStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = self._columns
         bad, index = BadRows(self._name, columns), -1
-        label = self.follower() if self.follower is not None else None
+        follower = self._whole.follower
+        label = follower() if follower is not None else None
         for index, values in enumerate(self._dataset):
             prompt, visual, score = (values.get(column) for column in columns.names)
             row = read_row(prompt, visual, score, columns.num_frames)
@@ -160,7 +163,6 @@ def stream_scores(
     on_bad_sample: OnBadSample = "raise",
     limit: int | None = None,
     name: str = "train_dataset",
-    progress: bool = True,
 ) -> tuple[np.ndarray, list[str] | None]:
     """
     Read the scores of a stream without opening an image, for a threshold before the first step.
@@ -172,7 +174,6 @@ def stream_scores(
             `"raise"` stops once five bad scores are found, or at the end; `"skip"` leaves them out and warns.
         limit (`int`, *optional*): Stop after this many usable scores; `None` reads to the end.
         name (`str`, *optional*, defaults to `"train_dataset"`): The argument it was given as, for messages.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
         `tuple[numpy.ndarray, list[str] | None]`: (N,) float64, and the N names of their groups where `columns` name a
@@ -191,7 +192,7 @@ def stream_scores(
     groups: list[str] = []
     bad, index = BadRows(name, columns), -1
     rows = enumerate(undecoded(dataset, [columns.score, *([columns.group] if columns.group else [])]))
-    for index, row in tqdm(rows, desc="Reading scores", unit=" rows", disable=not progress):
+    for index, row in tqdm(rows, desc="Reading scores", unit=" rows"):
         value = row.get(columns.score)
         score, cause = read_score(value)
         if cause is None:

@@ -1,4 +1,4 @@
-"""Draw images with fixed seeds, compare scores in pairs, and write the plots, tables and reports of both."""
+"""Generate images with fixed seeds, compare scores in pairs, and write the plots, tables and reports of both."""
 
 from __future__ import annotations
 

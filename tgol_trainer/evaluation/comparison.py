@@ -291,8 +291,8 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _shortened(text: str, length: int = 26) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= 26 else text[:23] + "..."
 
 
 def _before_after(before: float, after: float) -> str:

@@ -1,4 +1,4 @@
-"""Draw images and videos with fixed seeds from any diffusers pipeline, and leave the pipeline as it was."""
+"""Generate images and videos with fixed seeds from any diffusers pipeline, and leave the pipeline as it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generate_images(
     **sampling: Any,
 ) -> list[Image.Image]:
     """
-    Draw one image per prompt, each from its own seed.
+    Generate one image per prompt, each from its own seed.
 
     Prompts are taken in fixed chunks of `batch_size`, so the same call gives the same images; another `batch_size`
     may move a pixel by a grey level. Runs without gradients and with every module of the pipeline in eval mode.
@@ -72,7 +72,7 @@ def generate_videos(
     **sampling: Any,
 ) -> list[list[Image.Image]]:
     """
-    Draw one video per prompt, each from its own seed, with the guarantees of [`generate_images`].
+    Generate one video per prompt, each from its own seed, with the guarantees of [`generate_images`].
 
     Args:
         pipeline (`DiffusionPipeline`): Any text-to-video pipeline.
@@ -95,7 +95,7 @@ def generate_videos(
     num_frames = sampling.get("num_frames")
     if num_frames is not None and len(videos[0]) != num_frames:
         raise ValueError(
-            f"{type(pipeline).__name__} was asked for {num_frames} frames and drew {len(videos[0])}: ask for "
+            f"{type(pipeline).__name__} was asked for {num_frames} frames and made {len(videos[0])}: ask for "
             f"`num_frames={len(videos[0])}`, or for a number of the form that the model takes."
         )
     return videos

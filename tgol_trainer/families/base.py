@@ -52,7 +52,7 @@ class ModelOrigin:
             Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
         call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
             Keyword arguments that suit the model where the pipeline's defaults do not, for the snippet of its card and
-            for images drawn during training.
+            for images sampled during training.
         license (`dict[str, str]`, *optional*, defaults to `{}`):
             `license`, `license_name` and `license_link` of a local folder's own card.
     """

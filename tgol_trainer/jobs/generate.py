@@ -71,10 +71,6 @@ class GenerationSettings:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _image_columns(images: list[Any], fps: int) -> dict[str, list[Any]]:
-    return {"image": images}
-
-
 def _video_columns(videos: list[Any], fps: int) -> dict[str, list[Any]]:
     return {
         "video": [{"bytes": encode_video(frames, fps), "path": None} for frames in videos],
@@ -85,10 +81,10 @@ def _video_columns(videos: list[Any], fps: int) -> dict[str, list[Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Medium:
-    """How images or videos are drawn and stored."""
+    """How images or videos are generated and stored."""
 
     name: str
-    draw: Callable[..., list[Any]]
+    generate: Callable[..., list[Any]]
     columns: Callable[[list[Any], int], dict[str, list[Any]]]
     features: dict[str, Any]
     sampling: tuple[str, ...]
@@ -200,8 +196,8 @@ def generate_dataset(
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
                 texts = [prompt for prompt, _ in rows[part]]
-                drawn = medium.draw(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling)
-                for name, values in medium.columns(drawn, fps).items():  # encoded at once: frames are large
+                made = medium.generate(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling)
+                for name, values in medium.columns(made, fps).items():  # encoded at once: frames are large
                     made[name] += values
                 bar.update(len(texts))
             shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))

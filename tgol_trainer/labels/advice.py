@@ -9,7 +9,7 @@ import numpy as np
 
 from tgol_trainer import thresholds
 
-from .labeler import Labeler, RowLabels
+from .labeler import Labeler
 from .report import GroupReport, LabelReport, summarize_groups, tie_breaker
 
 # Where advice starts. Standardised normal scores with the paper's c = 5 have a mean weight of 5, and their largest 1 %
@@ -54,25 +54,29 @@ def advise(report: LabelReport, *, can_compare: bool = False) -> list[Advice]:
 
 
 def advise_training(
-    labeler: Labeler, labels: RowLabels, prompts: Sequence[str], prompt_column: str = "prompt"
+    labeler: Labeler, scores: np.ndarray, prompts: Sequence[str], prompt_column: str = "prompt"
 ) -> list[Advice]:
     """
     Return what looks wrong with the labels of a training run, as [`advise`] does for a dry run.
 
+    A threshold that was moved is left out, because [`fit_labels`] has logged it.
+
     Args:
         labeler ([`Labeler`]): Fitted to the training rows.
-        labels ([`RowLabels`]): Labels of the training rows.
+        scores (`numpy.ndarray`): (N,) or (N, K) raw scores of these rows.
         prompts (`Sequence[str]`): N prompts of these rows.
         prompt_column (`str`, *optional*, defaults to `"prompt"`): Their column.
     """
-    scores = np.sort(labels.score.astype(np.float64))
+    scores = labeler.normalized(scores)
+    ordered = np.sort(scores)
     numbers, names = thresholds.group_ids(prompts)
     tau = labeler.threshold.value if labeler.rows is None else labeler.rows
     groups = summarize_groups(
-        *(prompt_column, labels.score.astype(np.float64), tau, numbers, labeler.normalization),
+        *(prompt_column, scores, tau, numbers, labeler.normalization),
         names.__getitem__,
     )
-    found = [*_of_sides(labeler, tie_breaker(labeler, scores), float(scores[-1])), *_of_weights(labeler)]
+    sides = _of_sides(labeler, tie_breaker(labeler, ordered), float(ordered[-1]))
+    found = [*(item for item in sides if item.topic != "moved"), *_of_weights(labeler)]
     return _fitting_flags([*found, *_of_groups(groups, labeler.rows is not None)], labeler)
 
 
@@ -167,7 +171,7 @@ def _of_weights(labeler: Labeler) -> list[Advice]:
             Advice(
                 "heavy rows",
                 f"The heaviest 1 % of the rows carry {weights.top_1_percent_share:.0%} of the weight: a few outliers "
-                "lead the training. Look at the lowest and highest rows above.",
+                "lead the training. Look at the rows with the lowest and highest scores.",
                 "remove wrong scores, or --weight_form clipped"
                 if weighting.form == "abs"
                 else "remove wrong scores, a smaller --confidence_scale, or --weight_form clipped",

@@ -141,7 +141,7 @@ def fit_labels(
     if settings.unit_mean_weight and mean > 0:
         weighting = dataclasses.replace(labeler.weighting, divisor=mean)
         labeler = dataclasses.replace(labeler, weighting=weighting)
-        labels = dataclasses.replace(labels, weight=labels.weight / np.float32(mean))
+        labels = dataclasses.replace(labels, weight=weighting(labels.margin).astype(np.float32, copy=False))
     weights = thresholds.summarize_weights(labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1))
     _log(labeler.threshold, weights)
     return FittedLabels(dataclasses.replace(labeler, weights=weights), labels, kept)

@@ -100,9 +100,9 @@ class Labeler:
         """
         values = self.normalized(scores)
         if self.cut_points:
-            margin = signed_float32(values[:, None] - np.asarray(self.cut_points))
+            margin = margins(values[:, None], np.asarray(self.cut_points))
         else:
-            margin = signed_float32(values - (self.threshold.value if tau is None else tau))
+            margin = margins(values, self.threshold.value if tau is None else tau)
         quantile = None
         if self.quantiles and self.source is not None:
             ends = [np.searchsorted(self._ordered_source, values, side=side) for side in ("left", "right")]
@@ -218,19 +218,24 @@ class Labeler:
         return before
 
 
-def signed_float32(values: np.ndarray) -> np.ndarray:
+def margins(scores: np.ndarray, tau: np.ndarray | float) -> np.ndarray:
     """
-    Round float64 margins to float32 and keep their signs.
+    Return `scores − tau`, rounded to float32 with their signs kept.
 
     A label is the sign of its margin. A difference that float32 would round to 0, or to a subnormal number that some
     devices flush to 0, becomes the smallest normal number of its sign; 0 stays 0. Larger numbers stay finite.
 
     Args:
-        values (`numpy.ndarray`): float64, (N,) or (N, m).
+        scores (`numpy.ndarray`): float64, (N,), or (N, 1) for m cut points.
+        tau (`numpy.ndarray` or `float`): float64, one value, (N,), or (m,) cut points.
+
+    Returns:
+        `numpy.ndarray`: (N,) or (N, m).
     """
-    rounded = np.empty(values.shape, dtype=np.float32)
-    for start in range(0, len(values), _BLOCK):  # keeps the float64 copies small
-        part = values[start : start + _BLOCK]
+    scores, tau = np.broadcast_arrays(scores, tau)  # views
+    rounded = np.empty(scores.shape, dtype=np.float32)
+    for start in range(0, len(scores), _BLOCK):  # keeps the float64 copies small
+        part = scores[start : start + _BLOCK] - tau[start : start + _BLOCK]
         size = np.clip(np.abs(part), _TINY, _HUGE)
         rounded[start : start + _BLOCK] = np.where(part == 0, 0.0, np.copysign(size, part))
     return rounded

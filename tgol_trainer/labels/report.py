@@ -17,6 +17,7 @@ from .labeler import Labeler
 
 _SHOWN_GROUPS = 20
 _BINS = 16
+_EXAMPLES = 3
 _FIRST_ROWS = 20_000  # rows of a stream that the running threshold is followed over
 
 
@@ -396,14 +397,14 @@ def score_bars(
 
 
 def _examples(
-    rows: ScoredRows, raw: np.ndarray, margins: np.ndarray, weight: np.ndarray, prompt_column: str, count: int = 3
+    rows: ScoredRows, raw: np.ndarray, margins: np.ndarray, weight: np.ndarray, prompt_column: str
 ) -> list[Example]:
     positive = margins >= 0
     places = {
-        "lowest": _smallest(raw, count),
-        "just below τ": _smallest(np.where(positive, np.inf, -margins), count)[::-1],
-        "at or above τ": _smallest(np.where(positive, margins, np.inf), count),
-        "highest": _smallest(-raw, count)[::-1],
+        "lowest": _smallest(raw, _EXAMPLES),
+        "just below τ": _smallest(np.where(positive, np.inf, -margins), _EXAMPLES)[::-1],
+        "at or above τ": _smallest(np.where(positive, margins, np.inf), _EXAMPLES),
+        "highest": _smallest(-raw, _EXAMPLES)[::-1],
     }
     index = np.concatenate(list(places.values()))
     prompts = rows.texts(prompt_column, rows.row_ids[index])

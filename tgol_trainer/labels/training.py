@@ -57,6 +57,8 @@ def check_sources(
             raise ValueError(f"{name}: {STREAMED_COLUMNS}")
     if proxy_dataset is not None and args.threshold is not None:
         raise ValueError("`proxy_dataset` and a fixed `threshold` both set τ: leave one out.")
+    if proxy_dataset is not None and args.reference_samples:
+        raise ValueError("`proxy_dataset` and `reference_samples` both name samples of the reference: leave one out.")
     if args.reference_update == "epoch" and streamed:
         raise ValueError(
             "`reference_update='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
@@ -75,12 +77,25 @@ def check_sources(
             "`max_threshold_samples` limits the first pass over a stream and has no effect on a dataset with a "
             "length: leave it out."
         )
+    if streamed and args.max_threshold_samples is not None and not _reads_stream(args, proxy_dataset is not None):
+        raise ValueError(
+            "`max_threshold_samples` limits the first pass over a stream, and with a fixed `threshold` or a "
+            "`proxy_dataset` there is none: leave it out."
+        )
     if args.threshold_strategy == "oracle" and proxy_dataset is None and not args.reference_samples:
         raise ValueError(
             "`threshold_strategy='oracle'` is estimated from samples of the reference model. Give them as "
             "`proxy_dataset`, or set `reference_samples=True` if the reference model made the training images."
         )
     _check_threshold_update(args, bool(streamed), callable(proxy_dataset))
+
+
+def _reads_stream(args: MethodArguments, proxy: bool) -> bool:
+    """Whether the scores of a stream are read before training."""
+    if label_settings(args).unit_mean_weight:
+        return True
+    fixed = args.threshold is not None and args.score_normalization == "none" and args.loss_type not in ("qrpo", "nft")
+    return not (proxy or fixed)
 
 
 def _check_threshold_update(args: MethodArguments, streamed: bool, regenerated: bool) -> None:
@@ -153,9 +168,7 @@ def fit_rows(
         source, source_groups = _read_source(proxy, args, columns, group)
     if isinstance(rows, data.ScoredDataset):
         scores = rows.scores
-    elif proxy is None and (
-        args.threshold is None or args.score_normalization != "none" or args.loss_type in ("qrpo", "nft")
-    ):
+    elif _reads_stream(args, proxy is not None):
         limit, alone = args.max_threshold_samples, dataclasses.replace(columns, group=None)
         scores, _ = data.stream_scores(rows.source, alone, on_bad_sample=args.on_bad_sample, limit=limit)
     return fit_labels(
@@ -173,10 +186,12 @@ def _read_source(
     proxy: AnyDataset, args: TGOLConfig, columns: Columns, group: str | None
 ) -> tuple[np.ndarray, list[str] | None]:
     """Return the (M,) or (M, K) scores of the usable rows of a proxy set, and the names of their groups."""
-    if not args.score_columns or not isinstance(proxy, datasets.Dataset):
+    if not args.score_columns:
         stream = proxy.to_iterable_dataset() if isinstance(proxy, datasets.Dataset) else proxy
         wanted = dataclasses.replace(columns, group=group)
         return data.stream_scores(stream, wanted, on_bad_sample=args.on_bad_sample, name="proxy_dataset")
+    if not isinstance(proxy, datasets.Dataset):
+        raise ValueError(f"proxy_dataset: {STREAMED_COLUMNS}")
     if group is not None and group not in proxy.column_names:
         raise DataError(f"proxy_dataset: no column {group!r} of groups; its columns are {proxy.column_names}.")
     found = read_scores(
@@ -198,7 +213,7 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
 
     Args:
         rows ([`data.ScoredDataset`]): The rows that are trained on.
-        scores (`numpy.ndarray`): (N,) their scores.
+        scores (`numpy.ndarray`): (N,) their normalised scores, float32, as the losses compare them.
         args ([`TGOLConfig`]): The configuration.
 
     Raises:
@@ -213,6 +228,6 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
     if not (highest > lowest).any():
         raise ValueError(
             f"{args.comparing} compares images of one group, and none of the {len(lowest)} groups (equal values of "
-            f"{args.group_column or args.prompt_column!r}) has two images with different scores. Score several "
-            "images per prompt, name another `group_column`, or train with `loss_type='tgol'` without centring."
+            f"{args.group_column or args.prompt_column!r}) has two images with different float32 scores. Score "
+            "several images per prompt, name another `group_column`, or train with `loss_type='tgol'`, uncentred."
         )

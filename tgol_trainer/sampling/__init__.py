@@ -1,4 +1,4 @@
-"""Draw, score and log images during training."""
+"""Sample, score and log images during training."""
 
 from .callback import SAMPLE_METRICS, RewardFuncs, SampleCallback, SampleSettings
 

@@ -1,4 +1,4 @@
-"""Draw, score and log images of the same prompts and seeds during training."""
+"""Sample, score and log images of the same prompts and seeds during training."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class SampleSettings:
 
 class SampleCallback(RunCallback):
     """
-    Draw the same prompts and seeds at chosen steps without disturbing what is trained.
+    Sample the same prompts and seeds at chosen steps without disturbing what is trained.
 
-    Every process draws and scores its share of the batches, then all meet once in `run.gather`, whatever they drew;
+    Every process samples and scores its share of the batches, then all meet once in `run.gather`, whatever they made;
     the first process writes and logs. Weights, gradients, random state, training flags, active adapters and scheduler
     are afterwards as they were. Hand it to [`TGOLTrainer`] in `callbacks`.
 
@@ -75,8 +75,8 @@ class SampleCallback(RunCallback):
             Names of rewards, `module:function` or functions `(images, prompts) -> scores`, which score the images.
             Rewards that are named are loaded on the trainer's device when the trainer is set up.
         steps (`int`, *optional*):
-            Draw every so many updates; by default at each evaluation. The start and the end are always drawn.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each prompt is drawn once per seed.
+            Updates between two samplings; by default one at each evaluation. The start and the end are always sampled.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each prompt gets one image per seed.
         settings ([`SampleSettings`], *optional*): Guidance and denoising steps of the images.
 
     Raises:
@@ -108,12 +108,20 @@ class SampleCallback(RunCallback):
         self.latest: tuple[int, dict[str, float]] | None = None
         self.moved = False
 
-    def start(self, run: Run) -> None:
-        """Load the rewards and check the settings against the run."""
-        self.run, args = run, run.args
-        self.makes_videos = run.num_frames is not None
+    def prepare(self, args: TGOLConfig, num_frames: int | None) -> None:
+        """Load the rewards, and check the settings against those of the run."""
+        self.makes_videos = num_frames is not None
         with _undisturbed():
             self.rewards = self._load_rewards(self.reward_funcs, args)
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        self.at_evaluation = self.steps is None or "samples/" in metric
+        if metric.startswith("samples/"):
+            self._check_metric(metric)
+
+    def start(self, run: Run) -> None:
+        """Begin with a run, and forget an earlier one."""
+        self.run, args = run, run.args
+        self.columns, self.base, self.latest = [], None, None
         own = run.call_arguments
         height, width = run.size
         steps, guidance = self.settings.num_inference_steps, self.settings.guidance_scale
@@ -131,10 +139,6 @@ class SampleCallback(RunCallback):
             {"seeds": [seed for _, seed in self.rows], "batch_size": args.per_device_eval_batch_size, **self.sampling},
         )
         self.moved = bool(args.adapter_name_or_path and args.reference == "base")
-        metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        self.at_evaluation = self.steps is None or "samples/" in metric
-        if metric.startswith("samples/"):
-            self._check_metric(metric)
 
     def _load_rewards(self, reward_funcs: RewardFuncs | None, args: TGOLConfig) -> dict[str, RewardFunction]:
         given = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs or ())
@@ -164,14 +168,14 @@ class SampleCallback(RunCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over what an earlier part of the run left, draw the base if it is missing, and log step 0."""
+        """Take over what an earlier part of the run left, sample the base if it is missing, and log step 0."""
         found = [self.files.read(state.global_step, list(self.rewards))] if self._is_first() else []
         self.columns, self.latest = self.run.gather(found)[0], None
         self.moved = self.moved or state.global_step > 0
         self.base = next((column for column in self.columns if column.step is None), None)
         with _kept(control):
             if self.base is None:
-                self._draw_base()
+                self._sample_base()
             if state.global_step == 0:
                 self._sample(0)
 
@@ -205,7 +209,7 @@ class SampleCallback(RunCallback):
         """
         Return the scores for an evaluation at this moment, keys as in `SAMPLE_METRICS`.
 
-        During training the images join the strip; else they are drawn, scored and dropped.
+        During training the images join the strip; else they are made, scored and dropped.
         """
         if not (self.rewards and self.at_evaluation):
             return {}
@@ -213,8 +217,8 @@ class SampleCallback(RunCallback):
             with _kept(control):
                 return self._sample(state.global_step)
         if self.base is None:
-            self._draw_base(keep=False)
-        return self._compare(self._draw("Sampling")[1])
+            self._sample_base(keep=False)
+        return self._compare(self._make("Sampling")[1])
 
     # ---- What ----
 
@@ -224,7 +228,7 @@ class SampleCallback(RunCallback):
         if self.base is not None and not self.moved:
             scores = self.base.scores
         else:
-            images, scores = self._draw(f"Sampling (step {step})")
+            images, scores = self._make(f"Sampling (step {step})")
             self._keep(SampleColumn(step, scores), images)
         metrics = self._compare(scores)
         self.latest = (step, metrics)
@@ -232,7 +236,7 @@ class SampleCallback(RunCallback):
             self.run.log(dict(metrics))
         return metrics
 
-    def _draw_base(self, keep: bool = True) -> None:
+    def _sample_base(self, keep: bool = True) -> None:
         with self.run.base_model(self.moved) as there:
             if not there:
                 logger.warning(
@@ -241,7 +245,7 @@ class SampleCallback(RunCallback):
                     self.files.folder,
                 )
                 return
-            images, scores = self._draw("Sampling (base)")
+            images, scores = self._make("Sampling (base)")
         self.base = SampleColumn(None, scores)
         if keep:
             self._keep(self.base, images, first=True)
@@ -249,29 +253,29 @@ class SampleCallback(RunCallback):
     def _is_first(self) -> bool:
         return self.run.args.process_index == 0
 
-    def _draw(self, description: str) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
+    def _make(self, description: str) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         """Return the images of all rows and their scores, the same on every process."""
         args = self.run.args
         starts = range(0, len(self.rows), args.per_device_eval_batch_size)
-        # A sharded network is called by all processes or by none, so there each draws everything.
+        # A sharded network is called by all processes or by none, so there each makes everything.
         mine = starts if self.run.sharded else starts[args.process_index :: args.world_size]
         hidden = args.disable_tqdm or not self._is_first()
         parts = []
         with tqdm(total=len(mine), desc=description, unit="batch", leave=False, disable=hidden) as bar, _undisturbed():
             for start in mine:
-                parts.append((start, *self._draw_batch(self.rows[start : start + args.per_device_eval_batch_size])))
+                parts.append((start, *self._make_batch(self.rows[start : start + args.per_device_eval_batch_size])))
                 bar.update()
         images: list[Image.Image] = []
         scores: dict[str, list[float | None]] = {name: [] for name in self.rewards}
-        for _, drawn, found in sorted(
+        for _, made, found in sorted(
             {part[0]: part for part in self.run.gather(parts)}.values(), key=lambda part: part[0]
         ):
-            images += drawn
+            images += made
             for name, values in found.items():
                 scores[name] += values
         return images, scores
 
-    def _draw_batch(self, rows: list[tuple[str, int]]) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
+    def _make_batch(self, rows: list[tuple[str, int]]) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         options = {"batch_size": len(rows), "progress": False, **self.sampling}
         pipeline = self.run.pipeline
@@ -330,7 +334,7 @@ class SampleCallback(RunCallback):
 
 def read_sample_prompts(given: list[str] | str) -> list[str]:
     """
-    Return the prompts to draw.
+    Return the prompts to sample.
 
     Args:
         given (`list[str]` or `str`): Prompts; or one text file, table or named set that holds them.

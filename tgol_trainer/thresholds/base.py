@@ -21,7 +21,7 @@ class Threshold:
     Args:
         value (`float`):
             τ, in the (normalised) unit of the scores it was estimated from; a score equal to τ is positive.
-        source (`str`): `"percentile"`, `"fixed"` or `"proxy"`.
+        source (`str`): `"percentile"`, `"fixed"`, `"proxy"`, `"group"` or `"oracle"`.
         num_scores (`int`): Number of scores labelled.
         num_positive (`int`): Scores with `score >= value`.
         num_ties (`int`): Scores equal to `value`.
