@@ -196,8 +196,10 @@ def generate_dataset(
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
                 texts = [prompt for prompt, _ in rows[part]]
-                made = medium.generate(pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling)
-                for name, values in medium.columns(made, fps).items():  # encoded at once: frames are large
+                outputs = medium.generate(
+                    pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling
+                )
+                for name, values in medium.columns(outputs, fps).items():  # encoded at once: frames are large
                     made[name] += values
                 bar.update(len(texts))
             shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))
