@@ -98,20 +98,25 @@ def attach(model: ModelMixin, config: LoraConfig, *, seed: int, probe: Callable[
         ValueError: if the model already has adapters, if nothing matches `target_modules`, or if switching the adapter
             off does not give back the base model's output exactly.
     """
-    from diffusers.training_utils import cast_training_params
-
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"The model already carries adapters ({', '.join(model.peft_config)}). Call `pipe.unload_lora_weights()` "
             "first, or continue from a saved adapter with `adapter_name_or_path=`."
         )
-    model.requires_grad_(False)
     before = probe()
+    add_policy(model, config, seed=seed)
+    check_reference(model, before, probe)
+
+
+def add_policy(model: ModelMixin, config: LoraConfig, *, seed: int = 0) -> None:
+    """Do what [`attach`] does, on a denoiser without adapters, and without its checks, which need weights."""
+    from diffusers.training_utils import cast_training_params
+
+    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config, POLICY)
     cast_training_params(model, torch.float32)
-    check_reference(model, before, probe)
 
 
 def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[], torch.Tensor]) -> None:

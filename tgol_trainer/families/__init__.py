@@ -100,7 +100,7 @@ def load_family(
     if "quantization_config" in options:
         options.setdefault("dtype", "float32")  # otherwise diffusers makes layers that are not quantised float16
     if "dtype" in options:
-        options["dtype"] = _read_dtype(options["dtype"])
+        options["dtype"] = read_dtype(options["dtype"])
     if embedded := embedded_model(model):
         return _load_embedded(str(model), embedded, options, settings)
     if "meissonic_repository" in options:
@@ -114,10 +114,10 @@ def load_family(
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)
 
 
-def _read_dtype(value: Any) -> Any:
+def read_dtype(value: Any) -> Any:
     """Turn names of torch dtypes into dtypes, also in a dictionary by component."""
     if isinstance(value, dict):
-        return {part: _read_dtype(each) for part, each in value.items()}
+        return {part: read_dtype(each) for part, each in value.items()}
     if not isinstance(value, str) or value == "auto":
         return value
     dtype = getattr(torch, value, None)

@@ -147,6 +147,9 @@ class ModelFamily(abc.ABC):
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
 
+    rows_per_image = 2
+    """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
+
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
     ) -> None:
@@ -247,6 +250,18 @@ class ModelFamily(abc.ABC):
             if sample:
                 latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
             return self.scale_latents(latents).to(self.denoiser.dtype)
+
+    def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of scaled latents, in the autoencoder's dtype and range; the way back of `encode_images`."""
+        vae = self.pipeline.vae
+        config, latents = vae.config, latents.to(vae.dtype)
+        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (-1, *[1] * (latents.dim() - 2))
+            latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
+        with frozen_pass(vae.device):
+            return vae.decode(latents, return_dict=False)[0]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""

@@ -87,6 +87,13 @@ class MaskedTokenFamily(ModelFamily):
             ids = vqvae.quantize(latents)[2][2]
         return ids.reshape(len(latents), *latents.shape[-2:])
 
+    def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) of codes (B, h, w)."""
+        vqvae = self.pipeline.vqvae
+        shape = (*latents.shape, vqvae.config["latent_channels"])
+        with frozen_pass(vqvae.device):
+            return vqvae.decode(latents, force_not_quantize=True, shape=shape, return_dict=False)[0]
+
     def usage(self, location: str, prompt: str) -> str:
         """The snippet of the base class; the transformer itself loads the adapter, as the pipeline has no method."""
         load = (
