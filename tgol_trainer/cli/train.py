@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
 from .console import PUSH_FAILED, plain_errors, set_up_logging
+
+if TYPE_CHECKING:
+    from tgol_trainer.planning import Setup
 
 
 @dataclass
@@ -232,6 +235,43 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
     )
 
 
+def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> Setup:
+    """Return what decides the memory of a command line, for [`planning.predict`]."""
+    import torch
+
+    from tgol_trainer.planning import Quantization, Setup
+
+    if model.model_name_or_path is None:
+        raise SystemExit("error: name a model: a Hub id, a folder, or `shapes` for the embedded model.")
+    if training.adapter_name_or_path:
+        raise SystemExit("error: --adapter_name_or_path: not read here. Leave it out and give that adapter's --lora_r.")
+    options = _model_init_kwargs(model, training) or {}
+    if "meissonic_repository" in options:
+        raise SystemExit("error: Meissonic cannot be planned for: its classes are not in diffusers.")
+    quantization = None
+    if model.load_in_4bit or model.load_in_8bit:
+        compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
+        quantization = Quantization(4 if model.load_in_4bit else 8, model.use_bnb_nested_quant, compute)
+    sides = [int(side) for side in str(training.resolution or "").split("x") if side]
+    return Setup(
+        model=model.model_name_or_path,
+        revision=options.get("revision"),
+        dtype=options.get("dtype", "float32"),
+        quantization=quantization,
+        lora=_lora_config(model, training),
+        reference_adapter=training.reference_update == "epoch",
+        resolution=(sides[0], sides[-1]) if sides else None,
+        num_frames=training.num_frames,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
+        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+        optimizer=str(getattr(training.optim, "value", training.optim)),
+        encoders_on_device=script.dataset_streaming,
+        sampling_batch=training.per_device_eval_batch_size,
+    )
+
+
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from functools import partial
 
@@ -322,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 load(script.dataset_name, script.dataset_test_split) if training.eval_strategy != "no" else None
             ),
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
-            peft_config=_lora_config(model, training),
+            peft_config=lora_config(model, training),
             quantization_config=_quantization_config(model),
             callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
         )

@@ -13,6 +13,7 @@ from tgol_trainer import adapters
 from tgol_trainer.families import ModelFamily
 from tgol_trainer.likelihoods import RowGenerators
 
+from .cards import REACHED, Card
 from .networks import Setup, build, forget_weights, networks, weight_bytes
 from .tracing import LiveBytes, without_memory
 
@@ -103,6 +104,7 @@ class Prediction:
         setup ([`Setup`]): The run.
         pipeline (`str`): Name of the pipeline's class.
         size (`tuple[int, int]`): Height and width in pixels.
+        multiple (`int`): What both are multiples of.
         num_frames (`int`, *optional*): Frames of a clip.
         num_trained (`int`): Values that are trained.
         encoding ([`Phase`], *optional*): Filling the cache; `None` where each step encodes.
@@ -116,6 +118,7 @@ class Prediction:
     setup: Setup
     pipeline: str
     size: tuple[int, int]
+    multiple: int
     num_frames: int | None
     num_trained: int
     encoding: Phase | None
@@ -129,6 +132,20 @@ class Prediction:
     def needed(self) -> int:
         """Most bytes that encoding and training take."""
         return max(phase.total for phase in (self.encoding, self.training) if phase is not None)
+
+    def update_seconds(self, card: Card) -> tuple[float, float] | None:
+        """
+        Estimate the least and most seconds of an update from what makers say of a card.
+
+        `None` where the card's rate is not that of the products: in float32, in 4 or 8 bits, or where it is not known.
+        """
+        setup = self.setup
+        dtype = setup.dtype.get("default", "float32") if isinstance(setup.dtype, dict) else setup.dtype
+        halves = setup.autocast is not None or str(dtype).removeprefix("torch.") in ("bfloat16", "float16")
+        if card.rate is None or not halves or setup.quantization is not None:
+            return None
+        slowest, fastest = (self.step.flops * setup.accumulation / (card.rate * share) for share in REACHED)
+        return fastest, slowest
 
 
 def predict(setup: Setup) -> Prediction:
@@ -150,15 +167,7 @@ def predict(setup: Setup) -> Prediction:
 def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     """Predict what a setup takes with a family that [`build`] made; its networks are changed."""
     denoiser = family.denoiser
-    weights = {name: weight_bytes(network) for name, network in networks(family).items()}
-    trained = weight_bytes(denoiser, trained=True)
-    if setup.lora is None:
-        at_denoiser = {"denoiser": trained, "reference": trained}
-    else:
-        at_denoiser = {"denoiser": weights[family.denoiser_name] - trained, "adapter": trained}
-    texts = sum(size for name, size in weights.items() if name.startswith("text_encoder"))
-    autoencoder = sum(weights.values()) - weights[family.denoiser_name] - texts
-    encoders = {"text encoders": texts, "autoencoder": autoencoder}
+    at_denoiser, encoders = _weights(family, setup)
     optimizer = {"optimizer": optimizer_bytes(denoiser, setup.optimizer)}
     size = setup.resolution or family.native_size
     with without_memory():
@@ -171,6 +180,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         setup=setup,
         pipeline=type(family.pipeline).__name__,
         size=size,
+        multiple=family.resolution_multiple,
         num_frames=family.num_frames,
         num_trained=sum(each.numel() for each in denoiser.parameters() if each.requires_grad),
         encoding=None if setup.encoders_on_device else _encoding_phase(encoding, encoders, at_denoiser, setup),
@@ -183,6 +193,26 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         bytes_per_prompt=encoding.bytes_per_prompt,
         bytes_per_image=encoding.bytes_per_image,
     )
+
+
+def weights_alone(setup: Setup) -> int:
+    """Return bytes that training surely takes: the weights of the networks that it has on the device."""
+    at_denoiser, encoders = _weights(build(setup), setup)
+    return sum(at_denoiser.values()) + (sum(encoders.values()) if setup.encoders_on_device else 0)
+
+
+def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of weights that training needs in any case, and of the encoders."""
+    sizes = {name: weight_bytes(network) for name, network in networks(family).items()}
+    trained = weight_bytes(family.denoiser, trained=True)
+    if setup.lora is None:
+        at_denoiser = {"denoiser": trained, "reference": trained}
+    else:
+        at_denoiser = {"denoiser": sizes[family.denoiser_name] - trained, "adapter": trained}
+        at_denoiser |= {"reference": trained} if setup.reference_adapter else {}
+    texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    autoencoder = sum(sizes.values()) - sizes[family.denoiser_name] - texts
+    return at_denoiser, {"text encoders": texts, "autoencoder": autoencoder}
 
 
 def _encoding_phase(
@@ -295,10 +325,9 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
     """Return the most that prompts, one step of the denoiser, or decoding hold when images are generated."""
     batch = setup.sampling_batch
     rows = family.rows_per_image * batch
-    geometry = torch.empty(batch + 1, 4, dtype=torch.int64)
+    geometry = torch.empty(batch, 4, dtype=torch.int64)
     with LiveBytes() as live, torch.no_grad():
-        prompts = [*(f"prompt {index}" for index in range(batch)), ""]
-        conditioning = family.condition(prompts, geometry, size)
+        conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
         conditioning = {name: _of_batch(value, rows) for name, value in conditioning.items()}
         latents = _of_batch(encoding.latents, rows)
         draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))

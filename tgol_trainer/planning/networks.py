@@ -30,6 +30,7 @@ class Setup:
         dtype (`Any`, *optional*, defaults to `"float32"`): Of the weights, also by component.
         quantization ([`Quantization`], *optional*): Of the denoiser.
         lora (`peft.LoraConfig`, *optional*): The adapter; `None` for training every weight.
+        reference_adapter (`bool`, *optional*, defaults to `False`): The reference is a second adapter.
         resolution (`tuple[int, int]`, *optional*): Height and width in pixels; by default the model's own.
         num_frames (`int`, *optional*): Frames of a clip; by default the model's own number.
         batch_size (`int`, *optional*, defaults to 8): Rows of one pass.
@@ -47,6 +48,7 @@ class Setup:
     dtype: Any = "float32"
     quantization: Quantization | None = None
     lora: LoraConfig | None = None
+    reference_adapter: bool = False
     resolution: tuple[int, int] | None = None
     num_frames: int | None = None
     batch_size: int = 8

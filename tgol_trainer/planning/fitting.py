@@ -1,0 +1,117 @@
+"""Look for settings with which a run fits a card: the nearest to those that were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .memory import Prediction, predict, weights_alone
+from .networks import Setup
+from .quantized import Quantization
+
+logger = logging.getLogger(__name__)
+
+_SMALLER = (0.75, 0.5)
+"""Shares of each side that are tried as a smaller resolution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """
+    What fits, or the least that was found.
+
+    Args:
+        prediction ([`Prediction`]): Of that setup.
+        flags (`dict[str, str]`): Flags of `tgol train` that differ from what was asked for.
+        fits (`bool`): Whether it fits.
+    """
+
+    prediction: Prediction
+    flags: dict[str, str]
+    fits: bool
+
+
+def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lambda size: True) -> Fit:
+    """
+    Find settings that fit, in this order: as asked for; gradient checkpointing; smaller batches with accumulation.
+
+    Where the smallest batch does not fit either, the same again with weights in bfloat16, then with the denoiser in 4
+    bits, then at three quarters and at half of the resolution.
+
+    Args:
+        first ([`Prediction`]): What was asked for.
+        memory (`int`): Bytes of the card.
+        accepts (`Callable[[int], bool]`, *optional*): Whether training takes a batch of so many rows.
+
+    Returns:
+        [`Fit`]
+    """
+    if first.needed <= memory:
+        return Fit(first, {}, fits=True)
+    asked, least = first.setup, first
+    sizes = [size for size in range(asked.batch_size, 0, -1) if not asked.batch_size % size and accepts(size)]
+    bases = list(_bases(first))
+    for base in bases:
+        if base is not bases[-1] and weights_alone(base) > memory:
+            continue
+        smallest = _predict(_with_batch(base, sizes[-1]))
+        least = min(least, smallest, key=lambda each: each.needed)
+        if smallest.needed > memory:
+            continue
+        for size in sizes:
+            found = smallest if size == sizes[-1] else _predict(_with_batch(base, size))
+            if found.needed <= memory:
+                return Fit(found, _flags(first, found), fits=True)
+    return Fit(least, _flags(first, least), fits=False)
+
+
+def _bases(first: Prediction) -> Iterator[Setup]:
+    """Yield setups to try with ever smaller batches, the nearest to what was asked for first."""
+    asked, multiple = first.setup, first.multiple
+    sizes = [first.size]
+    for share in _SMALLER:
+        height, width = (max(round(side * share / multiple), 1) * multiple for side in first.size)
+        if (height, width) != sizes[-1]:
+            sizes.append((height, width))
+    for size in sizes:
+        base = dataclasses.replace(asked, resolution=size, checkpointing=True)
+        yield base
+        if asked.lora is None or asked.quantization is not None:
+            continue  # weights that are trained stay as they are
+        if asked.dtype == "float32":
+            base = dataclasses.replace(base, dtype="bfloat16")
+            yield base
+        if not asked.lora.use_dora:
+            compute = getattr(torch, base.dtype) if isinstance(base.dtype, str) else torch.float32
+            yield dataclasses.replace(base, quantization=Quantization(4, double=True, compute_dtype=compute))
+
+
+def _with_batch(base: Setup, size: int) -> Setup:
+    return dataclasses.replace(base, batch_size=size, accumulation=base.accumulation * base.batch_size // size)
+
+
+def _predict(setup: Setup) -> Prediction:
+    bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
+    height, width = setup.resolution or (0, 0)
+    logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.dtype, bits)
+    return predict(setup)
+
+
+def _flags(first: Prediction, found: Prediction) -> dict[str, str]:
+    asked, setup, flags = first.setup, found.setup, {}
+    if setup.checkpointing != asked.checkpointing:
+        flags["activation_checkpointing"] = "true"
+    if setup.batch_size != asked.batch_size:
+        flags["per_device_train_batch_size"] = str(setup.batch_size)
+        flags["gradient_accumulation_steps"] = str(setup.accumulation)
+    if setup.dtype != asked.dtype:
+        flags["dtype"] = str(setup.dtype)
+    if setup.quantization != asked.quantization:
+        flags |= {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
+    if found.size != first.size:
+        height, width = found.size
+        flags["resolution"] = str(height) if height == width else f"{height}x{width}"
+    return flags
