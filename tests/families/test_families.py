@@ -105,6 +105,7 @@ def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
         decoded, own = facts.round_trip(family.pipeline, latents, pixels)
     assert decoded.shape == pixels.shape
     torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(family.decode_images(latents), own, rtol=1e-3, atol=1e-4)
 
 
 @shared_code

@@ -41,6 +41,7 @@ LAYERS = {
     "converters": 5,
     "checking": 5,
     "evaluation": 5,
+    "planning": 5,
     "run": 6,
     "exports": 6,
     "jobs": 6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from .console import PUSH_FAILED, plain_errors, set_up_logging
 
 if TYPE_CHECKING:
     from tgol_trainer.planning import Setup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +49,12 @@ class TrainArguments(ScriptArguments):
         metadata={"help": "Prompts of --rounds: a text file, a table, a dataset or a named set of prompts."},
     )
     images_per_prompt: int = field(default=8, metadata={"help": "Images of each prompt in each of the --rounds."})
+    check_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "On one GPU, refuse what cannot fit before any weights are loaded, as `tgol plan` predicts it."
+        },
+    )
 
 
 @dataclass
@@ -272,6 +281,25 @@ def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     )
 
 
+def _check_memory(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> None:
+    """Refuse a run whose tensors alone are more than the card holds, where one card holds all of it."""
+    from tgol_trainer.planning import KNOWN_OPTIMIZERS, found_card, predict, refusal
+
+    card = None if training.use_cpu else found_card()
+    elsewhere = training.adapter_name_or_path or "meissonic_repository" in training.pipeline_kwargs
+    if card is None or elsewhere or training.world_size > 1 or training.fsdp or training.deepspeed:
+        return
+    logger.info("Predicting the memory of this run; --check_memory false leaves that out.")
+    setup = planned_setup(script, training, model)
+    if setup.optimizer not in KNOWN_OPTIMIZERS:
+        setup = dataclasses.replace(setup, optimizer="sgd")  # which keeps nothing
+    reason = refusal(predict(setup), card.memory)
+    if reason is not None:
+        raise SystemExit(
+            f"error: {reason}. `tgol plan` with the same flags says which fit. --check_memory false tries it anyway."
+        )
+
+
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from functools import partial
 
@@ -340,6 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"error: {error}") from error
     _check_arguments(script, training, model, sample)
     training.model_init_kwargs = _model_init_kwargs(model, training)
+    if script.check_memory:
+        with plain_errors():
+            _check_memory(script, training, model)
 
     from tgol_trainer.data import Columns
     from tgol_trainer.sources import load_scored_dataset

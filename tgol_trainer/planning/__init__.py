@@ -1,13 +1,14 @@
 """Predict, from configs alone, how much memory a run takes, and find settings that fit a card."""
 
 from .cards import CARDS, Card, found_card
-from .fitting import Fit, fit
-from .memory import Encoding, Phase, Prediction, Step, optimizer_bytes, predict, predict_family
+from .fitting import Fit, fit, refusal
+from .memory import KNOWN_OPTIMIZERS, Encoding, Phase, Prediction, Step, predict
 from .networks import Setup
 from .quantized import Quantization
 
 __all__ = [
     "CARDS",
+    "KNOWN_OPTIMIZERS",
     "Card",
     "Encoding",
     "Fit",
@@ -18,7 +19,6 @@ __all__ = [
     "Step",
     "fit",
     "found_card",
-    "optimizer_bytes",
     "predict",
-    "predict_family",
+    "refusal",
 ]

@@ -68,6 +68,23 @@ def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lamb
     return Fit(least, _flags(first, least), fits=False)
 
 
+def refusal(prediction: Prediction, memory: int) -> str | None:
+    """
+    Say why a run cannot fit a card, or return `None` where it may.
+
+    Only tensors count, not what is estimated, so a run that is refused would have run out of memory.
+
+    Args:
+        prediction ([`Prediction`]): Of the run.
+        memory (`int`): Bytes of the card.
+    """
+    for name, phase in (("Encoding", prediction.encoding), ("Training", prediction.training)):
+        if phase is not None and phase.tensors > memory:
+            needed, there = (f"{size / 2**30:.1f} GiB" for size in (phase.tensors, memory))
+            return f"{name} takes at least {needed}, and the card has {there}"
+    return None
+
+
 def _bases(first: Prediction) -> Iterator[Setup]:
     """Yield setups to try with ever smaller batches, the nearest to what was asked for first."""
     asked, multiple = first.setup, first.multiple

@@ -30,6 +30,9 @@ _STATES_FLOAT32 = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 
 _STATES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
 
+KNOWN_OPTIMIZERS = (*_TWO_STATES, "sgd", *_STATES_FLOAT32, *_STATES_8BIT)
+"""Values of `TrainingArguments.optim` whose memory is known."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -170,6 +173,10 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     at_denoiser, encoders = _weights(family, setup)
     optimizer = {"optimizer": optimizer_bytes(denoiser, setup.optimizer)}
     size = setup.resolution or family.native_size
+    if any(side % family.resolution_multiple for side in size):
+        raise ValueError(
+            f"`resolution` {size[0]}x{size[1]} is not a multiple of {family.resolution_multiple} on both sides."
+        )
     with without_memory():
         for network in networks(family).values():
             forget_weights(network)
@@ -204,14 +211,15 @@ def weights_alone(setup: Setup) -> int:
 def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of weights that training needs in any case, and of the encoders."""
     sizes = {name: weight_bytes(network) for name, network in networks(family).items()}
-    trained = weight_bytes(family.denoiser, trained=True)
+    denoiser = sizes[family.denoiser_name]
     if setup.lora is None:
-        at_denoiser = {"denoiser": trained, "reference": trained}
+        at_denoiser = {"denoiser": denoiser, "reference": denoiser}
     else:
-        at_denoiser = {"denoiser": sizes[family.denoiser_name] - trained, "adapter": trained}
-        at_denoiser |= {"reference": trained} if setup.reference_adapter else {}
+        adapter = sum(_bytes(each) for each in family.denoiser.parameters() if each.requires_grad)
+        at_denoiser = {"denoiser": denoiser - adapter, "adapter": adapter}
+        at_denoiser |= {"reference": adapter} if setup.reference_adapter else {}
     texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
-    autoencoder = sum(sizes.values()) - sizes[family.denoiser_name] - texts
+    autoencoder = sum(sizes.values()) - denoiser - texts
     return at_denoiser, {"text encoders": texts, "autoencoder": autoencoder}
 
 
@@ -239,15 +247,14 @@ def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
         ValueError: for an optimizer whose memory is not known.
     """
     trained = [each for each in denoiser.parameters() if each.requires_grad]
+    if name not in KNOWN_OPTIMIZERS:
+        raise ValueError(f"`optim` is {name!r}, whose memory is not known here. Known: {', '.join(KNOWN_OPTIMIZERS)}.")
     if name in _TWO_STATES:
         return sum(2 * each.numel() * each.element_size() for each in trained)
     if name == "sgd":
         return 0
     if name in _STATES_FLOAT32:
         return sum(4 * _STATES_FLOAT32[name] * each.numel() for each in trained)
-    if name not in _STATES_8BIT:
-        known = ", ".join([*_TWO_STATES, "sgd", *_STATES_FLOAT32, *_STATES_8BIT])
-        raise ValueError(f"`optim` is {name!r}, whose memory is not known here. Known: {known}.")
     total = 0
     for each in trained:
         scales = 4 * math.ceil(each.numel() / _BLOCK_8BIT)

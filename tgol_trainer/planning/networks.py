@@ -108,10 +108,10 @@ def networks(family: ModelFamily) -> dict[str, torch.nn.Module]:
     return {name: component for name, component in found if isinstance(component, torch.nn.Module)}
 
 
-def weight_bytes(network: torch.nn.Module, *, trained: bool | None = None) -> int:
-    """Return the bytes of parameters and buffers, or of the parameters that are trained, or of all but those."""
-    tensors = {id(each): each for each in [*network.parameters(), *network.buffers()]}.values()
-    return sum(each.numel() * each.element_size() for each in tensors if trained in (None, each.requires_grad))
+def weight_bytes(network: torch.nn.Module) -> int:
+    """Return the bytes of parameters and buffers; those that are tied count once."""
+    tensors = {id(each): each for each in [*network.parameters(), *network.buffers()]}
+    return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
 def forget_weights(network: torch.nn.Module) -> None:
