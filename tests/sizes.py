@@ -107,9 +107,7 @@ def flux():
             "text_encoder": clip_l(),
             "text_encoder_2": t5_xxl(),
             "transformer": FluxTransformer2DModel(guidance_embeds=True),
-            "vae": autoencoder(
-                16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, **WITHOUT_QUANT_CONV
-            ),
+            "vae": autoencoder(16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, **WITHOUT_QUANT_CONV),
         }
     tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

@@ -274,4 +274,6 @@ def test_seconds_are_the_operations_at_a_fifth_to_three_fifths_of_the_published_
 
     operations, card = 3 * known.step.flops, Card("x", 1, 1e9)
     assert seconds(card) == pytest.approx((operations / 6e8, operations / 2e8))
-    assert seconds(card, dtype="float32") is seconds(card, quantization=Quantization(4)) is seconds(Card("x", 1)) is None
+    assert (
+        seconds(card, dtype="float32") is seconds(card, quantization=Quantization(4)) is seconds(Card("x", 1)) is None
+    )

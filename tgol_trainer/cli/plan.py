@@ -43,8 +43,8 @@ class PlanArguments:
     encoders_on_device: bool = field(
         default=False,
         metadata={
-            "help": "Plan for encoding at each step, with all networks on the device, instead of once before training. "
-            "So it is with --dataset_streaming in any case."
+            "help": "Plan for encoding at each step, with all networks on the device, instead of once before training; "
+            "--dataset_streaming implies it."
         },
     )
     json: str | None = field(
@@ -165,8 +165,8 @@ def _report(plan: PlanArguments, first: Prediction, card: Card | None, found: Fi
     lines = _table(first, card)
     medium = "images" if first.num_frames is None else "clips"
     if first.encoding is not None:
-        disk = _size(_cache_bytes(plan, first))
-        lines += ["", f"Cache of {plan.num_images:,} {medium} and {plan.num_prompts:,} prompts: {disk} on disk, at most."]
+        number, disk = f"{plan.num_images:,} {medium} and {plan.num_prompts:,} prompts", _cache_bytes(plan, first)
+        lines += ["", f"Cache of {number}: {_size(disk)} on disk, at most."]
     if card is None or found is None:
         return [*lines, "", "Give --vram or --card to know whether it fits, and with which flags."]
     if not found.flags:
@@ -183,7 +183,7 @@ def _seconds(prediction: Prediction, card: Card) -> list[str]:
     seconds = prediction.update_seconds(card)
     if seconds is None:
         return []
-    low, high = (f"{each:.0f}" if each >= 10 else f"{each:.1f}" for each in seconds)
+    low, high = (f"{each:.0f}" if each >= 10 else f"{each:.2g}" for each in seconds)
     return [f"An update takes {low} to {high} s, an estimate from the card's published rate."]
 
 

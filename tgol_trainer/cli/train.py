@@ -253,7 +253,9 @@ def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     if model.model_name_or_path is None:
         raise SystemExit("error: name a model: a Hub id, a folder, or `shapes` for the embedded model.")
     if training.adapter_name_or_path:
-        raise SystemExit("error: --adapter_name_or_path: not read here. Leave it out and give that adapter's --lora_r.")
+        raise SystemExit(
+            "error: --adapter_name_or_path is not read here: leave it out and give that adapter's --lora_r."
+        )
     options = _model_init_kwargs(model, training) or {}
     if "meissonic_repository" in options:
         raise SystemExit("error: Meissonic cannot be planned for: its classes are not in diffusers.")
@@ -393,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 load(script.dataset_name, script.dataset_test_split) if training.eval_strategy != "no" else None
             ),
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
-            peft_config=lora_config(model, training),
+            peft_config=_lora_config(model, training),
             quantization_config=_quantization_config(model),
             callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
         )

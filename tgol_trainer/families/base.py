@@ -252,7 +252,7 @@ class ModelFamily(abc.ABC):
             return self.scale_latents(latents).to(self.denoiser.dtype)
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the pixels of scaled latents, in the autoencoder's dtype and range; the way back of `encode_images`."""
+        """Return the pixels of scaled latents, in the autoencoder's dtype and range."""
         vae = self.pipeline.vae
         config, latents = vae.config, latents.to(vae.dtype)
         latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 
-from tgol_trainer import adapters
 from tgol_trainer.families import ModelFamily
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -223,9 +222,7 @@ def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[st
     return at_denoiser, {"text encoders": texts, "autoencoder": autoencoder}
 
 
-def _encoding_phase(
-    encoding: Encoding, encoders: dict[str, int], at_denoiser: dict[str, int], setup: Setup
-) -> Phase:
+def _encoding_phase(encoding: Encoding, encoders: dict[str, int], at_denoiser: dict[str, int], setup: Setup) -> Phase:
     """Prompts first, then images, with the networks of the one or the other; a quantised denoiser cannot move away."""
     beside = at_denoiser if setup.quantization is not None else {}
     phases = [
@@ -278,10 +275,9 @@ def trace_encoding(family: ModelFamily, setup: Setup, size: tuple[int, int]) -> 
         live.restart()
         latents = family.encode_images(pixels, rows, sample=True)
         images = live.peak - before
-    autoencoder = next(name for name in networks(family) if name in ("vae", "vqvae"))
-    dtype = networks(family)[autoencoder].dtype
-    # Of a KL autoencoder mean and deviation are kept, of a VQ autoencoder its codes.
-    per_image = 2 * latents.numel() * dtype.itemsize if latents.is_floating_point() else _bytes(latents)
+    # Of a KL autoencoder mean and deviation are kept in its dtype, of a VQ autoencoder the codes.
+    of_kl = latents.is_floating_point()
+    per_image = 2 * latents.numel() * family.pipeline.vae.dtype.itemsize if of_kl else _bytes(latents)
     return Encoding(prompts, images, kept, per_image, conditioning, latents)
 
 

@@ -118,7 +118,8 @@ def forget_weights(network: torch.nn.Module) -> None:
     """Replace parameters and buffers, inside [`without_memory`], by tensors without memory on the device of a run."""
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for module in network.modules():
-        for table in (module._parameters, module._buffers):
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue

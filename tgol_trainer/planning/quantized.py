@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 _BLOCK, _BLOCK_OF_BLOCKS = 64, 256
 """Weights that share a scale, and scales that share one where they are quantised too (bitsandbytes' defaults)."""
@@ -99,15 +102,13 @@ class _Product8Bit(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def quantize(network: torch.nn.Module, quantization: Quantization) -> None:
+def quantize(network: ModelMixin, quantization: Quantization) -> None:
     """Replace the linear layers of a denoiser on the meta device that diffusers would quantise."""
     kept = set(network._keep_in_fp32_modules or ())
-    for name, module in list(network.named_modules()):
-        for child, layer in list(module.named_children()):
-            path = f"{name}.{child}" if name else child
-            if isinstance(layer, torch.nn.Linear) and not any(part == path or f"{part}." in path for part in kept):
-                if child not in kept:
-                    setattr(module, child, QuantizedLinear(layer, quantization))
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and not kept.intersection(name.split(".")):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, QuantizedLinear(layer, quantization))
 
 
 def _frozen(length: int, dtype: torch.dtype) -> torch.nn.Parameter:

@@ -86,8 +86,8 @@ def without_memory() -> Iterator[None]:
     """
     Make every tensor of the block one without memory: shapes, dtypes and graph are real, values do not exist.
 
-    They pretend to be on a CPU. There, as on a GPU, attention is one operator that keeps no matrix of tokens by tokens;
-    the meta device would have one. Code that asks for a value gets 1, or an array of zeros.
+    They pretend to be on a CPU. There, as on a GPU, attention is one operator that keeps no matrix of tokens by
+    tokens; the meta device would have one. Code that asks for a value gets 1, or an array of zeros.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _AnyNumber(), _AnyArray():
         yield
