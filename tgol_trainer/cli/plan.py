@@ -43,7 +43,7 @@ class PlanArguments:
     encoders_on_device: bool = field(
         default=False,
         metadata={
-            "help": "Plan for encoding at each step, with all networks on the device, instead of once before training; "
+            "help": "Plan for encoding at each step, with all networks on the device, not once before training; "
             "--dataset_streaming implies it."
         },
     )
@@ -76,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan, script, training, model, _ = parser.parse_args_and_config([*arguments, "--use_cpu", "true"])
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+    from diffusers.utils import logging as diffusers_logging
+
     from tgol_trainer import planning
 
+    diffusers_logging.set_verbosity_error()  # SDXL's autoencoder is turned into float32 on purpose
     card = _card(plan)
     with plain_errors():
         setup = planned_setup(script, training, model)

@@ -287,7 +287,7 @@ def _check_memory(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     """Refuse a run whose tensors alone are more than the card holds, where one card holds all of it."""
     from tgol_trainer.planning import KNOWN_OPTIMIZERS, found_card, predict, refusal
 
-    card = None if training.use_cpu else found_card()
+    card = None if training.use_cpu or not script.check_memory else found_card()
     elsewhere = training.adapter_name_or_path or "meissonic_repository" in training.pipeline_kwargs
     if card is None or elsewhere or training.world_size > 1 or training.fsdp or training.deepspeed:
         return
@@ -295,7 +295,8 @@ def _check_memory(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     setup = planned_setup(script, training, model)
     if setup.optimizer not in KNOWN_OPTIMIZERS:
         setup = dataclasses.replace(setup, optimizer="sgd")  # which keeps nothing
-    reason = refusal(predict(setup), card.memory)
+    with plain_errors():
+        reason = refusal(predict(setup), card.memory)
     if reason is not None:
         raise SystemExit(
             f"error: {reason}. `tgol plan` with the same flags says which fit. --check_memory false tries it anyway."
@@ -370,9 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"error: {error}") from error
     _check_arguments(script, training, model, sample)
     training.model_init_kwargs = _model_init_kwargs(model, training)
-    if script.check_memory:
-        with plain_errors():
-            _check_memory(script, training, model)
+    _check_memory(script, training, model)
 
     from tgol_trainer.data import Columns
     from tgol_trainer.sources import load_scored_dataset

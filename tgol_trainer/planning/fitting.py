@@ -39,7 +39,7 @@ def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lamb
     Find settings that fit, in this order: as asked for; gradient checkpointing; smaller batches with accumulation.
 
     Where the smallest batch does not fit either, the same again with weights in bfloat16, then with the denoiser in 4
-    bits, then at three quarters and at half of the resolution.
+    bits, then at three quarters and at half of the resolution. Sampling is left out of what is tried.
 
     Args:
         first ([`Prediction`]): What was asked for.
@@ -87,7 +87,7 @@ def refusal(prediction: Prediction, memory: int) -> str | None:
 
 def _bases(first: Prediction) -> Iterator[Setup]:
     """Yield setups to try with ever smaller batches, the nearest to what was asked for first."""
-    asked, multiple = first.setup, first.multiple
+    asked, multiple = dataclasses.replace(first.setup, sampling_batch=0), first.multiple
     sizes = [first.size]
     for share in _SMALLER:
         height, width = (max(round(side * share / multiple), 1) * multiple for side in first.size)

@@ -111,7 +111,7 @@ class Prediction:
         num_trained (`int`): Values that are trained.
         encoding ([`Phase`], *optional*): Filling the cache; `None` where each step encodes.
         training ([`Phase`]): Steps.
-        sampling ([`Phase`]): Generating images with the trained denoiser.
+        sampling ([`Phase`], *optional*): Generating images with the trained denoiser.
         step ([`Step`]): What a pass over a batch holds and computes.
         bytes_per_prompt (`int`): See [`Encoding`].
         bytes_per_image (`int`): See [`Encoding`].
@@ -125,7 +125,7 @@ class Prediction:
     num_trained: int
     encoding: Phase | None
     training: Phase
-    sampling: Phase
+    sampling: Phase | None
     step: Step
     bytes_per_prompt: int
     bytes_per_image: int
@@ -181,7 +181,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
             forget_weights(network)
         encoding = trace_encoding(family, setup, size)
         step = trace_step(family, setup, size, encoding)
-        sampling = trace_sampling(family, setup, size, encoding)
+        sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else 0
     return Prediction(
         setup=setup,
         pipeline=type(family.pipeline).__name__,
@@ -194,7 +194,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
             {**at_denoiser, **(encoders if setup.encoders_on_device else {}), **optimizer},
             step.peak,
         ),
-        sampling=Phase({**at_denoiser, **encoders}, sampling),
+        sampling=Phase({**at_denoiser, **encoders}, sampling) if setup.sampling_batch else None,
         step=step,
         bytes_per_prompt=encoding.bytes_per_prompt,
         bytes_per_image=encoding.bytes_per_image,

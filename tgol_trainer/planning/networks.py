@@ -40,7 +40,7 @@ class Setup:
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): `TrainingArguments.optim`.
         encoders_on_device (`bool`, *optional*, defaults to `False`):
             Encode at each step, with autoencoder and text encoders beside the denoiser, instead of once before.
-        sampling_batch (`int`, *optional*, defaults to 1): Images that are generated at once.
+        sampling_batch (`int`, *optional*, defaults to 1): Images that are generated at once; 0 leaves sampling out.
     """
 
     model: str | Path
