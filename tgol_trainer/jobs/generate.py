@@ -168,8 +168,7 @@ def generate_dataset(
     sampling = {name: getattr(settings, name) for name in medium.sampling}
     facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
     recorded = {"seed": settings.seed, "batch_size": batch_size, **sampling}
-    if medium is _VIDEO:
-        recorded["fps"] = fps
+    recorded |= {"fps": fps} if medium is _VIDEO else {}
     numbered = _numbered(prompts, settings.images_per_prompt)
     shards = Shards(
         Path(output_dir),
