@@ -17,11 +17,13 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import constants
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import adapters, thresholds
+from .caching import EncodingCache, Workers, encode_batch
 from .config import TGOLConfig
 from .data import (
     Collator,
@@ -137,6 +139,7 @@ class TGOLTrainer(SavingTrainer):
         self.dataset_facts = []
         self.example_prompt = None
         self.labeler: Labeler | None = None
+        self.cache: EncodingCache | None = None
         size = args.training_size(self.family.native_size, self.family.resolution_multiple)
         self.collator = Collator(size, num_frames=self.family.num_frames)
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
@@ -206,7 +209,8 @@ class TGOLTrainer(SavingTrainer):
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1
-        return family.to(args.device)
+        family.place_denoiser(args.device)
+        return family
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, family = self.args, self.family
@@ -257,7 +261,7 @@ class TGOLTrainer(SavingTrainer):
         """What a callback may use of this run."""
         return Run(
             args=self.args,
-            pipeline=self.family.pipeline,
+            pipeline=self.family.whole,
             size=self.collator.resolution,
             num_frames=self.family.num_frames,
             call_arguments=self.family.origin.call_arguments,
@@ -270,6 +274,23 @@ class TGOLTrainer(SavingTrainer):
         )
 
     # ---- Data and labels ----
+
+    def _encode(self, rows: ScoredDataset | ScoredStream, *, training: bool = False) -> None:
+        """Fill the cache with what rows need, and let them read it. The rows of a stream are encoded at each step."""
+        args = self.args
+        if not args.cache or isinstance(rows, ScoredStream) or rows.encoded:
+            return
+        if self.cache is None:
+            folder = args.cache_dir or os.path.join(constants.HF_HOME, "tgol_trainer")
+            workers = Workers.of_run(args, self.accelerator.wait_for_everyone)
+            self.cache = EncodingCache(self.family, folder, self.collator, workers)
+        prompts = rows.prompts
+        if args.loss_type == "csft":
+            prompts = [prompt + suffix for prompt in dict.fromkeys(prompts) for suffix in args.csft_suffixes]
+        if training and args.caption_dropout:
+            prompts.append("")
+        self.cache.add(rows, prompts, mirrored=training and args.random_flip)
+        rows.encoded = True
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -328,7 +349,8 @@ class TGOLTrainer(SavingTrainer):
         """Fit the labeler, label all rows, and return the rows that are trained on."""
         proxy = self.proxy_dataset
         if callable(proxy):
-            proxy = proxy(self.family.pipeline)
+            with self.family.whole() as pipeline:
+                proxy = proxy(pipeline)
         before = self.labeler
         combination = before.combination if before else None
         self.labeler, labels, kept = fit_rows(rows, self.args, self.columns, proxy=proxy, combination=combination)
@@ -375,6 +397,9 @@ class TGOLTrainer(SavingTrainer):
                     "processes) and `dataloader_drop_last=True` drops it: nothing would be trained. Use a smaller "
                     "`per_device_train_batch_size`."
                 )
+        self._encode(self.train_dataset, training=True)
+        for rows in self._evaluation_rows():
+            self._encode(rows)
         if not isinstance(self.train_dataset, ScoredStream):
             loader = super().get_train_dataloader()
             self._train_sampler = innermost_sampler(loader)
@@ -413,6 +438,10 @@ class TGOLTrainer(SavingTrainer):
         """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
         if isinstance(eval_dataset, datasets.Dataset | datasets.IterableDataset):  # given to `evaluate`
             eval_dataset = self._prepare_eval_dataset(eval_dataset)
+        for rows in (
+            self._evaluation_rows() if eval_dataset is None or isinstance(eval_dataset, str) else [eval_dataset]
+        ):
+            self._encode(rows)
         with _changed(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -508,10 +537,9 @@ class TGOLTrainer(SavingTrainer):
         step = self.state.global_step if training else EVALUATION_STEP
         rows = RowGenerators(args.seed, step, inputs["row_id"].tolist())
 
-        pixels = inputs["pixel_values"]
+        mirrored = [False] * len(inputs["row_id"])
         if training and args.random_flip:
-            mirrored = (rows.uniform("flip") < 0.5).to(pixels.device).view(-1, *[1] * (pixels.dim() - 1))
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            mirrored = (rows.uniform("flip") < 0.5).tolist()
         prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
         if args.loss_type == "csft":
             positive = (inputs["margin"] >= 0).tolist()
@@ -519,8 +547,9 @@ class TGOLTrainer(SavingTrainer):
         if training and args.caption_dropout:
             dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        conditioning = self.family.condition(prompts, inputs["geometry"], self.collator.resolution)
-        latents = self.family.encode_images(pixels, rows, sample=args.latent_sampling == "sample")
+        resolution = self.collator.resolution
+        conditioning, encoded = encode_batch(self.family, self.cache, inputs, prompts, mirrored, resolution)
+        latents = self.family.latents(encoded, rows, sample=args.latent_sampling == "sample")
         if args.share_group_noise:
             rows = RowGenerators(args.seed, step, inputs["group"].tolist())
         draw = likelihood.draw(latents, rows)

@@ -18,7 +18,7 @@ GIB = 2**30
 def made_up(setup):
     """10 GiB for training, 13.2 with the estimates; 2 s to 6 s on a card of 1e12 operations a second."""
     training = Phase({"denoiser": 8 * GIB}, 2 * GIB)
-    encoding = None if setup.encoders_on_device else Phase({"text encoders": GIB}, 0)
+    encoding = Phase({"text encoders": GIB}, 0) if setup.cache else None
     sampling, step = Phase({"denoiser": 8 * GIB}, 30 * GIB), Step(2 * GIB, GIB, 2**20, int(1.2e12))
     return Prediction(setup, "X", (480, 832), 16, 81, 5_000_000, encoding, training, sampling, step, 1000, 2000)
 
@@ -75,17 +75,17 @@ def test_without_a_card_there_is_no_verdict_and_where_nothing_fits_the_exit_code
 
 def test_a_settings_file_of_training_is_planned_as_it_would_be_trained(asked):
     main(["plan", "--config", str(CONFIGS / "flux_dev.yaml")])
-    main(["plan", "--config", str(CONFIGS / "wan21_1_3b.yaml"), "--encoders_on_device", "true"])
+    main(["plan", "--config", str(CONFIGS / "wan21_1_3b.yaml"), "--cache", "false"])
     main(["plan", "a/b", "--config", str(CONFIGS / "sd15_paper.yaml"), "--dataset_streaming", "true"])
     flux, wan, paper = asked
     assert flux.model == "black-forest-labs/FLUX.1-dev"
     assert flux.quantization == Quantization(4, double=True, compute_dtype=torch.bfloat16)
     assert (flux.dtype, flux.batch_size, flux.accumulation, flux.checkpointing) == ("bfloat16", 4, 32, True)
-    assert (flux.lora.r, flux.autocast, flux.encoders_on_device) == (16, None, False)
+    assert (flux.lora.r, flux.autocast, flux.cache) == (16, None, True)
     assert wan.dtype == {"default": "bfloat16", "vae": "float32"}
-    assert (wan.resolution, wan.num_frames, wan.encoders_on_device) == ((480, 832), 81, True)
+    assert (wan.resolution, wan.num_frames, wan.cache) == ((480, 832), 81, False)
     assert (paper.model, paper.lora, paper.autocast) == ("a/b", None, torch.bfloat16)
-    assert (paper.resolution, paper.encoders_on_device) == (None, True)
+    assert (paper.resolution, paper.cache) == (None, False)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from tests.conftest import SMALL
-from tests.helpers import quick
+from tests.helpers import over
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
@@ -22,15 +22,6 @@ LORA = LoraConfig(r=4, lora_alpha=12)
 
 REPRESENTATIVES = ("sd", "flux", "wan", "amused")
 """One for each likelihood and for what differs in training: ε of a UNet, packed latents, videos, masked tokens."""
-
-
-def over(names, kept):
-    """Run a test for each name, all of one name in the same process; those not kept are slow."""
-    cases = quick(list(names), *kept)
-    return pytest.mark.parametrize(
-        "name",
-        [pytest.param(*c.values, marks=[*c.marks, pytest.mark.xdist_group(f"family {c.values[0]}")]) for c in cases],
-    )
 
 
 PIPELINES = ("sd", "sdxl", "sd3.5", "flux", "wan", "amused", "meissonic")
@@ -106,6 +97,20 @@ def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
     assert decoded.shape == pixels.shape
     torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(family.decode_images(latents), own, rtol=1e-3, atol=1e-4)
+
+
+def test_the_probe_needs_no_text_encoder_beside_the_denoiser(monkeypatch):
+    """On a GPU the denoiser goes away meanwhile; T5 and FLUX together would not fit where FLUX can be trained."""
+    family, calls = load_family(TINY["sd"].build()), []
+    present = family.present
+
+    def recorded(*names, alone=False):
+        calls.append((names, alone))
+        return present(*names, alone=alone)
+
+    monkeypatch.setattr(family, "present", recorded)
+    family.probe()
+    assert calls[0] == (("text_encoder",), True)
 
 
 @shared_code

@@ -100,9 +100,12 @@ def saved_for_backward(family, size):
     ("name", "kind"),
     quick(CASES, ("sd", "LoRA"), ("flux", "LoRA, checkpointing"), ("amused", "LoRA"), ("wan", "all weights")),
 )
-def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_run(name, kind, config, predicted):
+def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_run(
+    name, kind, config, predicted, tmp_path
+):
     facts, full, half = TINY[name], kind == "all weights", kind == "bfloat16"
     options = {"activation_checkpointing": "checkpointing" in kind, "full_finetuning": full, "bf16": half}
+    options |= {"cache": kind == "LoRA", "cache_dir": str(tmp_path) if kind == "LoRA" else None}
     args = config(max_steps=1, per_device_train_batch_size=2, **options, **facts.settings)
     rows = facts.dataset().map(lambda row, index: {"prompt": f"prompt {index}"}, with_indices=True)
     trainer = TGOLTrainer(facts.build(), args, rows)
@@ -112,18 +115,18 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     changes |= {"checkpointing": True} if options["activation_checkpointing"] else {}
     changes |= {"autocast": torch.bfloat16} if half else {}
     size = trainer.collator.resolution
-    prediction = predicted(name, resolution=size, encoders_on_device=True, **changes)
+    prediction = predicted(name, resolution=size, cache=options["cache"], **changes)
+    step, denoiser = prediction.step, weight_bytes(trainer.family.denoiser)
     if name != "meissonic":  # taking weights away unties those that are tied
-        real = {part: weight_bytes(network) for part, network in networks(trainer.family).items()}
-        reference = real[trainer.family.denoiser_name] if full else 0
-        assert sum(prediction.training.resident.values()) == sum(real.values()) + states + reference
+        whole = sum(weight_bytes(network) for network in networks(trainer.family).values())
+        assert sum(prediction.sampling.resident.values()) == whole + (denoiser if full else 0)
     assert prediction.training.resident["optimizer"] == states
-    assert prediction.step.gradients == gradients
-    assert prediction.step.peak == pytest.approx(live.peak, rel=0.05)
+    assert step.gradients == gradients
+    assert max(step.peak, step.prompts, step.images) == pytest.approx(live.peak, rel=0.05)
     if kind in ("LoRA", "all weights"):
         kept = saved_for_backward(trainer.family, size)
-        assert prediction.step.activations == pytest.approx(kept, rel=0.1)
-    assert live.flops * 0.95 < prediction.step.flops < live.flops * 1.1  # the reference's pass counts with the LoRA
+        assert step.activations == pytest.approx(kept, rel=0.1)
+    assert live.flops * 0.95 < step.flops < live.flops * 1.1  # the reference's pass counts with the LoRA
 
 
 @pytest.mark.parametrize("name", quick(["sd", "sdxl", "sd3", "flux", "wan"], "flux"))
@@ -137,17 +140,26 @@ def test_sampling_holds_what_a_real_call_of_the_pipeline_holds(name, predicted):
     assert prediction.sampling.working == pytest.approx(live.peak, rel=0.1)
 
 
-def test_without_encoders_on_the_device_training_holds_less_and_the_cache_has_the_size_of_what_is_encoded(predicted):
+def test_without_a_cache_encoders_come_to_the_device_and_a_cache_has_the_size_of_what_is_encoded(predicted):
     """Latents (4, 8, 8) as mean and deviation, 77 tokens of 32 numbers, float32."""
-    cached, beside = predicted(), predicted(resolution=(16, 16), encoders_on_device=True)
+    cached, every_step = predicted(), predicted(cache=False)
     assert (cached.bytes_per_image, cached.bytes_per_prompt) == (2 * 4 * 8 * 8 * 4, 77 * 32 * 4)
     assert set(cached.training.resident) == {"denoiser", "adapter", "optimizer"}
     assert set(cached.encoding.resident) in ({"text encoders"}, {"autoencoder"})
-    assert beside.encoding is None
-    encoders = {"text encoders", "autoencoder"}
-    assert cached.training.resident.items() == {
-        (part, size) for part, size in beside.training.resident.items() if part not in encoders
-    }
+    assert every_step.encoding is None
+    assert (cached.step.prompts, cached.step.images) == (0, 0)
+    assert 0 < every_step.step.images < every_step.step.peak
+    assert every_step.step.flops > cached.step.flops
+
+
+def test_the_larger_of_encoding_and_stepping_is_what_training_takes_without_a_cache(predicted):
+    """The tiny T5 holds more for 512 characters than the tiny Wan for two frames of latents."""
+    size = {"resolution": (16, 32), "lora": None}
+    cached, every_step = predicted("wan", **size), predicted("wan", cache=False, **size)
+    assert set(cached.training.resident) == {"denoiser", "reference", "optimizer"}
+    assert set(every_step.training.resident) == {*cached.training.resident, "text encoders"}
+    assert every_step.training.working == every_step.step.prompts
+    assert cached.encoding.resident["reference"] == cached.training.resident["reference"]  # a frozen copy stays
 
 
 def test_accumulation_adds_gradients_that_are_there_already_and_a_reference_adapter_its_weights(predicted):

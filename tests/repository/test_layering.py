@@ -36,6 +36,7 @@ LAYERS = {
     "families": 4,
     "labels": 4,
     "sources": 4,
+    "caching": 5,
     "objective": 5,
     "saving": 5,
     "converters": 5,
@@ -63,7 +64,19 @@ CORE = {
     "likelihoods",
     "adapters",
 }
-CORE |= {"families", "shapes", "rewards", "data", "config", "labels", "objective", "saving", "run", "trainer"}
+CORE |= {
+    "caching",
+    "families",
+    "shapes",
+    "rewards",
+    "data",
+    "config",
+    "labels",
+    "objective",
+    "saving",
+    "run",
+    "trainer",
+}
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
 # it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.
 AT_ONCE = {"tgol_trainer._quiet"}
@@ -235,6 +248,7 @@ def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
         "gather_object",
         ".gather",
         ".main_process_first",
+        ".wait_for_everyone",
         "accelerate.data_loader",
         "accelerate.utils",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -40,13 +39,6 @@ class PlanArguments:
     )
     num_images: int = field(default=10_000, metadata={"help": "Images of the dataset, for the size of the cache."})
     num_prompts: int = field(default=10_000, metadata={"help": "Different prompts, for the size of the cache."})
-    encoders_on_device: bool = field(
-        default=False,
-        metadata={
-            "help": "Plan for encoding at each step, with all networks on the device, not once before training; "
-            "--dataset_streaming implies it."
-        },
-    )
     json: str | None = field(
         default=None, metadata={"help": "Also write the plan to this file; `-` prints it instead of text."}
     )
@@ -83,10 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diffusers_logging.set_verbosity_error()  # SDXL's autoencoder is turned into float32 on purpose
     card = _card(plan)
     with plain_errors():
-        setup = planned_setup(script, training, model)
-        if plan.encoders_on_device:
-            setup = dataclasses.replace(setup, encoders_on_device=True)
-        first = planning.predict(setup)
+        first = planning.predict(planned_setup(script, training, model))
         found = planning.fit(first, card.memory, accepts=lambda size: _accepts(training, size)) if card else None
     text = json.dumps(_to_dict(plan, first, card, found), indent=2)
     if plan.json == "-":

@@ -278,7 +278,7 @@ def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArgu
         checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
         autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
         optimizer=str(getattr(training.optim, "value", training.optim)),
-        encoders_on_device=script.dataset_streaming,
+        cache=training.cache and not script.dataset_streaming,
         sampling_batch=training.per_device_eval_batch_size,
     )
 

@@ -132,6 +132,17 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default="raise",
         metadata={"help": "Rows that cannot be trained on: 'raise' stops before training, 'skip' logs their number."},
     )
+    cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode images and prompts once, before the first step, and keep the result on disk. False: at "
+            "each step. A stream is always encoded at each step."
+        },
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of that cache, which runs share. None: `tgol_trainer` in the Hugging Face cache."},
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Number of processes that check the images before training."}
     )
@@ -225,6 +236,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                 "`dataloader_persistent_workers=True` keeps the labels of the first epoch in the workers, while "
                 "`threshold_update='epoch'` makes new ones. Set one of the two back."
             )
+        if self.cache_dir and not self.cache:
+            raise ValueError("`cache_dir` has no effect with `cache=False`: leave one out.")
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would drop prompt, image and score, which are not arguments of the "

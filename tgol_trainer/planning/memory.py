@@ -60,19 +60,23 @@ class Phase:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """
-    One pass of training over a batch, forward and backward.
+    One pass of training over a batch, forward and backward. Bytes are those beside weights and optimizer.
 
     Args:
-        peak (`int`): Most bytes that it holds beside weights and optimizer: batch, activations, gradients.
+        peak (`int`): Most bytes that it holds: batch, activations, gradients.
         activations (`int`): Bytes that the policy's forward pass keeps for the backward pass.
         gradients (`int`): Bytes of the gradients after it.
         flops (`int`): Floating-point operations, the reference's pass included.
+        prompts (`int`, *optional*, defaults to 0): Most bytes while prompts are encoded, without a cache.
+        images (`int`, *optional*, defaults to 0): Most bytes while images are encoded, without a cache.
     """
 
     peak: int
     activations: int
     gradients: int
     flops: int
+    prompts: int = 0
+    images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Prediction:
         multiple (`int`): What both are multiples of.
         num_frames (`int`, *optional*): Frames of a clip.
         num_trained (`int`): Values that are trained.
-        encoding ([`Phase`], *optional*): Filling the cache; `None` where each step encodes.
+        encoding ([`Phase`], *optional*): Filling the cache; `None` without one.
         training ([`Phase`]): Steps.
         sampling ([`Phase`], *optional*): Generating images with the trained denoiser.
         step ([`Step`]): What a pass over a batch holds and computes.
@@ -170,7 +174,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     """Predict what a setup takes with a family that [`build`] made; its networks are changed."""
     denoiser = family.denoiser
     at_denoiser, encoders = _weights(family, setup)
-    optimizer = {"optimizer": optimizer_bytes(denoiser, setup.optimizer)}
+    with_optimizer = {**at_denoiser, "optimizer": optimizer_bytes(denoiser, setup.optimizer)}
     size = setup.resolution or family.native_size
     if any(side % family.resolution_multiple for side in size):
         raise ValueError(
@@ -179,9 +183,14 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     with without_memory():
         for network in networks(family).values():
             forget_weights(network)
-        encoding = trace_encoding(family, setup, size)
+        encoding = trace_encoding(family, size)
         step = trace_step(family, setup, size, encoding)
         sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else 0
+    # What cannot leave the device while a cache is filled: a quantised denoiser, and a frozen copy.
+    staying = at_denoiser if setup.quantization else {"reference": at_denoiser["reference"]} if not setup.lora else {}
+    training = Phase(with_optimizer, step.peak)
+    if not setup.cache:
+        training = max(training, _largest(with_optimizer, encoders, step.prompts, step.images), key=_total)
     return Prediction(
         setup=setup,
         pipeline=type(family.pipeline).__name__,
@@ -189,11 +198,8 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         multiple=family.resolution_multiple,
         num_frames=family.num_frames,
         num_trained=sum(each.numel() for each in denoiser.parameters() if each.requires_grad),
-        encoding=None if setup.encoders_on_device else _encoding_phase(encoding, encoders, at_denoiser, setup),
-        training=Phase(
-            {**at_denoiser, **(encoders if setup.encoders_on_device else {}), **optimizer},
-            step.peak,
-        ),
+        encoding=_largest(staying, encoders, encoding.prompts, encoding.images) if setup.cache else None,
+        training=training,
         sampling=Phase({**at_denoiser, **encoders}, sampling) if setup.sampling_batch else None,
         step=step,
         bytes_per_prompt=encoding.bytes_per_prompt,
@@ -201,10 +207,23 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     )
 
 
+def _largest(beside: dict[str, int], encoders: dict[str, int], prompts: int, images: int) -> Phase:
+    """Encode prompts, then images: first the text encoders are on the device, then the autoencoder."""
+    phases = [
+        Phase({**beside, name: encoders[name]}, working)
+        for name, working in (("text encoders", prompts), ("autoencoder", images))
+    ]
+    return max(phases, key=_total)
+
+
+def _total(phase: Phase) -> int:
+    return phase.total
+
+
 def weights_alone(setup: Setup) -> int:
-    """Return bytes that training surely takes: the weights of the networks that it has on the device."""
-    at_denoiser, encoders = _weights(build(setup), setup)
-    return sum(at_denoiser.values()) + (sum(encoders.values()) if setup.encoders_on_device else 0)
+    """Return bytes that training surely takes: the weights that are on the device all the time."""
+    at_denoiser, _ = _weights(build(setup), setup)
+    return sum(at_denoiser.values())
 
 
 def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
@@ -220,16 +239,6 @@ def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[st
     texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
     autoencoder = sum(sizes.values()) - denoiser - texts
     return at_denoiser, {"text encoders": texts, "autoencoder": autoencoder}
-
-
-def _encoding_phase(encoding: Encoding, encoders: dict[str, int], at_denoiser: dict[str, int], setup: Setup) -> Phase:
-    """Prompts first, then images, with the networks of the one or the other; a quantised denoiser cannot move away."""
-    beside = at_denoiser if setup.quantization is not None else {}
-    phases = [
-        Phase({**beside, "text encoders": encoders["text encoders"]}, encoding.prompts),
-        Phase({**beside, "autoencoder": encoders["autoencoder"]}, encoding.images),
-    ]
-    return max(phases, key=lambda phase: phase.total)
 
 
 def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
@@ -263,22 +272,24 @@ def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
 # ---- Traces, inside `without_memory` ----
 
 
-def trace_encoding(family: ModelFamily, setup: Setup, size: tuple[int, int]) -> Encoding:
+def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
     """Encode one prompt and one image."""
-    rows, geometry = RowGenerators(0, 0, [0]), torch.empty(1, 4, dtype=torch.int64)
-    with LiveBytes() as live, torch.no_grad():
-        kept = sum(_bytes(each) for each in family.encode_unique_prompts(["a prompt"]).values())
+    geometry = torch.empty(1, 4, dtype=torch.int64)
+    with LiveBytes() as live:
+        encoded = family.encode_prompts(["a prompt"])
         prompts = live.peak
-        conditioning = family.condition(["a prompt"], geometry, size)
-        pixels = _pixels(family, 1, size)
-        before = live.now - _bytes(pixels)
         live.restart()
-        latents = family.encode_images(pixels, rows, sample=True)
-        images = live.peak - before
-    # Of a KL autoencoder mean and deviation are kept in its dtype, of a VQ autoencoder the codes.
-    of_kl = latents.is_floating_point()
-    per_image = 2 * latents.numel() * family.pipeline.vae.dtype.itemsize if of_kl else _bytes(latents)
-    return Encoding(prompts, images, kept, per_image, conditioning, latents)
+        kept = live.now
+        image = family.encode(_pixels(family, 1, size))
+        images = live.peak - kept
+    return Encoding(
+        prompts=prompts,
+        images=images,
+        bytes_per_prompt=sum(map(_bytes, encoded.values())),
+        bytes_per_image=sum(map(_bytes, image.values())),
+        conditioning=family.condition(["a prompt"], geometry, size, lambda texts: encoded),
+        latents=family.latents(image, RowGenerators(0, 0, [0]), sample=True),
+    )
 
 
 def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> Step:
@@ -291,17 +302,21 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     batch = setup.batch_size
     rows, geometry = RowGenerators(0, 0, range(batch)), torch.empty(batch, 4, dtype=torch.int64)
     trained = [each for each in family.denoiser.parameters() if each.requires_grad]
-    kept = 0
+    kept, encoding_peaks = 0, [0, 0]
 
     def forward(live: LiveBytes) -> torch.Tensor:
         nonlocal kept
-        if setup.encoders_on_device:
-            pixels = _pixels(family, batch, size)
-            conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
-            latents = family.encode_images(pixels, rows, sample=True)
-        else:
+        if setup.cache:
             conditioning = {name: _of_batch(value, batch) for name, value in encoding.conditioning.items()}
             latents = _of_batch(encoding.latents, batch)
+        else:
+            pixels = _pixels(family, batch, size)
+            conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
+            encoding_peaks[0] = live.peak
+            live.restart()
+            latents = family.encode_images(pixels, rows, sample=True)
+            encoding_peaks[1] = live.peak
+            live.restart()
         encoded = live.flops
         draw = family.likelihood.draw(latents, rows)
         before = live.now
@@ -321,7 +336,7 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     gradients = sum(_bytes(each.grad) for each in trained if each.grad is not None)
     for each in trained:
         each.grad = None
-    return Step(live.peak, kept, gradients, live.flops)
+    return Step(live.peak, kept, gradients, live.flops, *encoding_peaks)
 
 
 def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> int:

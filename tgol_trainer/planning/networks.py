@@ -38,8 +38,8 @@ class Setup:
         checkpointing (`bool`, *optional*, defaults to `False`): Recompute activations in the backward pass.
         autocast (`torch.dtype`, *optional*): What `bf16=True` or `fp16=True` computes in.
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): `TrainingArguments.optim`.
-        encoders_on_device (`bool`, *optional*, defaults to `False`):
-            Encode at each step, with autoencoder and text encoders beside the denoiser, instead of once before.
+        cache (`bool`, *optional*, defaults to `True`):
+            Encode once before training. Without it text encoders and autoencoder come to the device at each step.
         sampling_batch (`int`, *optional*, defaults to 1): Images that are generated at once; 0 leaves sampling out.
     """
 
@@ -56,7 +56,7 @@ class Setup:
     checkpointing: bool = False
     autocast: torch.dtype | None = None
     optimizer: str = "adamw_torch_fused"
-    encoders_on_device: bool = False
+    cache: bool = True
     sampling_batch: int = 1
 
 
