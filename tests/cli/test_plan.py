@@ -9,6 +9,7 @@ import torch
 from tests import ROOT
 from tgol_trainer import planning
 from tgol_trainer.cli import main
+from tgol_trainer.families import FROZEN_DTYPE
 from tgol_trainer.planning import Card, Phase, Prediction, Quantization, Step
 
 CONFIGS = ROOT / "scripts" / "configs"
@@ -48,7 +49,7 @@ def test_the_table_names_each_part_the_verdict_and_the_time(capsys, asked, tmp_p
     arguments = ["owner/model", "--vram", "16", "--card", "l4", "--bf16", "true", "--num_prompts", "10"]
     assert main(["plan", *arguments, "--json", str(tmp_path / "plan.json")]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "owner/model: X, 480x832, 81 frames, float32" in lines
+    assert "owner/model: X, 480x832, 81 frames, bfloat16" in lines
     assert "together 2.0 GiB 11.2 GiB 42.0 GiB" in lines
     assert "of 16.0 GiB fits fits too much" in lines
     assert "Cache of 10,000 clips and 10 prompts: 19 MiB on disk, at most." in lines
@@ -84,8 +85,16 @@ def test_a_settings_file_of_training_is_planned_as_it_would_be_trained(asked):
     assert (flux.lora.r, flux.autocast, flux.cache) == (16, None, True)
     assert wan.dtype == {"default": "bfloat16", "vae": "float32"}
     assert (wan.resolution, wan.num_frames, wan.cache) == ((480, 832), 81, False)
-    assert (paper.model, paper.lora, paper.autocast) == ("a/b", None, torch.bfloat16)
+    assert (paper.model, paper.lora, paper.autocast, paper.dtype) == ("a/b", None, torch.bfloat16, "float32")
     assert (paper.resolution, paper.cache) == (None, False)
+
+
+def test_a_frozen_base_is_planned_in_16_bits_as_it_is_loaded_on_a_gpu_and_without_a_reference_for_sft(asked):
+    main(["plan", "a/b", "--loss_type", "sft"])
+    main(["plan", "a/b", "--model_init_kwargs", '{"dtype": "float32"}', "--precompute_ref_log_probs", "true"])
+    main(["plan", "shapes"])
+    assert [setup.dtype for setup in asked] == [FROZEN_DTYPE, "float32", "float32"]
+    assert [setup.reference_pass for setup in asked] == [False, False, True]
 
 
 @pytest.mark.parametrize(

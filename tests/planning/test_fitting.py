@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from peft import LoraConfig
 
+from tgol_trainer.families import FROZEN_DTYPE
 from tgol_trainer.planning import Card, Phase, Prediction, Setup, Step, cards, fit, fitting, found_card, refusal
 from tgol_trainer.planning.memory import CONTEXT
 
@@ -83,6 +84,26 @@ def test_all_weights_stay_float32_and_whole():
         "per_device_train_batch_size": "1",
         "gradient_accumulation_steps": "8",
     }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "planned", "flag"),
+    [
+        (FROZEN_DTYPE, "bfloat16", {"dtype": "bfloat16"}),  # or 4-bit layers would compute in float32
+        ("float16", "float16", {}),
+        ({"default": "bfloat16", "vae": "float32"}, {"default": "bfloat16", "vae": "float32"}, {"dtype": "bfloat16"}),
+    ],
+)
+def test_4_bits_come_with_a_dtype_of_16_bits_to_compute_in(dtype, planned, flag):
+    found = fit(made_up(Setup("x", lora=LORA, batch_size=1, dtype=dtype)), needs(1, 0.25))
+    assert found.flags == CHECKPOINTING | FOUR_BITS | flag
+    assert found.prediction.setup.dtype == planned
+    assert found.prediction.setup.quantization.compute_dtype.itemsize == 2
+
+
+def test_an_embedded_model_stays_what_it_is():
+    found = fit(made_up(Setup("shapes", lora=LORA, batch_size=1)), GIB)
+    assert found.flags == CHECKPOINTING | {"resolution": "256"}
 
 
 def test_only_tensors_count_when_a_run_is_refused():

@@ -43,6 +43,7 @@ LAYERS = {
     "checking": 5,
     "evaluation": 5,
     "planning": 5,
+    "draws": 6,
     "run": 6,
     "exports": 6,
     "jobs": 6,
@@ -66,6 +67,7 @@ CORE = {
 }
 CORE |= {
     "caching",
+    "draws",
     "families",
     "shapes",
     "rewards",

@@ -184,7 +184,6 @@ def _table(prediction: Prediction, card: Card | None) -> list[str]:
     frames = f", {prediction.num_frames} frames" if prediction.num_frames else ""
     kind = f"LoRA r {setup.lora.r}" if setup.lora else "all weights"
     batch = f"batch {setup.batch_size}" + (f" x {setup.accumulation}" if setup.accumulation > 1 else "")
-    dtype = setup.dtype if isinstance(setup.dtype, str) else json.dumps(setup.dtype)
     bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
     saving = ", gradient checkpointing" if setup.checkpointing else ""
     phases = {name: phase for name, phase in _phases(prediction).items() if phase is not None}
@@ -194,7 +193,7 @@ def _table(prediction: Prediction, card: Card | None) -> list[str]:
         return f"  {name:<34}" + "".join(f"{_size(value) if value is not None else '-':>12}" for value in values)
 
     lines = [
-        f"{setup.model}: {prediction.pipeline}, {height}x{width}{frames}, {dtype}{bits}",
+        f"{setup.model}: {prediction.pipeline}, {height}x{width}{frames}, {setup.main_dtype}{bits}",
         f"{kind} ({prediction.num_trained / 1e6:,.1f} M trained), {batch}{saving}, {setup.optimizer}",
         "",
         f"  {'memory of the device':<34}" + "".join(f"{name:>12}" for name in phases),

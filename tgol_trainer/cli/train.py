@@ -248,7 +248,9 @@ def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     """Return what decides the memory of a command line, for [`planning.predict`]."""
     import torch
 
+    from tgol_trainer.families import FROZEN_DTYPE
     from tgol_trainer.planning import Quantization, Setup
+    from tgol_trainer.shapes import embedded_model
 
     if model.model_name_or_path is None:
         raise SystemExit("error: name a model: a Hub id, a folder, or `shapes` for the embedded model.")
@@ -263,13 +265,16 @@ def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     if model.load_in_4bit or model.load_in_8bit:
         compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
         quantization = Quantization(4 if model.load_in_4bit else 8, model.use_bnb_nested_quant, compute)
+    lora = _lora_config(model, training)
+    frozen = lora is not None and not embedded_model(model.model_name_or_path)
     sides = [int(side) for side in str(training.resolution or "").split("x") if side]
     return Setup(
         model=model.model_name_or_path,
         revision=options.get("revision"),
-        dtype=options.get("dtype", "float32"),
+        dtype=options.get("dtype", FROZEN_DTYPE if frozen else "float32"),
         quantization=quantization,
-        lora=_lora_config(model, training),
+        lora=lora,
+        reference_pass=training.needs_reference and not training.precompute_ref_log_probs,
         reference_adapter=training.reference_update == "epoch",
         resolution=(sides[0], sides[-1]) if sides else None,
         num_frames=training.num_frames,

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tgol_trainer.families import FROZEN_DTYPE
+from tgol_trainer.shapes import embedded_model
+
 from .memory import Prediction, predict, weights_alone
 from .networks import Setup
 from .quantized import Quantization
@@ -96,14 +99,16 @@ def _bases(first: Prediction) -> Iterator[Setup]:
     for size in sizes:
         base = dataclasses.replace(asked, resolution=size, checkpointing=True)
         yield base
-        if asked.lora is None or asked.quantization is not None:
-            continue  # weights that are trained stay as they are
+        if asked.lora is None or asked.quantization is not None or embedded_model(asked.model):
+            continue  # weights that are trained stay as they are, and an embedded model is what it is
         if asked.dtype == "float32":
             base = dataclasses.replace(base, dtype="bfloat16")
             yield base
         if not asked.lora.use_dora:
-            compute = getattr(torch, base.dtype) if isinstance(base.dtype, str) else torch.float32
-            yield dataclasses.replace(base, quantization=Quantization(4, double=True, compute_dtype=compute))
+            half = base.dtype if base.dtype in ("bfloat16", "float16") else "bfloat16"  # what 4-bit layers compute in
+            quantization = Quantization(4, double=True, compute_dtype=getattr(torch, half))
+            dtype = half if base.dtype == FROZEN_DTYPE else base.dtype
+            yield dataclasses.replace(base, dtype=dtype, quantization=quantization)
 
 
 def _with_batch(base: Setup, size: int) -> Setup:
@@ -113,7 +118,7 @@ def _with_batch(base: Setup, size: int) -> Setup:
 def _predict(setup: Setup) -> Prediction:
     bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
     height, width = setup.resolution or (0, 0)
-    logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.dtype, bits)
+    logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.main_dtype, bits)
     return predict(setup)
 
 
@@ -124,9 +129,10 @@ def _flags(first: Prediction, found: Prediction) -> dict[str, str]:
     if setup.batch_size != asked.batch_size:
         flags["per_device_train_batch_size"] = str(setup.batch_size)
         flags["gradient_accumulation_steps"] = str(setup.accumulation)
-    if setup.dtype != asked.dtype:
-        flags["dtype"] = str(setup.dtype)
-    if setup.quantization != asked.quantization:
+    quantised = setup.quantization != asked.quantization
+    if setup.dtype != asked.dtype or (quantised and not isinstance(asked.dtype, str)):
+        flags["dtype"] = setup.main_dtype if isinstance(setup.dtype, str) else "bfloat16"
+    if quantised:
         flags |= {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
     if found.size != first.size:
         height, width = found.size

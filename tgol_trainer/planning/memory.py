@@ -66,7 +66,7 @@ class Step:
         peak (`int`): Most bytes that it holds: batch, activations, gradients.
         activations (`int`): Bytes that the policy's forward pass keeps for the backward pass.
         gradients (`int`): Bytes of the gradients after it.
-        flops (`int`): Floating-point operations, the reference's pass included.
+        flops (`int`): Floating-point operations, the reference's pass included where there is one.
         prompts (`int`, *optional*, defaults to 0): Most bytes while prompts are encoded, without a cache.
         images (`int`, *optional*, defaults to 0): Most bytes while images are encoded, without a cache.
     """
@@ -146,8 +146,7 @@ class Prediction:
         `None` where the card's rate is not that of the products: in float32, in 4 or 8 bits, or where it is not known.
         """
         setup = self.setup
-        dtype = setup.dtype.get("default", "float32") if isinstance(setup.dtype, dict) else setup.dtype
-        halves = setup.autocast is not None or str(dtype).removeprefix("torch.") in ("bfloat16", "float16")
+        halves = setup.autocast is not None or setup.main_dtype in ("bfloat16", "float16")
         if card.rate is None or not halves or setup.quantization is not None:
             return None
         slowest, fastest = (self.step.flops * setup.accumulation / (card.rate * share) for share in REACHED)
@@ -323,7 +322,8 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
         prediction = family.predict(family.denoiser, draw, conditioning)
         reference = torch.empty_like(prediction)
         error = family.likelihood.error(prediction, draw) - family.likelihood.error(reference, draw)
-        kept, live.flops = live.now - before - 2 * _bytes(prediction), 2 * live.flops - encoded
+        kept = live.now - before - 2 * _bytes(prediction)
+        live.flops += (live.flops - encoded) * setup.reference_pass
         return error.mean()
 
     with LiveBytes() as live:

@@ -30,6 +30,7 @@ class Setup:
         dtype (`Any`, *optional*, defaults to `"float32"`): Of the weights, also by component.
         quantization ([`Quantization`], *optional*): Of the denoiser.
         lora (`peft.LoraConfig`, *optional*): The adapter; `None` for training every weight.
+        reference_pass (`bool`, *optional*, defaults to `True`): Each step runs the reference too.
         reference_adapter (`bool`, *optional*, defaults to `False`): The reference is a second adapter.
         resolution (`tuple[int, int]`, *optional*): Height and width in pixels; by default the model's own.
         num_frames (`int`, *optional*): Frames of a clip; by default the model's own number.
@@ -48,6 +49,7 @@ class Setup:
     dtype: Any = "float32"
     quantization: Quantization | None = None
     lora: LoraConfig | None = None
+    reference_pass: bool = True
     reference_adapter: bool = False
     resolution: tuple[int, int] | None = None
     num_frames: int | None = None
@@ -58,6 +60,12 @@ class Setup:
     optimizer: str = "adamw_torch_fused"
     cache: bool = True
     sampling_batch: int = 1
+
+    @property
+    def main_dtype(self) -> str:
+        """Name of the dtype of all components but those that have their own."""
+        dtype = self.dtype.get("default", "float32") if isinstance(self.dtype, dict) else self.dtype
+        return str(dtype).removeprefix("torch.")
 
 
 def build(setup: Setup) -> ModelFamily:
