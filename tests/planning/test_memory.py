@@ -165,7 +165,8 @@ def test_the_larger_of_encoding_and_stepping_is_what_training_takes_without_a_ca
 
 def test_accumulation_adds_gradients_that_are_there_already_and_a_reference_adapter_its_weights(predicted):
     once, twice = predicted(), predicted(accumulation=2, reference_adapter=True, reference_pass=False)
-    assert once.step.flops == 2 * twice.step.flops
+    # Without the reference one forward pass less, of two and a backward pass.
+    assert 0.6 < twice.step.flops / once.step.flops < 0.75
     assert once.step.peak < twice.step.peak <= once.step.peak + once.step.gradients
     assert twice.training.resident["reference"] == twice.training.resident["adapter"]
 
