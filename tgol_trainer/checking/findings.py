@@ -153,7 +153,14 @@ def diagnose(
         about_prompts, facts["prompts"] = _prompts(survey, counted=limits.count_long_prompts is not None)
         about_sizes, facts["sizes"] = _sizes(survey, limits.resolution)
         about_copies, facts["duplicates"] = _duplicates(survey, thresholds, max_distance)
-        findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
+        findings += [
+            *about_scores,
+            *about_prompts,
+            *about_sizes,
+            *_modes(survey),
+            *_several_frames(survey),
+            *about_copies,
+        ]
         facts["modes"] = dict(_count_modes(survey).most_common())
     findings.sort(key=lambda finding: get_args(Level).index(finding.level))
     return Diagnosis(name, survey.num_rows, len(survey.table), findings, facts)
@@ -316,6 +323,21 @@ def _modes(survey: Survey) -> list[Finding]:
         "channels."
     )
     return [Finding("colour mode", "note", sum(other.values()), text, sorted(chain(*rows.values())))]
+
+
+def _several_frames(survey: Survey) -> list[Finding]:
+    """Animations, pages and further images of a file, of which the first alone is used."""
+    several = survey.table["several"]
+    rows = survey.table["row"][several != b""].tolist()
+    if not rows:
+        return []
+    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(several[several != b""].astype(str).tolist()).most_common())
+    text = f"files with more than one image (frames, pages), of which the first is used: {kinds} "
+    text += f"({_numbered(rows[:_SHOWN], len(rows))})."
+    # Phones and cameras write MPO: the photo, then a preview or a second view of it.
+    level: Level = "note" if set(several.tolist()) <= {b"", b"MPO"} else "warning"
+    remedy = "If another frame was scored, save it as a file of its own." if level == "warning" else ""
+    return [Finding("several frames", level, len(rows), text, rows[:_SHOWN], remedy)]
 
 
 @dataclasses.dataclass(frozen=True)

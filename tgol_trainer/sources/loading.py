@@ -21,6 +21,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer._hub_ids import is_hub_id
+from tgol_trainer.data.files import same_name
 from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
@@ -385,9 +386,9 @@ def absolute_path(path: Any, folder: str | Path) -> Any:
     """
     if not isinstance(path, str) or not path.strip() or "://" in path:
         return path
-    # Whether the file exists does not matter: `datasets` keeps the result, and the file may be put there later.
-    path = path.strip().replace("\\", os.sep)
-    return os.path.join(os.path.abspath(folder), path)  # keeps an absolute path
+    path = os.path.join(os.path.abspath(folder), path.strip().replace("\\", os.sep))  # keeps an absolute path
+    # A file that is put there later is found too: `open_file` looks once more.
+    return path if os.path.exists(path) else same_name(path) or path
 
 
 def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
