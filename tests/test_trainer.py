@@ -618,6 +618,35 @@ def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config
         TGOLTrainer(stable_diffusion(), args, dataset)
 
 
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        ({"fp16": True}, {}, "`fp16=True` has no effect on a CPU"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "`deepspeed` is not supported"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp` is of version 1.*Use version 2"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "`fsdp` is of version 1.*Use version 2"),
+        ({"fsdp": True}, {}, "there is one. Leave it out"),
+    ],
+)
+def test_a_precision_and_shards_that_would_not_be_what_was_asked_for_are_refused(
+    config, dataset, monkeypatch, settings, environment, message
+):
+    args = config(**settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        TGOLTrainer(stable_diffusion(), args, dataset)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_an_error(config, dataset, monkeypatch):
+    """As on several CPUs, where it runs DistributedDataParallel instead."""
+    monkeypatch.setattr("tgol_trainer.trainer.check_processes", lambda args: None)
+    args = config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`fsdp` was asked for and does not run"):
+        TGOLTrainer(stable_diffusion(), args, dataset)
+
+
 def test_long_prompts_are_counted(config, dataset, caplog):
     long = dataset.map(
         lambda row, index: {"prompt": "word " * 100 if index == 3 else row["prompt"]}, with_indices=True

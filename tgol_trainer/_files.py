@@ -1,4 +1,4 @@
-"""Write files that appear whole or not at all."""
+"""Write files that appear whole or not at all; read text with an error that says where it is not UTF-8."""
 
 from __future__ import annotations
 
@@ -55,3 +55,51 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any] | list[Any]
         content (`dict` or `list`): All of it.
     """
     write_file(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+class NotTextError(ValueError):
+    """A file is not UTF-8; the message names the file, line and character, and the remedy."""
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """
+    Read a file of UTF-8 text, with or without a byte order mark.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `str`: its text, with line ends as they are.
+
+    Raises:
+        NotTextError: for another encoding.
+    """
+    check_text(path)
+    return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def check_text(path: str | os.PathLike[str]) -> None:
+    """
+    Check that a file is UTF-8, line by line.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Raises:
+        NotTextError: if it is not.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise NotTextError(f"{str(path)!r} is UTF-16. Save it as UTF-8.")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place, byte = len(line[: error.start].decode("utf-8")) + 1, line[error.start]
+                shown = bytes([byte]).decode("cp1252", errors="replace")
+                raise NotTextError(
+                    f"{str(path)!r} is not UTF-8: line {number}, character {place} is the byte 0x{byte:02x} "
+                    f"({shown!r} in Windows-1252). Save the file as UTF-8 (a spreadsheet as 'CSV UTF-8')."
+                ) from error
+            if number == 1 and "\0" in text:
+                raise NotTextError(f"{str(path)!r} holds zero bytes, as UTF-16 does. Save it as UTF-8.")

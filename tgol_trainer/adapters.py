@@ -76,6 +76,11 @@ def check_peft_config(config: PeftConfig) -> None:
             f"`peft_config.init_lora_weights` is {config.init_lora_weights!r}, under which the policy does not start "
             "as the reference. Use True or 'gaussian'."
         )
+    if not config.lora_alpha > 0:
+        raise ValueError(
+            f"`peft_config.lora_alpha` is {config.lora_alpha}: the adapter is multiplied by lora_alpha / r and would "
+            "never act. Use a number above 0, such as r."
+        )
     if config.lora_dropout:
         logger.warning(
             "`peft_config.lora_dropout` is %s: the policy's pass is then noisy while the reference's is not, and the "

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import adapters, thresholds
 from .config import TGOLConfig
+from .config.checks import check_processes, check_sharding
 from .data import (
     Collator,
     Columns,
@@ -115,7 +115,7 @@ class TGOLTrainer(SavingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ) -> None:
         args = args if args is not None else TGOLConfig(output_dir="tgol_output")
-        _check_processes(args)
+        check_processes(args)
         self.args = args
         score = args.score_column
         if args.score_columns:
@@ -168,6 +168,7 @@ class TGOLTrainer(SavingTrainer):
             callbacks=[_EpochStart(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_sharding(args, self.is_fsdp_enabled)
         for callback in run_callbacks:
             callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
@@ -636,15 +637,6 @@ class _EpochStart(TrainerCallback):
 
 def _switched_on_already(**kwargs: Any) -> None:
     """Stand in for the switch of activation checkpointing that Trainer calls."""
-
-
-def _check_processes(args: TGOLConfig) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and args.world_size == 1:
-        raise ValueError(
-            f"The launcher started {world_size} processes (WORLD_SIZE), but this one runs alone and all would write "
-            f"to {args.output_dir}. On machines without a GPU add `--use_cpu true` (TGOLConfig(use_cpu=True))."
-        )
 
 
 def _summarize_records(prediction: EvalPrediction) -> dict[str, float]:

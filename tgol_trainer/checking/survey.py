@@ -206,7 +206,7 @@ def _examine(chunk: list[_Values], num_frames: int | None) -> list[_Examined]:
                 stored, mark = stored_form(visual) or Stored("unknown", None, False), image_mark(row.visual)
             pixels = np.frombuffer(digest.digest(), np.uint8)
             scores = tuple(score for score, _ in read)
-            extra = stored.format if stored.several else ""
+            extra = (stored.format or "") if stored.several else ""
             facts = scores, row.visual.size, stored.mode, extra, pixels, np.frombuffer(mark, np.uint8)
         examined.append(_Examined(row.problems, bad, facts))
     return examined

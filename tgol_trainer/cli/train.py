@@ -14,7 +14,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import PUSH_FAILED, plain_errors, set_up_logging
+from .console import PUSH_FAILED, plain_errors, read_settings, set_up_logging
 
 
 @dataclass
@@ -152,6 +152,10 @@ def _check_arguments(
     if lora and (training.full_finetuning or training.adapter_name_or_path):
         reason = "full_finetuning" if training.full_finetuning else "adapter_name_or_path"
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in lora)}: has no effect with --{reason}.")
+    if model.lora_r < 1:
+        raise SystemExit(f"error: --lora_r: must be at least 1, got {model.lora_r}.")
+    if not 0 <= model.lora_dropout < 1:
+        raise SystemExit(f"error: --lora_dropout: must be at least 0 and below 1, got {model.lora_dropout}.")
     if training.hub_token is not None:
         raise SystemExit(
             "error: --hub_token: a token in a command line or a settings file is soon in a log or a repository. Set "
@@ -293,9 +297,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0, or 3 where all is trained and saved and a push failed.
     """
     set_up_logging()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for place in (place for place, word in enumerate(argv[:-1]) if word == "--config"):
+        read_settings(Path(argv[place + 1]))  # the parser's own errors are tracebacks
     parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
     try:
-        script, training, model, sample = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+        script, training, model, sample = parser.parse_args_and_config(argv)
     except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
         raise SystemExit(f"error: {error}") from error
     _check_arguments(script, training, model, sample)

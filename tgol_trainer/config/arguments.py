@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from tgol_trainer._secrets import is_secret
 
+from .checks import check_folder, check_ranges
 from .method import MethodArguments, check_choices, default_of
 
 LORA_LEARNING_RATE = 1e-4
@@ -208,6 +209,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         return height, width
 
     def _check_ranges(self) -> None:
+        check_ranges(self)
+        check_folder(self.output_dir)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
         if self.hub_gated not in (None, "auto", "manual"):

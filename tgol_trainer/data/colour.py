@@ -37,7 +37,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     transform = _transform(profile, opaque.mode) if opaque.mode in _PROFILED else None
     if transform is None:
         return image
-    converted = ImageCms.applyTransform(opaque, transform)
+    converted = transform.apply(opaque)
     converted.info.pop("icc_profile", None)
     if alpha is not None:
         converted.putalpha(alpha)
@@ -60,7 +60,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         levels = np.linspace(0, 255, 9).astype(np.uint8)
         grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 1, 3)
         samples = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
-        moved = np.asarray(ImageCms.applyTransform(samples, transform), dtype=int) - np.asarray(samples.convert("RGB"))
+        moved = np.asarray(transform.apply(samples), dtype=int) - np.asarray(samples.convert("RGB"))
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return None
     # Rounding alone would change the pixels of nearly every image, whose profile is sRGB.
