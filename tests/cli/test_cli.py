@@ -467,3 +467,20 @@ def test_a_dataset_that_is_not_there_is_an_error_with_its_name(capsys, tmp_path,
     assert code == 1
     assert message.startswith("error: ")
     assert source.strip("/") in message
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "label", "convert", "quickstart"])
+def test_an_output_folder_that_is_a_file_is_named_by_every_command(capsys, images, tmp_path, command):
+    file, prompts = tmp_path / "file", tmp_path / "prompts.txt"
+    file.write_text("x")
+    prompts.write_text("a red circle")
+    arguments = {
+        "generate": ("--model_name_or_path", "shapes", "--prompts", str(prompts), "--use_cpu"),
+        "score": (str(images), "--rewards", "jpeg_compressibility"),
+        "label": ("--dataset_name", str(images)),
+        "convert": ("ratings", str(images), "--rating_column", "score"),
+        "quickstart": (),
+    }[command]
+    message, code = refused(capsys, command, *arguments, "--output_dir", str(file))
+    assert str(file) in message and "Traceback" not in message and code in (1, 2)
+    assert file.read_text() == "x"

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tgol_trainer.saving.hub import Repository
 
+_PATH_ERRORS = (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError)
+
 PUSH_FAILED = 3
 """Exit code of a command whose work is done and saved, but not on the Hub."""
 
@@ -119,8 +121,9 @@ def plain_errors() -> Iterator[None]:
     except (DataError, PushError, ThresholdError) as error:
         raise _plain(error) from error
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        # This library's own errors say what to change. Errors of other libraries need their traceback.
-        if not _raised_here(error):
+        # This library's own errors say what to change, and those about a path name it. Errors of other libraries need
+        # their traceback.
+        if not (_raised_here(error) or isinstance(error, _PATH_ERRORS)):
             raise
         raise _plain(error) from error
 

@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice = advise(report, can_compare=_can_compare(args))
     for line in report_lines(report, advice):
         print(line)
-    save_report(args.output_dir, report, advice, scores, _chosen(args))
+    with plain_errors():
+        save_report(args.output_dir, report, advice, scores, _chosen(args))
     print(f"\nWrote {args.output_dir / 'label.json'} and {args.output_dir / 'score_histogram.png'}.")
     return 0
 

@@ -65,6 +65,13 @@ class ScoringSettings:
     batch_size: int | None = None
     num_workers: int = 2
 
+    def check(self) -> None:
+        """Raise a [`DataError`] for a size below 1, with which no row would ever be scored."""
+        for name in ("shard_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"`{name}` is {value}; it must be at least 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -116,6 +123,7 @@ def score_dataset(
             or other shards.
     """
     settings = settings or ScoringSettings()
+    settings.check()
     source = source_of(dataset, settings)
     check_rewards(dataset, list(rewards), source, settings.weights)
     dataset = _undecoded(dataset, source)
