@@ -28,8 +28,9 @@ LAYERS = {
     "losses": 0,
     "metrics": 0,
     "likelihoods": 1,
-    "adapters": 2,
+    "adapter_files": 2,
     "rewards": 2,
+    "adapters": 3,
     "data": 3,
     "config": 3,
     "shapes": 3,
@@ -60,6 +61,7 @@ CORE = {
     "losses",
     "metrics",
     "likelihoods",
+    "adapter_files",
     "adapters",
 }
 CORE |= {"families", "shapes", "rewards", "data", "config", "labels", "objective", "saving", "run", "trainer"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import TGOLConfig
+    from transformers import TrainingArguments
 
 _Rule = tuple[tuple[str, ...], Callable[[float], bool], str]
 
@@ -71,7 +71,7 @@ def check_folder(path: str | None) -> None:
             raise ValueError(f"`output_dir` is {path!r}, and {str(part)!r} is a file. Name another folder.")
 
 
-def check_processes(args: TGOLConfig) -> None:
+def check_processes(args: TrainingArguments) -> None:
     """
     Check that processes, device and precision fit each other, before anything is loaded.
 
@@ -107,7 +107,7 @@ def check_processes(args: TGOLConfig) -> None:
         raise ValueError("`fsdp` shards a model over several processes, and there is one. Leave it out.")
 
 
-def check_sharding(args: TGOLConfig, enabled: bool) -> None:
+def check_sharding(args: TrainingArguments, enabled: bool) -> None:
     """
     Check that a model is sharded where that was asked for: on CPUs accelerate takes DistributedDataParallel instead.
 
@@ -125,7 +125,7 @@ def check_sharding(args: TGOLConfig, enabled: bool) -> None:
         )
 
 
-def _wants_fsdp(args: TGOLConfig) -> bool:
+def _wants_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
 
 
