@@ -15,6 +15,7 @@ from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators
 
 from .licenses import folder_license
+from .prompts import seen_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -93,9 +94,10 @@ def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]])
 
     `limits` are tokenizers and the number of tokens that each of them may give, special ones included.
     """
+    prompts = [seen_part(prompt, limits) for prompt in prompts]
     cut: set[int] = set()
     for tokenizer, limit in limits:
-        encoded = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        encoded = tokenizer(prompts, truncation=False, verbose=False).input_ids
         cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
     return len(cut), min(limit for _, limit in limits)
 
@@ -291,7 +293,7 @@ class ModelFamily(abc.ABC):
         unique = list(dict.fromkeys(prompts))
         index = torch.tensor([unique.index(prompt) for prompt in prompts])
         with frozen_pass(self.device):
-            encoded = self.encode_unique_prompts(unique)
+            encoded = self.encode_unique_prompts([seen_part(prompt, self.prompt_limits()) for prompt in unique])
             rows = {name: value.to(self.denoiser.dtype)[index.to(value.device)] for name, value in encoded.items()}
             return {**rows, **self.condition_on_size(geometry, resolution)}
 
