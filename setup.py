@@ -62,6 +62,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.15",
         "trl>=1.10",
+        "xxhash>=3.5",
     ],
     extras_require={
         "quantization": QUANTIZATION,

@@ -1,9 +1,12 @@
 """What every test needs: no network, one thread, quiet libraries."""
 
+import atexit
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "TGOL_TESTS" not in os.environ:  # the first process: its workers share the folder
+    os.environ["TGOL_TESTS"] = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tgol-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import numpy as np
 import pytest

@@ -24,6 +24,15 @@ def quick(cases, *kept):
     ]
 
 
+def over(names, kept):
+    """Run a test for each name, all of one name in the same process; those not kept are slow."""
+    cases = quick(list(names), *kept)
+    return pytest.mark.parametrize(
+        "name",
+        [pytest.param(*c.values, marks=[*c.marks, pytest.mark.xdist_group(f"family {c.values[0]}")]) for c in cases],
+    )
+
+
 def randomize(model, scale=0.1):
     """Move the weights of the policy's adapter, as training would."""
     generator = torch.Generator().manual_seed(1)

@@ -23,7 +23,8 @@ class Run:
 
     Args:
         args ([`TGOLConfig`]): Settings of the run: folder, device, process, batch sizes.
-        pipeline (`diffusers.DiffusionPipeline`): The pipeline with the policy in it.
+        pipeline (`Callable[[], ContextManager[DiffusionPipeline]]`):
+            Yields the pipeline with the policy in it, all of it on the device for a block.
         size (`tuple[int, int]`): (height, width) of training images, in pixels.
         num_frames (`int`, *optional*): Frames of a video; `None` for models of images.
         call_arguments (`Mapping[str, Any]`): Arguments of a pipeline call that suit this model, such as its guidance.
@@ -39,7 +40,7 @@ class Run:
     """
 
     args: TGOLConfig
-    pipeline: DiffusionPipeline
+    pipeline: Callable[[], AbstractContextManager[DiffusionPipeline]]
     size: tuple[int, int]
     num_frames: int | None
     call_arguments: Mapping[str, Any]

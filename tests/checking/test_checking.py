@@ -38,7 +38,7 @@ def encoded(image, kind="PNG", **options):
 
 @pytest.fixture(scope="module")
 def flawed(tmp_path_factory):
-    """20 good rows of 5 prompts with the scores 0 to 19, then 14 rows with a flaw each."""
+    """20 good rows of 5 prompts with the scores 0 to 19, then 15 rows with a flaw each."""
     folder = tmp_path_factory.mktemp("flawed")
     rows = []
 
@@ -64,6 +64,7 @@ def flawed(tmp_path_factory):
     frames = {"save_all": True, "append_images": [cloudy(34)]}
     add("moving.webp", "e", 3.0, encoded(cloudy(33), "WEBP", lossless=True, **frames))  # 32
     add("pages.png", "f", 3.0, encoded(cloudy(35), "TIFF", **frames))  # 33: whatever its name says
+    add("5.png", "a (red:1.3) kite", 3.0)  # 34: also prompt 0's image
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -75,6 +76,7 @@ FOUND = {
     ("missing score", "problem", 1): [26],
     ("NaN score", "problem", 1): [27],
     ("prompt length", "warning", 1): [28],
+    ("prompt syntax", "warning", 1): [34],
     ("small", "warning", 1): [29],
     ("extreme crop", "warning", 1): [30],
     ("duplicates with different scores", "warning", 1): [0, 20],
@@ -82,7 +84,7 @@ FOUND = {
     ("several frames", "warning", 2): [32, 33],
     ("colour mode", "note", 2): [30, 31],
     ("duplicates", "note", 1): [2, 22],
-    ("several prompts", "note", 1): [4, 28],
+    ("several prompts", "note", 2): [5, 34, 4, 28],
 }
 
 
@@ -98,12 +100,12 @@ def test_every_flaw_of_a_folder_is_found_in_its_row_and_nothing_else(flawed, tmp
     code, text = check(capsys, flawed, "--model_name_or_path", "shapes", "--json", file)
     report = json.loads(file.read_text())
     assert code == report["exit_code"] == 1
-    assert (report["num_rows"], report["num_usable"]) == (34, 29)
+    assert (report["num_rows"], report["num_usable"]) == (35, 30)
     assert {(item["check"], item["level"], item["count"]): item["rows"] for item in report["findings"]} == FOUND
     assert "rows 0 and 20 (scores 0 and 19)" in text and "rows 1 and 21 (scores 1 and 18.5)" in text
     assert "skip` leaves the 5 unusable rows out" in text
-    assert report["facts"]["modes"] == {"RGB": 27, "RGBA": 1, "L": 1}
-    assert report["facts"]["sizes"]["most_common"][0] == {"width": 64, "height": 64, "count": 27}
+    assert report["facts"]["modes"] == {"RGB": 28, "RGBA": 1, "L": 1}
+    assert report["facts"]["sizes"]["most_common"][0] == {"width": 64, "height": 64, "count": 28}
     assert report["facts"]["scores"]["score"]["min"] == 0 and report["facts"]["scores"]["score"]["max"] == 19
 
 
@@ -112,7 +114,7 @@ def test_a_stream_and_several_processes_find_the_same(flawed):
     one = diagnose(load_scored_dataset(str(flawed)), columns, progress=False)
     two = diagnose(load_scored_dataset(str(flawed)), columns, num_proc=2, progress=False)
     stream = diagnose(load_scored_dataset(str(flawed), streaming=True), columns, num_proc=2, progress=False)
-    assert one.num_usable == 29
+    assert one.num_usable == 30
     assert one.to_dict() == two.to_dict() == stream.to_dict()
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from tests.conftest import SMALL
-from tests.helpers import quick
+from tests.helpers import over
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
@@ -23,15 +23,6 @@ LORA = LoraConfig(r=4, lora_alpha=12)
 
 REPRESENTATIVES = ("sd", "flux", "wan", "amused")
 """One for each likelihood and for what differs in training: ε of a UNet, packed latents, videos, masked tokens."""
-
-
-def over(names, kept):
-    """Run a test for each name, all of one name in the same process; those not kept are slow."""
-    cases = quick(list(names), *kept)
-    return pytest.mark.parametrize(
-        "name",
-        [pytest.param(*c.values, marks=[*c.marks, pytest.mark.xdist_group(f"family {c.values[0]}")]) for c in cases],
-    )
 
 
 PIPELINES = ("sd", "sdxl", "sd3.5", "flux", "wan", "amused", "meissonic")
@@ -324,3 +315,20 @@ def test_a_bfloat16_base_trains_a_float32_adapter_and_still_generates(name, tmp_
     assert first == pytest.approx(logged(trainer, "weights/mean")[0] * math.log(2), rel=1e-6)
     assert math.isfinite(second) and second != first
     assert torch.isfinite(sample_of(name, trainer.family.pipeline)).all()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_frozen_base_on_a_gpu_is_loaded_in_half_precision_and_its_autoencoder_is_not(tmp_path, monkeypatch, bf16):
+    TINY["sd"].build().save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
+
+    def dtypes(*arguments):
+        pipeline = load_family(*arguments).pipeline
+        return [getattr(pipeline, name).dtype for name in ("unet", "text_encoder", "vae")]
+
+    half = torch.bfloat16 if bf16 else torch.float16
+    gpu = torch.device("cuda")
+    assert dtypes(tmp_path, {}, None, gpu) == [half, half, torch.float32]
+    assert dtypes(tmp_path, {"dtype": "float32"}, None, gpu) == [torch.float32] * 3
+    assert dtypes(tmp_path, {}, None, torch.device("cpu")) == [torch.float32] * 3
+    assert dtypes("shapes", {}, None, gpu) == [torch.float32] * 3

@@ -154,8 +154,8 @@ def test_two_steps_on_videos_and_the_first_loss_is_the_mean_weight_times_ln_2(vi
 def test_a_mirrored_clip_is_mirrored_in_every_frame(video_config, clips, monkeypatch):
     trainer = TGOLTrainer(wan(), video_config(random_flip=True), clips)
     seen = []
-    real = trainer.family.encode_images
-    monkeypatch.setattr(trainer.family, "encode_images", lambda p, *a, **k: (seen.append(p), real(p, *a, **k))[1])
+    real = trainer.family.encode
+    monkeypatch.setattr(trainer.family, "encode", lambda pixels: (seen.append(pixels), real(pixels))[1])
     trainer.model.train()
     batch = batch_of(trainer)
     trainer.compute_loss(trainer.model, batch)

@@ -89,5 +89,5 @@ def test_the_readmes_table_has_a_column_for_each_family_and_tells_how_it_is_load
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table)}
     assert {len(cells) for cells in rows.values()} == {len(FAMILIES)}
     loaded = {type(facts.build()).__name__: facts.load is load_lora for facts in TINY.values()}
-    says = [cell == "yes" for cell in rows["`pipe.load_lora_weights` gives what was trained"]]
+    says = [cell == "yes" for cell in rows["`pipe.load_lora_weights` restores the trained adapter"]]
     assert sorted(says) == sorted(loaded[name] for name in FAMILIES)

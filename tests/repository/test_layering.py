@@ -37,11 +37,13 @@ LAYERS = {
     "families": 4,
     "labels": 4,
     "sources": 4,
+    "caching": 5,
     "objective": 5,
     "saving": 5,
     "converters": 5,
     "checking": 5,
     "evaluation": 5,
+    "draws": 6,
     "run": 6,
     "exports": 6,
     "jobs": 6,
@@ -64,7 +66,20 @@ CORE = {
     "adapter_files",
     "adapters",
 }
-CORE |= {"families", "shapes", "rewards", "data", "config", "labels", "objective", "saving", "run", "trainer"}
+CORE |= {
+    "caching",
+    "draws",
+    "families",
+    "shapes",
+    "rewards",
+    "data",
+    "config",
+    "labels",
+    "objective",
+    "saving",
+    "run",
+    "trainer",
+}
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what
 # it imports at once must be light, since every `import tgol_trainer` pays for it. Any layer may ask for its version.
 AT_ONCE = {"tgol_trainer._quiet"}
@@ -236,6 +251,7 @@ def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
         "gather_object",
         ".gather",
         ".main_process_first",
+        ".wait_for_everyone",
         "accelerate.data_loader",
         "accelerate.utils",
     }

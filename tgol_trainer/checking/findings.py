@@ -14,6 +14,7 @@ import numpy as np
 
 from tgol_trainer.data.checks import check_columns, check_score_columns
 from tgol_trainer.data.images import DataError, cropped_share
+from tgol_trainer.data.prompts import REMEDY
 from tgol_trainer.data.rows import CAUSES, Columns
 from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold
 
@@ -237,22 +238,29 @@ def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str,
         "token_limit": survey.token_limit,
         "num_too_long": number if counted else None,
     }
+    findings = []
+    if survey.foreign_prompts:
+        rows = sorted(chain(*survey.foreign_prompts.values()))
+        kinds = (f"{kind} ({_numbered(found[:_SHOWN], len(found))})" for kind, found in survey.foreign_prompts.items())
+        text = f"what other programs read as instructions, and the text encoder as words: {', '.join(kinds)}."
+        findings.append(Finding("prompt syntax", "warning", len(rows), text, rows[:_SHOWN], REMEDY))
     if not counted:
         text = (
             "not checked against the limit of the text encoder: no model was named, and no CLIP tokenizer is on this "
             "machine."
         )
         remedy = "Name the model with --model_name_or_path."
-        return [Finding("prompt length", "note", 0, text, remedy=remedy)], facts
+        return [*findings, Finding("prompt length", "note", 0, text, remedy=remedy)], facts
     if not number:
-        return [], facts
+        return findings, facts
     text = (
         f"the text encoder takes {survey.token_limit} tokens and does not see the end of {number} of "
         f"{survey.num_prompts} prompts: "
     )
     text += _first((f"row {row}: {prompt}" for row, prompt in survey.long_prompts.items()), number)
     remedy = "Shorten them, with what matters first."
-    return [Finding("prompt length", "warning", number, text, list(survey.long_prompts), remedy)], facts
+    findings.append(Finding("prompt length", "warning", number, text, list(survey.long_prompts), remedy))
+    return findings, facts
 
 
 def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:

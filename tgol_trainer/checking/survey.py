@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tgol_trainer.data.datasets import cell
 from tgol_trainer.data.images import Stored, describe, stored_form
+from tgol_trainer.data.prompts import foreign_syntax
 from tgol_trainer.data.rows import CAUSES, BadRows, Columns, read_row, read_score
 from tgol_trainer.data.streams import undecoded
 
@@ -55,6 +56,7 @@ class Survey:
         self.token_limit: int | None = None
         self.long_prompts: dict[int, str] = {}  # the first few, by their first row
         self.num_long_prompts = 0
+        self.foreign_prompts: dict[str, list[int]] = {}  # by what other programs read in them, the prompts' first rows
         self._count_long_prompts = count_long_prompts
         self._new_prompts: list[tuple[int, str]] = []
         self._prompts: dict[bytes, int] = {}
@@ -90,6 +92,9 @@ class Survey:
         key = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         if key not in self._prompts:
             self._new_prompts.append((row, prompt))
+            kind = foreign_syntax(prompt)
+            if kind is not None:
+                self.foreign_prompts.setdefault(kind, []).append(row)
             if len(self._new_prompts) == _PROMPTS_AT_ONCE:
                 self.count_prompts()
         prompt_id = self._prompts.setdefault(key, len(self._prompts))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import constants
 from transformers import TrainingArguments
 
 from tgol_trainer._secrets import is_secret
@@ -133,6 +135,17 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default="raise",
         metadata={"help": "Rows that cannot be trained on: 'raise' stops before training, 'skip' logs their number."},
     )
+    cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode images and prompts once, before the first step, and keep the result on disk. False: at "
+            "each step. A stream is always encoded at each step."
+        },
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of that cache, which runs share. None: `tgol_trainer` in the Hugging Face cache."},
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Number of processes that check the images before training."}
     )
@@ -177,6 +190,11 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
 
     # The dataclass' own would show the tokens.
     __repr__ = __str__
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or its default."""
+        return Path(self.cache_dir or Path(constants.HF_HOME, "tgol_trainer")).expanduser()
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
@@ -228,6 +246,10 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                 "`dataloader_persistent_workers=True` keeps the labels of the first epoch in the workers, while "
                 "`threshold_update='epoch'` makes new ones. Set one of the two back."
             )
+        if self.cache_dir and not self.cache:
+            raise ValueError("`cache_dir` has no effect with `cache=False`: leave one out.")
+        if self.precompute_ref_log_probs and not self.cache:
+            raise ValueError("`precompute_ref_log_probs` needs the cache of images and prompts: leave `cache` True.")
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would drop prompt, image and score, which are not arguments of the "

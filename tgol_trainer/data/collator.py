@@ -37,8 +37,9 @@ class Collator:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1, or (B, 3, num_frames,
-            height, width) for videos; `prompt_bytes` (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,)
-            int64 in bytes, see [`decode_prompts`]; `row_id` (B,) int64; `geometry` (B, 4) int64: the image's own
+            height, width) for videos, or `image_key` (B, 2) int64 of rows that are encoded already; `prompt_bytes`
+            (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,) int64 in bytes, see [`decode_prompts`];
+            `row_id` (B,) int64; `geometry` (B, 4) int64: the image's own
             height and width, and the top and left of the crop in the resized image or first frame, in pixels; `group`
             (B,) int64 where rows have one; and what rows have of `LABELS`, stacked, float32.
 
@@ -48,10 +49,8 @@ class Collator:
         texts = [row["prompt"].encode("utf-8") for row in rows]
         lengths = [len(text) for text in texts]
         padded = b"".join(text.ljust(max(lengths), b"\0") for text in texts)
-        visuals = [self._visual(row) for row in rows]
         batch = {
-            "pixel_values": torch.stack([pixels for pixels, _ in visuals]),
-            "geometry": torch.tensor([geometry for _, geometry in visuals]),
+            **self._visuals(rows),
             "prompt_bytes": torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1),
             "prompt_length": torch.tensor(lengths, dtype=torch.int64),
             "row_id": torch.tensor([row["row_id"] for row in rows], dtype=torch.int64),
@@ -62,6 +61,16 @@ class Collator:
         return batch | {
             name: torch.tensor(np.stack([row[name] for row in rows]), dtype=torch.float32) for name in labels
         }
+
+    def _visuals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if "image_key" in rows[0]:
+            keys = np.stack([row["image_key"] for row in rows]).view(np.int64)
+            sizes = [row["size"] for row in rows]
+            geometry = [(height, width, *crop_offset(width, height, self.resolution)) for width, height in sizes]
+            return {"image_key": torch.from_numpy(keys), "geometry": torch.tensor(geometry)}
+        visuals = [self._visual(row) for row in rows]
+        pixels, geometries = zip(*visuals, strict=True)
+        return {"pixel_values": torch.stack(pixels), "geometry": torch.tensor(geometries)}
 
     def _visual(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
         medium = "image" if self.num_frames is None else "video"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 
 from .checks import check_class, check_columns
 from .images import DataError, cropped_share
@@ -24,17 +27,20 @@ logger = logging.getLogger(__name__)
 
 # Part of the cache key of the check. `datasets` hashes a library function by its name, not its code: raise this number
 # with every change of what `_check_batch` finds.
-_CHECK_VERSION = 3
+_CHECK_VERSION = 4
 _CHECK_FEATURES = datasets.Features(
     {
         "score": datasets.Value("float64"),
         "width": datasets.Value("int32"),
         "height": datasets.Value("int32"),
+        "digest": datasets.Value("binary"),
+        "stamp": datasets.Value("string"),
         "causes": datasets.List(datasets.Value("string")),
         "details": datasets.List(datasets.Value("string")),
     }
 )
 _CROPPED_SHARE_LIMIT = 0.1
+_BLOCK = 10_000
 _SHOWN_ROWS = 5
 
 
@@ -101,9 +107,36 @@ def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, vers
         prompt, visual, *score = (cell(table.column(column), index) for column in names)
         row = read_row(prompt, visual, score[0] if score else 0.0, num_frames)  # several are read elsewhere
         width, height = row.visual.size if row.visual else (0, 0)
+        digest = b""
+        if row.visual:
+            digest = xxhash.xxh3_128(b"%d %d " % row.visual.size + row.visual.tobytes()).digest()
         causes, details = zip(*row.problems, strict=True) if row.problems else ((), ())
-        found.append({"score": row.score, "width": width, "height": height, "causes": causes, "details": details})
+        facts = {"score": row.score, "width": width, "height": height, "digest": digest, "stamp": _stamp(visual)}
+        found.append({**facts, "causes": causes, "details": details})
     return pa.Table.from_pylist(found, schema=_CHECK_FEATURES.arrow_schema)
+
+
+def _stamp(visual: Any) -> str:
+    """Size and time of the file that a path names, to notice a file that changed; "" for anything else."""
+    path = visual.get("path") if isinstance(visual, dict) and visual.get("bytes") is None else visual
+    if not isinstance(path, str) or "://" in path:
+        return ""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _changed_files(rows: datasets.Dataset, visual: str, table: pa.Table) -> np.ndarray:
+    """(M,) numbers of the rows whose file is another than the one that was checked."""
+    changed, visuals = [], rows.select_columns([visual])
+    for start in range(0, table.num_rows, _BLOCK):
+        stamps = table.column("stamp").slice(start, _BLOCK).to_pylist()
+        if any(stamps):
+            column = visuals[start : start + _BLOCK].column(0)
+            changed += [start + i for i, stamp in enumerate(stamps) if stamp and _stamp(column[i].as_py()) != stamp]
+    return np.array(changed, dtype=np.int64)
 
 
 def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | None) -> pa.Table:
@@ -123,14 +156,14 @@ def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | Non
         desc=f"Checking {columns.medium}s",
     )
     table = checked.with_format("arrow")[:]
-    # The cache key holds the paths of the images, not their content: a file mended since the last run would be
-    # reported again. Only bad rows need a second look; a good file that breaks later fails when it is loaded.
-    bad = np.flatnonzero(_num_causes(table))
-    if not bad.size:
+    # The cache key holds the paths of the images, not their content: rows that were bad, which may have been mended,
+    # and rows whose file changed get a second look.
+    stale = np.union1d(np.flatnonzero(_num_causes(table)), _changed_files(rows, columns.visual, table))
+    if not stale.size:
         return table
-    again = pa.concat_tables(_check_batch(rows[int(index)], **arguments) for index in bad)
+    again = pa.concat_tables(_check_batch(rows[int(index)], **arguments) for index in stale)
     order = np.arange(table.num_rows)
-    order[bad] = table.num_rows + np.arange(bad.size)
+    order[stale] = table.num_rows + np.arange(stale.size)
     return pa.concat_tables([table.cast(again.schema), again]).take(order)
 
 
@@ -192,8 +225,10 @@ def prepare_dataset(
     bad.raise_or_warn(len(dataset), on_bad_sample)
     kept = np.flatnonzero(good)
     scores = table.column("score").to_numpy() if several is None else several
-    scored = ScoredDataset(rows, columns, scores[kept], kept)
     sizes = np.stack([table.column(side).to_numpy()[kept] for side in ("width", "height")], axis=1)
+    digests = table.column("digest").take(kept).cast(pa.binary(16)).combine_chunks()
+    keys = np.frombuffer(digests.buffers()[1], dtype=np.uint64).reshape(-1, 2)
+    scored = ScoredDataset(rows, columns, scores[kept], kept, sizes=sizes, image_keys=keys)
     num_smaller, mean_cropped_share = _warn_of_sizes(sizes, kept, resolution, name, columns.medium)
     report = DataReport(
         name=name,
@@ -242,41 +277,63 @@ class ScoredDataset(torch.utils.data.Dataset):
     `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": raw score, "row_id": int}`, with `"video"`
     instead of `"image"` for videos. `row_id` is the row's number in the user's dataset, whatever rows were left out.
     Where `columns` name a group there is `"group"`, a 63-bit hash of its name. Where `labels` are set, the values of
-    [`labels.RowLabels.row`] are added, and `"score"` is the normalised score.
+    [`labels.RowLabels.row`] are added, and `"score"` is the normalised score. Where `encoded` is set, `"image_key"`
+    and `"size"` stand in for the image, which is not read.
 
     Args:
         rows ([`datasets.Dataset`]): The user's dataset.
         columns ([`Columns`]): Its column names.
         scores (`numpy.ndarray`): (N,) float64 raw scores of the usable rows; (N, K) of several columns.
         row_ids (`numpy.ndarray`): (N,) int64, the numbers of the usable rows in `rows`.
+        sizes (`numpy.ndarray`): (N, 2) integers, width and height of the images or videos in pixels.
+        image_keys (`numpy.ndarray`): (N, 2) uint64, a hash of the images' pixels, or of the videos' chosen frames.
 
     Attributes:
         labels ([`labels.RowLabels`], *optional*): What the scores mean to training; set by the trainer.
+        encoded (`bool`): Whether the images are encoded elsewhere; set by the trainer.
     """
 
     labels: RowValues | None = None
+    encoded = False
 
-    def __init__(self, rows: datasets.Dataset, columns: Columns, scores: np.ndarray, row_ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        columns: Columns,
+        scores: np.ndarray,
+        row_ids: np.ndarray,
+        *,
+        sizes: np.ndarray,
+        image_keys: np.ndarray,
+    ) -> None:
         self._rows = rows.with_format("arrow")
         self._columns = columns
         self.scores = np.asarray(scores, dtype=np.float64)
         self.row_ids = np.asarray(row_ids, dtype=np.int64)
+        self.sizes, self.image_keys = sizes, image_keys
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row_id = int(self.row_ids[index])
-        row = self._rows[row_id]
+        row = (self._unseen if self.encoded else self._rows)[row_id]
         sample = {
             "prompt": row.column(self._columns.prompt)[0].as_py(),
-            self._columns.medium: cell(row.column(self._columns.visual), 0),
             "score": self.scores[index].tolist(),
             "row_id": row_id,
         }
+        if self.encoded:
+            sample |= {"image_key": self.image_keys[index], "size": tuple(self.sizes[index].tolist())}
+        else:
+            sample[self._columns.medium] = cell(row.column(self._columns.visual), 0)
         if self._columns.group is not None:
             sample["group"] = _group_id(str(row.column(self._columns.group)[0].as_py()))
         return sample if self.labels is None else {**sample, **self.labels.row(index)}
+
+    @functools.cached_property
+    def _unseen(self) -> datasets.Dataset:
+        return self._rows.remove_columns(self._columns.visual)
 
     @property
     def prompts(self) -> list[str]:
@@ -290,6 +347,11 @@ class ScoredDataset(torch.utils.data.Dataset):
             raise ValueError("`columns.group` is not given: these rows have no groups.")
         return list(map(str, self._texts(self._columns.group)))
 
+    @property
+    def group_ids(self) -> list[int] | None:
+        """The rows' `"group"`, in order; `None` where `columns` name no group."""
+        return None if self._columns.group is None else [_group_id(name) for name in self.groups]
+
     def _texts(self, name: str) -> list[Any]:
         column = self._rows.select_columns([name])[:].column(0)
         return column.take(pa.array(self.row_ids)).to_pylist()
@@ -301,7 +363,10 @@ class ScoredDataset(torch.utils.data.Dataset):
         Args:
             mask (`numpy.ndarray`): (N,) bool.
         """
-        return ScoredDataset(self._rows, self._columns, self.scores[mask], self.row_ids[mask])
+        kept = copy.copy(self)
+        kept.labels, kept.scores, kept.row_ids = None, self.scores[mask], self.row_ids[mask]
+        kept.sizes, kept.image_keys = self.sizes[mask], self.image_keys[mask]
+        return kept
 
 
 def _group_id(name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,12 @@ def frozen_pass(device: torch.device) -> Iterator[None]:
         yield
 
 
+def move(component: Any, device: torch.device) -> None:
+    """Move a network, unless it is there already; quantised networks refuse `.to` even then."""
+    if component is not None and component.device != device:
+        component.to(device)
+
+
 class ModelFamily(abc.ABC):
     """
     A kind of diffusers pipeline: how it encodes, how its denoiser is called, how its results are loaded.
@@ -130,6 +136,9 @@ class ModelFamily(abc.ABC):
 
     denoiser_name: str
     """Component that is trained: `"unet"` or `"transformer"`."""
+
+    autoencoder_name = "vae"
+    """Component that encodes images."""
 
     default_target_modules: tuple[str, ...]
     """LoRA targets where the user gives none."""
@@ -148,6 +157,9 @@ class ModelFamily(abc.ABC):
 
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
+
+    _home: torch.device | None = None
+    """Where the denoiser belongs, while it is elsewhere."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
@@ -230,25 +242,31 @@ class ModelFamily(abc.ABC):
             latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
         return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
 
-    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+    def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Encode images or clips into scaled latents; by default with a KL autoencoder, in the dtype it was loaded in.
+        Return what is kept of one image or clip (1, 3, ...): by default mean and deviation of a KL autoencoder.
+
+        The autoencoder runs in the dtype it was loaded in, without gradient.
+        """
+        posterior = self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent_dist
+        return {"mean": posterior.mean, "std": posterior.std}
+
+    def latents(self, encoded: dict[str, torch.Tensor], rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """
+        Return latents from what was kept of images.
 
         Args:
-            pixels (`torch.Tensor`): (B, 3, H, W), or (B, 3, F, H, W) for models of videos, float32 in [-1, 1].
+            encoded (`dict[str, torch.Tensor]`): B rows, see [`~ModelFamily.encode`].
             rows ([`RowGenerators`]): Source of the posterior sample.
             sample (`bool`): Sample the posterior, or take its mode.
 
         Returns:
-            `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype.
+            `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype and on its device.
         """
-        vae = self.pipeline.vae
-        with frozen_pass(vae.device):
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-            latents = posterior.mean
-            if sample:
-                latents = latents + posterior.std * rows.normal("latent", latents).to(latents.dtype)
-            return self.scale_latents(latents).to(self.denoiser.dtype)
+        latents = encoded["mean"].to(self.device)
+        if sample:
+            latents = latents + encoded["std"].to(self.device) * rows.normal("latent", latents).to(latents.dtype)
+        return self.scale_latents(latents).to(self.denoiser.dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""
@@ -261,6 +279,84 @@ class ModelFamily(abc.ABC):
 
     # ---- What follows from it ----
 
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Encode images or clips one by one, so that the result does not depend on the batch.
+
+        Args:
+            pixels (`torch.Tensor`): (B, 3, H, W), or (B, 3, F, H, W) for video models, float32 in [-1, 1].
+
+        Returns:
+            `dict[str, torch.Tensor]`: B rows of what [`~ModelFamily.latents`] takes, in the autoencoder's dtype.
+        """
+        with self.present(self.autoencoder_name) as autoencoder, frozen_pass(autoencoder.device):
+            rows = [self.encode_one(image[None].to(autoencoder.device)) for image in pixels]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """Return the latents of pixels: [`~ModelFamily.encode`], then [`~ModelFamily.latents`]."""
+        return self.latents(self.encode(pixels), rows, sample=sample)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """
+        Encode prompts one by one, so that the result does not depend on the batch.
+
+        Args:
+            prompts (`Sequence[str]`): N prompts; an empty one is the unconditional prompt.
+
+        Returns:
+            `dict[str, torch.Tensor]`: N rows of keyword arguments of the denoiser, in the text encoders' dtype.
+        """
+        with self.present(*self.text_encoder_names), frozen_pass(self.device):
+            limits = self.prompt_limits()
+            rows = [self.encode_unique_prompts([seen_part(prompt, limits)]) for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    @property
+    def text_encoder_names(self) -> list[str]:
+        """Components of the pipeline that encode prompts."""
+        components = self.pipeline.components
+        return [name for name in components if name.startswith("text_encoder") and components[name] is not None]
+
+    @contextmanager
+    def present(self, *names: str, alone: bool = False) -> Iterator[Any]:
+        """
+        Bring components to the denoiser's device for a block, and back to where they were; yield the first.
+
+        Args:
+            names (`str`): Names of components of the pipeline.
+            alone (`bool`, *optional*, defaults to `False`):
+                Move the denoiser off a GPU for the block, so that encoders and denoiser need not fit together. A
+                quantised denoiser stays: not every kind of quantisation can be moved.
+        """
+        device, components = self.device, [getattr(self.pipeline, name) for name in names]
+        places = [component.device for component in components]
+        away = alone and device.type != "cpu" and getattr(self.denoiser, "hf_quantizer", None) is None
+        try:
+            if away:
+                self._home = device
+                move(self.denoiser, torch.device("cpu"))
+            for component in components:
+                move(component, device)
+            yield components[0] if components else None
+        finally:
+            for component, place in zip(components, places, strict=True):
+                move(component, place)
+            if away:
+                move(self.denoiser, device)
+                self._home = None
+
+    @contextmanager
+    def whole(self) -> Iterator[DiffusionPipeline]:
+        """Yield the pipeline with every component on the denoiser's device, for a block that generates."""
+        components = self.pipeline.components.items()
+        with self.present(*(name for name, component in components if isinstance(component, torch.nn.Module))):
+            yield self.pipeline
+
+    def place_denoiser(self, device: torch.device) -> None:
+        """Move the denoiser. What encodes or generates brings the other components to it for the moment."""
+        move(self.denoiser, device)
+
     @property
     def denoiser(self) -> ModelMixin:
         """The network that is trained."""
@@ -268,8 +364,8 @@ class ModelFamily(abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
+        """Where the denoiser computes."""
+        return self._home or self.denoiser.device
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component."""
@@ -281,20 +377,24 @@ class ModelFamily(abc.ABC):
         return count_cut_prompts(prompts, self.prompt_limits())
 
     def condition(
-        self, prompts: Sequence[str], geometry: torch.Tensor, resolution: tuple[int, int]
+        self,
+        prompts: Sequence[str],
+        geometry: torch.Tensor,
+        resolution: tuple[int, int],
+        encode_prompts: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Everything the denoiser is conditioned on, as keyword arguments with B rows, without gradient.
 
-        Each distinct one of the B prompts is encoded once, by text encoders in the dtype they were loaded in, and
-        brought to the denoiser's dtype; an empty string is the unconditional prompt. `geometry` and `resolution` are
-        as in [`~ModelFamily.condition_on_size`].
+        Each distinct one of the B prompts is encoded once and brought to the denoiser's dtype. An empty string is the
+        unconditional prompt. `geometry` and `resolution` are as in [`~ModelFamily.condition_on_size`];
+        `encode_prompts` stands in for [`~ModelFamily.encode_prompts`], such as a cache.
         """
         unique = list(dict.fromkeys(prompts))
-        index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        index = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
+        encoded = (encode_prompts or self.encode_prompts)(unique)
+        rows = {name: value.to(self.device, self.denoiser.dtype)[index] for name, value in encoded.items()}
         with frozen_pass(self.device):
-            encoded = self.encode_unique_prompts([seen_part(prompt, self.prompt_limits()) for prompt in unique])
-            rows = {name: value.to(self.denoiser.dtype)[index.to(value.device)] for name, value in encoded.items()}
             return {**rows, **self.condition_on_size(geometry, resolution)}
 
     def probe(self) -> torch.Tensor:

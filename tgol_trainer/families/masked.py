@@ -6,7 +6,7 @@ import torch
 
 from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
 
-from .base import ModelFamily, frozen_pass
+from .base import ModelFamily
 
 AESTHETIC_SCORE = 6.0
 """The fifth micro-condition: what both pipelines pass unless told otherwise."""
@@ -21,6 +21,7 @@ class MaskedTokenFamily(ModelFamily):
     """
 
     denoiser_name = "transformer"
+    autoencoder_name = "vqvae"
     # The targets of both families' own training scripts.
     default_target_modules = ("to_q", "to_k", "to_v")
     required_components = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
@@ -79,13 +80,15 @@ class MaskedTokenFamily(ModelFamily):
         height, width, top, left = geometry.to(self.device, torch.float32).unbind(1)
         return {"micro_conds": torch.stack([width, height, top, left, torch.full_like(width, AESTHETIC_SCORE)], dim=1)}
 
-    def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
-        """Codes (B, h, w) int64 of the VQ autoencoder; an image has one code, so `sample` has no effect."""
+    def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes (1, h, w) int64 of the VQ autoencoder, which sees pixels in [0, 1]."""
         vqvae = self.pipeline.vqvae
-        with frozen_pass(vqvae.device):
-            latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.device, vqvae.dtype)).latents  # it sees [0, 1]
-            ids = vqvae.quantize(latents)[2][2]
-        return ids.reshape(len(latents), *latents.shape[-2:])
+        latents = vqvae.encode(((pixels + 1) / 2).to(vqvae.dtype)).latents
+        return {"codes": vqvae.quantize(latents)[2][2].reshape(len(latents), *latents.shape[-2:])}
+
+    def latents(self, encoded: dict[str, torch.Tensor], rows: RowGenerators, *, sample: bool) -> torch.Tensor:
+        """Codes (B, h, w) int64; an image has one code, so `sample` has no effect."""
+        return encoded["codes"].to(self.device)
 
     def usage(self, location: str, prompt: str) -> str:
         """The snippet of the base class; the transformer itself loads the adapter, as the pipeline has no method."""

@@ -168,8 +168,7 @@ def generate_dataset(
     sampling = {name: getattr(settings, name) for name in medium.sampling}
     facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
     recorded = {"seed": settings.seed, "batch_size": batch_size, **sampling}
-    if medium is _VIDEO:
-        recorded["fps"] = fps
+    recorded |= {"fps": fps} if medium is _VIDEO else {}
     numbered = _numbered(prompts, settings.images_per_prompt)
     shards = Shards(
         Path(output_dir),
@@ -186,6 +185,7 @@ def generate_dataset(
     )
     mine = shards.share(*(share or process_share()))
     missing = [shard for shard in mine if not shards.path(shard).exists()]
+    options = {"batch_size": batch_size, "progress": False, **sampling}
     total = shards.count(mine)
     initial = total - shards.count(missing)
     with tqdm(total=total, initial=initial, desc="Generating", unit=medium.name, disable=not progress) as bar:
@@ -196,9 +196,7 @@ def generate_dataset(
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
                 texts = [prompt for prompt, _ in rows[part]]
-                outputs = medium.generate(
-                    pipeline, texts, seeds[part], batch_size=batch_size, progress=False, **sampling
-                )
+                outputs = medium.generate(pipeline, texts, seeds[part], **options)
                 for name, values in medium.columns(outputs, fps).items():  # encoded at once: frames are large
                     made[name] += values
                 bar.update(len(texts))

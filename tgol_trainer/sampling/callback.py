@@ -278,11 +278,12 @@ class SampleCallback(RunCallback):
     def _make_batch(self, rows: list[tuple[str, int]]) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         options = {"batch_size": len(rows), "progress": False, **self.sampling}
-        pipeline = self.run.pipeline
         if self.makes_videos:
-            clips = [Clip(frames) for frames in generate_videos(pipeline, prompts, seeds, **options)]
+            with self.run.pipeline() as pipeline:
+                clips = [Clip(frames) for frames in generate_videos(pipeline, prompts, seeds, **options)]
             return [frame_row(clip) for clip in clips], self._score(clips, prompts)
-        images = generate_images(pipeline, prompts, seeds, **options)
+        with self.run.pipeline() as pipeline:
+            images = generate_images(pipeline, prompts, seeds, **options)
         return images, self._score(images, prompts)
 
     def _score(self, made: Sequence[Any], prompts: list[str]) -> dict[str, list[float | None]]:

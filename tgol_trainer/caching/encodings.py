@@ -1,0 +1,161 @@
+"""Encode the images and prompts of a run once, and keep the result on disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from tgol_trainer.data import Collator, ScoredDataset
+from tgol_trainer.families import ModelFamily
+
+from .filling import Encoded, Workers, fill
+from .fingerprint import component_fingerprint
+from .store import TensorStore, key_of, keys_of
+
+_VERSION = 2
+"""Raise it when the same image or prompt is encoded to something else."""
+_MIRROR = np.frombuffer(bytearray(key_of("mirrored")), dtype=np.uint64)
+
+
+class EncodingCache:
+    """
+    Keep what the autoencoder and the text encoders make of images and prompts in safetensors files.
+
+    An entry is found again by the content of image or prompt, size and preprocessing, and of the networks' weights and
+    the tokenizers' files, so it is never stale. Every image and every distinct prompt is encoded by itself, as
+    training without a cache does, so both give the same. A job that was killed continues.
+
+    Args:
+        family ([`ModelFamily`]): The model that encodes.
+        folder (`Path`): Folder of the cache. Runs may share it. It may be deleted between runs.
+        collator ([`Collator`]): Turns rows into pixels.
+        workers ([`Workers`], *optional*): Processes that share the work.
+    """
+
+    def __init__(
+        self, family: ModelFamily, folder: Path | str, collator: Collator, workers: Workers | None = None
+    ) -> None:
+        self.family, self.collator, self.workers = family, collator, workers or Workers()
+        self.medium = "image" if collator.num_frames is None else "video"
+        pipeline, kind = family.pipeline, type(family).__name__
+        autoencoder = component_fingerprint(getattr(pipeline, family.autoencoder_name))
+        images = key_of(_VERSION, kind, autoencoder, str(collator.resolution), collator.num_frames or 0)
+        self.images = TensorStore(Path(folder) / f"{self.medium}s-{images.hex()}")
+        parts = [
+            component_fingerprint(component)
+            for name, component in pipeline.components.items()
+            if name.startswith(("text_encoder", "tokenizer")) and component is not None
+        ]
+        # Settings of the pipeline itself, such as how SDXL encodes an empty prompt.
+        settings = {
+            name: value
+            for name, value in pipeline.config.items()
+            if name not in pipeline.components and not name.startswith("_")
+        }
+        prompts = key_of(_VERSION, kind, str(family.token_limits), str(sorted(settings.items())), *parts)
+        # Wan pads its embeddings with zeros, which need no space.
+        self.prompts = TensorStore(Path(folder) / f"prompts-{prompts.hex()}", ragged=("encoder_hidden_states",))
+
+    # ---- Reading ----
+
+    def read_images(self, keys: np.ndarray, mirrored: Sequence[bool]) -> Encoded:
+        """
+        Return what the autoencoder made of images, on the CPU.
+
+        Args:
+            keys (`numpy.ndarray`): (B, 2) uint64, the images' keys; see [`data.ScoredDataset`].
+            mirrored (`Sequence[bool]`): B times, whether the mirror image is wanted.
+
+        Returns:
+            `dict[str, torch.Tensor]`: B rows, as [`ModelFamily.encode`] returns them.
+        """
+        return self.images.read(np.where(np.asarray(mirrored)[:, None], keys ^ _MIRROR, keys))
+
+    def read_prompts(self, prompts: Sequence[str]) -> Encoded:
+        """Return N rows for N prompts, as [`ModelFamily.encode_prompts`] returns them, on the CPU."""
+        return self.prompts.read(keys_of(prompts))
+
+    # ---- Filling ----
+
+    def add(self, rows: ScoredDataset, prompts: Iterable[str], *, mirrored: bool = False) -> None:
+        """
+        Encode the images of rows, and prompts, as far as they are missing. Every process must call it.
+
+        Args:
+            rows ([`ScoredDataset`]): Rows whose images are wanted.
+            prompts (`Iterable[str]`): Every prompt that training will ask for.
+            mirrored (`bool`, *optional*, defaults to `False`): Encode the mirror image of each image too.
+
+        Raises:
+            OSError: if the disk does not hold what is missing.
+            DataError: for an image that can no longer be opened.
+        """
+        family = self.family
+        texts = list(dict.fromkeys(prompts))
+        keys = keys_of(texts)
+
+        def encode_prompts(wanted: np.ndarray) -> Iterator[Encoded]:
+            with family.present(*family.text_encoder_names, alone=True):
+                for index in wanted:
+                    yield family.encode_prompts([texts[index]])
+
+        fill(self.prompts, keys, encode_prompts, "prompt", self.workers)
+
+        rows = copy.copy(rows)
+        rows.encoded = False
+        image_keys, first = np.unique(rows.image_keys, axis=0, return_index=True)
+        order = np.argsort(first)  # in the order of the rows, which is that on the disk
+        image_keys, first = image_keys[order], first[order]
+
+        def encode_images(wanted: np.ndarray, mirror: bool = False) -> Iterator[Encoded]:
+            loader = DataLoader(
+                Subset(rows, first[wanted].tolist()),
+                batch_size=1,
+                collate_fn=self.collator,
+                num_workers=self.workers.num_loaders,
+            )
+            with family.present(family.autoencoder_name, alone=True):
+                for batch in loader:
+                    pixels = batch["pixel_values"]
+                    yield family.encode(pixels.flip(-1) if mirror else pixels)
+
+        fill(self.images, image_keys, encode_images, self.medium, self.workers)
+        if mirrored:
+            mirror = lambda wanted: encode_images(wanted, mirror=True)  # noqa: E731
+            fill(self.images, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}", self.workers)
+
+
+def encode_batch(
+    family: ModelFamily,
+    cache: EncodingCache | None,
+    inputs: dict[str, torch.Tensor],
+    prompts: list[str],
+    mirrored: Sequence[bool],
+    resolution: tuple[int, int],
+) -> tuple[Encoded, Encoded]:
+    """
+    Return the conditioning and the encoded images of a batch, from the cache where its rows are in it.
+
+    Args:
+        family ([`ModelFamily`]): The model.
+        cache ([`EncodingCache`], *optional*): The cache.
+        inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
+        prompts (`list[str]`): B prompts.
+        mirrored (`Sequence[bool]`): B times, whether the mirror image is wanted.
+        resolution (`tuple[int, int]`): (height, width) of the pixels.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: what [`ModelFamily.condition`] and
+        [`ModelFamily.encode`] return.
+    """
+    if cache is not None and "image_key" in inputs:
+        encoded = cache.read_images(inputs["image_key"].cpu().numpy().view(np.uint64), mirrored)
+        return family.condition(prompts, inputs["geometry"], resolution, cache.read_prompts), encoded
+    images = zip(inputs["pixel_values"], mirrored, strict=True)
+    encoded = family.encode(torch.stack([image.flip(-1) if mirror else image for image, mirror in images]))
+    return family.condition(prompts, inputs["geometry"], resolution), encoded

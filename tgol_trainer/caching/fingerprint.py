@@ -1,0 +1,52 @@
+"""Tell networks and tokenizers apart by their content, so that a cache knows what made its entries."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+
+def component_fingerprint(component: Any, rename: Callable[[str], str | None] | None = None) -> str:
+    """
+    Return a text that changes with what a component of a pipeline computes.
+
+    Args:
+        component (`Any`): A network, whose class, config and weights count; or a tokenizer, whose files count.
+        rename (`Callable[[str], str | None]`, *optional*):
+            Returns the name that a weight counts under, `None` for one that does not count.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128(type(component).__name__.encode())
+    if isinstance(component, torch.nn.Module):
+        config = getattr(component, "config", {})
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        weights = {(rename(name) if rename else name): value for name, value in component.state_dict().items()}
+        weights.pop(None, None)
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            component.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    digest.update(file.name.encode() + b"|" + _content(file))
+    return digest.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    if file.name != "tokenizer.json":
+        return file.read_bytes()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    # What the last call asked for, and the next one asks for anew.
+    return json.dumps({**content, "truncation": None, "padding": None}, sort_keys=True).encode()
