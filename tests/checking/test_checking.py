@@ -142,6 +142,7 @@ def rows(**more):
         (rows(), ("--resolution", "128"), 0, "no problems, 1 warning."),
         (rows(), ("--resolution", "128", "--strict"), 1, "no problems, 1 warning."),
         (rows(score=[2.0] * 4), (), 1, "All 4 scores equal 2.0"),
+        (rows(score=[1.0, 2.0, 3.0, 1e39]), ("--strict",), 1, "weights that float32 cannot hold"),
         (rows().rename_column("score", "stars"), (), 1, "`--score_column stars`"),
         (rows().rename_column("score", "stars"), ("--score_column", "stars"), 0, "no problems"),
         (rows(score=[2.0, 2.0, 2.0, 3.0]), (), 0, "moves the threshold to 2.5: 1 positive, 3 negative"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tarfile
 import zipfile
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from tgol_trainer.data import Columns, DataError, open_image, prepare_dataset
+from tgol_trainer.data import Columns, DataError, ScoredStream, open_image, prepare_dataset
 from tgol_trainer.sources import load_prompts, load_scored_dataset
 from tgol_trainer.sources.loading import load_columns
 
@@ -227,3 +228,22 @@ def test_commas_that_may_part_thousands_are_said_where_they_are_read_as_decimal_
     images(tmp_path, "a.png")
     (tmp_path / "rows.csv").write_text("prompt;image;score\n" + "".join(f"p;a.png;{score}\n" for score in scores))
     assert ("If they part thousands" in said(tmp_path / "rows.csv")) == warned
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_webdataset_is_read_with_the_fields_of_its_json_as_columns(tmp_path, streaming):
+    (tmp_path / "tars").mkdir()
+    images(tmp_path, "0.png", "1.png", "2.png")
+    with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as tar:
+        for number in range(3):
+            (tmp_path / "row.json").write_text(json.dumps({"prompt": f"p{number}", "score": number + 0.5}))
+            tar.add(tmp_path / f"{number}.png", f"{number:03}.png")
+            tar.add(tmp_path / "row.json", f"{number:03}.json")
+    columns = Columns("json.prompt", "png", "json.score")
+    for source in (tmp_path / "tars", tmp_path / "tars" / "train-0.tar"):
+        loaded = load_scored_dataset(str(source), streaming=streaming, columns=columns)
+        rows = list(ScoredStream(loaded, columns)) if streaming else list(prepare_dataset(loaded, columns, SIZE)[0])
+        assert [(row["prompt"], row["score"]) for row in rows] == [("p0", 0.5), ("p1", 1.5), ("p2", 2.5)]
+        assert [open_image(row["image"]).getpixel((0, 0))[0] for row in rows] == [0, 10, 20]
+        alone = load_columns(str(source), ["json.prompt", "json.score"], streaming=streaming)
+        assert [row["json.score"] for row in alone] == [0.5, 1.5, 2.5]

@@ -26,6 +26,7 @@ _DEFAULT_RESOLUTION = (512, 512)
 _SHOWN = 5
 _CROPPED_SHARE_LIMIT = 0.1  # as in training
 _EXTREME_CROP = 0.5
+_LARGEST_MARGIN = 1e29  # with which training refuses the weight of the default settings
 
 Level = Literal["problem", "warning", "note"]
 
@@ -220,6 +221,11 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
             continue
         found |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
         found["num_negative"] = threshold.num_negative
+        if max(threshold.value - values[0], values[-1] - threshold.value) > _LARGEST_MARGIN:
+            extent = f"from {values[0]:g} to {values[-1]:g}"
+            text = f"column {column!r}: scores {extent} give weights that float32 cannot hold."
+            remedy = "Such numbers often stand for a missing score: remove these rows, or set `score_normalization`."
+            findings.append(Finding("scores too large", "warning", len(scores), text, remedy=remedy))
         if threshold.moved_from is not None:
             text = (
                 f"column {column!r}: the median score equals the smallest, {threshold.moved_from:g}; training moves "

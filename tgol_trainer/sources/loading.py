@@ -34,7 +34,14 @@ logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
@@ -54,7 +61,8 @@ def load_scored_dataset(
         source (`str`):
             A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
             videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
-            Parquet, JSON Lines or CSV files; or one such file. Paths in a table count from the folder of the table.
+            Parquet, JSON Lines or CSV files, or of WebDataset tars, whose JSON fields become columns such as
+            `json.prompt`; or one such file. Paths in a table count from the folder of the table.
         name (`str`, *optional*): Configuration of a dataset that has several.
         split (`str`, *optional*, defaults to `"train"`):
             Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
@@ -145,7 +153,7 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         "`name` of the configuration and the `split`; for a private or gated dataset, log in with `hf auth login`."
     )
     with _loading(source, hint):
-        dataset = _load(wanted, source, name)
+        dataset = _flattened(_load(wanted, source, name))
     commit = hub_commit(dataset)
     if commit and not dataset.info.download_checksums:  # cards read the Hub id and commit where `datasets` noted them
         dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
@@ -248,11 +256,29 @@ def _as_written(dataset: Any, path: Path, wanted: _Wanted, *, csv: bool) -> Any:
         names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
         if len(set(names.values())) == len(names):
             dataset = dataset.rename_columns(names)
+    dataset = _flattened(dataset)
     if wanted.only is not None:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         tell_of_copies(dataset, path, wanted.columns)
     return _resolve_files(dataset, path if path.is_dir() else path.parent, wanted.columns)
+
+
+def _flattened(dataset: Any) -> Any:
+    """Return a WebDataset with a column for each field of its JSON files: `json.prompt`, `json.score`."""
+    features = getattr(dataset, "features", None) or {}
+    if "__key__" not in features or not isinstance(features.get("json"), dict):
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.flatten()
+    dataset = dataset.decode(False)
+    fields = {f"json.{name}": feature for name, feature in features["json"].items()}
+    kept = {name: feature for name, feature in dataset.features.items() if name != "json"}
+    return dataset.map(_json_fields, remove_columns="json", features=datasets.Features({**kept, **fields}))
+
+
+def _json_fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {f"json.{name}": value for name, value in (row["json"] or {}).items()}
 
 
 def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
@@ -273,7 +299,7 @@ def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
     metadata = any(file.name in _METADATA for file in files)
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
     images = [file for file in files if file.suffix.lower() in IMAGES + VIDEOS]
-    if images and not tables and not metadata:
+    if images and not metadata and all(file.suffix.lower() == ".tar" for file in tables):
         raise _no_metadata(path, images, wanted.columns)
     if not tables and not metadata:
         raise DataError(
