@@ -21,8 +21,8 @@ from tgol_trainer.data import decode_prompts
 from tgol_trainer.families import load_family
 from tgol_trainer.likelihoods import RowGenerators
 from tgol_trainer.metrics import LOGGED_METRICS, RECORD
+from tgol_trainer.saving.divergence import TrainingDivergedError
 from tgol_trainer.thresholds import ThresholdError
-from tgol_trainer.trainer import TrainingDivergedError
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 

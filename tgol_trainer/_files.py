@@ -1,4 +1,4 @@
-"""Write files that appear whole or not at all."""
+"""Write files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield draft
         if target.exists():
             shutil.copymode(target, draft)
+        _sync(draft)
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)
@@ -55,3 +57,50 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any] | list[Any]
         content (`dict` or `list`): All of it.
     """
     write_file(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def settle(folder: str | os.PathLike[str]) -> None:
+    """
+    Bring all files below a folder to the disk, with the mode that the umask gives to any new file.
+
+    safetensors makes its files readable for their owner alone.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+    """
+    root = Path(folder)
+    probe = root / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in (*root.rglob("*"), root):
+        if path.is_file():
+            path.chmod(mode)
+        _sync(path)
+
+
+def move(source: Path, place: Path) -> None:
+    """
+    Put a settled file or folder in the place of another, which is gone when this returns.
+
+    Args:
+        source (`Path`): On the same disk.
+        place (`Path`): A folder there is first moved to the side, since a rename replaces files alone.
+    """
+    aside = source.with_name(f"{place.name}.old")
+    if place.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(place, aside)
+    os.replace(source, place)
+    _sync(place.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

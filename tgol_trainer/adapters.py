@@ -349,6 +349,14 @@ def save_adapter(
     save_file(tensors, directory / weight_name, metadata=header)
 
 
+def saved_shapes(model: ModelMixin, denoiser: str, *, adapter: str = POLICY) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors that [`save_adapter`] writes."""
+    from peft.utils import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {f"{denoiser}.{name}": tuple(tensor.shape) for name, tensor in weights.items()}
+
+
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:
     """
     Put the weights of a file that [`save_adapter`] wrote into an adapter that is already attached to the model.

@@ -20,7 +20,6 @@ from accelerate.utils import gather_object
 from huggingface_hub import constants
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import adapters, thresholds
 from .caching import EncodingCache, Workers, encode_batch
@@ -64,10 +63,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
-
-
-class TrainingDivergedError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the usual causes and the last good checkpoint."""
 
 
 class TGOLTrainer(SavingTrainer):
@@ -594,18 +589,7 @@ class TGOLTrainer(SavingTrainer):
         """Add the averages since the last log line, over all processes; stop on a loss that is not finite."""
         if "loss" in logs:
             logs.update(self._train_metrics.pop(self.accelerator.gather))
-            if not math.isfinite(logs["loss"]):
-                raise TrainingDivergedError(self._divergence_message(logs["loss"]))
         super().log(logs, start_time)
-
-    def _divergence_message(self, loss: float) -> str:
-        folder = Path(self.args.output_dir)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        causes = "a learning rate or temperature that is too large, or a batch with broken images"
-        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
-            causes = "float16 overflow (use bfloat16 or float32), or " + causes
-        kept = f"The last checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
-        return f"The loss is {loss} at step {self.state.global_step}. Usual causes: {causes}. {kept}"
 
     def _evaluation_metrics(self, records: EvalPrediction) -> dict[str, float]:
         metrics = _summarize_records(records)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from tgol_trainer import adapters
-from tgol_trainer._files import write_json
+from tgol_trainer._files import move, settle, write_json
 
 from .card import CardImage, DatasetFacts, write_card
+from .checkpoints import DRAFTS, explained_writes, last_good, not_finite, read_back, rotate, seal
+from .divergence import FiniteWatch, TrainingDivergedError, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
 from .hub import Repository, RunPushes, open_repository, resume_command
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import ModelMixin
 
     from tgol_trainer.config import TGOLConfig
@@ -52,37 +57,145 @@ class SavingTrainer(Trainer):
     example_prompt: str | None
     card_extras: dict[str, Any]
     pushes: RunPushes | None = None
+    _watch: FiniteWatch
+    _drafting = False
 
     @abc.abstractmethod
     def state_facts(self) -> dict[str, Any]:
         """Return what a checkpoint must remember beside weights, JSON-serialisable."""
 
+    # ---- Numbers that are not finite ----
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As `transformers.Trainer.training_step`; the loss is looked at."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watch.add(loss, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `transformers.Trainer.log`; stops on a loss that was not finite."""
+        if "loss" in logs or "train_loss" in logs:
+            self._check_losses()
+        super().log(logs, start_time)
+
+    def _check_losses(self) -> None:
+        found = self._watch.first(self.accelerator.gather)
+        if found is not None:
+            raise self._diverged(f"The loss is {found[1]} at step {found[0]}.")
+
+    def _check_weights(self) -> None:
+        """Raise on every process if the weights of one are not finite."""
+        trained = [value for value in self.family.denoiser.parameters() if value.requires_grad]
+        if not self.accelerator.gather(all_finite(trained).int()).all():
+            raise self._diverged(f"The trained weights are not finite after step {self.state.global_step}.")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        causes = "a learning rate or temperature that is too large, or a batch with broken images"
+        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
+            causes = "float16 overflow (use bfloat16 or float32), or " + causes
+        return TrainingDivergedError(f"{what} Usual causes: {causes}. {last_good(self.args.output_dir)}")
+
     # ---- Disk ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, DRAFTS) if self._drafting else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Trainer writes the checkpoint, in another folder, which is renamed when all of it is there.
+        self._check_losses()
+        self._check_weights()
+        args, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run = self._get_output_dir(trial)
+        place, draft = Path(run, name), Path(run, DRAFTS, name)
+        with explained_writes(Path(args.output_dir), self.state.global_step):
+            self._drafting = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._drafting = False
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == draft:
+                self.state.best_model_checkpoint = os.path.join(run, name)
+                if args.should_save:
+                    self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                seal(draft, resumable=not args.save_only_model)
+                settle(draft)
+                move(draft, place)
+                draft.parent.rmdir()
+            self.accelerator.wait_for_everyone()
+        if args.should_save:
+            rotate(place, args.save_total_limit, self.state.best_model_checkpoint)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(place))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        family, state = self.family, self.state_facts()
+        state, draft = self.state_facts(), folder / DRAFTS / "weights"
         checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        with explained_writes(Path(self.args.output_dir), self.state.global_step):
+            draft.mkdir(parents=True, exist_ok=True)
+            try:
+                wanted = self._write_weights(draft, state["reference_epoch"] if checkpoint else None, state_dict)
+                settle(draft)
+                for part, shapes in wanted.items():
+                    read_back(draft / part, shapes)
+                broken = not_finite(draft)
+                if broken is not None:
+                    raise self._diverged(f"The trained weights are not finite (such as {broken}) and are not saved.")
+                for part in wanted:
+                    move(draft / part, folder / part)
+            finally:
+                shutil.rmtree(draft.parent, ignore_errors=True)
+            write_json(folder / STATE_NAME, state)
+            write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
+            self._write_card(folder)
+
+    def _write_weights(
+        self, folder: Path, epoch: int | None, state_dict: dict[str, torch.Tensor] | None
+    ) -> dict[str, dict[str, tuple[int, ...]]]:
+        """
+        Write the policy, and the reference of an epoch. Return the shapes of each file's or folder's tensors.
+
+        `epoch` is `None` where the reference is not wanted, and 0 before it has moved.
+        """
+        family = self.family
         if self.reference_model is not None:
-            family.denoiser.save_pretrained(folder / family.denoiser_name)
-            if checkpoint and state["reference_epoch"]:
-                self.reference_model.save_pretrained(folder / f"reference_{family.denoiser_name}")
-        else:
-            save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
-            adapters.save_adapter(*save, state_dict=state_dict)
-            if checkpoint and adapters.REFERENCE in family.denoiser.peft_config:
-                adapters.save_adapter(
-                    *save,
-                    adapter=adapters.REFERENCE,
-                    weight_name=adapters.REFERENCE_WEIGHTS_NAME,
-                    state_dict=state_dict,
-                )
-        write_json(folder / STATE_NAME, state)
-        write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
-        self._write_card(folder)
+            models = {family.denoiser_name: family.denoiser}
+            if epoch:
+                models[f"reference_{family.denoiser_name}"] = self.reference_model
+            for name, model in models.items():
+                model.save_pretrained(folder / name)
+            return {
+                name: {key: tuple(value.shape) for key, value in model.state_dict().items()}
+                for name, model in models.items()
+            }
+        files = {adapters.POLICY: adapters.WEIGHTS_NAME}
+        if epoch is not None and adapters.REFERENCE in family.denoiser.peft_config:
+            files[adapters.REFERENCE] = adapters.REFERENCE_WEIGHTS_NAME
+        for adapter, name in files.items():
+            adapters.save_adapter(
+                type(family.pipeline),
+                family.denoiser_name,
+                family.denoiser,
+                folder,
+                adapter=adapter,
+                weight_name=name,
+                state_dict=state_dict,
+            )
+        return {
+            name: adapters.saved_shapes(family.denoiser, family.denoiser_name, adapter=adapter)
+            for adapter, name in files.items()
+        }
 
     def _load_policy(self, folder: Path) -> None:
         denoiser, name = self.family.denoiser, self.family.denoiser_name
@@ -169,6 +282,7 @@ class SavingTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `transformers.Trainer.train`. Pushes that failed in the background are reported however it ends."""
+        self._watch = FiniteWatch(self.args.device)
         try:
             return super().train(*args, **kwargs)
         finally:
