@@ -53,6 +53,7 @@ from .objective import ScoredBatch, training_loss
 from .run import Run, RunCallback
 from .saving.facts import dataset_facts
 from .saving.files import STATE_NAME, ReportedConfig
+from .saving.resuming import open_output
 from .saving.trainer import SavingTrainer
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class TGOLTrainer(SavingTrainer):
     ) -> None:
         args = args if args is not None else TGOLConfig(output_dir="tgol_output")
         _check_processes(args)
+        if args.should_save:
+            open_output(args.output_dir)
         self.args = args
         score = args.score_column
         if args.score_columns:

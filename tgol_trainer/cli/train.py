@@ -110,6 +110,9 @@ _UNUSED: tuple[str, ...] = (
 )
 
 
+_RESUME: dict[str | None, bool] = {"true": True, "True": True, "last": True, "false": False, "False": False}
+
+
 def _changed(arguments: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(arguments) if getattr(arguments, item.name) != item.default]
 
@@ -302,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training.model_init_kwargs = _model_init_kwargs(model, training)
 
     from tgol_trainer.data import Columns
+    from tgol_trainer.saving.resuming import starting_point
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.trainer import TGOLTrainer
 
@@ -314,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if script.rounds is not None:
         return _train_rounds(script, training, model, sample)
     with plain_errors():
+        resume = _RESUME.get(training.resume_from_checkpoint, training.resume_from_checkpoint)
+        if not resume:
+            starting_point(training.output_dir, None)  # refuses a used folder before models and data are loaded
         trainer = TGOLTrainer(
             model=model.model_name_or_path,
             args=training,
@@ -326,16 +333,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             quantization_config=_quantization_config(model),
             callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
         )
-        resume = training.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
-        trainer.save_state()
-        if not training.push_to_hub:
-            trainer.save_model()
-            pushed = True
-        else:
+        trainer.train(resume_from_checkpoint=resume)
+        if not trainer.already_saved:
+            trainer.save_state()
+        if training.push_to_hub:
             pushed = _push(trainer)
+        else:
+            pushed = True
+            if not trainer.already_saved:
+                trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"Saved to {training.output_dir}. README.md there shows how to load it.")
+        said = "The finished run was there before:" if trainer.already_saved else "Saved to"
+        print(f"{said} {training.output_dir}. README.md there shows how to load it.")
     return 0 if pushed else PUSH_FAILED
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -176,11 +177,16 @@ def explained_writes(folder: Path, step: int) -> Iterator[None]:
     except SaveError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        # How torch's writer speaks: "[enforce fail at inline_container.cc:664] . unexpected pos 158912 vs 158800".
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        # Of a full disk torch.save says "unexpected pos 158912 vs 158800" or "basic_ios::clear: iostream error".
+        if isinstance(error, RuntimeError) and not _raised_by_torch_save(error):
             raise
         free = f", where {shutil.disk_usage(folder).free // 2**20} MB are free" if folder.is_dir() else ""
         raise SaveError(
             f"Step {step} could not be saved in {folder}{free}: {error}. {last_good(folder)} Make room or mend the "
             "disk, then go on with `--resume_from_checkpoint true`."
         ) from error
+
+
+def _raised_by_torch_save(error: RuntimeError) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename == torch.serialization.__file__

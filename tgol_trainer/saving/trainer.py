@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
@@ -24,6 +26,8 @@ from .divergence import FiniteWatch, TrainingDivergedError, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
 from .hub import Repository, RunPushes, open_repository, resume_command
+from .progress import EveryPassTrains
+from .resuming import is_finished, open_output, starting_point
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from tgol_trainer.labels import Labeler
 
 logger = logging.getLogger(__name__)
+
+_BYTES_PER_WEIGHT = 12
+"""Of a checkpoint: a weight and AdamW's two moments, in float32."""
 
 
 class SavingTrainer(Trainer):
@@ -47,6 +54,7 @@ class SavingTrainer(Trainer):
         dataset_facts (`list[card.DatasetFacts]`): What the card says of the training data.
         example_prompt (`str`, *optional*): Prompt of the card's snippet.
         card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
+        already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
     """
 
     args: TGOLConfig
@@ -57,12 +65,80 @@ class SavingTrainer(Trainer):
     example_prompt: str | None
     card_extras: dict[str, Any]
     pushes: RunPushes | None = None
+    already_saved = False
     _watch: FiniteWatch
     _drafting = False
 
     @abc.abstractmethod
     def state_facts(self) -> dict[str, Any]:
         """Return what a checkpoint must remember beside weights, JSON-serialisable."""
+
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[EveryPassTrains(), *(callbacks or [])], **kwargs)
+
+    # ---- Start ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        As `transformers.Trainer.train`, with an end and a start that can be trusted (docs/reliability.md).
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint, or `True` for the newest complete one in `args.output_dir`; where there is none, `True`
+                starts anew. A run that is finished is not trained on: its weights are loaded and `already_saved` says
+                whether `args.output_dir` holds them.
+            args, kwargs (`Any`): Further arguments of `transformers.Trainer.train`.
+
+        Returns:
+            `transformers.trainer_utils.TrainOutput`
+
+        Raises:
+            FileExistsError: for a new run in a folder that holds checkpoints.
+            FileNotFoundError: if the checkpoint that was named is not complete.
+            TrainingDivergedError: if a loss or a weight is not finite.
+            SaveError: if a checkpoint cannot be written.
+            DataError: if a pass over the training data makes no update.
+        """
+        self._watch, self.already_saved = FiniteWatch(self.args.device), False
+        checkpoint = self._open(resume_from_checkpoint)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if is_finished(state, self.args, checkpoint):
+                return self._end_again(checkpoint, state)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        finally:
+            self._finish_current_push()
+
+    def _open(self, asked: str | bool | None) -> Path | None:
+        """Open the output folder; return the checkpoint to start at."""
+        args = self.args
+        checkpoint = starting_point(args.output_dir, asked)
+        found = {str(each) for each in gather_object([checkpoint])}
+        if len(found) > 1:
+            raise FileNotFoundError(
+                f"The processes see different checkpoints in `output_dir` {args.output_dir}: {', '.join(found)}. It "
+                "must be one folder, on a disk that all of them share."
+            )
+        if args.should_save:
+            trained = sum(value.numel() for value in self.family.denoiser.parameters() if value.requires_grad)
+            shutil.rmtree(Path(args.output_dir, DRAFTS), ignore_errors=True)
+            open_output(args.output_dir, _BYTES_PER_WEIGHT * trained)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _end_again(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        """Load what a finished run ended with."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+        saved = Path(self.args.output_dir, STATE_NAME)
+        self.already_saved = saved.is_file() and json.loads(saved.read_text())["step"] == state.global_step
+        logger.warning("The run is finished: %s is its last step. Nothing is trained.", checkpoint)
+        losses = [line["loss"] for line in state.log_history if "loss" in line]
+        return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
 
     # ---- Numbers that are not finite ----
 
@@ -156,7 +232,7 @@ class SavingTrainer(Trainer):
                     move(draft / part, folder / part)
             finally:
                 shutil.rmtree(draft.parent, ignore_errors=True)
-            write_json(folder / STATE_NAME, state)
+            write_json(folder / STATE_NAME, {"step": self.state.global_step, **state})
             write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
             self._write_card(folder)
 
@@ -280,14 +356,6 @@ class SavingTrainer(Trainer):
         if self.pushes is not None:
             self.pushes.finish()
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `transformers.Trainer.train`. Pushes that failed in the background are reported however it ends."""
-        self._watch = FiniteWatch(self.args.device)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._finish_current_push()
-
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -318,8 +386,9 @@ class SavingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        self.create_model_card(**kwargs)
+        if not self.already_saved:
+            self.save_model(_internal_call=True)
+            self.create_model_card(**kwargs)
         self._finish_current_push()
         if self.pushes is None:
             return None

@@ -1,0 +1,291 @@
+"""Runs that are killed, stopped, resumed and broken: what is on disk is whole, and nothing wrong ends in success."""
+
+import json
+import os
+import resource
+import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from tests.conftest import scored_dataset
+from tests.tiny import stable_diffusion
+from tgol_trainer import TGOLTrainer, cli
+from tgol_trainer.data import DataError
+from tgol_trainer.saving.checkpoints import SaveError, flaws
+from tgol_trainer.saving.divergence import TrainingDivergedError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "constant"}
+
+
+def trainer_in(folder, config, dataset, **options):
+    args = config(output_dir=str(folder), **{**STEPS, **options})
+    return TGOLTrainer(stable_diffusion(), args, dataset, peft_config=LoraConfig(r=4, lora_alpha=8))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run with checkpoints 2, 4 and 6, and its adapter."""
+    from tests.conftest import SMALL
+    from tgol_trainer import TGOLConfig
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer = trainer_in(folder, lambda **options: TGOLConfig(**{**SMALL, **options}), scored_dataset())
+    trainer.train()
+    trainer.save_model()
+    return SimpleNamespace(folder=folder, weights=load_file(folder / WEIGHTS))
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(whole.folder, tmp_path / "run"))
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(("checkpoint", "_")))
+
+
+def assert_same_weights(folder, whole):
+    found = load_file(folder / WEIGHTS)
+    assert found.keys() == whole.weights.keys()
+    assert all(torch.equal(found[name], whole.weights[name]) for name in found)
+
+
+def spoil_with_nan(checkpoint):
+    """The first number of the first tensor: safetensors begin with the length of a header."""
+    data = bytearray((checkpoint / WEIGHTS).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start : start + 4] = struct.pack("<f", float("nan"))
+    (checkpoint / WEIGHTS).write_bytes(data)
+
+
+# ---- Checkpoints are whole ----
+
+
+SPOILED = {
+    "optimizer": (lambda folder: (folder / "optimizer.pt").unlink(), "holds no optimizer.pt"),
+    "scheduler": (lambda folder: (folder / "scheduler.pt").unlink(), "holds no scheduler.pt"),
+    "state": (lambda folder: (folder / "trainer_state.json").unlink(), "holds no trainer_state.json"),
+    "cut": (lambda folder: os.truncate(folder / "optimizer.pt", 1000), "optimizer.pt has 1000 bytes instead of"),
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], f"holds no {WEIGHTS}, optimizer.pt"),
+    "not finite": (spoil_with_nan, "its weights are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_resume_passes_over_a_newest_checkpoint_that_is_broken_and_refuses_it_by_name(
+    case, run, whole, config, dataset, caplog
+):
+    spoil, message = SPOILED[case]
+    spoil(run / "checkpoint-6")
+    trainer = trainer_in(run, config, dataset)
+    with pytest.raises(FileNotFoundError, match=rf"checkpoint-6 is no complete.*{message}.*Name .*checkpoint-4, or"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    trainer.train(resume_from_checkpoint=True)
+    passed = [record.getMessage() for record in caplog.records if "is passed over" in record.getMessage()]
+    assert len(passed) == 1 and "checkpoint-6" in passed[0] and message in passed[0]
+    assert flaws(run / "checkpoint-6") == []
+    trainer.save_model()
+    assert_same_weights(run, whole)
+
+
+def test_what_holds_no_optimizer_is_no_checkpoint_whatever_else_it_holds(run, config, dataset):
+    with pytest.raises(FileNotFoundError, match=r"run is no complete.*holds no optimizer.pt.*Name .*checkpoint-6"):
+        trainer_in(run, config, dataset).train(resume_from_checkpoint=str(run))
+    only = trainer_in(run.parent / "only", config, dataset, save_only_model=True, max_steps=2)
+    only.train()
+    with pytest.raises(FileNotFoundError, match="saved with `save_only_model=True`, without optimizer"):
+        only.train(resume_from_checkpoint=str(run.parent / "only" / "checkpoint-2"))
+
+
+def test_a_save_that_fails_names_the_last_checkpoint_and_leaves_only_whole_ones(tmp_path, config, dataset):
+    """The third save meets a disk that takes no file of the size of an optimizer's state, as a full one would."""
+    trainer = trainer_in(tmp_path, config, dataset, save_total_limit=1)
+    save, limits = trainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def third_fails(*args):
+        if trainer.state.global_step == 6:
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, ((tmp_path / "checkpoint-4/optimizer.pt").stat().st_size - 9, -1)
+            )
+        save(*args)
+
+    trainer._save_checkpoint = third_fails
+    try:
+        with pytest.raises(SaveError, match=r"Step 6 could not be saved.*finite checkpoint is .*checkpoint-4\. Make"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [name for name in names(tmp_path) if name != "_saving"] == ["checkpoint-4"]
+    assert flaws(tmp_path / "checkpoint-4") == []
+    again = trainer_in(tmp_path, config, dataset, save_total_limit=1)
+    again.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-6"]
+
+
+def test_the_best_checkpoint_is_named_where_it_lies_and_outlives_rotation(tmp_path, config, dataset):
+    options = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "save_total_limit": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = TGOLTrainer(
+        stable_diffusion(), config(output_dir=str(tmp_path), **{**STEPS, **options}), dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert best != "checkpoint-4"
+    assert names(tmp_path) == sorted([best, "checkpoint-4"])
+    for name in names(tmp_path):
+        assert json.loads((tmp_path / name / "trainer_state.json").read_text())["best_model_checkpoint"] == str(
+            tmp_path / best
+        )
+
+
+def test_every_file_has_the_mode_of_the_umask(tmp_path, config, dataset):
+    before = os.umask(0o027)
+    try:
+        for full in (False, True):
+            options = {"full_finetuning": full, "max_steps": 2}
+            trainer = TGOLTrainer(
+                stable_diffusion(), config(output_dir=str(tmp_path / str(full)), **{**STEPS, **options}), dataset
+            )
+            trainer.train()
+            trainer.save_model()
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o640}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o750}
+
+
+# ---- Numbers that are not finite ----
+
+
+@pytest.mark.parametrize("options", [{"save_strategy": "no"}, {"save_steps": 3}], ids=["at the end", "at a save"])
+def test_a_run_that_diverges_between_two_log_lines_fails_and_saves_nothing(tmp_path, config, dataset, options):
+    trainer = trainer_in(tmp_path, config, dataset, learning_rate=1e30, logging_steps=10, **options)
+    with pytest.raises(TrainingDivergedError, match=r"at step [23]\. .*No checkpoint had been written"):
+        trainer.train()
+    assert names(tmp_path) == []
+
+
+def test_weights_that_became_nan_in_the_last_update_are_not_saved_and_the_last_finite_checkpoint_is_named(
+    run, config, dataset
+):
+    trainer = trainer_in(run, config, dataset, max_steps=9)
+    trainer.train(resume_from_checkpoint=True)
+    before = content(run)
+    next(value for value in trainer.model.parameters() if value.requires_grad).data.view(-1)[5] = float("inf")
+    with pytest.raises(TrainingDivergedError, match=r"weights are not finite.*finite checkpoint is .*checkpoint-9\."):
+        trainer.save_model()
+    with pytest.raises(TrainingDivergedError, match="weights are not finite"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert content(run) == before
+
+
+# ---- Where a run starts ----
+
+
+def test_resuming_a_finished_run_says_so_trains_nothing_and_writes_nothing(run, whole, config, dataset, caplog):
+    before = content(run)
+    trainer = trainer_in(run, config, dataset)
+    result = trainer.train(resume_from_checkpoint=True)
+    assert (result.global_step, trainer.already_saved) == (6, True)
+    assert "The run is finished" in caplog.text
+    assert content(run) == before
+    (run / WEIGHTS).unlink()
+    (run / "tgol_state.json").unlink()  # killed after the last checkpoint
+    trainer.train(resume_from_checkpoint=True)
+    assert not trainer.already_saved
+    trainer.save_model()
+    assert_same_weights(run, whole)
+    epochs = trainer_in(run, config, dataset, max_steps=-1, num_train_epochs=1.5)
+    assert epochs.train(resume_from_checkpoint=True).global_step == 6  # 4 updates an epoch
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
+def test_a_run_that_would_end_before_its_checkpoint_is_refused(run, config, dataset, options):
+    with pytest.raises(ValueError, match=rf"`{list(options)[-1]}` is .*checkpoint-6 is already at step 6"):
+        trainer_in(run, config, dataset, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_first_start_with_resume_starts_anew_and_says_so(tmp_path, config, dataset, caplog):
+    trainer = trainer_in(tmp_path, config, dataset, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert "holds no checkpoint: training starts anew" in caplog.text
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_new_run_in_a_used_folder_is_refused_before_anything_is_loaded(run, config, dataset, capsys):
+    before = content(run)
+    with pytest.raises(FileExistsError, match=r"holds checkpoint-2, checkpoint-4, checkpoint-6 of an earlier run"):
+        trainer_in(run, config, dataset).train()
+    flags = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--output_dir", str(run)]
+    with pytest.raises(SystemExit):
+        cli.main(["train", *flags, "--use_cpu", "true"])
+    assert "resume_from_checkpoint true" in capsys.readouterr().err
+    assert content(run) == before
+
+
+def test_a_resume_from_an_older_checkpoint_names_the_later_ones(run, config, dataset, caplog):
+    trainer_in(run, config, dataset, max_steps=3).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert "also holds checkpoint-4, checkpoint-6" in caplog.text
+
+
+def test_an_output_folder_that_takes_nothing_is_refused_before_the_model_is_loaded(tmp_path, config, dataset):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(OSError, match=r"`output_dir` .* cannot be written to.*Nothing was trained"):
+            TGOLTrainer("no/model", config(output_dir=str(tmp_path / place)), dataset)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+    try:
+        with pytest.raises(OSError, match="cannot be written to"):
+            TGOLTrainer("no/model", config(output_dir=str(tmp_path / "full")), dataset)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_training(tmp_path, config, dataset, monkeypatch):
+    trainer = trainer_in(tmp_path, config, dataset)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match="0 MB free, and a checkpoint takes about"):
+        trainer.train()
+
+
+# ---- Passes that train nothing ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(7, {}), (24, {"gradient_accumulation_steps": 4})],
+    ids=["shorter than a batch", "shorter than an update"],
+)
+def test_a_stream_that_makes_no_update_is_an_error(tmp_path, config, dataset, rows, options):
+    stream = dataset.select(range(rows)).to_iterable_dataset()
+    with pytest.raises(DataError, match=r"made no update, after step 0 of 6"):
+        trainer_in(tmp_path, config, stream, **options).train()
+
+
+def test_a_stream_that_can_be_read_only_once_is_an_error_after_its_first_pass(tmp_path, config, dataset):
+    from datasets import IterableDataset
+
+    passes = []
+
+    def once():
+        passes.append(len(passes))
+        yield from dataset if not passes[-1] else ()
+
+    stream = IterableDataset.from_generator(once, features=dataset.features)
+    trainer = trainer_in(tmp_path, config, stream, threshold=0.0)
+    with pytest.raises(DataError, match=r"after step 4 of 6.*read again"):
+        trainer.train()
