@@ -251,6 +251,7 @@ def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
         "accelerate.data_loader",
         "accelerate.utils",
     }
+    assert used.pop("saving") == {"gather", "gather_object", ".gather", ".wait_for_everyone", "accelerate.utils"}
     assert used.pop("run") == {"gather"}  # what the trainer hands over
     assert used.pop("sampling") == {".gather"}
     assert not used

@@ -289,3 +289,101 @@ def test_a_stream_that_can_be_read_only_once_is_an_error_after_its_first_pass(tm
     trainer = trainer_in(tmp_path, config, stream, threshold=0.0)
     with pytest.raises(DataError, match=r"after step 4 of 6.*read again"):
         trainer.train()
+
+
+# ---- Settings that decide what is trained ----
+
+
+CHANGED = {
+    "temperature": {"temperature": 0.01},
+    "beta": {"beta": 2.0},
+    "loss_type": {"loss_type": "dro"},
+    "seed": {"seed": 7, "data_seed": 42},
+    "resolution": {"resolution": 32},
+    "learning_rate": {"learning_rate": 1e-4},
+    "lr_scheduler_type": {"lr_scheduler_type": "linear"},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 4},
+}
+OPTIMIZERS = {
+    "optim": {"optim": "adafactor"},
+    "weight_decay": {"weight_decay": 0.1},
+    "adam_beta2": {"adam_beta2": 0.9},
+}
+
+
+def resume_changed(run, config, dataset, lora=None, pipe=None, **options):
+    settings = {**STEPS, "max_steps": 8, "output_dir": str(run), **options}
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, **(lora or {})}) if not options.get("full_finetuning") else None
+    trainer = TGOLTrainer(pipe or stable_diffusion(), config(**settings), dataset, peft_config=lora)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+def test_a_resume_with_another_setting_is_refused_by_name(run, config, dataset):
+    before = content(run)
+    for name, options in CHANGED.items():
+        with pytest.raises(ValueError, match=rf"other settings: {name} from .* to .*--allow_changed {name}`"):
+            resume_changed(run, config, dataset, **options)
+    for name, options in OPTIMIZERS.items():
+        with pytest.raises(ValueError, match=rf"cannot be resumed with {name} from .* state of the optimizer"):
+            resume_changed(run, config, dataset, allow_changed=["all"], **options)
+    for name, value in {"lora_alpha": 16, "use_rslora": True}.items():
+        with pytest.raises(ValueError, match=rf"other settings: {name} from"):
+            resume_changed(run, config, dataset, lora={name: value})
+    for name, value in {"r": 8, "target_modules": ["to_q"]}.items():
+        with pytest.raises(ValueError, match=rf"cannot be resumed with {name} from"):
+            resume_changed(run, config, dataset, lora={name: value})
+    with pytest.raises(ValueError, match="cannot be resumed with full_finetuning from false to true"):
+        resume_changed(run, config, dataset, full_finetuning=True, learning_rate=1e-3)
+    assert content(run) == before
+
+
+def test_a_resume_on_another_base_model_or_other_rows_is_refused_by_name(run, config, dataset):
+    other = stable_diffusion()
+    next(other.vae.parameters()).data.view(-1)[0] += 1e-6
+    with pytest.raises(ValueError, match="other settings: model from StableDiffusionPipeline in float32, weights"):
+        resume_changed(run, config, dataset, pipe=other)
+    rows = {
+        "another order": dataset.select([1, 0, *range(2, 32)]),
+        "another pixel": dataset.map(
+            lambda row, i: {"image": flipped(row["image"]) if i == 3 else row["image"]}, True
+        ),
+        "a stream": dataset.to_iterable_dataset(),
+    }
+    for changed in rows.values():
+        with pytest.raises(ValueError, match="other settings: train_dataset from 32 rows"):
+            resume_changed(run, config, changed)
+
+
+def flipped(image):
+    from PIL import ImageOps
+
+    return ImageOps.mirror(image)
+
+
+def test_a_change_that_is_allowed_acts_and_the_card_says_so_from_then_on(run, config, dataset):
+    """A learning rate of 0 leaves the weights where they were; Trainer alone would go on with the old one."""
+    before = load_file(run / WEIGHTS)
+    options = {"learning_rate": 0.0, "weight_decay": 0.0}
+    trainer = resume_changed(run, config, dataset, allow_changed=["learning_rate"], **options)
+    trainer.save_model()
+    assert all(torch.equal(value, before[name]) for name, value in load_file(run / WEIGHTS).items())
+    said = "Training was resumed at step 6 with a change of learning_rate from 0.001 to 0.0."
+    assert said in (run / "README.md").read_text()
+    again = resume_changed(run, config, dataset, max_steps=10, **options)
+    again.save_model()
+    assert said in (run / "README.md").read_text()
+    assert all(torch.equal(value, before[name]) for name, value in load_file(run / WEIGHTS).items())
+
+
+def test_harmless_changes_are_logged_and_pass(run, config, dataset, caplog):
+    caplog.set_level("INFO", logger="tgol_trainer")
+    resume_changed(run, config, dataset, save_steps=3, logging_steps=2)
+    [said] = [record.getMessage() for record in caplog.records if "Changed since" in record.getMessage()]
+    assert "save_steps from 2 to 3" in said and "logging_steps from 1 to 2" in said and "max_steps from 6 to 8" in said
+
+
+def test_the_jit_checkpoint_of_transformers_is_refused(config):
+    with pytest.raises(ValueError, match="as if it were complete"):
+        config(enable_jit_checkpoint=True)

@@ -147,6 +147,15 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=None, metadata={"help": "Number of processes that check the images before training."}
     )
 
+    # Resuming
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that may differ from those of the checkpoint that is resumed, by name, or 'all'. None: "
+            "a change of what decides the result is refused by name."
+        },
+    )
+
     # Hub
     hub_gated: Literal["auto", "manual"] | None = field(
         default=None,
@@ -231,6 +240,11 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.check_method(self.per_device_train_batch_size)
 
     def _check_combinations(self) -> None:
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` ends a run as if it were complete, and its processes out of step. "
+                "`tgol train` saves on SIGTERM by itself; in Python, hand in `saving.stopping.StopOnSignal()`."
+            )
         if self.threshold_update == "epoch" and self.dataloader_persistent_workers:
             raise ValueError(
                 "`dataloader_persistent_workers=True` keeps the labels of the first epoch in the workers, while "

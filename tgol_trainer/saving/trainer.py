@@ -28,6 +28,7 @@ from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
 from .hub import Repository, RunPushes, open_repository, resume_command
 from .progress import EveryPassTrains
 from .resuming import is_finished, open_output, starting_point
+from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -54,6 +55,7 @@ class SavingTrainer(Trainer):
         dataset_facts (`list[card.DatasetFacts]`): What the card says of the training data.
         example_prompt (`str`, *optional*): Prompt of the card's snippet.
         card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
+        changes (`list[settings.Change]`): Settings that changed where the run was resumed.
         already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
     """
 
@@ -67,6 +69,7 @@ class SavingTrainer(Trainer):
     pushes: RunPushes | None = None
     already_saved = False
     _watch: FiniteWatch
+    _settings: dict[str, Any] | None = None
     _drafting = False
 
     @abc.abstractmethod
@@ -74,6 +77,7 @@ class SavingTrainer(Trainer):
         """Return what a checkpoint must remember beside weights, JSON-serialisable."""
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        self.changes: list[Change] = []
         super().__init__(*args, callbacks=[EveryPassTrains(), *(callbacks or [])], **kwargs)
 
     # ---- Start ----
@@ -95,14 +99,18 @@ class SavingTrainer(Trainer):
         Raises:
             FileExistsError: for a new run in a folder that holds checkpoints.
             FileNotFoundError: if the checkpoint that was named is not complete.
+            ValueError: if the run is another one than the checkpoint's, by name of what differs.
             TrainingDivergedError: if a loss or a weight is not finite.
             SaveError: if a checkpoint cannot be written.
             DataError: if a pass over the training data makes no update.
         """
         self._watch, self.already_saved = FiniteWatch(self.args.device), False
         checkpoint = self._open(resume_from_checkpoint)
+        self._settings = settings = self._decisive_settings()
+        self.changes = []
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._compare_settings(checkpoint, state.global_step, settings)
             if is_finished(state, self.args, checkpoint):
                 return self._end_again(checkpoint, state)
         try:
@@ -126,6 +134,22 @@ class SavingTrainer(Trainer):
             open_output(args.output_dir, _BYTES_PER_WEIGHT * trained)
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def _decisive_settings(self) -> dict[str, Any]:
+        return decisive_settings(self.args, self.family, self.train_dataset, self.state_facts()["resolution"])
+
+    def _compare_settings(self, checkpoint: Path, step: int, settings: dict[str, Any]) -> None:
+        saved = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        changes = find_changes(saved["settings"], settings, step)
+        check_changes(changes, self.args.allow_changed, str(checkpoint))
+        self.changes = [Change(**each) for each in saved["changes"]] + changes
+        log_harmless(json.loads((checkpoint / ARGUMENTS_NAME).read_text(encoding="utf-8")), self.args, str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for change in self.changes:
+            if change.name == "learning_rate":
+                set_learning_rate(self.optimizer, self.lr_scheduler, change.now)
 
     def _end_again(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Load what a finished run ended with."""
@@ -232,7 +256,11 @@ class SavingTrainer(Trainer):
                     move(draft / part, folder / part)
             finally:
                 shutil.rmtree(draft.parent, ignore_errors=True)
-            write_json(folder / STATE_NAME, {"step": self.state.global_step, **state})
+            if self._settings is None:  # saved without training
+                self._settings = self._decisive_settings()
+            changes = [dataclasses.asdict(change) for change in self.changes]
+            state |= {"step": self.state.global_step, "settings": self._settings, "changes": changes}
+            write_json(folder / STATE_NAME, state)
             write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
             self._write_card(folder)
 
