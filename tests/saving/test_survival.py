@@ -1,24 +1,32 @@
 """Runs that are killed, stopped, resumed and broken: what is on disk is whole, and nothing wrong ends in success."""
 
 import json
+import multiprocessing
 import os
+import random
 import resource
+import shlex
 import shutil
+import signal
 import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from tests.conftest import scored_dataset
+from tests.conftest import SMALL, scored_dataset
 from tests.tiny import stable_diffusion
-from tgol_trainer import TGOLTrainer, cli
+from tgol_trainer import TGOLConfig, TGOLTrainer, cli
 from tgol_trainer.data import DataError
 from tgol_trainer.saving.checkpoints import SaveError, flaws
 from tgol_trainer.saving.divergence import TrainingDivergedError
+from tgol_trainer.saving.stopping import StopOnSignal, TrainingStopped
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "constant"}
@@ -29,14 +37,15 @@ def trainer_in(folder, config, dataset, **options):
     return TGOLTrainer(stable_diffusion(), args, dataset, peft_config=LoraConfig(r=4, lora_alpha=8))
 
 
+def small(**options):
+    return TGOLConfig(**{**SMALL, **options})
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A finished run with checkpoints 2, 4 and 6, and its adapter."""
-    from tests.conftest import SMALL
-    from tgol_trainer import TGOLConfig
-
     folder = tmp_path_factory.mktemp("whole") / "run"
-    trainer = trainer_in(folder, lambda **options: TGOLConfig(**{**SMALL, **options}), scored_dataset())
+    trainer = trainer_in(folder, small, scored_dataset())
     trainer.train()
     trainer.save_model()
     return SimpleNamespace(folder=folder, weights=load_file(folder / WEIGHTS))
@@ -387,3 +396,144 @@ def test_harmless_changes_are_logged_and_pass(run, config, dataset, caplog):
 def test_the_jit_checkpoint_of_transformers_is_refused(config):
     with pytest.raises(ValueError, match="as if it were complete"):
         config(enable_jit_checkpoint=True)
+
+
+# ---- Kills ----
+
+
+def requeued(folder, kill_at=None):
+    """The same command for every start, as a job that is queued again; `kill_at` counts changes below the folder."""
+    changes = []
+
+    def watch(event, arguments):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod") and arguments:
+            changed = event != "open" or set(str(arguments[1])) & set("wax+")
+            if changed and str(arguments[0]).startswith(str(folder)):
+                changes.append(event)
+                if len(changes) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    trainer = trainer_in(folder, small, scored_dataset(), save_steps=1, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)
+    if not trainer.already_saved:
+        trainer.save_model()
+    (folder / "changes").write_text(str(len(changes)))
+
+
+def start(folder, kill_at=None, after=None):
+    """Run it in a process of its own, killed after some seconds or changes; return its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=requeued, args=(folder, kill_at))
+    process.start()
+    process.join(after)
+    if process.is_alive() and after is not None:
+        process.kill()
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_and_started_again_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path, kills):
+    """Killed at changes of files, where it could be half; the slow case also at any time."""
+    dice, done, attempt = random.Random(0), 0, 0
+    assert start(tmp_path / "counted") == 0
+    changes = int((tmp_path / "counted" / "changes").read_text())
+    assert changes > 100
+    while done < kills:
+        folder = tmp_path / f"run-{attempt}"
+        attempt += 1
+        for _ in range(3):  # kills of one run
+            timed = kills > 3 and dice.random() < 0.4
+            code = start(folder, after=dice.uniform(0, 3)) if timed else start(folder, dice.randint(1, changes))
+            assert code in (-signal.SIGKILL, 0)
+            done += code != 0
+        assert start(folder) == 0
+        assert_same_weights(folder, whole)
+        assert names(folder) == ["checkpoint-5", "checkpoint-6"]
+        assert flaws(folder / "checkpoint-6") == flaws(folder / "checkpoint-5") == []
+        assert not list(folder.glob("_*"))
+
+
+# ---- Signals ----
+
+
+class Send(TrainerCallback):
+    """Send a signal to this process, and to those that load data for it, within the third step."""
+
+    def __init__(self, number, to_workers=False):
+        self.number, self.to_workers = number, to_workers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for process in psutil.Process().children() if self.to_workers else []:
+                process.send_signal(self.number)
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGTERM to workers"])
+def test_a_signal_saves_the_step_that_runs_and_the_resumed_run_ends_as_an_unbroken_one(
+    name, tmp_path, whole, config, dataset
+):
+    number = getattr(signal, name.split()[0])
+    options = {"dataloader_num_workers": 2} if "workers" in name else {}
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    args = config(output_dir=str(tmp_path), **{**STEPS, "save_only_model": True, "save_steps": 5, **options})
+    callbacks = [Send(number, "workers" in name), StopOnSignal()]
+    lora = LoraConfig(r=4, lora_alpha=8)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, peft_config=lora, callbacks=callbacks)
+    with pytest.raises(TrainingStopped, match=r"stopped training\. .*checkpoint-3 is saved") as stopped:
+        trainer.train()
+    assert stopped.value.signal == number
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == handlers
+    again = trainer_in(tmp_path, config, dataset, **options)
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert_same_weights(tmp_path, whole)
+
+
+def test_without_the_callback_ctrl_c_is_a_keyboard_interrupt_at_once(tmp_path, config, dataset):
+    args = config(output_dir=str(tmp_path), **STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        TGOLTrainer(stable_diffusion(), args, dataset, callbacks=[Send(signal.SIGINT)]).train()
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, config, dataset):
+    callbacks = [Send(signal.SIGINT), Send(signal.SIGINT), StopOnSignal()]
+    args = config(output_dir=str(tmp_path), **STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        TGOLTrainer(stable_diffusion(), args, dataset, callbacks=callbacks).train()
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_ends_with_the_signals_number_and_with_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    scored_dataset(side=32).to_parquet(tmp_path / "rows.parquet")
+    flags = {"model_name_or_path": "shapes", "dataset_name": tmp_path / "rows.parquet", "max_steps": 4}
+    flags |= {"per_device_train_batch_size": 8, "use_cpu": "true", "report_to": "none", "save_steps": 2}
+
+    def command(folder):
+        values = {**flags, "output_dir": folder}
+        return ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
+
+    assert cli.main(command(tmp_path / "whole")) == 0
+    step = TGOLTrainer.training_step
+
+    def interrupted(self, *args):
+        if self.state.global_step == 2 and not (tmp_path / "run" / "checkpoint-3").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(TGOLTrainer, "training_step", interrupted)
+    # The first start of a job that is queued again and again.
+    assert cli.main([*command(tmp_path / "run"), "--resume_from_checkpoint=true"]) == 128 + signal.SIGTERM
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == shlex.join(["tgol", *command(tmp_path / "run"), "--resume_from_checkpoint", "true"])
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+    assert cli.main(shlex.split(last)[1:]) == 0
+    ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "whole"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    before = content(tmp_path / "run")
+    assert cli.main(shlex.split(last)[1:]) == 0
+    assert "The finished run was there before" in capsys.readouterr().out
+    assert content(tmp_path / "run") == before

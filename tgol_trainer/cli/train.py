@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -241,6 +244,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     from tgol_trainer.jobs import load_adapted_pipeline, process_device
     from tgol_trainer.rewards import load_reward
     from tgol_trainer.rounds import train_rounds
+    from tgol_trainer.saving.stopping import StopOnSignal
     from tgol_trainer.sources import load_prompts
 
     name, device = model.model_name_or_path or "", process_device(training.use_cpu)
@@ -267,7 +271,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             trainer_options={
                 "peft_config": _lora_config(model, training),
                 "quantization_config": _quantization_config(model),
-                "callbacks": [_sample_callback(sample, script)] if sample.sample_prompts else None,
+                "callbacks": [*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
             },
         )
     print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")
@@ -285,27 +289,10 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     return PUSH_FAILED if push([training.output_dir, *given, *private]) else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Train from a command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): Flags, `--config file.yaml` among them; by default those of the process.
-
-    Returns:
-        `int`: 0, or 3 where all is trained and saved and a push failed.
-    """
-    set_up_logging()
-    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
-    try:
-        script, training, model, sample = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
-        raise SystemExit(f"error: {error}") from error
-    _check_arguments(script, training, model, sample)
-    training.model_init_kwargs = _model_init_kwargs(model, training)
-
+def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from tgol_trainer.data import Columns
     from tgol_trainer.saving.resuming import starting_point
+    from tgol_trainer.saving.stopping import StopOnSignal
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.trainer import TGOLTrainer
 
@@ -315,8 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
         )
 
-    if script.rounds is not None:
-        return _train_rounds(script, training, model, sample)
     with plain_errors():
         resume = _RESUME.get(training.resume_from_checkpoint, training.resume_from_checkpoint)
         if not resume:
@@ -331,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
             peft_config=_lora_config(model, training),
             quantization_config=_quantization_config(model),
-            callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
+            callbacks=[*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
         )
         trainer.train(resume_from_checkpoint=resume)
         if not trainer.already_saved:
@@ -346,6 +331,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = "The finished run was there before:" if trainer.already_saved else "Saved to"
         print(f"{said} {training.output_dir}. README.md there shows how to load it.")
     return 0 if pushed else PUSH_FAILED
+
+
+def _resume_line(arguments: list[str], rounds: bool) -> str:
+    """Return the command that goes on."""
+    flag = "--resume_from_checkpoint"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"Go on with the same command and {flag} true."
+    kept = [word for word in arguments if not word.startswith(f"{flag}=")]
+    while flag in kept:
+        at = kept.index(flag)
+        kept[at : at + 2] = []
+    return shlex.join(["tgol", "train", *kept, *([] if rounds else [flag, "true"])])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Train from a command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Flags, `--config file.yaml` among them; by default those of the process.
+
+    Returns:
+        `int`: 0; 3 where all is trained and saved and a push failed; 128 and the number of a signal that stopped it.
+    """
+    set_up_logging()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
+    try:
+        script, training, model, sample = parser.parse_args_and_config(list(arguments))
+    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
+        raise SystemExit(f"error: {error}") from error
+    _check_arguments(script, training, model, sample)
+    training.model_init_kwargs = _model_init_kwargs(model, training)
+    from tgol_trainer.saving.checkpoints import last_good
+    from tgol_trainer.saving.stopping import TrainingStopped
+
+    try:
+        return (_train_rounds if script.rounds is not None else _train)(script, training, model, sample)
+    except TrainingStopped as stopped:
+        number, said = stopped.signal, f"Stopped. {stopped.checkpoint} is saved. Go on with:"
+    except KeyboardInterrupt:
+        number, said = signal.SIGINT, f"Ended at once. {last_good(training.output_dir)} Go on with:"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{said}\n{_resume_line(arguments, script.rounds is not None)}", file=sys.stderr)
+    return 128 + number
 
 
 def _push(trainer: Any) -> bool:

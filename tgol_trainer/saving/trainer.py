@@ -29,6 +29,7 @@ from .hub import Repository, RunPushes, open_repository, resume_command
 from .progress import EveryPassTrains
 from .resuming import is_finished, open_output, starting_point
 from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
+from .stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -101,6 +102,7 @@ class SavingTrainer(Trainer):
             FileNotFoundError: if the checkpoint that was named is not complete.
             ValueError: if the run is another one than the checkpoint's, by name of what differs.
             TrainingDivergedError: if a loss or a weight is not finite.
+            TrainingStopped: after a signal, where a `StopOnSignal` is among the callbacks.
             SaveError: if a checkpoint cannot be written.
             DataError: if a pass over the training data makes no update.
         """
@@ -116,6 +118,9 @@ class SavingTrainer(Trainer):
         try:
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSignal):
+                    callback.restore()
             self._finish_current_push()
 
     def _open(self, asked: str | bool | None) -> Path | None:
