@@ -469,7 +469,10 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
     trained(config, grouped, **settings)
     changed = grouped.map(lambda row, index: {"score": row["score"] + (index % 3)}, with_indices=True)
     again = TGOLTrainer(
-        stable_diffusion(), config(**settings), datasets.Dataset.from_dict(changed[:]), peft_config=LORA
+        stable_diffusion(),
+        config(**settings, allow_changed=["all"]),
+        datasets.Dataset.from_dict(changed[:]),
+        peft_config=LORA,
     )
     with caplog.at_level("WARNING", logger="tgol_trainer"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -376,7 +376,7 @@ class SavingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own looks for transformers' file names, and pickles the arguments with the token in them.
-        if self.pushes is None:
+        if self.pushes is None or self._drafting:  # a draft is pushed when it is in its place
             return
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
