@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yield a draft beside a file; the draft takes the file's place when the block ends without an error.
 
     Args:
-        path (`str` or `os.PathLike`): The file. Missing folders are made. The mode of a file that exists is kept.
+        path (`str` or `os.PathLike`):
+            The file. Missing folders are made. A file that exists keeps its mode, a new one gets that of the umask.
 
     Raises:
         OSError: where the folder cannot be written; the file is then as it was and no draft is left.
@@ -28,8 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield draft
-        if target.exists():
-            shutil.copymode(target, draft)
+        draft.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else _mode(target.parent))
         _sync(draft)
         os.replace(draft, target)
     finally:
@@ -69,10 +70,7 @@ def settle(folder: str | os.PathLike[str]) -> None:
         folder (`str` or `os.PathLike`): The folder.
     """
     root = Path(folder)
-    probe = root / ".mode"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
+    mode = _mode(root)
     for path in (*root.rglob("*"), root):
         if path.is_file():
             path.chmod(mode)
@@ -94,6 +92,15 @@ def move(source: Path, place: Path) -> None:
     os.replace(source, place)
     _sync(place.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mode(folder: Path) -> int:
+    """Return the mode of a new file in a folder. `os.umask` cannot be asked without changing it for other threads."""
+    probe = folder / f".{os.getpid()}.{threading.get_ident()}.mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _sync(path: Path) -> None:

@@ -320,9 +320,11 @@ def save_adapter(
     adapter: str = POLICY,
     weight_name: str = WEIGHTS_NAME,
     state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """
     Write one adapter in diffusers' format, metadata included, into a folder, which is made if missing.
+
+    Returns the shape of each tensor by its name in the file.
 
     For a pipeline without `save_lora_weights` (aMUSEd, Meissonic) the same file is written here, and read by
     `pipe.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=...)`. diffusers'
@@ -336,25 +338,19 @@ def save_adapter(
 
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    shapes = {f"{denoiser}.{name}": tuple(tensor.shape) for name, tensor in weights.items()}
     metadata = adapter_metadata(model.peft_config[adapter])
     directory.mkdir(parents=True, exist_ok=True)
     if hasattr(pipeline_class, "save_lora_weights"):
         options = {f"{denoiser}_lora_layers": weights, f"{denoiser}_lora_adapter_metadata": metadata}
         pipeline_class.save_lora_weights(directory, weight_name=weight_name, **options)
-        return
+        return shapes
     # The form of LoraBaseMixin._save_lora_weights (diffusers/loaders/lora_base.py), a method that is private there.
     named = {f"{denoiser}.{name}": value for name, value in metadata.items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(named, indent=2, sort_keys=True)}
     tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
     save_file(tensors, directory / weight_name, metadata=header)
-
-
-def saved_shapes(model: ModelMixin, denoiser: str, *, adapter: str = POLICY) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors that [`save_adapter`] writes."""
-    from peft.utils import get_peft_model_state_dict
-
-    weights = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {f"{denoiser}.{name}": tuple(tensor.shape) for name, tensor in weights.items()}
+    return shapes
 
 
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:

@@ -291,18 +291,9 @@ class SavingTrainer(Trainer):
         files = {adapters.POLICY: adapters.WEIGHTS_NAME}
         if epoch is not None and adapters.REFERENCE in family.denoiser.peft_config:
             files[adapters.REFERENCE] = adapters.REFERENCE_WEIGHTS_NAME
-        for adapter, name in files.items():
-            adapters.save_adapter(
-                type(family.pipeline),
-                family.denoiser_name,
-                family.denoiser,
-                folder,
-                adapter=adapter,
-                weight_name=name,
-                state_dict=state_dict,
-            )
+        save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
         return {
-            name: adapters.saved_shapes(family.denoiser, family.denoiser_name, adapter=adapter)
+            name: adapters.save_adapter(*save, adapter=adapter, weight_name=name, state_dict=state_dict)
             for adapter, name in files.items()
         }
 
