@@ -301,6 +301,15 @@ def test_a_stream_that_can_be_read_only_once_is_an_error_after_its_first_pass(tm
         trainer.train()
 
 
+def test_a_stream_that_resumes_in_a_later_pass_says_that_it_goes_on_at_its_beginning(
+    tmp_path, config, dataset, caplog
+):
+    stream = dataset.to_iterable_dataset()
+    trainer_in(tmp_path, config, stream).train()  # 4 updates a pass
+    trainer_in(tmp_path, config, stream, max_steps=8).train(resume_from_checkpoint=True)
+    assert "The stream ended before step 6" in caplog.text
+
+
 # ---- Settings that decide what is trained ----
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tgol_trainer.data import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class EveryPassTrains(TrainerCallback):
@@ -27,8 +30,14 @@ class EveryPassTrains(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise a [`data.DataError`] if the step is the same."""
-        if state.global_step == self._step and not self._skips:
+        """Raise a [`data.DataError`] if the step is the same, but for a pass that a resumed run skips."""
+        if state.global_step == self._step and self._skips:
+            logger.warning(
+                "The stream ended before step %d, where this run resumes: training goes on at its beginning and not "
+                "where the checkpoint was in a later pass, so the rows are others than those of an unbroken run.",
+                state.global_step,
+            )
+        elif state.global_step == self._step:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
             raise DataError(
                 f"train_dataset: a pass over it made no update, after step {state.global_step} of {state.max_steps}. "
