@@ -186,6 +186,14 @@ def sync_reference(model: ModelMixin) -> None:
     _freeze_reference(model)
 
 
+def reference_name(weight: str) -> str | None:
+    """Return the name of a weight of the denoiser as the reference has it, `None` for one of the policy's adapter."""
+    parts = weight.split(".")
+    if POLICY in parts and any(part.startswith("lora_") for part in parts):
+        return None
+    return ".".join(part for part in parts if part != "base_layer")
+
+
 def _parameters_of(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:
     """Parameters of one adapter, keyed by their name without the adapter's."""
     found = {}

@@ -7,8 +7,11 @@ together. A ratio whose count is 0 on every process is left out of the log.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 
 RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error")
@@ -95,7 +98,8 @@ class MetricSums:
                 process must call `pop` at the same moment. `None` for one process.
 
         Returns:
-            `dict[str, float]`: empty if nothing was added; a class that no process saw has no keys.
+            `dict[str, float]`: empty if nothing was added. A class that no process saw has no keys. A loss without a
+            reference, whose implicit rewards are NaN, has none that need one.
         """
         if self._state is None:
             return {}
@@ -105,18 +109,37 @@ class MetricSums:
         totals = rows.sum(0).tolist()
         count, correct, weight, score = totals[0], totals[1], totals[-3], totals[-2]
         logs = {
-            "rewards/accuracies": correct / count,
             "labels/positive_share": totals[2] / count,
             "weights/mean": weight / count,
             "weights/max": rows[:, -1].max().item(),
             "scores/mean": score / count,
         }
+        without_reference = math.isnan(totals[3]) or math.isnan(totals[7])
+        if not without_reference:
+            logs["rewards/accuracies"] = correct / count
         for index, name in enumerate(self._CLASSES):
             members, reward, error, change = totals[2 + 4 * index : 6 + 4 * index]
             if members:
-                logs[f"rewards/{name}"] = reward / members
                 logs[f"errors/{name}"] = error / members
+            if members and not without_reference:
+                logs[f"rewards/{name}"] = reward / members
                 logs[f"errors/{name}_change"] = change / members
         if "rewards/positive" in logs and "rewards/negative" in logs:
             logs["rewards/margins"] = logs["rewards/positive"] - logs["rewards/negative"]
         return {name: logs[name] for name in LOGGED_METRICS if name in logs}
+
+
+def summarize_records(records: Any) -> dict[str, float]:
+    """
+    Return averages over an evaluation set.
+
+    Args:
+        records (`numpy.ndarray` or tuple of them): (N, len(RECORD)), each row of the set once, of all processes.
+
+    Returns:
+        `dict[str, float]`: `loss`, and what [`MetricSums.pop`] returns.
+    """
+    record = torch.as_tensor(np.asarray(records))
+    sums = MetricSums()
+    sums.add(record)
+    return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}

@@ -15,10 +15,10 @@ from .losses import LossRecord
 @dataclasses.dataclass(frozen=True)
 class ScoredBatch:
     """
-    A batch after the passes of policy and reference, all (B,).
+    A batch after the passes of the networks, all (B,).
 
     Args:
-        log_ratio (`torch.Tensor`): float32 log π_θ/π_ref, with gradient.
+        log_ratio (`torch.Tensor`): float32 log π_θ/π_ref, with gradient; NaN for losses without a reference.
         error (`torch.Tensor`): float32 error of the policy, with gradient.
         batch (`dict[str, torch.Tensor]`): Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
         mixed_error (`Callable[[float], torch.Tensor]`): Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
@@ -74,4 +74,4 @@ def training_loss(
     if args.loss_type == "nft":
         towards, away = scored.mixed_error(args.nft_mix), scored.mixed_error(-args.nft_mix)
         return losses.nft_loss(towards, away, log_ratio, margin, score_std, beta=beta)
-    return losses.supervised_loss(scored.error, log_ratio, margin, beta=beta, positives_only=args.loss_type == "sft")
+    return losses.supervised_loss(scored.error, margin, positives_only=args.loss_type == "sft")

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import constants
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import adapters, thresholds
-from .caching import EncodingCache, Workers, encode_batch
+from .caching import EncodingCache, ReferenceErrors, Workers
 from .config import TGOLConfig
 from .data import (
     Collator,
@@ -32,10 +30,10 @@ from .data import (
     ScoredDataset,
     ScoredStream,
     check_columns,
-    decode_prompts,
     innermost_sampler,
     prepare_dataset,
 )
+from .draws import EVALUATION_STEP, BatchDraws, fixed_step
 from .families import FamilySettings, ModelFamily, load_family
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -47,8 +45,8 @@ from .labels.training import (
     check_sources,
     fit_rows,
 )
-from .likelihoods import RowGenerators, log_likelihood
-from .metrics import RECORD, MetricSums, stack_record
+from .likelihoods import Draw, log_likelihood
+from .metrics import MetricSums, stack_record, summarize_records
 from .objective import ScoredBatch, training_loss
 from .run import Run, RunCallback
 from .saving.facts import dataset_facts
@@ -61,9 +59,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_STEP = -1
-"""Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
 
 
 class TGOLTrainer(SavingTrainer):
@@ -138,8 +133,10 @@ class TGOLTrainer(SavingTrainer):
         self.example_prompt = None
         self.labeler: Labeler | None = None
         self.cache: EncodingCache | None = None
+        self.references: ReferenceErrors | None = None
         size = args.training_size(self.family.native_size, self.family.resolution_multiple)
         self.collator = Collator(size, num_frames=self.family.num_frames)
+        self.draws = BatchDraws(self.family, args, size)
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
@@ -147,7 +144,7 @@ class TGOLTrainer(SavingTrainer):
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
         self._train_sampler: Any = None
-        self._reference_epoch = 0
+        self._reference_epoch = self._pass = 0
         self.card_extras = {}
         run_callbacks = [callback for callback in callbacks or () if isinstance(callback, RunCallback)]
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
@@ -203,7 +200,7 @@ class TGOLTrainer(SavingTrainer):
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
         settings = FamilySettings(timesteps, args.train_guidance, args.num_frames)
-        family = load_family(model, options, settings)
+        family = load_family(model, options, settings, None if args.full_finetuning else args.device)
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1
@@ -279,9 +276,8 @@ class TGOLTrainer(SavingTrainer):
         if not args.cache or isinstance(rows, ScoredStream) or rows.encoded:
             return
         if self.cache is None:
-            folder = args.cache_dir or os.path.join(constants.HF_HOME, "tgol_trainer")
             workers = Workers.of_run(args, self.accelerator.wait_for_everyone)
-            self.cache = EncodingCache(self.family, folder, self.collator, workers)
+            self.cache = EncodingCache(self.family, args.cache_folder, self.collator, workers)
         prompts = rows.prompts
         if args.loss_type == "csft":
             prompts = [prompt + suffix for prompt in dict.fromkeys(prompts) for suffix in args.csft_suffixes]
@@ -289,6 +285,22 @@ class TGOLTrainer(SavingTrainer):
             prompts.append("")
         self.cache.add(rows, prompts, mirrored=training and args.random_flip)
         rows.encoded = True
+        if args.precompute_ref_log_probs:
+            steps = [fixed_step(number) for number in range(args.num_ref_draws)] if training else [EVALUATION_STEP]
+            self._precompute(rows, self.cache, steps)
+
+    def _precompute(self, rows: ScoredDataset, cache: EncodingCache, steps: list[int]) -> None:
+        """Compute the reference's errors on fixed draws, before the first step."""
+        if self.references is None:
+            key = self.draws.reference_key(cache, self.reference_model or self.family.denoiser)
+            self.references = ReferenceErrors(self.args.cache_folder, key, self.collator, cache.workers)
+
+        def error(inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self._reference_pass(*self.draws(inputs, step, cache))[1]
+
+        self.references.add(rows, steps, error, self.args.per_device_train_batch_size)
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -446,7 +458,7 @@ class TGOLTrainer(SavingTrainer):
     def _on_epoch_begin(self, epoch: float, first: bool) -> None:
         # At the beginning of an epoch rather than at the end of the one before, so that a checkpoint written on the
         # last step resumes into the same state. A resume in mid-epoch finds `_reference_epoch` already there.
-        current = math.floor(epoch + 1e-6)
+        self._pass = current = math.floor(epoch + 1e-6)
         if hasattr(self._train_sampler, "set_epoch"):
             self._train_sampler.set_epoch(current)
         again = self.args.threshold_update == "epoch"
@@ -532,32 +544,21 @@ class TGOLTrainer(SavingTrainer):
             `torch.Tensor`: scalar float32, and the record if asked for.
         """
         args, likelihood, training = self.args, self.family.likelihood, model.training
+        references = self.references if "image_key" in inputs else None
         step = self.state.global_step if training else EVALUATION_STEP
-        rows = RowGenerators(args.seed, step, inputs["row_id"].tolist())
-
-        mirrored = [False] * len(inputs["row_id"])
-        if training and args.random_flip:
-            mirrored = (rows.uniform("flip") < 0.5).tolist()
-        prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
-        if args.loss_type == "csft":
-            positive = (inputs["margin"] >= 0).tolist()
-            prompts = [prompt + args.csft_suffixes[not good] for prompt, good in zip(prompts, positive, strict=True)]
-        if training and args.caption_dropout:
-            dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
-            prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        resolution = self.collator.resolution
-        conditioning, encoded = encode_batch(self.family, self.cache, inputs, prompts, mirrored, resolution)
-        latents = self.family.latents(encoded, rows, sample=args.latent_sampling == "sample")
-        if args.share_group_noise:
-            rows = RowGenerators(args.seed, step, inputs["group"].tolist())
-        draw = likelihood.draw(latents, rows)
-
+        if references is not None and training:
+            step = fixed_step(self._pass % args.num_ref_draws)
+        draw, conditioning = self.draws(inputs, step, self.cache)
+        reference_prediction: Any = None
         # The reference goes first: nothing is switched between the policy's forward pass and its backward pass.
-        with self.reference_policy(model) as reference:
-            reference_prediction = self.family.predict(reference, draw, conditioning)
-            reference_error = likelihood.error(reference_prediction, draw)
+        if references is not None:
+            reference_error = references.read(inputs, step).to(draw.inputs.device)
+        elif args.needs_reference:
+            reference_prediction, reference_error = self._reference_pass(draw, conditioning, model)
         prediction = self.family.predict(model, draw, conditioning)
         error = likelihood.error(prediction, draw)
+        if not args.needs_reference:
+            reference_error = torch.full_like(error, math.nan, requires_grad=False)
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
             likelihood, reference_error, args.temperature
         )
@@ -574,6 +575,14 @@ class TGOLTrainer(SavingTrainer):
             self._train_metrics.add(record)
         loss = result.loss.mean()
         return (loss, record) if return_outputs else loss
+
+    def _reference_pass(
+        self, draw: Draw, conditioning: dict[str, torch.Tensor], model: torch.nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the reference's prediction and its (B,) float32 error."""
+        with self.reference_policy(model) as reference:
+            prediction = self.family.predict(reference, draw, conditioning)
+            return prediction, self.family.likelihood.error(prediction, draw)
 
     def prediction_step(
         self,
@@ -595,7 +604,7 @@ class TGOLTrainer(SavingTrainer):
         super().log(logs, start_time)
 
     def _evaluation_metrics(self, records: EvalPrediction) -> dict[str, float]:
-        metrics = _summarize_records(records)
+        metrics = summarize_records(records.predictions)
         for callback in self._run_callbacks:
             metrics |= callback.evaluate(self.state, self.control, self.is_in_train)
         return metrics
@@ -661,14 +670,6 @@ def _check_processes(args: TGOLConfig) -> None:
             f"The launcher started {world_size} processes (WORLD_SIZE), but this one runs alone and all would write "
             f"to {args.output_dir}. On machines without a GPU add `--use_cpu true` (TGOLConfig(use_cpu=True))."
         )
-
-
-def _summarize_records(prediction: EvalPrediction) -> dict[str, float]:
-    """Averages over an evaluation set, each row counted once however many processes there were."""
-    record = torch.as_tensor(np.asarray(prediction.predictions))
-    sums = MetricSums()
-    sums.add(record)
-    return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}
 
 
 @contextlib.contextmanager

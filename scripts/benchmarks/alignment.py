@@ -14,6 +14,7 @@ again, and a file kept in git grows.
     python scripts/benchmarks/alignment.py --stage 2            # the finalists, five seeds, three scores
     python scripts/benchmarks/alignment.py --stage 3            # rounds with a fifth of the images each
     python scripts/benchmarks/alignment.py --stage 4            # star ratings; one image per prompt
+    python scripts/benchmarks/alignment.py --stage 5            # few images, many passes: fixed draws of the reference
     python scripts/benchmarks/alignment.py --quick              # six methods, one seed, one score, 40 updates
     python scripts/benchmarks/alignment.py --report docs        # write tables and a plot from the results file
 """
@@ -73,6 +74,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "csft": {"loss_type": "csft", "csft_suffixes": CSFT_SUFFIXES},
 }
 """Name of a method to its fields of `TGOLConfig`, temperature and learning rate aside."""
+FIXED = {
+    f"tgo, prompts, w=d, {k} fixed": {**DISTANCE, "precompute_ref_log_probs": True, "num_ref_draws": k}
+    for k in (1, 4, 16)
+}
+"""Methods whose reference is computed before training, on k draws per image."""
 NUM_ROUNDS = 5
 ROUNDS = {"centred, 5 rounds": "centred"}
 """Methods trained in rounds; each round samples a fifth of the images from the current policy."""
@@ -142,8 +148,13 @@ REGIMES: dict[str, dict[tuple[str, float, float], int]] = {
         ("dpo", 0.001, 3e-4): 3,
     },
     "single": {("tgo, z-scores", 0.016, 3e-4): 2, ("tgo, prompts", 0.016, 3e-4): 2},
+    "few": {(method, 0.016, 3e-4): 3 for method in ("tgo, prompts, w=d", *FIXED)},
 }
-"""Runs of stage 4. `stars`: ratings from 1 to 5. `single`: one image per prompt, a tenth of the scores wrong."""
+"""
+Runs of stages 4 and 5. `stars`: ratings from 1 to 5. `single`: one image per prompt, a tenth of the scores wrong.
+`few`: 192 images, so that 64 updates are 21 passes, with fresh draws and with fixed ones.
+"""
+NUM_FEW = 192
 QUICK = ("tgo", "tgo, prompts, w=d", "centred", "pairs, w=d", "dpo", "kto")
 
 
@@ -239,6 +250,8 @@ def training_rows(folder: Path, run: Run) -> Any:
     scores = np.asarray(rows[run.score])
     if run.regime == "stars":
         scores = 1.0 + np.searchsorted(np.quantile(scores, [0.1, 0.35, 0.65, 0.9]), scores, side="right")
+    elif run.regime == "few":
+        rows, scores = rows.select(range(NUM_FEW)), scores[:NUM_FEW]
     elif run.regime == "single":  # each image is a group of its own; one score in ten is that of another image
         rng = np.random.default_rng(run.seed)
         noisy = rng.random(scores.size) < 0.1
@@ -348,7 +361,7 @@ def training_arguments(run: Run, output: Path, max_steps: int) -> Any:
     """Return the training arguments of a run."""
     from tgol_trainer import TGOLConfig
 
-    settings = dict(METHODS[ROUNDS.get(run.method, run.method)])
+    settings = dict((METHODS | FIXED)[ROUNDS.get(run.method, run.method)])
     if run.regime == "single":
         settings |= {"group_column": "own"}
     return TGOLConfig(
@@ -360,6 +373,7 @@ def training_arguments(run: Run, output: Path, max_steps: int) -> Any:
         lr_scheduler_type="constant",
         save_strategy="no",
         logging_strategy="no",
+        cache_dir=str(output.parent.parent / "cache"),
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -428,13 +442,13 @@ def planned(stage: int, quick: bool) -> list[Run]:
             for strength in FINALISTS[TRAINED[0]]
             if strength[0] == plain and strength[1] == 0.001
         ]
-    if stage == 4:
+    if stage in (4, 5):
         return [
             Run(*strength, TRAINED[0], seed, regime, MAX_STEPS[2])
             for seed in range(NUM_SEEDS)
             for regime, strengths in REGIMES.items()
             for strength, num_seeds in strengths.items()
-            if seed < num_seeds
+            if seed < num_seeds and (regime == "few") == (stage == 5)
         ]
     return [
         Run(*strength, score, seed, max_steps=MAX_STEPS[2])
@@ -454,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do the runs that are missing in the results file, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stage", type=int, choices=(1, 2, 3, 4), default=1, help="which stage (default: %(default)s)"
+        "--stage", type=int, choices=(1, 2, 3, 4, 5), default=1, help="which stage (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="run six methods with one seed for 40 updates")
     parser.add_argument("--results", type=Path, help="results file (default: results/alignment.jsonl here)")

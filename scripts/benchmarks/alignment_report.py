@@ -17,7 +17,7 @@ RIVALS = ("dpo", "kto", "nft", "sft", "csft")
 Line = Mapping[str, Any]
 Setting = tuple[str, float, float]
 """Method, T and learning rate."""
-REGIMES = {"stars": "Star ratings", "single": "One image per prompt"}
+REGIMES = {"stars": "Star ratings", "single": "One image per prompt", "few": "192 images, 21 passes"}
 """Headings of the runs that train on other labels than the scores themselves."""
 INTRODUCTION = f"""# Alignment of the shapes model
 

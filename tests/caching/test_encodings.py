@@ -173,7 +173,7 @@ def test_another_resolution_is_another_entry_and_a_renamed_file_is_not(tmp_path,
 
 
 def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("tgol_trainer.caching.encodings._SHARD_SECONDS", 0.0)  # a file for each entry
+    monkeypatch.setattr("tgol_trainer.caching.filling._SHARD_SECONDS", 0.0)  # a file for each entry
     rows, family = prepared(scored_dataset(8)), load_family(stable_diffusion())
     encode_one, done = family.encode_one, []
 

@@ -160,6 +160,9 @@ CONDITIONAL = {
     "desirable_weight": (2.0, {"loss_type": "kto"}),
     "undesirable_weight": (2.0, {"loss_type": "dro"}),
     "centering_strength": (0.5, {"loss_type": "tgol_pairs", "group_size": 4}),
+    "reference_update": ("epoch", {}),
+    "precompute_ref_log_probs": (True, {}),
+    "num_ref_draws": (2, {"precompute_ref_log_probs": True}),
     "csft_suffixes": (["a", "b"], {"loss_type": "csft"}),
     "nft_mix": (0.5, {"loss_type": "nft"}),
 }
@@ -174,7 +177,8 @@ def test_every_conditional_field_is_listed_here():
 def test_a_field_without_effect_is_refused_and_taken_where_it_acts(make, name):
     value, beside = CONDITIONAL[name]
     assert getattr(make(**{name: value}, **beside), name) == value
-    unweighted = {"loss_type": "sft"} if name.startswith(("weight_form", "normalize", "desirable", "undesir")) else {}
+    with_sft = ("weight_form", "normalize", "desirable", "undesirable", "reference", "precompute")
+    unweighted = {"loss_type": "sft"} if name.startswith(with_sft) and name != "reference_samples" else {}
     with pytest.raises(ValueError, match=f"^`{name}=.*` has no effect here: it acts only with"):
         make(**{name: value}, **WITHOUT_EFFECT.get(name, unweighted))
 

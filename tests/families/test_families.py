@@ -280,3 +280,20 @@ def test_a_bfloat16_base_trains_a_float32_adapter_and_still_generates(name, tmp_
     assert first == pytest.approx(logged(trainer, "weights/mean")[0] * math.log(2), rel=1e-6)
     assert math.isfinite(second) and second != first
     assert torch.isfinite(sample_of(name, trainer.family.pipeline)).all()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_frozen_base_on_a_gpu_is_loaded_in_half_precision_and_its_autoencoder_is_not(tmp_path, monkeypatch, bf16):
+    TINY["sd"].build().save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
+
+    def dtypes(*arguments):
+        pipeline = load_family(*arguments).pipeline
+        return [getattr(pipeline, name).dtype for name in ("unet", "text_encoder", "vae")]
+
+    half = torch.bfloat16 if bf16 else torch.float16
+    gpu = torch.device("cuda")
+    assert dtypes(tmp_path, {}, None, gpu) == [half, half, torch.float32]
+    assert dtypes(tmp_path, {"dtype": "float32"}, None, gpu) == [torch.float32] * 3
+    assert dtypes(tmp_path, {}, None, torch.device("cpu")) == [torch.float32] * 3
+    assert dtypes("shapes", {}, None, gpu) == [torch.float32] * 3

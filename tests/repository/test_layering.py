@@ -42,6 +42,7 @@ LAYERS = {
     "converters": 5,
     "checking": 5,
     "evaluation": 5,
+    "draws": 6,
     "run": 6,
     "exports": 6,
     "jobs": 6,
@@ -65,6 +66,7 @@ CORE = {
 }
 CORE |= {
     "caching",
+    "draws",
     "families",
     "shapes",
     "rewards",

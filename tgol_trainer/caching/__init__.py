@@ -1,5 +1,8 @@
 """Encode images and prompts once, keep the result on disk, and read it back during training."""
 
-from .encodings import EncodingCache, Workers, encode_batch
+from .encodings import EncodingCache, encode_batch
+from .filling import Workers
+from .fingerprint import component_fingerprint
+from .references import ReferenceErrors
 
-__all__ = ["EncodingCache", "Workers", "encode_batch"]
+__all__ = ["EncodingCache", "ReferenceErrors", "Workers", "component_fingerprint", "encode_batch"]

@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from tgol_trainer.data import Collator, ScoredDataset
 from tgol_trainer.families import ModelFamily
 
+from .filling import Encoded, Workers, fill
 from .fingerprint import component_fingerprint
 from .store import TensorStore, key_of, keys_of
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-logger = logging.getLogger(__name__)
-
-Encoded: TypeAlias = dict[str, torch.Tensor]
-
 _VERSION = 1
 """Raise it when the same image or prompt is encoded to something else."""
-_SHARD_BYTES = 256 * 2**20
-_SHARD_SECONDS = 60.0
-"""What a job that is killed loses at most."""
 _MIRROR = np.frombuffer(bytearray(key_of("mirrored")), dtype=np.uint64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """
-    Who fills a cache.
-
-    Args:
-        process_index (`int`, *optional*, defaults to 0): Number of this process.
-        world_size (`int`, *optional*, defaults to 1): Number of processes that share the work.
-        local_process_index (`int`, *optional*, defaults to 0): Number of this process on its machine.
-        local_world_size (`int`, *optional*, defaults to 1): Number of processes on this machine.
-        num_loaders (`int`, *optional*, defaults to 0): Processes that decode images for this one.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar on the first process.
-        wait (`Callable[[], None]`, *optional*): Returns when every process has called it.
-    """
-
-    process_index: int = 0
-    world_size: int = 1
-    local_process_index: int = 0
-    local_world_size: int = 1
-    num_loaders: int = 0
-    progress: bool = True
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def of_run(cls, args: TrainingArguments, wait: Callable[[], None]) -> Workers:
-        """Return the processes of a training run."""
-        return cls(
-            process_index=args.process_index,
-            world_size=args.world_size,
-            local_process_index=args.local_process_index,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)),
-            num_loaders=args.dataloader_num_workers,
-            progress=not args.disable_tqdm,
-            wait=wait,
-        )
 
 
 class EncodingCache:
@@ -157,7 +104,7 @@ class EncodingCache:
                 for index in wanted:
                     yield family.encode_prompts([texts[index]])
 
-        self._fill(self.prompts, keys, encode_prompts, "prompt")
+        fill(self.prompts, keys, encode_prompts, "prompt", self.workers)
 
         rows = copy.copy(rows)
         rows.encoded = False
@@ -177,53 +124,10 @@ class EncodingCache:
                     pixels = batch["pixel_values"]
                     yield family.encode(pixels.flip(-1) if mirror else pixels)
 
-        self._fill(self.images, image_keys, encode_images, self.medium)
+        fill(self.images, image_keys, encode_images, self.medium, self.workers)
         if mirrored:
             mirror = lambda wanted: encode_images(wanted, mirror=True)  # noqa: E731
-            self._fill(self.images, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}")
-
-    def _fill(
-        self, store: TensorStore, keys: np.ndarray, encode: Callable[[np.ndarray], Iterator[Encoded]], what: str
-    ) -> None:
-        """Write the entries that are missing: by all processes, then by those of a machine with a disk of its own."""
-        workers = self.workers
-        shares = [(workers.process_index, workers.world_size)]
-        if workers.world_size > workers.local_world_size:
-            shares.append((workers.local_process_index, workers.local_world_size))
-        for index, count in shares:
-            wanted = np.flatnonzero(store.missing(keys))
-            workers.wait()  # nobody writes before everybody has looked
-            mine = wanted[index::count]
-            if mine.size:
-                self._write(store, keys[mine], encode(mine), wanted.size, what)
-            workers.wait()
-            store.refresh()
-
-    def _write(self, store: TensorStore, keys: np.ndarray, encoded: Iterator[Encoded], total: int, what: str) -> None:
-        entries: list[Encoded] = []
-        start, size, began = 0, 0, time.monotonic()
-        hidden = not self.workers.progress or self.workers.process_index > 0
-        for entry in tqdm(encoded, total=len(keys), desc=f"Encoding {what}s", unit=what, disable=hidden):
-            if not start and not entries:
-                self._announce(store.folder, total, _bytes_of(entry), what)
-            entries.append({name: value[0].cpu() for name, value in entry.items()})
-            size += _bytes_of(entry)
-            if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
-                store.write(keys[start : start + len(entries)], entries)
-                start, entries, size, began = start + len(entries), [], 0, time.monotonic()
-        if entries:
-            store.write(keys[start:], entries)
-
-    def _announce(self, folder: Path, number: int, size: int, what: str) -> None:
-        """Say what will be written, and refuse what the disk does not hold."""
-        wanted, free = number * size, shutil.disk_usage(folder).free
-        if wanted > free:
-            raise OSError(
-                f"Caching {number} {what}s takes up to {_text(wanted)}, and the disk of {folder} has {_text(free)} "
-                "left. Set `cache_dir` to a folder on a larger disk, or `cache=False` to encode at each step."
-            )
-        if self.workers.process_index == 0:
-            logger.info("Encoding %d %ss once: up to %s in %s.", number, what, _text(wanted), folder)
+            fill(self.images, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}", self.workers)
 
 
 def encode_batch(
@@ -255,16 +159,3 @@ def encode_batch(
     images = zip(inputs["pixel_values"], mirrored, strict=True)
     encoded = family.encode(torch.stack([image.flip(-1) if mirror else image for image, mirror in images]))
     return family.condition(prompts, inputs["geometry"], resolution), encoded
-
-
-def _bytes_of(encoded: Encoded) -> int:
-    return sum(value.numel() * value.element_size() for value in encoded.values())
-
-
-def _text(number: float) -> str:
-    """Return a number of bytes as a short text."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import xxhash
 
 
-def component_fingerprint(component: Any) -> str:
+def component_fingerprint(component: Any, rename: Callable[[str], str | None] | None = None) -> str:
     """
     Return a text that changes with what a component of a pipeline computes.
 
     Args:
         component (`Any`): A network, whose class, config and weights count; or a tokenizer, whose files count.
+        rename (`Callable[[str], str | None]`, *optional*):
+            Returns the name that a weight counts under, `None` for one that does not count.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -27,7 +30,9 @@ def component_fingerprint(component: Any) -> str:
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(component.state_dict().items()):
+        weights = {(rename(name) if rename else name): value for name, value in component.state_dict().items()}
+        weights.pop(None, None)
+        for name, tensor in sorted(weights.items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:

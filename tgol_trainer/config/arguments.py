@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import constants
 from transformers import TrainingArguments
 
 from tgol_trainer._secrets import is_secret
@@ -198,6 +200,11 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     __repr__ = __str__
 
     @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or its default."""
+        return Path(self.cache_dir or Path(constants.HF_HOME, "tgol_trainer")).expanduser()
+
+    @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as a dictionary, empty if there are none."""
         if isinstance(self.model_init_kwargs, str):
@@ -252,6 +259,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             )
         if self.cache_dir and not self.cache:
             raise ValueError("`cache_dir` has no effect with `cache=False`: leave one out.")
+        if self.precompute_ref_log_probs and not self.cache:
+            raise ValueError("`precompute_ref_log_probs` needs the cache of images and prompts: leave `cache` True.")
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would drop prompt, image and score, which are not arguments of the "

@@ -183,6 +183,17 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default="never",
         metadata={"help": "'epoch' makes the policy the reference after each epoch (paper, Algorithm 1, line 15)."},
     )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's errors before training, on `num_ref_draws` fixed draws of noise and time "
+            "per image. A step then needs one forward pass."
+        },
+    )
+    num_ref_draws: int = field(
+        default=1,
+        metadata={"help": "Fixed draws per image. Passes over the data take them in turn, from the first again."},
+    )
 
     @property
     def strategy(self) -> Literal["global", "fixed", "group", "oracle", "running"]:
@@ -211,6 +222,11 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             or self.group_size is not None
             or self.share_group_noise
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares policy and reference."""
+        return self.loss_type not in ("sft", "csft")
 
     @property
     def comparing(self) -> str | None:
@@ -243,6 +259,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             ("max_threshold_samples", 1),
             ("threshold_window", 2),
             ("group_size", 2),
+            ("num_ref_draws", 1),
             ("weight_limit", 1),
         ):
             value = getattr(self, name)
@@ -254,6 +271,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         self._check_columns()
         self._check_threshold()
         self._check_groups(batch_size)
+        self._check_reference()
         self._check_effects()
 
     def _check_columns(self) -> None:
@@ -313,6 +331,20 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
                 f"'kto' and 'dro'; `loss_type` is {self.loss_type!r}."
             )
 
+    def _check_reference(self) -> None:
+        if not self.precompute_ref_log_probs:
+            return
+        if self.reference_update == "epoch":
+            raise ValueError(
+                "`precompute_ref_log_probs` computes the reference's errors once, and `reference_update='epoch'` "
+                "makes a new reference after each epoch: leave one out."
+            )
+        if self.loss_type == "nft":
+            raise ValueError(
+                "`precompute_ref_log_probs` keeps the reference's errors, and `loss_type='nft'` mixes its outputs "
+                "with the policy's: leave it False."
+            )
+
     def _check_effects(self) -> None:
         """Refuse fields that are set and have no effect beside the others."""
         defaults = {item.name: default_of(item) for item in fields(MethodArguments)}
@@ -355,6 +387,9 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
         lambda args: args.log_ratio_centering == "group" or args.loss_type == "tgol_pairs",
         "with `log_ratio_centering='group'` or `loss_type='tgol_pairs'`",
     ),
+    "reference_update": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
+    "precompute_ref_log_probs": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
+    "num_ref_draws": (lambda args: args.precompute_ref_log_probs, "with `precompute_ref_log_probs=True`"),
     "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),
     "nft_mix": (lambda args: args.loss_type == "nft", "with `loss_type='nft'`"),
 }

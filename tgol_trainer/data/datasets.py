@@ -347,6 +347,11 @@ class ScoredDataset(torch.utils.data.Dataset):
             raise ValueError("`columns.group` is not given: these rows have no groups.")
         return list(map(str, self._texts(self._columns.group)))
 
+    @property
+    def group_ids(self) -> list[int] | None:
+        """The rows' `"group"`, in order; `None` where `columns` name no group."""
+        return None if self._columns.group is None else [_group_id(name) for name in self.groups]
+
     def _texts(self, name: str) -> list[Any]:
         column = self._rows.select_columns([name])[:].column(0)
         return column.take(pa.array(self.row_ids)).to_pylist()

@@ -59,6 +59,7 @@ def load_family(
     model: str | Path | DiffusionPipeline,
     model_init_kwargs: dict[str, Any] | None = None,
     settings: FamilySettings | None = None,
+    frozen_on: torch.device | None = None,
 ) -> ModelFamily:
     """
     Load a pipeline and wrap it in its model family.
@@ -72,6 +73,9 @@ def load_family(
             `quantization_config` (of the denoiser). With `meissonic_repository`, a clone of Meissonic's repository,
             and `trust_remote_code=True`, passed to [`load_meissonic`] instead. An embedded model takes `dtype` alone.
         settings ([`FamilySettings`], *optional*): Choices of the run.
+        frozen_on (`torch.device`, *optional*):
+            The device that the base model will be frozen on. On a GPU the default dtype is then bfloat16, or float16
+            where the GPU has no bfloat16, and float32 for the autoencoder. It changes no embedded model.
 
     Returns:
         [`ModelFamily`]
@@ -97,6 +101,8 @@ def load_family(
             f"`model` is a {type(model).__name__}; it must be a Hub id, a local folder, or a whole pipeline "
             "(`diffusers.DiffusionPipeline`), whose text encoder and autoencoder are needed as well."
         )
+    if frozen_on is not None and "dtype" not in options and not embedded_model(model):
+        options |= {"dtype": dtype} if (dtype := _frozen_dtype(frozen_on)) else {}
     if "quantization_config" in options:
         options.setdefault("dtype", "float32")  # otherwise diffusers makes layers that are not quantised float16
     if "dtype" in options:
@@ -112,6 +118,15 @@ def load_family(
         options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
     pipeline = DiffusionPipeline.from_pretrained(source, **options)
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)
+
+
+def _frozen_dtype(device: torch.device) -> dict[str, str] | None:
+    """Return the dtype of a base model that stays frozen on this device; `None` for that of `from_pretrained`."""
+    if device.type != "cuda":
+        return None
+    name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    logger.info("The frozen base model is loaded in %s; `dtype` in `model_init_kwargs` overrides it.", name)
+    return {"default": name, "vae": "float32", "vqvae": "float32"}
 
 
 def _read_dtype(value: Any) -> Any:

@@ -239,7 +239,7 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
 
 
 def _of_images(report: LabelReport) -> list[Advice]:
-    """Several images a prompt can be compared with each other, which docs/benchmarks.md measures."""
+    """Several images a prompt can be compared with each other."""
     images = report.labeler.threshold.num_scores / report.prompts.num_groups
     if images < _COMPARED or report.prompts.num_groups == 1:
         return []
@@ -250,8 +250,8 @@ def _of_images(report: LabelReport) -> list[Advice]:
     return [
         Advice(
             "images to compare",
-            f"There are {images:,.1f} images a prompt. Compared with each other in a batch they gain more before they "
-            "are held back by the reference, whose hold is weaker then (docs/benchmarks.md).",
+            f"There are {images:,.1f} images a prompt. They can be compared with each other in a batch, which cancels "
+            "what is common to the prompt. The policy is then held less closely to the reference.",
             flags,
         )
     ]

@@ -9,33 +9,24 @@ import torch
 from .base import LossRecord, check_vectors
 
 
-def supervised_loss(
-    error: torch.Tensor,
-    log_ratio: torch.Tensor,
-    margin: torch.Tensor,
-    *,
-    beta: float = 1.0,
-    positives_only: bool = True,
-) -> LossRecord:
+def supervised_loss(error: torch.Tensor, margin: torch.Tensor, *, positives_only: bool = True) -> LossRecord:
     """
     Supervised fine-tuning on the denoising (or token) error: on positives alone (SFT), or on all (CSFT, where the
-    prompt carries the label). The reference takes no part; ŝ is logged.
+    prompt carries the label). There is no reference, so the implicit reward of the record is NaN.
 
     Args:
         error (`torch.Tensor`): (B,) the policy's error.
-        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref, for the record.
         margin (`torch.Tensor`): (B,) s - τ; 0 is positive.
-        beta (`float`, *optional*, defaults to 1.0): β, for the record.
         positives_only (`bool`, *optional*, defaults to `True`):
             Leave negatives out. They still count in the mean, so that a batch without positives gives 0.
 
     Returns:
-        [`LossRecord`]: at a log-ratio of 0 the loss is the reference's error, 0 for a negative left out.
+        [`LossRecord`]: the loss is the error, 0 for a negative left out.
     """
-    check_vectors(error=error, log_ratio=log_ratio, margin=margin)
+    check_vectors(error=error, margin=margin)
     label = margin >= 0
     weight = label.float() if positives_only else torch.ones_like(error, dtype=torch.float32)
-    return LossRecord(weight * error.float(), beta * log_ratio.float(), label, weight)
+    return LossRecord(weight * error.float(), torch.full_like(error, math.nan, dtype=torch.float32), label, weight)
 
 
 def kto_loss(

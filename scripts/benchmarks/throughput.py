@@ -1,0 +1,257 @@
+"""
+Time a training step: a plain LoRA loop as the floor, and this library's losses with and without its caches.
+
+All variants train the same network with the same adapter, in one process, in turns, so that what slows the machine for
+a while slows them all. A line of the results file holds one variant of one run:
+
+    python scripts/benchmarks/throughput.py --network shapes --batch_size 64
+    python scripts/benchmarks/throughput.py --network sd15 --resolution 256
+    python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
+
+`shapes` is the embedded model. `sd15` has the architecture of Stable Diffusion 1.5 and random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from tgol_trainer import TGOLConfig, TGOLTrainer
+from tgol_trainer.families import load_family
+from tgol_trainer.shapes import PROMPTS, load_pipeline
+
+RESULTS = Path(__file__).parent / "results" / "throughput.jsonl"
+LORA = {
+    "r": 8,
+    "lora_alpha": 8,
+    "init_lora_weights": "gaussian",
+    "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sft, encoded at each step": {"loss_type": "sft", "cache": False},
+    "sft": {"loss_type": "sft"},
+    "tgol, encoded at each step": {"cache": False},
+    "tgol": {},
+    "tgol, precomputed reference": {"precompute_ref_log_probs": True},
+}
+"""Settings of each variant; the cache of images and prompts is on by default."""
+FLOOR = "plain LoRA loop"
+
+
+def random_sd15(resolution: int) -> StableDiffusionPipeline:
+    """Return a pipeline of Stable Diffusion 1.5's sizes with random weights and the shapes model's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_pipeline().tokenizer
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=resolution,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=resolution // 8, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def scored_images(number: int, resolution: int) -> datasets.Dataset:
+    """Return random images as PNG files in memory, with prompts and scores."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (number, resolution, resolution, 3), dtype=np.uint8)
+    columns = {
+        "prompt": [PROMPTS[index % len(PROMPTS)] for index in range(number)],
+        "image": [Image.fromarray(image) for image in images],
+        "score": rng.normal(size=number),
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+class StepTimes(TrainerCallback):
+    """Note when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+@contextlib.contextmanager
+def network_time(trainer: TGOLTrainer) -> Iterator[list[float]]:
+    """Yield a list that collects the seconds of forward and backward passes of the denoiser."""
+    spent: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent.append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    trainer.family.predict = timed(trainer.family.predict)  # type: ignore[method-assign]
+    trainer.accelerator.backward = timed(trainer.accelerator.backward)  # type: ignore[method-assign]
+    yield spent
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory start anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the peak since [`reset_peak`], in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace) -> tuple[list[float], float]:
+    """Train as a plain script would, with all but the network prepared; return seconds and the network's share."""
+    unet, batch = pipeline.unet, options.batch_size
+    alphas = load_family(pipeline).likelihood.alphas_cumprod
+    unet.add_adapter(LoraConfig(**LORA))
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    side = unet.config.sample_size
+    latents = torch.randn(batch, unet.config.in_channels, side, side)
+    text = torch.randn(batch, pipeline.tokenizer.model_max_length, unet.config.cross_attention_dim)
+    seconds = []
+    unet.train()
+    for _ in range(options.steps + 1):
+        began = time.perf_counter()
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, len(alphas), (batch,))
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        loss = torch.nn.functional.mse_loss(unet(noised, timesteps, text).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:], 1.0
+
+
+def trainer_steps(
+    pipeline: StableDiffusionPipeline,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    rows: datasets.Dataset,
+    folder: str,
+) -> tuple[list[float], float]:
+    """Train with this library; return seconds of each step but the first, and the share spent in the network."""
+    cache = {} if settings.get("cache") is False else {"cache_dir": f"{folder}/cache"}
+    args = TGOLConfig(
+        output_dir=f"{folder}/run",
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps + 1,
+        save_strategy="no",
+        logging_strategy="no",
+        logging_first_step=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=options.gradient_checkpointing,
+        **cache,
+        **settings,
+    )
+    times = StepTimes()
+    trainer = TGOLTrainer(pipeline, args, rows, peft_config=LoraConfig(**LORA), callbacks=[times])
+    with network_time(trainer) as spent:
+        trainer.train()
+    passes = len(spent) // (options.steps + 1)
+    seconds = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
+    return seconds, sum(spent[-passes * options.steps :]) / sum(seconds)
+
+
+def main() -> None:
+    """Run the variants in turns and append the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=["shapes", "sd15"], default="shapes")
+    parser.add_argument("--resolution", type=int, default=32, help="pixels; of shapes always 32")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a variant in a round (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant (default: 3)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    pipeline = load_pipeline() if options.network == "shapes" else random_sd15(options.resolution)
+    rows = scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "network": [], "memory": []} for name in (FLOOR, *VARIANTS)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.rounds):
+            for name in found:
+                reset_peak()
+                if name == FLOOR:
+                    seconds, network = plain_steps(pipeline, options)
+                else:
+                    seconds, network = trainer_steps(pipeline, options, VARIANTS[name], rows, folder)
+                pipeline.unet.unload_lora()
+                pipeline.unet.disable_gradient_checkpointing()
+                found[name]["seconds"] += seconds
+                found[name]["network"].append(network)
+                found[name]["memory"].append(peak_memory())
+                print(f"round {turn + 1}: {name}: {statistics.median(seconds):.3f} s", flush=True)
+    floor = statistics.median(found[FLOOR]["seconds"])
+    facts = {key: value for key, value in vars(options).items() if key != "output"}
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"\n{'variant':30} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
+    with options.output.open("a") as file:
+        for name, values in found.items():
+            step = statistics.median(values["seconds"])
+            outside = 1 - statistics.mean(values["network"])
+            line = {"variant": name, "seconds": step, "ratio": step / floor, "outside_network": outside}
+            line |= {
+                "peak_bytes": max(values["memory"]),
+                "all_seconds": values["seconds"],
+                "machine": machine,
+                **facts,
+            }
+            file.write(json.dumps(line) + "\n")
+            memory = f"{max(values['memory']) / 1e9:.2f} GB"
+            shown = "" if name == FLOOR else f"{100 * outside:.1f} %"
+            print(f"{name:30} {step:8.3f} {step / floor:6.2f} {shown:>16} {memory:>12}")
+
+
+if __name__ == "__main__":
+    main()
