@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import IA3Config, LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import randomize
 from tests.tiny import stable_diffusion
@@ -166,6 +166,82 @@ def test_a_model_that_already_has_adapters_is_refused_with_the_way_out(config, d
         TGOLTrainer(pipe, config(), dataset)
 
 
+# ---- Wrapped networks, and what is read back ----
+
+
+class Wrapper(torch.nn.Module):
+    """Another module around a network, under the name that DistributedDataParallel, FSDP1 or DeepSpeed give it."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.add_module(name, model)
+
+
+WRAPPED = {
+    "torch.compile": torch.compile,
+    "DistributedDataParallel": lambda model: Wrapper(model, "module"),
+    "both": lambda model: Wrapper(torch.compile(model), "module"),
+    "FSDP1": lambda model: Wrapper(model, "_fsdp_wrapped_module"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_an_adapter_of_a_wrapped_network_is_saved_and_loaded_as_that_of_the_bare_one(wrap, tmp_path):
+    trained = attached(lora_alpha=8)
+    randomize(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path / "bare")
+    wrapped = wrap(trained.denoiser)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", wrapped, tmp_path / "wrapped")
+    gathered = {f"module.{name}": tensor for name, tensor in trained.denoiser.state_dict().items()}
+    adapters.save_adapter(StableDiffusionPipeline, "unet", wrapped, tmp_path / "gathered", state_dict=gathered)
+    files = [load_file(tmp_path / name / adapters.WEIGHTS_NAME) for name in ("bare", "wrapped", "gathered")]
+    assert files[0].keys() == files[1].keys() == files[2].keys()
+    for name, tensor in files[0].items():
+        assert torch.equal(tensor, files[1][name]) and torch.equal(tensor, files[2][name])
+    other = attached(lora_alpha=8)
+    adapters.load_adapter(wrap(other.denoiser), "unet", tmp_path / "bare" / adapters.WEIGHTS_NAME)
+    assert torch.equal(other.probe(), trained.probe())
+
+
+def test_layers_that_were_compiled_one_by_one_leave_no_trace_in_the_file(tmp_path):
+    trained = attached(lora_alpha=8)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path / "bare")
+    trained.denoiser.mid_block = torch.compile(trained.denoiser.mid_block)
+    adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path / "inner")
+    bare, inner = (load_file(tmp_path / name / adapters.WEIGHTS_NAME) for name in ("bare", "inner"))
+    assert bare.keys() == inner.keys()
+    adapters.load_adapter(trained.denoiser, "unet", tmp_path / "bare" / adapters.WEIGHTS_NAME)
+
+
+def test_a_pipeline_with_a_compiled_denoiser_starts_from_an_adapter(config, dataset, saved):
+    folder, start = saved
+    pipe = stable_diffusion()
+    bare, pipe.unet = pipe.unet, torch.compile(pipe.unet)
+    adapters.load_initial(pipe, "unet", str(folder), keep_as_reference=False)
+    pipe.unet = bare
+    assert torch.equal(load_family(pipe).probe(), start)
+
+
+@pytest.mark.parametrize("harm", ["NaN", "a file cut by the disk", "a tensor less"])
+def test_a_save_that_cannot_be_read_back_as_it_was_is_an_error(harm, tmp_path, monkeypatch):
+    trained = attached(lora_alpha=8)
+    if harm == "NaN":
+        next(p for name, p in trained.denoiser.named_parameters() if "lora_B" in name).data[0] = torch.nan
+    else:
+        write = StableDiffusionPipeline.save_lora_weights
+
+        def save(folder, weight_name, **options):
+            if harm == "a tensor less":
+                options["unet_lora_layers"].popitem()
+            write(folder, weight_name=weight_name, **options)
+            if harm == "a file cut by the disk":
+                (folder / weight_name).write_bytes((folder / weight_name).read_bytes()[:-8])
+
+        monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", save)
+    with pytest.raises(OSError, match=r"is not the adapter that was trained|is not a whole safetensors file"):
+        adapters.save_adapter(StableDiffusionPipeline, "unet", trained.denoiser, tmp_path)
+
+
 # ---- Starting from a saved adapter ----
 
 
@@ -229,8 +305,73 @@ def test_what_is_published_of_a_continued_adapter_is_relative_to_the_true_base(c
 
 
 def test_a_file_without_weights_for_the_denoiser_is_refused(config, dataset, tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"transformer.x.lora_A.weight": torch.zeros(4, 4)}, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match="holds no LoRA weights for the unet"):
         TGOLTrainer(stable_diffusion(), config(adapter_name_or_path=str(tmp_path)), dataset)
+
+
+def first_of(tensors, ending):
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def without(tensors, ending):
+    return {name: tensor for name, tensor in tensors.items() if name != first_of(tensors, ending)}
+
+
+DAMAGED = {
+    "other shapes": (
+        lambda t: {name: torch.zeros(tensor.shape[0] + 1, *tensor.shape[1:]) for name, tensor in t.items()},
+        "cannot be loaded.*size mismatch",
+    ),
+    "one tensor less": (lambda t: without(t, "lora_B.weight"), "does not fit the unet: 1 tensors are missing"),
+    "a layer that is not there": (
+        lambda t: {**t, "unet.no.lora_A.weight": torch.zeros(4, 4), "unet.no.lora_B.weight": torch.zeros(4, 4)},
+        "does not fit the unet: 2 of its tensors belong to no layer",
+    ),
+    "a component that is not there": (
+        lambda t: {
+            **t,
+            "transformer.x.lora_A.weight": torch.zeros(4, 4),
+            "transformer.x.lora_B.weight": torch.zeros(4, 4),
+        },
+        "also holds weights for transformer, which this model lacks",
+    ),
+    "NaN": (lambda t: {name: tensor * torch.nan for name, tensor in t.items()}, "hold NaN or infinite"),
+    "empty tensors": (lambda t: {name: tensor[:0] for name, tensor in t.items()}, "tensors are empty"),
+    "no tensor": (lambda t: {}, "holds no tensors"),
+    "a DoRA of kohya": (
+        lambda t: {
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(4, 32),
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight": torch.zeros(32, 4),
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.alpha": torch.tensor(4.0),
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": torch.ones(1, 32),
+        },
+        "DoRA in the format of kohya or LyCORIS",
+    ),
+    "cut in half": (lambda content: content[: len(content) // 2], "is not a whole safetensors file"),
+    "text": (lambda content: b"not found", "is not a whole safetensors file"),
+    "an empty file": (lambda content: b"", r"\(0 bytes\) is not a whole safetensors file"),
+    "no file": (None, "should hold an adapter and holds none"),
+    "no folder": (None, "no file or folder here, and no Hub id"),
+}
+
+
+@pytest.mark.parametrize("road", ["train", "evaluate and generate"])
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_an_adapter_that_would_be_another_than_its_file_is_refused_everywhere(saved, tmp_path, road, damage, message):
+    folder, _ = saved
+    file = folder / adapters.WEIGHTS_NAME
+    if damage is None:
+        file.unlink()
+        folder = folder / "none" if "no Hub id" in message else folder
+    elif "whole safetensors" in message:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        with safe_open(file, "pt") as read:
+            metadata = read.metadata()
+        save_file(damage(load_file(file)), file, metadata=metadata)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        if road == "train":
+            adapters.load_initial(stable_diffusion(), "unet", str(folder), keep_as_reference=False)
+        else:
+            adapters.load_trained(stable_diffusion(), "unet", str(folder))

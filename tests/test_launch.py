@@ -172,10 +172,12 @@ def launched(place):
         ),
         "stream": flags_for(place / "data", place / "stream", 4, dataset_streaming="true"),
         "pairs": flags_for(place / "groups", place / "pairs", 4, **PAIRED),
+        "stopped": ["stopped", *flags_for(place / "data", place / "stopped", 4)],
+        "continued": flags_for(place / "data", place / "stopped", 4, resume_from_checkpoint="true"),
     }
     flags = [text for group in runs.values() for text in ("--", *group)][1:]
     done = succeed(torchrun(PROGRAM, records, 2, *flags), place)
-    found = {name: records_of(records, run=number) for number, name in enumerate(runs) if name != "forgotten"}
+    found = {name: records_of(records, run=number) for number, name in enumerate(runs) if runs[name][0][:2] == "--"}
     return SimpleNamespace(records=found, out=done.out, err=done.err)
 
 
@@ -269,7 +271,7 @@ def test_only_the_first_process_writes_and_writes_each_folder_once(two):
 def test_what_both_processes_know_is_said_once_a_run(launched):
     said = launched.out + launched.err
     for text in ("Threshold ", "Saved to ", "'train_runtime'"):
-        assert said.count(text) == len(launched.records)
+        assert said.count(text) == len(launched.records) + (text == "Threshold ")  # and the run that was stopped
 
 
 def test_evaluation_on_two_processes_counts_each_of_eleven_rows_once(one, two):
@@ -332,6 +334,15 @@ def test_accelerate_launch_resumes_a_checkpoint_of_two_processes_to_the_same_los
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-8)
 
 
+def test_a_signal_to_one_process_stops_both_at_one_step_and_the_run_goes_on_as_if_it_had_not(place, launched, two):
+    assert launched.err.count("refused with exit code 143") == 2
+    assert launched.err.count("Go on with the same command and --resume_from_checkpoint true.") == 1
+    state = json.loads((place / "stopped" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3  # the step after the one that got the signal: then they agree
+    wanted = [line["loss"] for line in lines(two.records[0])]
+    assert [line["loss"] for line in lines(launched.records["continued"][0])] == pytest.approx(wanted, rel=1e-6)
+
+
 # ---- Data on which processes could wait for each other ----
 
 
@@ -380,7 +391,7 @@ def test_a_stream_is_divided_between_the_processes(launched):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, processes without --use_cpu are as they should be")
 def test_without_use_cpu_the_error_names_the_flag_and_nothing_is_written(place, launched):
     """Both processes end with exit code 1: the first run of the launch, before anything else has set them up."""
-    assert launched.err.count("refused with exit code 1") == 2
+    assert launched.err.count("refused with exit code 1\n") == 2
     assert launched.err.count("The launcher started 2 processes") == 2
     assert launched.err.count("add `--use_cpu true`") == 2
     assert not (place / "forgotten").exists()

@@ -90,7 +90,7 @@ def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type)
     with torch.no_grad():
         batch = trainer.collator([trainer.train_dataset[row] for row in range(64)])
         _, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    reference_error = record[:, 6].double().numpy()
+    reference_error = record[:, 5].double().numpy()  # the policy's, which is still the reference
     trainer.train()
     expected = expected_first_loss(loss_type, np.asarray(grouped["score"]), reference_error)
     assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
@@ -469,7 +469,10 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
     trained(config, grouped, **settings)
     changed = grouped.map(lambda row, index: {"score": row["score"] + (index % 3)}, with_indices=True)
     again = TGOLTrainer(
-        stable_diffusion(), config(**settings), datasets.Dataset.from_dict(changed[:]), peft_config=LORA
+        stable_diffusion(),
+        config(**settings, allow_changed=["all"]),
+        datasets.Dataset.from_dict(changed[:]),
+        peft_config=LORA,
     )
     with caplog.at_level("WARNING", logger="tgol_trainer"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

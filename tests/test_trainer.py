@@ -21,8 +21,8 @@ from tgol_trainer.data import decode_prompts
 from tgol_trainer.families import load_family
 from tgol_trainer.likelihoods import RowGenerators
 from tgol_trainer.metrics import LOGGED_METRICS, RECORD
+from tgol_trainer.saving.divergence import TrainingDivergedError
 from tgol_trainer.thresholds import ThresholdError
-from tgol_trainer.trainer import TrainingDivergedError
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -277,7 +277,8 @@ def test_the_threshold_of_the_checkpoint_wins_over_changed_data(config, dataset,
     settings = {"save_strategy": "steps", "save_steps": 2}
     first = TGOLTrainer(stable_diffusion(), config(**settings), dataset)
     first.train()
-    other = TGOLTrainer(stable_diffusion(), config(**settings), scored_dataset(seed=1))
+    changed = config(**settings, allow_changed=["train_dataset"])
+    other = TGOLTrainer(stable_diffusion(), changed, scored_dataset(seed=1))
     caplog.set_level(logging.WARNING)
     other.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
     assert "The checkpoint's threshold is" in caplog.text
@@ -289,15 +290,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused_by_name(config, dataset, tmp_
     trainer = TGOLTrainer(stable_diffusion(), config(), dataset)
     with pytest.raises(FileNotFoundError, match=r"holds no pytorch_lora_weights\.safetensors"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
-
-
-def test_resuming_with_another_rank_names_the_tensors_that_do_not_fit(config, dataset):
-    settings = {"save_strategy": "steps", "save_steps": 2}
-    first = TGOLTrainer(stable_diffusion(), config(**settings), dataset, peft_config=LoraConfig(r=4))
-    first.train()
-    other = TGOLTrainer(stable_diffusion(), config(**settings), dataset, peft_config=LoraConfig(r=8))
-    with pytest.raises(ValueError, match="does not fit the adapter of this run"):
-        other.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(config, dataset):
@@ -618,13 +610,45 @@ def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config
         TGOLTrainer(stable_diffusion(), args, dataset)
 
 
-def test_long_prompts_are_counted(config, dataset, caplog):
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        ({"fp16": True}, {}, "`fp16=True` has no effect on a CPU"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "`deepspeed` is not supported"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp` is of version 1.*Use version 2"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "`fsdp` is of version 1.*Use version 2"),
+        ({"fsdp": True}, {}, "there is one. Leave it out"),
+    ],
+)
+def test_a_precision_and_shards_that_would_not_be_what_was_asked_for_are_refused(
+    config, dataset, monkeypatch, settings, environment, message
+):
+    args = config(**settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        TGOLTrainer(stable_diffusion(), args, dataset)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_an_error(config, dataset, monkeypatch):
+    """As on several CPUs, where it runs DistributedDataParallel instead."""
+    monkeypatch.setattr("tgol_trainer.trainer.check_processes", lambda args: None)
+    args = config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`fsdp` was asked for and does not run"):
+        TGOLTrainer(stable_diffusion(), args, dataset)
+
+
+def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset, caplog):
     long = dataset.map(
-        lambda row, index: {"prompt": "word " * 100 if index == 3 else row["prompt"]}, with_indices=True
+        lambda row, index: {"prompt": {3: "word " * 100, 4: "a (cat:1.3)"}.get(index, row["prompt"])},
+        with_indices=True,
     )
     caplog.set_level(logging.WARNING)
     TGOLTrainer(stable_diffusion(), config(), long)
-    assert "1 of 6 different prompts are longer than the text encoder's 77 tokens" in caplog.text
+    assert "1 of 7 different prompts are longer than the text encoder's 77 tokens" in caplog.text
+    assert "1 of 7 different prompts hold instructions for other programs" in caplog.text
+    assert "a weight such as (word:1.3) in 'a (cat:1.3)'" in caplog.text
 
 
 # ---- Streams ----

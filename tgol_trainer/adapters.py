@@ -13,6 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .adapter_files import (
+    WEIGHTS_NAME,
+    adapter_file,
+    check_components,
+    check_fit,
+    check_saved,
+    plain_name,
+    read_tensors,
+    unwrapped,
+)
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
     from peft import LoraConfig, PeftConfig
@@ -24,9 +35,6 @@ POLICY = "default"
 
 REFERENCE = "reference"
 """Name of the frozen second adapter, where the reference is not the base model."""
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-"""File that `pipe.load_lora_weights(folder)` looks for (diffusers/loaders/lora_base.py, LORA_WEIGHT_NAME_SAFE)."""
 
 REFERENCE_WEIGHTS_NAME = "reference_lora_weights.safetensors"
 """The reference adapter's weights inside a checkpoint; never part of what is published."""
@@ -76,6 +84,11 @@ def check_peft_config(config: PeftConfig) -> None:
             f"`peft_config.init_lora_weights` is {config.init_lora_weights!r}, under which the policy does not start "
             "as the reference. Use True or 'gaussian'."
         )
+    if not config.lora_alpha > 0:
+        raise ValueError(
+            f"`peft_config.lora_alpha` is {config.lora_alpha}: the adapter is multiplied by lora_alpha / r and would "
+            "never act. Use a number above 0, such as r."
+        )
     if config.lora_dropout:
         logger.warning(
             "`peft_config.lora_dropout` is %s: the policy's pass is then noisy while the reference's is not, and the "
@@ -98,20 +111,25 @@ def attach(model: ModelMixin, config: LoraConfig, *, seed: int, probe: Callable[
         ValueError: if the model already has adapters, if nothing matches `target_modules`, or if switching the adapter
             off does not give back the base model's output exactly.
     """
-    from diffusers.training_utils import cast_training_params
-
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"The model already carries adapters ({', '.join(model.peft_config)}). Call `pipe.unload_lora_weights()` "
             "first, or continue from a saved adapter with `adapter_name_or_path=`."
         )
-    model.requires_grad_(False)
     before = probe()
+    add_policy(model, config, seed=seed)
+    check_reference(model, before, probe)
+
+
+def add_policy(model: ModelMixin, config: LoraConfig, *, seed: int = 0) -> None:
+    """Do what [`attach`] does, on a denoiser without adapters, and without its checks, which need weights."""
+    from diffusers.training_utils import cast_training_params
+
+    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config, POLICY)
     cast_training_params(model, torch.float32)
-    check_reference(model, before, probe)
 
 
 def check_reference(model: ModelMixin, expected: torch.Tensor, probe: Callable[[], torch.Tensor]) -> None:
@@ -223,14 +241,51 @@ def _freeze_reference(model: ModelMixin) -> None:
 # `save_adapter` writes.
 
 
-def load_weights(pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY) -> None:
-    """Load a saved adapter into a pipeline under a name, with diffusers alone."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(source, adapter_name=adapter)
-    else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
-        getattr(pipeline, denoiser).load_lora_adapter(
-            source, prefix=denoiser, adapter_name=adapter, weight_name=WEIGHTS_NAME, low_cpu_mem_usage=True
+# What diffusers and PEFT raise for files that do not fit; some of it is meant for the authors of a file.
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+def load_weights(
+    pipeline: DiffusionPipeline, denoiser: str, source: str, *, adapter: str = POLICY
+) -> dict[str, torch.Tensor]:
+    """
+    Load a saved adapter into a pipeline under a name, with diffusers alone.
+
+    Returns the denoiser's tensors as the file has them, by the names of its parameters. Raises `ValueError` for a file
+    that is missing, damaged or of another model, and for one of which a part would be left out.
+    """
+    file = adapter_file(source)
+    if file is not None and file.suffix != ".bin":
+        check_components(read_tensors(file), pipeline.components, source)
+    place, name = (source, None) if file is None else (str(file.parent), file.name)
+    given: dict[str, dict[str, torch.Tensor]] = {}
+    networks = {
+        name: unwrapped(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+    }
+    hooks = [
+        model.register_load_state_dict_pre_hook(
+            lambda module, state_dict, *_, part=part: given.setdefault(part, {}).update(state_dict)
         )
+        for part, model in networks.items()
+    ]
+    try:
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(place, adapter_name=adapter, **({"weight_name": name} if name else {}))
+        else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
+            options = {"prefix": denoiser, "adapter_name": adapter, "low_cpu_mem_usage": True}
+            getattr(pipeline, denoiser).load_lora_adapter(place, weight_name=name or WEIGHTS_NAME, **options)
+    except _LOAD_ERRORS as error:
+        cause = "\n".join(str(error).splitlines()[:3])[:500]
+        raise ValueError(
+            f"The adapter {source!r} cannot be loaded into this {type(pipeline).__name__}: {cause}\nUse an adapter "
+            "that was trained for this model."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for part, tensors in given.items():
+        check_fit(tensors, networks[part], adapter, part, source)
+    return given.get(denoiser, {})
 
 
 def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, keep_as_reference: bool) -> None:
@@ -243,15 +298,11 @@ def load_initial(pipeline: DiffusionPipeline, denoiser: str, source: str, *, kee
     from diffusers.training_utils import cast_training_params
 
     names = [POLICY, REFERENCE] if keep_as_reference else [POLICY]
-    model = getattr(pipeline, denoiser)
+    model = unwrapped(getattr(pipeline, denoiser))
     # PEFT casts what it loads to the base's dtype, so the values are kept as they were read.
     read: dict[str, torch.Tensor] = {}
-    hook = model.register_load_state_dict_pre_hook(lambda module, state_dict, *_: read.update(state_dict))
-    try:
-        for name in names:
-            load_weights(pipeline, denoiser, source, adapter=name)
-    finally:
-        hook.remove()
+    for name in names:
+        read |= load_weights(pipeline, denoiser, source, adapter=name)
     if POLICY not in (getattr(model, "peft_config", None) or {}):
         raise ValueError(
             f"`adapter_name_or_path={source!r}` holds no LoRA weights for the {denoiser}: nothing was loaded."
@@ -342,19 +393,24 @@ def save_adapter(
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    model = unwrapped(model)
+    if state_dict is not None:
+        state_dict = {plain_name(name): tensor for name, tensor in state_dict.items()}
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    weights = {plain_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
     metadata = adapter_metadata(model.peft_config[adapter])
     directory.mkdir(parents=True, exist_ok=True)
     if hasattr(pipeline_class, "save_lora_weights"):
         options = {f"{denoiser}_lora_layers": weights, f"{denoiser}_lora_adapter_metadata": metadata}
         pipeline_class.save_lora_weights(directory, weight_name=weight_name, **options)
+        check_saved(directory / weight_name, tensors)
         return
     # The form of LoraBaseMixin._save_lora_weights (diffusers/loaders/lora_base.py), a method that is private there.
     named = {f"{denoiser}.{name}": value for name, value in metadata.items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(named, indent=2, sort_keys=True)}
-    tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
     save_file(tensors, directory / weight_name, metadata=header)
+    check_saved(directory / weight_name, tensors)
 
 
 def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str = POLICY) -> None:
@@ -364,10 +420,12 @@ def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str =
     `denoiser` is the prefix of the file's keys. Raises `ValueError` if its keys and shapes are not the adapter's.
     """
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    weights = {name.removeprefix(f"{denoiser}."): tensor for name, tensor in load_file(file).items()}
-    expected = get_peft_model_state_dict(model, adapter_name=adapter)
+    model = unwrapped(model)
+    weights = {name.removeprefix(f"{denoiser}."): tensor for name, tensor in read_tensors(file).items()}
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    names = {plain_name(name): name for name in own}
+    expected = {name: own[names[name]] for name in names}
     wrong = set(weights) ^ set(expected)
     wrong |= {name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape}
     if wrong:
@@ -375,4 +433,5 @@ def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str =
             f"{file} does not fit the adapter of this run: {len(wrong)} tensors are missing, unknown or of another "
             f"shape (such as {sorted(wrong)[0]}). Resume with the `peft_config` that the checkpoint was trained with."
         )
-    set_peft_model_state_dict(model, weights, adapter_name=adapter)
+    renamed = {names[name]: tensor for name, tensor in weights.items()}
+    set_peft_model_state_dict(model, renamed, adapter_name=adapter)

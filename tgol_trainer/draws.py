@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from . import adapters
-from .caching import EncodingCache, component_fingerprint, encode_batch
+from .caching import EncodingCache, ReferenceErrors, Workers, component_fingerprint, encode_batch
 from .config import TGOLConfig
-from .data import decode_prompts
+from .data import Buckets, Collator, ScoredDataset, decode_prompts
 from .families import ModelFamily
 from .likelihoods import Draw, RowGenerators
 
@@ -17,37 +19,104 @@ EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
 
 
-def fixed_step(number: int) -> int:
-    """Return the step that keys one of the fixed draws of `precompute_ref_log_probs`, counted from 0."""
-    return EVALUATION_STEP - 1 - number
-
-
-@dataclasses.dataclass(frozen=True)
 class BatchDraws:
     """
-    Makes the draws of batches. The same step and row give the same draw, whatever else is in the batch.
+    Makes the draws of batches, from caches where they can be had.
+
+    The same step and row give the same draw, whatever else is in the batch.
 
     Args:
         family ([`ModelFamily`]): The model.
-        args ([`TGOLConfig`]): Seed, flips, caption dropout, latent sampling, noise of groups.
-        resolution (`tuple[int, int]`): (height, width) of the pixels.
+        args ([`TGOLConfig`]): The configuration.
+        collator ([`Collator`]): Makes batches of rows.
     """
 
-    family: ModelFamily
-    args: TGOLConfig
-    resolution: tuple[int, int]
+    def __init__(self, family: ModelFamily, args: TGOLConfig, collator: Collator) -> None:
+        self.family, self.args, self.collator = family, args, collator
+        self.buckets: Buckets | None = None
+        if args.aspect_buckets:
+            self.buckets = Buckets(collator.resolution, family.resolution_multiple, family.max_side)
+        self.cache: EncodingCache | None = None
+        self.references: ReferenceErrors | None = None
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], step: int, cache: EncodingCache | None = None
-    ) -> tuple[Draw, dict[str, torch.Tensor]]:
+    def prepare(
+        self,
+        rows: ScoredDataset,
+        batch_size: int,
+        workers: Workers,
+        reference: torch.nn.Module,
+        error: Callable[[dict[str, torch.Tensor], int], torch.Tensor],
+        *,
+        training: bool,
+    ) -> None:
+        """
+        Choose the sizes of images, and compute before the first step what steps then read.
+
+        Args:
+            rows ([`ScoredDataset`]): The rows; they are told their sizes, and that they are encoded.
+            batch_size (`int`): Rows of a batch.
+            workers ([`Workers`]): Processes that share the work; every process must call this.
+            reference (`torch.nn.Module`): The denoiser with the reference in it, or the reference itself.
+            error (`Callable[[dict, int], torch.Tensor]`): The reference's errors of a batch on the draw of a step.
+            training (`bool`): Whether the rows are trained on, and not only evaluated.
+        """
+        args = self.args
+        if self.buckets is not None:
+            sizes = self.buckets.resolutions(rows.sizes, batch_size)
+            same = sizes is rows.resolutions or (
+                sizes is not None and rows.resolutions is not None and np.array_equal(sizes, rows.resolutions)
+            )
+            rows.encoded, rows.resolutions = rows.encoded and same, sizes
+        if not args.cache or rows.encoded:
+            return
+        if self.cache is None:
+            self.cache = EncodingCache(self.family, args.cache_folder, self.collator, workers)
+        prompts = rows.prompts
+        if args.loss_type == "csft":
+            prompts = [prompt + suffix for prompt in dict.fromkeys(prompts) for suffix in args.csft_suffixes]
+        if training and args.caption_dropout:
+            prompts.append("")
+        self.cache.add(rows, prompts, mirrored=training and args.random_flip)
+        rows.encoded = True
+        if not args.precompute_ref_log_probs:
+            return
+        if self.references is None:
+            key = self._reference_key(self.cache, reference)
+            self.references = ReferenceErrors(args.cache_folder, key, self.collator, workers)
+        steps = [EVALUATION_STEP]
+        if training:  # draws that no pass will come to are not computed
+            steps = [_fixed_step(number) for number in range(min(args.num_ref_draws, self._num_passes(rows)))]
+        self.references.add(rows, steps, error, batch_size)
+
+    def _num_passes(self, rows: ScoredDataset) -> int:
+        """Return the number of passes over the rows that training makes, the last one possibly in part."""
+        args = self.args
+        if args.max_steps <= 0:
+            return math.ceil(args.num_train_epochs)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if rows.resolutions is not None:  # what does not fill a batch of its size is left out of a pass
+            return args.max_steps
+        return math.ceil(args.max_steps / max(len(rows) // batch, 1))
+
+    def training_step(self, global_step: int, epoch: int, inputs: dict[str, torch.Tensor]) -> int:
+        """Return the step that keys the draw of a batch: the optimizer's, or that of one of its fixed draws."""
+        if self.references is None or "image_key" not in inputs:
+            return global_step
+        return _fixed_step(epoch % self.args.num_ref_draws)
+
+    def reference_error(self, inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor | None:
+        """Return the reference's (B,) float32 errors where they were computed before."""
+        if self.references is None or "image_key" not in inputs:
+            return None
+        return self.references.read(inputs, step).to(self.family.device)
+
+    def __call__(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[Draw, dict[str, torch.Tensor]]:
         """
         Return one draw of a batch, and the conditioning as keyword arguments of the denoiser.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
-            step (`int`): Keys the random numbers; images are mirrored and captions dropped unless it is that of
-                evaluation.
-            cache ([`EncodingCache`], *optional*): Holds the images and prompts of rows that were encoded before.
+            step (`int`): Keys the random numbers. At `EVALUATION_STEP` no image is mirrored and no caption dropped.
         """
         args, training = self.args, step != EVALUATION_STEP
         rows = RowGenerators(args.seed, step, inputs["row_id"].tolist())
@@ -61,20 +130,14 @@ class BatchDraws:
         if training and args.caption_dropout:
             dropped = (rows.uniform("caption") < args.caption_dropout).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        conditioning, encoded = encode_batch(self.family, cache, inputs, prompts, mirrored, self.resolution)
+        conditioning, encoded = encode_batch(self.family, self.cache, inputs, prompts, mirrored)
         latents = self.family.latents(encoded, rows, sample=args.latent_sampling == "sample")
         if args.share_group_noise:
             rows = RowGenerators(args.seed, step, inputs["group"].tolist())
         return self.family.likelihood.draw(latents, rows), conditioning
 
-    def reference_key(self, cache: EncodingCache, network: torch.nn.Module) -> list[str]:
-        """
-        Return what the reference's errors depend on, beside rows and steps.
-
-        Args:
-            cache ([`EncodingCache`]): Its files are named after what encodes, and after the size.
-            network (`torch.nn.Module`): The denoiser with the reference in it, or the reference itself.
-        """
+    def _reference_key(self, cache: EncodingCache, network: torch.nn.Module) -> list[str]:
+        """Return what the reference's errors depend on, beside rows and steps."""
         args, scheduler = self.args, self.family.pipeline.scheduler.config
         names = ("seed", "latent_sampling", "random_flip", "caption_dropout", "share_group_noise", "bf16", "fp16")
         settings = [f"{name}={getattr(args, name)}" for name in names]
@@ -82,7 +145,12 @@ class BatchDraws:
         adapter = getattr(network, "peft_config", {}).get(adapters.REFERENCE)
         return [
             component_fingerprint(network, adapters.reference_name),
-            *(store.folder.name for store in (cache.images, cache.prompts)),
+            *(cache.image_key, cache.prompts.folder.name),
             *(str(part) for part in (self.family.settings, schedule, adapter)),
             *settings,
         ]
+
+
+def _fixed_step(number: int) -> int:
+    """Return the step that keys one of the fixed draws of `precompute_ref_log_probs`, counted from 0."""
+    return EVALUATION_STEP - 1 - number

@@ -129,17 +129,19 @@ class MetricSums:
         return {name: logs[name] for name in LOGGED_METRICS if name in logs}
 
 
-def summarize_records(records: Any) -> dict[str, float]:
+def summarize_records(records: Any, row_ids: Any) -> dict[str, float]:
     """
-    Return averages over an evaluation set.
+    Return averages over an evaluation set, each row counted once.
 
     Args:
-        records (`numpy.ndarray` or tuple of them): (N, len(RECORD)), each row of the set once, of all processes.
+        records (`numpy.ndarray`): (N, len(RECORD)) of all processes.
+        row_ids (`numpy.ndarray`): (N,); rows that filled up a batch stand twice.
 
     Returns:
         `dict[str, float]`: `loss`, and what [`MetricSums.pop`] returns.
     """
-    record = torch.as_tensor(np.asarray(records))
+    _, first = np.unique(row_ids, return_index=True)
+    record = torch.as_tensor(np.asarray(records))[np.sort(first)]
     sums = MetricSums()
     sums.add(record)
     return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}

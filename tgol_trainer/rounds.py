@@ -14,12 +14,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers.trainer_utils import get_last_checkpoint
 
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.jobs import GenerationSettings, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
+from tgol_trainer.saving.hub import checkpoints
 from tgol_trainer.trainer import TGOLTrainer
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def train_rounds(
         if policy is not None:
             options.pop("peft_config", None)
         trainer = TGOLTrainer(model, _round_arguments(args, folder, policy, score), rows, **options)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None or None)
+        trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
         policy = folder / "adapter"
         trainer.save_model(str(policy))
         if number == num_rounds - 1:

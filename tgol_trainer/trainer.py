@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import adapters, thresholds
-from .caching import EncodingCache, ReferenceErrors, Workers
+from .caching import Workers
 from .config import TGOLConfig
+from .config.checks import check_processes, check_sharding
 from .data import (
     Collator,
     Columns,
@@ -30,11 +29,13 @@ from .data import (
     GroupSampler,
     ScoredDataset,
     ScoredStream,
+    SizeSampler,
     check_columns,
     innermost_sampler,
     prepare_dataset,
 )
-from .draws import EVALUATION_STEP, BatchDraws, fixed_step
+from .data.prompts import warn_of_syntax
+from .draws import EVALUATION_STEP, BatchDraws
 from .families import FamilySettings, ModelFamily, load_family
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -52,6 +53,7 @@ from .objective import ScoredBatch, training_loss
 from .run import Run, RunCallback
 from .saving.facts import dataset_facts
 from .saving.files import STATE_NAME, ReportedConfig
+from .saving.resuming import open_output
 from .saving.trainer import SavingTrainer
 
 if TYPE_CHECKING:
@@ -59,10 +61,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDivergedError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the usual causes and the last good checkpoint."""
 
 
 class TGOLTrainer(SavingTrainer):
@@ -112,7 +110,9 @@ class TGOLTrainer(SavingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ) -> None:
         args = args if args is not None else TGOLConfig(output_dir="tgol_output")
-        _check_processes(args)
+        check_processes(args)
+        if args.should_save:
+            open_output(args.output_dir)
         self.args = args
         score = args.score_column
         if args.score_columns:
@@ -134,11 +134,9 @@ class TGOLTrainer(SavingTrainer):
         self.dataset_facts = []
         self.example_prompt = None
         self.labeler: Labeler | None = None
-        self.cache: EncodingCache | None = None
-        self.references: ReferenceErrors | None = None
         size = args.training_size(self.family.native_size, self.family.resolution_multiple)
         self.collator = Collator(size, num_frames=self.family.num_frames)
-        self.draws = BatchDraws(self.family, args, size)
+        self.draws = BatchDraws(self.family, args, self.collator)
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
@@ -168,6 +166,7 @@ class TGOLTrainer(SavingTrainer):
             callbacks=[_EpochStart(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_sharding(args, self.is_fsdp_enabled)
         for callback in run_callbacks:
             callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
@@ -272,37 +271,17 @@ class TGOLTrainer(SavingTrainer):
 
     # ---- Data and labels ----
 
-    def _encode(self, rows: ScoredDataset | ScoredStream, *, training: bool = False) -> None:
-        """Fill the cache with what rows need, and let them read it. The rows of a stream are encoded at each step."""
-        args = self.args
-        if not args.cache or isinstance(rows, ScoredStream) or rows.encoded:
-            return
-        if self.cache is None:
-            workers = Workers.of_run(args, self.accelerator.wait_for_everyone)
-            self.cache = EncodingCache(self.family, args.cache_folder, self.collator, workers)
-        prompts = rows.prompts
-        if args.loss_type == "csft":
-            prompts = [prompt + suffix for prompt in dict.fromkeys(prompts) for suffix in args.csft_suffixes]
-        if training and args.caption_dropout:
-            prompts.append("")
-        self.cache.add(rows, prompts, mirrored=training and args.random_flip)
-        rows.encoded = True
-        if args.precompute_ref_log_probs:
-            steps = [fixed_step(number) for number in range(args.num_ref_draws)] if training else [EVALUATION_STEP]
-            self._precompute(rows, self.cache, steps)
+    def _prepare_rows(self, rows: ScoredDataset | ScoredStream, batch_size: int, *, training: bool = False) -> None:
+        """Choose sizes, and compute what steps then read. The rows of a stream are encoded at each step."""
+        if isinstance(rows, ScoredDataset):
+            workers = Workers.of_run(self.args, self.accelerator.wait_for_everyone)
+            reference = self.reference_model or self.family.denoiser
+            self.draws.prepare(rows, batch_size, workers, reference, self._reference_error, training=training)
 
-    def _precompute(self, rows: ScoredDataset, cache: EncodingCache, steps: list[int]) -> None:
-        """Compute the reference's errors on fixed draws, before the first step."""
-        if self.references is None:
-            key = self.draws.reference_key(cache, self.reference_model or self.family.denoiser)
-            self.references = ReferenceErrors(self.args.cache_folder, key, self.collator, cache.workers)
-
-        def error(inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                return self._reference_pass(*self.draws(inputs, step, cache))[1]
-
-        self.references.add(rows, steps, error, self.args.per_device_train_batch_size)
+    def _reference_error(self, inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self._reference_pass(*self.draws(inputs, step))[1]
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -319,8 +298,10 @@ class TGOLTrainer(SavingTrainer):
                 on_bad_sample=self.args.on_bad_sample,
                 num_proc=self.args.dataset_num_proc,
                 name=name,
+                buckets=self.draws.buckets,
             )
         self.data_reports[name] = report
+        warn_of_syntax(name, dict.fromkeys(rows.prompts))
         suffix = max(self.args.csft_suffixes, key=len) if self.args.loss_type == "csft" else ""
         prompts = [prompt + suffix for prompt in dict.fromkeys(rows.prompts)]
         long, limit = self.family.count_long_prompts(prompts)
@@ -409,9 +390,9 @@ class TGOLTrainer(SavingTrainer):
                     "processes) and `dataloader_drop_last=True` drops it: nothing would be trained. Use a smaller "
                     "`per_device_train_batch_size`."
                 )
-        self._encode(self.train_dataset, training=True)
+        self._prepare_rows(self.train_dataset, self._train_batch_size, training=True)
         for rows in self._evaluation_rows():
-            self._encode(rows)
+            self._prepare_rows(rows, self.args.per_device_eval_batch_size)
         if not isinstance(self.train_dataset, ScoredStream):
             loader = super().get_train_dataloader()
             self._train_sampler = innermost_sampler(loader)
@@ -440,11 +421,20 @@ class TGOLTrainer(SavingTrainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.group_size is None or not isinstance(dataset, ScoredDataset):
+        args, rows = self.args, train_dataset if train_dataset is not None else self.train_dataset
+        grouped = args.group_size is not None and isinstance(rows, ScoredDataset)
+        numbers = thresholds.group_ids(rows.groups)[0] if grouped else None
+        if isinstance(rows, ScoredDataset) and rows.resolutions is not None:
+            size, last = self._train_batch_size, args.dataloader_drop_last
+            return SizeSampler(rows.resolutions, size, last, args.data_seed, numbers, args.group_size)
+        if numbers is None or args.group_size is None:
             return super()._get_train_sampler(train_dataset)
-        numbers, _ = thresholds.group_ids(dataset.groups)
-        return GroupSampler(numbers, self.args.group_size, self.args.data_seed)
+        return GroupSampler(numbers, args.group_size, args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        if getattr(eval_dataset, "resolutions", None) is None:
+            return super()._get_eval_sampler(eval_dataset)
+        return SizeSampler(eval_dataset.resolutions, self.args.per_device_eval_batch_size, drop_last=False)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
@@ -453,7 +443,7 @@ class TGOLTrainer(SavingTrainer):
         for rows in (
             self._evaluation_rows() if eval_dataset is None or isinstance(eval_dataset, str) else [eval_dataset]
         ):
-            self._encode(rows)
+            self._prepare_rows(rows, self.args.per_device_eval_batch_size)
         with _changed(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -546,20 +536,18 @@ class TGOLTrainer(SavingTrainer):
             `torch.Tensor`: scalar float32, and the record if asked for.
         """
         args, likelihood, training = self.args, self.family.likelihood, model.training
-        references = self.references if "image_key" in inputs else None
-        step = self.state.global_step if training else EVALUATION_STEP
-        if references is not None and training:
-            step = fixed_step(self._pass % args.num_ref_draws)
-        draw, conditioning = self.draws(inputs, step, self.cache)
+        step = EVALUATION_STEP
+        if training:
+            step = self.draws.training_step(self.state.global_step, self._pass, inputs)
+        draw, conditioning = self.draws(inputs, step)
         reference_prediction: Any = None
         # The reference goes first: nothing is switched between the policy's forward pass and its backward pass.
-        if references is not None:
-            reference_error = references.read(inputs, step).to(draw.inputs.device)
-        elif args.needs_reference:
+        reference_error = self.draws.reference_error(inputs, step)
+        if reference_error is None and args.needs_reference:
             reference_prediction, reference_error = self._reference_pass(draw, conditioning, model)
         prediction = self.family.predict(model, draw, conditioning)
         error = likelihood.error(prediction, draw)
-        if not args.needs_reference:
+        if reference_error is None:
             reference_error = torch.full_like(error, math.nan, requires_grad=False)
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
             likelihood, reference_error, args.temperature
@@ -603,21 +591,10 @@ class TGOLTrainer(SavingTrainer):
         """Add the averages since the last log line, over all processes; stop on a loss that is not finite."""
         if "loss" in logs:
             logs.update(self._train_metrics.pop(self.accelerator.gather))
-            if not math.isfinite(logs["loss"]):
-                raise TrainingDivergedError(self._divergence_message(logs["loss"]))
         super().log(logs, start_time)
 
-    def _divergence_message(self, loss: float) -> str:
-        folder = Path(self.args.output_dir)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        causes = "a learning rate or temperature that is too large, or a batch with broken images"
-        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
-            causes = "float16 overflow (use bfloat16 or float32), or " + causes
-        kept = f"The last checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
-        return f"The loss is {loss} at step {self.state.global_step}. Usual causes: {causes}. {kept}"
-
     def _evaluation_metrics(self, records: EvalPrediction) -> dict[str, float]:
-        metrics = summarize_records(records.predictions)
+        metrics = summarize_records(records.predictions, records.label_ids)
         for callback in self._run_callbacks:
             metrics |= callback.evaluate(self.state, self.control, self.is_in_train)
         return metrics
@@ -674,15 +651,6 @@ class _EpochStart(TrainerCallback):
 
 def _switched_on_already(**kwargs: Any) -> None:
     """Stand in for the switch of activation checkpointing that Trainer calls."""
-
-
-def _check_processes(args: TGOLConfig) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and args.world_size == 1:
-        raise ValueError(
-            f"The launcher started {world_size} processes (WORLD_SIZE), but this one runs alone and all would write "
-            f"to {args.output_dir}. On machines without a GPU add `--use_cpu true` (TGOLConfig(use_cpu=True))."
-        )
 
 
 @contextlib.contextmanager

@@ -96,8 +96,8 @@ def test_each_image_and_prompt_is_encoded_once_over_runs_and_images_of_equal_pix
         assert seen["prompts"] == ([] if run else ["prompt number 0", "prompt number 1", ""])
     pixels = Collator(SIZE)([rows[2], rows[8]])["pixel_values"]
     expected = family.encode(pixels)
-    found = cache.read_images(rows.image_keys[[2, 8]], [False, False])
-    turned = cache.read_images(rows.image_keys[[2, 8]], [True, False])
+    found = cache.read_images(rows.image_keys[[2, 8]], [False, False], SIZE)
+    turned = cache.read_images(rows.image_keys[[2, 8]], [True, False], SIZE)
     flipped = family.encode(pixels.flip(-1))
     for name, value in expected.items():
         assert torch.equal(found[name], value)
@@ -192,7 +192,7 @@ def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     cache.add(rows, ["a"])
     assert (seen["images"], seen["prompts"]) == (3, [])
     expected = family.encode(Collator(SIZE)([rows[index] for index in range(8)])["pixel_values"])
-    found = cache.read_images(rows.image_keys, [False] * 8)
+    found = cache.read_images(rows.image_keys, [False] * 8, SIZE)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -213,7 +213,7 @@ def test_processes_share_the_work_of_a_machine_and_each_machine_ends_with_every_
         thread.start()
     for thread in threads:
         thread.join()
-    found = [cache.read_images(rows.image_keys, [False] * 9) for cache in caches]
+    found = [cache.read_images(rows.image_keys, [False] * 9, SIZE) for cache in caches]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     if machines == 1:
         assert [one["images"] for one in seen] == [5, 4]

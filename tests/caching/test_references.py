@@ -38,16 +38,16 @@ def test_a_kept_error_is_that_of_a_second_forward_pass_on_the_same_draw(name, tm
     args = TGOLConfig(output_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), **settings)
     trainer = TGOLTrainer(facts.build(), args, facts.dataset(), eval_dataset=facts.dataset())
     trainer.get_train_dataloader()
-    read, compared = trainer.references.read, []
+    read, compared = trainer.draws.references.read, []
 
     def both(inputs, step):
         kept = read(inputs, step)
-        live = trainer._reference_pass(*trainer.draws(inputs, step, trainer.cache))[1]
+        live = trainer._reference_pass(*trainer.draws(inputs, step))[1]
         torch.testing.assert_close(kept, live, rtol=1e-6, atol=1e-7)
         compared.append(step)
         return kept
 
-    monkeypatch.setattr(trainer.references, "read", both)
+    monkeypatch.setattr(trainer.draws.references, "read", both)
     trainer.train()
     trainer.evaluate()
     # Four rows: a step is a pass over the data, and the two draws take turns. Evaluation has a draw of its own.
@@ -70,17 +70,19 @@ def test_training_runs_one_forward_pass_and_the_next_run_no_pass_of_the_referenc
         trainer.evaluate()
         return seen["reference"], seen["policy"]
 
-    assert run() == (8 + 4 + 4, 5 * 4)  # the last 4: the policy's pass of evaluation, without gradient
+    # Five steps of four of eight rows are three passes. The last 4: the policy's pass of evaluation, without gradient.
+    assert run() == (3 * 8 + 4 + 4, 5 * 4)
     assert run(temperature=0.1, beta=0.5) == (4, 20)
-    assert run(seed=7) == (16, 20)
-    assert run(num_ref_draws=2) == (8 + 4, 20)  # the first draw is there
+    assert run(seed=7) == (3 * 8 + 4 + 4, 20)
+    assert run(max_steps=7) == (8 + 4, 28)  # three of four draws are there
+    assert run(num_ref_draws=2) == (4, 20)
 
 
 def test_another_base_model_has_errors_of_its_own_and_another_adapter_on_it_has_not(config, tmp_path, monkeypatch):
     dataset = scored_dataset(8)
 
     def run(pipeline, **lora):
-        args = config(**SETTINGS, cache_dir=str(tmp_path / "cache"))
+        args = config(**SETTINGS, num_ref_draws=1, cache_dir=str(tmp_path / "cache"))
         trainer = TGOLTrainer(pipeline, args, dataset, peft_config=LoraConfig(**lora))
         seen = counted(trainer, monkeypatch)
         trainer.get_train_dataloader()

@@ -38,7 +38,7 @@ def encoded(image, kind="PNG", **options):
 
 @pytest.fixture(scope="module")
 def flawed(tmp_path_factory):
-    """20 good rows of 5 prompts with the scores 0 to 19, then 12 rows with a flaw each."""
+    """20 good rows of 5 prompts with the scores 0 to 19, then 15 rows with a flaw each."""
     folder = tmp_path_factory.mktemp("flawed")
     rows = []
 
@@ -61,6 +61,10 @@ def flawed(tmp_path_factory):
     add("small.png", "b", 3.0, encoded(cloudy(31, 16)))  # 29
     add("wide.png", "c", 3.0, encoded(Image.new("RGBA", (300, 40), (9, 9, 9, 99))))  # 30
     add("grey.png", "d", 3.0, encoded(cloudy(32).convert("L")))  # 31
+    frames = {"save_all": True, "append_images": [cloudy(34)]}
+    add("moving.webp", "e", 3.0, encoded(cloudy(33), "WEBP", lossless=True, **frames))  # 32
+    add("pages.png", "f", 3.0, encoded(cloudy(35), "TIFF", **frames))  # 33: whatever its name says
+    add("5.png", "a (red:1.3) kite", 3.0)  # 34: also prompt 0's image
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -72,13 +76,15 @@ FOUND = {
     ("missing score", "problem", 1): [26],
     ("NaN score", "problem", 1): [27],
     ("prompt length", "warning", 1): [28],
+    ("prompt syntax", "warning", 1): [34],
     ("small", "warning", 1): [29],
     ("extreme crop", "warning", 1): [30],
     ("duplicates with different scores", "warning", 1): [0, 20],
     ("near duplicates", "warning", 1): [1, 21],
+    ("several frames", "warning", 2): [32, 33],
     ("colour mode", "note", 2): [30, 31],
     ("duplicates", "note", 1): [2, 22],
-    ("several prompts", "note", 1): [4, 28],
+    ("several prompts", "note", 2): [5, 34, 4, 28],
 }
 
 
@@ -94,12 +100,12 @@ def test_every_flaw_of_a_folder_is_found_in_its_row_and_nothing_else(flawed, tmp
     code, text = check(capsys, flawed, "--model_name_or_path", "shapes", "--json", file)
     report = json.loads(file.read_text())
     assert code == report["exit_code"] == 1
-    assert (report["num_rows"], report["num_usable"]) == (32, 27)
+    assert (report["num_rows"], report["num_usable"]) == (35, 30)
     assert {(item["check"], item["level"], item["count"]): item["rows"] for item in report["findings"]} == FOUND
     assert "rows 0 and 20 (scores 0 and 19)" in text and "rows 1 and 21 (scores 1 and 18.5)" in text
     assert "skip` leaves the 5 unusable rows out" in text
-    assert report["facts"]["modes"] == {"RGB": 25, "RGBA": 1, "L": 1}
-    assert report["facts"]["sizes"]["most_common"][0] == {"width": 64, "height": 64, "count": 25}
+    assert report["facts"]["modes"] == {"RGB": 28, "RGBA": 1, "L": 1}
+    assert report["facts"]["sizes"]["most_common"][0] == {"width": 64, "height": 64, "count": 28}
     assert report["facts"]["scores"]["score"]["min"] == 0 and report["facts"]["scores"]["score"]["max"] == 19
 
 
@@ -108,7 +114,7 @@ def test_a_stream_and_several_processes_find_the_same(flawed):
     one = diagnose(load_scored_dataset(str(flawed)), columns, progress=False)
     two = diagnose(load_scored_dataset(str(flawed)), columns, num_proc=2, progress=False)
     stream = diagnose(load_scored_dataset(str(flawed), streaming=True), columns, num_proc=2, progress=False)
-    assert one.num_usable == 27
+    assert one.num_usable == 30
     assert one.to_dict() == two.to_dict() == stream.to_dict()
 
 
@@ -136,6 +142,7 @@ def rows(**more):
         (rows(), ("--resolution", "128"), 0, "no problems, 1 warning."),
         (rows(), ("--resolution", "128", "--strict"), 1, "no problems, 1 warning."),
         (rows(score=[2.0] * 4), (), 1, "All 4 scores equal 2.0"),
+        (rows(score=[1.0, 2.0, 3.0, 1e39]), ("--strict",), 1, "weights that float32 cannot hold"),
         (rows().rename_column("score", "stars"), (), 1, "`--score_column stars`"),
         (rows().rename_column("score", "stars"), ("--score_column", "stars"), 0, "no problems"),
         (rows(score=[2.0, 2.0, 2.0, 3.0]), (), 0, "moves the threshold to 2.5: 1 positive, 3 negative"),

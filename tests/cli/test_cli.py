@@ -241,6 +241,10 @@ DATA = ("--dataset_name", "some/data")
         ((*MODEL, *DATA, "--beta", "-1"), "`beta` must be larger than 0"),
         ((*MODEL, *DATA, "--betta", "1"), "--betta"),
         ((*MODEL, *DATA, "--config", "no_such_file.yaml"), "no_such_file.yaml"),
+        ((*MODEL, *DATA, "--lora_r", "0"), "--lora_r: must be at least 1, got 0"),
+        ((*MODEL, *DATA, "--lora_dropout", "1"), "--lora_dropout: must be at least 0 and below 1"),
+        ((*MODEL, *DATA, "--seed", "-1"), "`seed` must be at least 0"),
+        ((*MODEL, *DATA, "--learning_rate", "nan"), "`learning_rate` must be at least 0 and finite, got nan"),
     ],
 )
 def test_flags_that_are_missing_wrong_or_would_be_dropped_in_silence_are_refused_in_one_line(
@@ -252,6 +256,27 @@ def test_flags_that_are_missing_wrong_or_would_be_dropped_in_silence_are_refused
     assert "\n" not in said
     assert code == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [("train", *MODEL, *DATA), ("label", *DATA)], ids=["train", "label"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"beta: [1,\nseed: 2\n", "run.yaml, line 3, column 1: expected ',' or ']'"),
+        (b"score_columns:\n\t- a\n", "run.yaml, line 2, column 1: found character .*Indent with blanks"),
+        (b"beta: 1\nnote: caf\xe9\n", "run.yaml' is not UTF-8: line 2, character 10 is the byte 0xe9"),
+        ("beta: 1\n".encode("utf-16"), "run.yaml' is UTF-16"),
+        (b"- beta\n", "holds no settings"),
+        (b"", "holds no settings"),
+        (None, "there is no file"),
+    ],
+    ids=["syntax", "tab", "latin-1", "UTF-16", "list", "empty", "folder"],
+)
+def test_a_settings_file_that_is_none_is_refused_with_line_and_column(capsys, tmp_path, command, content, message):
+    path = tmp_path / "run.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    said, code = refused(capsys, *command, "--config", str(path))
+    assert re.match(f"error: --config: .*{message}", said) and "\n" not in said and code == 1
 
 
 def test_every_flag_of_trl_is_either_used_or_refused():
@@ -442,3 +467,20 @@ def test_a_dataset_that_is_not_there_is_an_error_with_its_name(capsys, tmp_path,
     assert code == 1
     assert message.startswith("error: ")
     assert source.strip("/") in message
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "label", "convert", "quickstart"])
+def test_an_output_folder_that_is_a_file_is_named_by_every_command(capsys, images, tmp_path, command):
+    file, prompts = tmp_path / "file", tmp_path / "prompts.txt"
+    file.write_text("x")
+    prompts.write_text("a red circle")
+    arguments = {
+        "generate": ("--model_name_or_path", "shapes", "--prompts", str(prompts), "--use_cpu"),
+        "score": (str(images), "--rewards", "jpeg_compressibility"),
+        "label": ("--dataset_name", str(images)),
+        "convert": ("ratings", str(images), "--rating_column", "score"),
+        "quickstart": (),
+    }[command]
+    message, code = refused(capsys, command, *arguments, "--output_dir", str(file))
+    assert str(file) in message and "Traceback" not in message and code in (1, 2)
+    assert file.read_text() == "x"

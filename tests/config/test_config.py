@@ -24,7 +24,7 @@ LITERALS = {name: typing.get_args(HINTS[name]) for name in OWN if typing.get_ori
 @pytest.fixture
 def make(tmp_path):
     def build(**settings):
-        return TGOLConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+        return TGOLConfig(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **settings})
 
     return build
 
@@ -198,6 +198,19 @@ NAN, INF = float("nan"), float("inf")
         ("resolution", [1, 512, None], [0, -512], "at least 1"),
         ("dataset_num_proc", [1, None], [0, -1], "at least 1"),
         ("max_threshold_samples", [2, None], [0, -1], "at least 1"),
+        ("per_device_train_batch_size", [1], [0, -2], "at least 1"),
+        ("per_device_eval_batch_size", [1], [0], "at least 1"),
+        ("gradient_accumulation_steps", [1], [0, -1], "at least 1"),
+        ("seed", [0, 2**32 - 1], [-1, 2**32], "at least 0 and below 2**32"),
+        ("data_seed", [0, 2**32 - 1], [-1, 2**32], "at least 0 and below 2**32"),
+        ("learning_rate", [0.0, 1.0], [-1e-4, NAN, INF], "at least 0 and finite"),
+        ("weight_decay", [0.0], [-0.1, NAN, INF], "at least 0 and finite"),
+        ("max_grad_norm", [0.0], [-1.0, NAN], "at least 0 and finite"),
+        ("adam_beta1", [0.0, 0.9], [1.0, -0.1, NAN], "at least 0 and below 1"),
+        ("adam_epsilon", [0.0], [-1e-8, NAN], "at least 0 and finite"),
+        ("dataloader_num_workers", [0, 1], [-1], "at least 0 and finite"),
+        ("max_steps", [-1, 1], [0, -2], "at least 1, or -1 for as many updates as `num_train_epochs` asks for"),
+        ("num_train_epochs", [0.5], [0.0, -1.0, NAN], "larger than 0 and finite"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_with_the_range(make, name, good, bad, wanted):
@@ -213,6 +226,8 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(make, name, good, b
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"output_dir": __file__}, "is a file. Name another folder"),
+        ({"output_dir": f"{__file__}/below"}, "is a file. Name another folder"),
         ({"remove_unused_columns": True}, "would drop prompt, image and score"),
         (
             {"full_finetuning": True, "adapter_name_or_path": "x"},

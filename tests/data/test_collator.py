@@ -22,6 +22,7 @@ def test_a_batch_is_tensors_of_the_promised_shapes_and_types():
         "score": ((2,), torch.float32),
         "row_id": ((2,), torch.int64),
         "geometry": ((2, 4), torch.int64),
+        "resolution": ((2, 2), torch.int64),
     }
     assert batch["prompt_bytes"].tolist() == [[97, 0], [97, 98]]
     assert batch["row_id"].tolist() == [7, 2**62]

@@ -189,7 +189,7 @@ def test_small_images_are_counted_and_shown_in_a_warning(warnings):
     rows = [{"prompt": "p", "image": plain_image(0, size), "score": 1.0} for size in sizes]
     _, report = prepare_dataset(Dataset.from_list(rows), Columns(), SIZE, name="eval_dataset")
     assert report.num_smaller == 3
-    assert "eval_dataset: 3 of 5 images are smaller than the resolution of 8x8" in warnings.text
+    assert "eval_dataset: 3 of 5 images are smaller than they are trained at" in warnings.text
     assert "row 1: 7x8, row 2: 8x7, row 4: 2x2" in warnings.text and "lower `resolution`" in warnings.text
 
 

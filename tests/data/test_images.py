@@ -1,15 +1,19 @@
 """Image values to RGB images and training pixels, against the formats' own rules and other routes of Pillow."""
 
 import io
+import os
+import socket
+import struct
+import subprocess
+import unicodedata
 import zipfile
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from tgol_trainer.data import DataError, ImageError, cropped_share, open_image, to_pixels
+from tgol_trainer.data import DataError, ImageError, cropped_share, open_image, open_video, to_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -213,16 +217,149 @@ def test_a_decompression_bomb_is_an_image_error(monkeypatch):
         open_image(encoded(noise(20, 20)))
 
 
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+{} loop
+%%EOF
+"""
+
+
+def test_no_image_starts_another_program_and_formats_that_are_not_read_are_named(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, which runs what is in it. `{} loop` never ends."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **options: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **options: pytest.fail(f"started {command}"))
+    (tmp_path / "a.png").write_bytes(EPS)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    forms = [EPS, tmp_path / "a.png", {"bytes": EPS, "path": "a.png"}, f"zip://a.png::{tmp_path / 'all.zip'}"]
+    for value in [*forms, Image.open(io.BytesIO(EPS))]:
+        with pytest.raises(ImageError, match="PNG, "):
+            open_image(value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "file:// pipe"])
+def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, tmp_path):
+    path = tmp_path / "1.png"
+    server = socket.socket(socket.AF_UNIX)
+    if "pipe" in kind:
+        os.mkfifo(path)
+    elif kind == "socket":
+        server.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    value = f"file://{path}" if "://" in kind else str(path)
+    for read in (open_image, lambda value: open_video(value, 1)):
+        with pytest.raises(DataError, match="not a file"):
+            read(value)
+    server.close()
+
+
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+"""Colours of the primaries as (X, Y, Z) under D50, by columns: Adobe RGB (1998), sRGB (IEC 61966-2-1)."""
+
+
+def icc_profile(space, primaries=(), gamma=563 / 256):
+    """A colour profile as ICC.1:2001 lays it out: matrix and one power curve, or a curve alone for grey."""
+
+    def xyz(values):
+        return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    description = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78 + 1)
+    tags = {b"desc": description, b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"cprt": b"text" + bytes(8)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    for name, column in zip("rgb", np.transpose(primaries) if space != b"GRAY" else (), strict=False):
+        tags |= {f"{name}XYZ".encode(): xyz(column), f"{name}TRC".encode(): curve}
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    header = struct.pack(">I4sI4s4s4s", start + len(body), b"", 0x02200000, b"mntr", space, b"XYZ ") + bytes(12)
+    header += b"acsp" + bytes(28) + xyz((0.9642, 1.0, 0.8249))[8:] + bytes(48)
+    return header + table + body
+
+
+def shown(stored, primaries=ADOBE, gamma=563 / 256):
+    """The sRGB pixel that shows as a stored one: to light by the power, to XYZ, to sRGB's light and by its curve."""
+    light = np.linalg.solve(SRGB, np.asarray(primaries) @ (np.asarray(stored) / 255) ** gamma).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "RGBA", "P"])
+def test_colours_become_srgb_by_the_profile_of_the_file(kind):
+    """(122, 199, 75) in Adobe RGB shows as (60, 200, 60) does in sRGB."""
+    profile, stored = icc_profile(b"RGB ", ADOBE), (122, 199, 75)
+    image = Image.new("RGBA" if kind == "RGBA" else "RGB", (16, 16), stored)
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    if kind == "P":
+        image = image.quantize(4)
+    found = open_image(encoded(image, "PNG" if kind in ("RGBA", "P") else kind, icc_profile=profile, **options))
+    assert np.abs(shown(stored) - (60, 200, 60)).max() < 1
+    # A level of the file is up to three in the dark, and JPEG stores whole levels of luminance and chrominance.
+    assert np.abs(np.asarray(found, dtype=float) - shown(stored)).max() < (5 if kind == "JPEG" else 2.5)
+    assert open_image(found).tobytes() == found.tobytes()  # opening again does not convert again
+
+
+def test_a_profile_of_grey_is_followed_and_transparency_stays():
+    """A grey g of the power 1.0 is light g/255: 64 → 0.251 → 255·(1.055·0.251^(1/2.4) − 0.055) = 137."""
+    linear = icc_profile(b"GRAY", gamma=1.0)
+    assert abs(pixels_of(encoded(Image.new("L", (4, 4), 64), icc_profile=linear)).mean() - 137) < 2
+    image = Image.new("LA", (4, 4), (64, 0))
+    assert pixels_of(encoded(image, icc_profile=linear)).min() == 255
+
+
+@pytest.mark.parametrize("profile", ["sRGB", "cut", "of grey", "of no kind"])
+def test_a_profile_of_srgb_or_one_that_is_broken_changes_no_pixel(profile):
+    good = icc_profile(b"RGB ", ADOBE)
+    content = {
+        "sRGB": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        "cut": good[:200],
+        "of grey": icc_profile(b"GRAY"),
+        "of no kind": b"x" * 300,
+    }[profile]
+    image = noise(9, 7)
+    image.info["icc_profile"] = content
+    assert np.array_equal(pixels_of(encoded(image, icc_profile=content)), np.asarray(image))
+    assert np.array_equal(pixels_of(image), np.asarray(image)) and image.info["icc_profile"] == content
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_file_is_found_whichever_way_unicode_writes_its_name(form, tmp_path):
+    other = "NFD" if form == "NFC" else "NFC"
+    folder = tmp_path / unicodedata.normalize(form, "forêt")
+    folder.mkdir()
+    noise(4, 4).save(folder / unicodedata.normalize(form, " café.png"))
+    asked = tmp_path / unicodedata.normalize(other, "forêt") / unicodedata.normalize(other, "café.png")
+    for value in (asked, str(asked), {"bytes": None, "path": str(asked)}):
+        assert np.array_equal(pixels_of(value), np.asarray(noise(4, 4)))
+
+
+def test_a_name_in_other_capitals_and_a_folder_named_twice_are_told(tmp_path):
+    (tmp_path / "train").mkdir()
+    noise(4, 4).save(tmp_path / "train" / "Cat.PNG")
+    for name, words in [
+        ("cat.png", "there is 'Cat.PNG'"),
+        ("train/Cat.PNG", r"leave 'train' out"),
+        ("dog.png", "^no"),
+    ]:
+        with pytest.raises(ImageError, match=words) as caught:
+            open_image(tmp_path / "train" / name)
+        assert caught.value.cause == "image file not found"
+
+
 class ClientError(Exception):
     """As that of aiohttp, which is no OSError."""
 
 
 @pytest.mark.parametrize("error", [ImportError("it is not installed"), ClientError("403, message='Forbidden'")])
 def test_what_a_client_of_urls_raises_concerns_one_image(monkeypatch, error):
-    def decode_example(*arguments):
+    def xopen(*arguments):
         raise error
 
-    monkeypatch.setattr(datasets.Image, "decode_example", decode_example)
+    monkeypatch.setattr("datasets.utils.file_utils.xopen", xopen)
     with pytest.raises(ImageError, match=str(error)) as caught:
         open_image("https://nowhere.invalid/a.png")
     assert caught.value.cause == "undecodable image"

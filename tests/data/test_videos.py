@@ -307,7 +307,7 @@ def test_small_and_cut_clips_are_reported_as_images_are(caplog):
     _, report = prepare_dataset(rows([encoded(frames_of())]), COLUMNS, (64, 64))
     assert report.num_smaller == 1
     assert report.mean_cropped_share == pytest.approx(1 / 3)  # 48x32 to a square keeps 32 of 48
-    assert "1 of 1 videos are smaller than the resolution of 64x64" in caplog.text
+    assert "1 of 1 videos are smaller than they are trained at (the first one at 64x64" in caplog.text
     assert "cuts away 33 % of the video area" in caplog.text
 
 

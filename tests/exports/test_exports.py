@@ -119,6 +119,7 @@ def test_the_file_for_comfyui_is_read_by_diffusers_own_converters_as_trained(fam
     assert row.difference < 1e-5 < row.effect
     file = tmp_path / "out" / "a-run_comfyui.safetensors"
     assert row.files == [file.name]
+    assert file.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode  # not for its owner alone
     pipe = DiffusionPipeline.from_pretrained(bases(family))
     pipe.load_lora_weights(load_file(file))
     difference = (wrap_pipeline(pipe).probe() - trained.probe()).abs().max().item()

@@ -14,6 +14,7 @@ from tests.helpers import over
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
+from tgol_trainer.families.prompts import seen_part
 from tgol_trainer.likelihoods import RowGenerators, log_likelihood
 from tgol_trainer.metrics import RECORD
 
@@ -96,6 +97,21 @@ def test_decoding_what_was_encoded_is_the_autoencoders_own_reconstruction(name):
         decoded, own = facts.round_trip(family.pipeline, latents, pixels)
     assert decoded.shape == pixels.shape
     torch.testing.assert_close(decoded, own, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(family.decode_images(latents), own, rtol=1e-3, atol=1e-4)
+
+
+def test_the_probe_needs_no_text_encoder_beside_the_denoiser(monkeypatch):
+    """On a GPU the denoiser goes away meanwhile; T5 and FLUX together would not fit where FLUX can be trained."""
+    family, calls = load_family(TINY["sd"].build()), []
+    present = family.present
+
+    def recorded(*names, alone=False):
+        calls.append((names, alone))
+        return present(*names, alone=alone)
+
+    monkeypatch.setattr(family, "present", recorded)
+    family.probe()
+    assert calls[0] == (("text_encoder",), True)
 
 
 @shared_code
@@ -154,6 +170,40 @@ def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
             load_family(pipeline)
         pipeline.register_modules(**{part: whole})
     load_family(pipeline)
+
+
+@shared_code
+def test_weights_that_are_no_numbers_are_refused_by_component_and_name(name):
+    pipeline = TINY[name].build()
+    networks = {part: model for part, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+    assert len(networks) >= 3
+    for part, model in networks.items():
+        key, weight = list(model.named_parameters())[-1]
+        whole = weight.data.clone()
+        for value in (torch.nan, torch.inf):
+            weight.data.view(-1)[-1] = value
+            with pytest.raises(ValueError, match=f"(?s)`{part}` of this .*NaN or infinite weights, in '{key}'"):
+                load_family(pipeline)
+        weight.data = whole
+    load_family(pipeline)
+
+
+WORDS = np.random.default_rng(0).choice(["red", "cat,", "(a:1.2)", "5", "über", "x" * 30, "\n"], 80_000)
+
+
+@shared_code
+def test_a_prompt_of_a_megabyte_is_cut_before_it_is_read_and_conditions_as_the_whole_one_does(name, monkeypatch):
+    family = load_family(TINY[name].build())
+    long, short = " ".join(WORDS), " ".join(WORDS[:100])
+    limits = family.prompt_limits()
+    assert len(long) > 400_000 and len(seen_part(long, limits)) < 64 * max(limit for _, limit in limits)
+    assert seen_part(short, limits) == short and seen_part("x" * 20_000, limits) == "x" * 20_000
+    assert family.count_long_prompts([long, short, "a cat"])[0] == 1 + (family.count_long_prompts([short])[0])
+    size = (GEOMETRY[:1], tuple(GEOMETRY[0, :2].tolist()))
+    cut = family.condition([long[:60_000]], *size)
+    monkeypatch.setattr("tgol_trainer.families.base.seen_part", lambda prompt, limits: prompt)
+    whole = family.condition([long[:60_000]], *size)
+    assert cut.keys() == whole.keys() and all(torch.equal(cut[key], whole[key]) for key in cut)
 
 
 @shared_code

@@ -142,6 +142,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, argument
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("settings", [{"shard_size": 0}, {"batch_size": 0}], ids=["shard", "batch"])
+def test_sizes_with_which_no_row_would_ever_be_scored_are_refused(images, tmp_path, settings):
+    with pytest.raises(DataError, match=r"`(shard|batch)_size` is 0; it must be at least 1"):
+        score_dataset(images, {"r": lambda: None}, tmp_path / "new", ScoringSettings(**settings))
+
+
 def test_shards_cover_every_row_once(tmp_path):
     shards = Shards(tmp_path, 10, 4, "record.json", {})
     assert [row for shard in range(shards.num_shards) for row in shards.rows(shard)] == list(range(10))

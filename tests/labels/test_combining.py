@@ -214,13 +214,13 @@ def test_a_checkpoint_keeps_the_combination_and_resumes_with_it(config, rows, tm
     assert "Score column `match`: weight 1" in card and "negative if it misses any" in card
 
     moved = rows.map(lambda row: {"looks": 3 * row["looks"] + 1})
-    again = build(config, moved, rows, **settings)
+    again = build(config, moved, rows, **settings, allow_changed=["train_dataset"])
     with caplog.at_level("WARNING", logger="tgol_trainer"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "other means, standard deviations or thresholds" in caplog.text
     np.testing.assert_array_equal(margins(again, again.eval_dataset), margins(whole, whole.train_dataset))
     assert again.labeler.combination == whole.labeler.combination
-    other = build(config, rows, **{**settings, "score_combination": "sum"})
+    other = build(config, rows, **{**settings, "score_combination": "sum", "allow_changed": ["all"]})
     with pytest.raises(ValueError, match="this run asks for sum of"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

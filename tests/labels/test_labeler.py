@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tgol_trainer.labels import Labeler, LabelSettings, fit_labels
-from tgol_trainer.thresholds import ScoreNormalization, Weighting, apply_threshold
+from tgol_trainer.thresholds import ScoreNormalization, ThresholdError, Weighting, apply_threshold
 
 
 def labeler(threshold=0.0, **options):
@@ -71,3 +71,40 @@ def test_fitted_labels_are_what_the_labeler_makes_of_the_rows_that_are_kept():
     np.testing.assert_array_equal(again.margin, labels.margin)
     np.testing.assert_allclose(again.weight, labels.weight, rtol=1e-6)
     assert labeler.threshold.num_positive == (margins >= 0).sum()
+
+
+A = np.random.default_rng(3).normal(size=40)
+
+
+@pytest.mark.parametrize("normalization", ["none", "zscore"])
+@pytest.mark.parametrize(
+    ("scores", "weights"),
+    [
+        (np.stack([A, 1 - 3 * A], axis=1), None),
+        (np.stack([A, -A], axis=1), None),
+        (np.stack([A, 0.1 + 7 * A], axis=1), (2.0, -2.0)),
+        (np.stack([1e6 + A, 5 - (1e6 + A) / 3], axis=1), None),
+        (np.stack([A, 1 - 3 * A], axis=1).astype(np.float32).astype(np.float64), None),
+    ],
+    ids=["b = 1 - 3a", "b = -a", "weights", "an offset", "float32"],
+)
+def test_score_columns_that_cancel_are_called_constant_and_not_divided_by_rounding(scores, weights, normalization):
+    settings = LabelSettings(columns=("a", "b"), column_weights=weights, normalization=normalization)
+    with pytest.raises(ThresholdError, match="The combination of a, b is constant"):
+        fit_labels(scores, settings)
+
+
+def test_columns_that_nearly_cancel_are_still_divided():
+    scores = np.stack([A, -A + 1e-6 * np.random.default_rng(4).normal(size=40)], axis=1)
+    assert fit_labels(scores, LabelSettings(columns=("a", "b"))).labeler.threshold.num_positive == 20
+
+
+@pytest.mark.parametrize("bad", [1e39, -1e300])
+def test_a_score_whose_weight_float32_cannot_hold_is_refused_before_training(bad):
+    scores = np.append(A, bad)
+    with pytest.raises(ThresholdError, match=r"Column 'stars': 1 of 41 scores.*such as .*e\+.*robust") as refused:
+        fit_labels(scores, LabelSettings(), name="stars")
+    assert f"{bad:g}" in str(refused.value)
+    plain = fit_labels(scores, LabelSettings(weighting=Weighting(form="none")))
+    assert np.isfinite(plain.labels.weight).all()
+    assert np.isfinite(fit_labels(scores, LabelSettings(normalization="zscore")).labels.weight).all()

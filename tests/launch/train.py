@@ -4,12 +4,16 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
     torchrun --nproc_per_node 2 tests/launch/train.py RECORDS WORLD_SIZE --flags of one run -- --flags of the next
 
 RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
-must end with an exit code other than 0, and leaves no file.
+must end with an exit code other than 0, and leaves no file. So must one that follows `stopped`, whose second process
+gets a SIGTERM in its second step.
 """
 
+import contextlib
 import gc
 import json
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -58,7 +62,7 @@ def record_run(file_of, world_size):
     trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = recorded_train, recorded_loss
     saving.write_json = recorded("states", write_json, lambda args: args[0].parent)
     saving.write_card = recorded("cards", write_card, lambda args: args[1])
-    adapters.save_adapter = recorded("adapters", save_adapter, lambda args: args[3])
+    adapters.save_adapter = recorded("adapters", save_adapter, lambda args: args[3].parents[1])  # a draft
 
     def undo():
         trainer.TGOLTrainer.train, trainer.TGOLTrainer.compute_loss = train, compute_loss
@@ -92,10 +96,29 @@ def main():
             groups[-1].append(flag)
     for number, group in enumerate(groups):
         gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
-        if group[0] == "refused":
-            must_be_refused(records, int(world_size), group[1:], number)
+        if group[0] in ("refused", "stopped"):
+            with terminated() if group[0] == "stopped" else contextlib.nullcontext():
+                must_be_refused(records, int(world_size), group[1:], number)
         else:
             run(records, int(world_size), group, number)
+
+
+@contextlib.contextmanager
+def terminated():
+    from tgol_trainer.trainer import TGOLTrainer
+
+    step = TGOLTrainer.training_step
+
+    def interrupted(self, *args):
+        if self.state.global_step == 1 and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    TGOLTrainer.training_step = interrupted
+    try:
+        yield
+    finally:
+        TGOLTrainer.training_step = step
 
 
 def must_be_refused(records, world_size, flags, number):

@@ -28,8 +28,9 @@ LAYERS = {
     "losses": 0,
     "metrics": 0,
     "likelihoods": 1,
-    "adapters": 2,
+    "adapter_files": 2,
     "rewards": 2,
+    "adapters": 3,
     "data": 3,
     "config": 3,
     "shapes": 3,
@@ -42,6 +43,7 @@ LAYERS = {
     "converters": 5,
     "checking": 5,
     "evaluation": 5,
+    "planning": 5,
     "draws": 6,
     "run": 6,
     "exports": 6,
@@ -62,6 +64,7 @@ CORE = {
     "losses",
     "metrics",
     "likelihoods",
+    "adapter_files",
     "adapters",
 }
 CORE |= {
@@ -253,6 +256,8 @@ def test_only_the_trainer_calls_collectives_and_hands_gather_to_the_metrics():
         "accelerate.data_loader",
         "accelerate.utils",
     }
+    saving = {"gather", "gather_object", ".gather", ".wait_for_everyone", ".all_reduce", "accelerate.utils"}
+    assert used.pop("saving") == saving
     assert used.pop("run") == {"gather"}  # what the trainer hands over
     assert used.pop("sampling") == {".gather"}
     assert not used

@@ -22,7 +22,7 @@ from tgol_trainer.families import FAMILIES
 pytestmark = pytest.mark.xdist_group("hub training")
 
 RUN = {"README.md", "card_facts.json", "pytorch_lora_weights.safetensors", "tgol_state.json", "training_args.json"}
-STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
 PUSHED = {
     "some families": ("sd", "wan", "meissonic"),
     "all families": ("sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic"),

@@ -62,8 +62,39 @@ def test_both_sides_are_never_empty_whatever_the_percentile():
 
 def test_neighbouring_floats_are_still_divided():
     low = 1.0
-    threshold = estimate_threshold([low, low, np.nextafter(low, 2)])
-    assert 0 < threshold.num_positive < 3
+    threshold = estimate_threshold([low, low, np.nextafter(low, 2), 2.0])
+    assert 0 < threshold.num_positive < 4
+
+
+NOISE = np.random.default_rng(0).normal(size=40)
+
+
+@pytest.mark.parametrize("call", [estimate_threshold, lambda s: fit_normalization(s, "robust")])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        1e9 + 1e-7 * NOISE,
+        0.1 * 3 + 1e-16 * NOISE,
+        np.float32(0.3) + np.float32(3e-8) * (NOISE > 0),
+        1e-300 * (1 + 1e-16 * NOISE),
+    ],
+    ids=["a large offset", "float64", "the last bit of float32", "tiny"],
+)
+def test_scores_that_differ_by_rounding_alone_are_equal(scores, call):
+    assert len(set(scores.tolist())) > 1 or scores[0] < 1e-200
+    with pytest.raises(ThresholdError, match="All 40 scores equal"):
+        call(np.asarray(scores, dtype=np.float64))
+
+
+@pytest.mark.parametrize("scores", [1e9 + NOISE, 0.3 + 1e-6 * NOISE, np.float32(0.3) + 1e-4 * NOISE, 1e-300 * NOISE])
+def test_small_differences_that_are_no_rounding_divide_the_scores(scores):
+    assert estimate_threshold(scores).num_positive == 20
+
+
+def test_a_deviation_that_float64_cannot_square_is_found():
+    """Of n scores 0 and one s the deviation is s·√(n - 1)/n: for s = 1e300 and n = 4, 1e300·√3/4."""
+    found = fit_normalization([0.0, 0.0, 0.0, 1e300], "zscore")
+    assert found.scale == pytest.approx(1e300 * 3**0.5 / 4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .filling import Encoded, Workers, fill
 from .fingerprint import component_fingerprint
 from .store import TensorStore, key_of, keys_of
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same image or prompt is encoded to something else."""
 _MIRROR = np.frombuffer(bytearray(key_of("mirrored")), dtype=np.uint64)
 
@@ -44,8 +44,9 @@ class EncodingCache:
         self.medium = "image" if collator.num_frames is None else "video"
         pipeline, kind = family.pipeline, type(family).__name__
         autoencoder = component_fingerprint(getattr(pipeline, family.autoencoder_name))
-        images = key_of(_VERSION, kind, autoencoder, str(collator.resolution), collator.num_frames or 0)
-        self.images = TensorStore(Path(folder) / f"{self.medium}s-{images.hex()}")
+        self.folder = Path(folder)
+        self._images: dict[tuple[int, int], TensorStore] = {}
+        self.image_key = key_of(_VERSION, kind, autoencoder, collator.num_frames or 0).hex()
         parts = [
             component_fingerprint(component)
             for name, component in pipeline.components.items()
@@ -63,18 +64,26 @@ class EncodingCache:
 
     # ---- Reading ----
 
-    def read_images(self, keys: np.ndarray, mirrored: Sequence[bool]) -> Encoded:
+    def images(self, resolution: tuple[int, int]) -> TensorStore:
+        """Return the images of one (height, width)."""
+        if resolution not in self._images:
+            height, width = resolution
+            self._images[resolution] = TensorStore(self.folder / f"{self.medium}s-{self.image_key}-{height}x{width}")
+        return self._images[resolution]
+
+    def read_images(self, keys: np.ndarray, mirrored: Sequence[bool], resolution: tuple[int, int]) -> Encoded:
         """
         Return what the autoencoder made of images, on the CPU.
 
         Args:
             keys (`numpy.ndarray`): (B, 2) uint64, the images' keys; see [`data.ScoredDataset`].
             mirrored (`Sequence[bool]`): B times, whether the mirror image is wanted.
+            resolution (`tuple[int, int]`): Their height and width.
 
         Returns:
             `dict[str, torch.Tensor]`: B rows, as [`ModelFamily.encode`] returns them.
         """
-        return self.images.read(np.where(np.asarray(mirrored)[:, None], keys ^ _MIRROR, keys))
+        return self.images(resolution).read(np.where(np.asarray(mirrored)[:, None], keys ^ _MIRROR, keys))
 
     def read_prompts(self, prompts: Sequence[str]) -> Encoded:
         """Return N rows for N prompts, as [`ModelFamily.encode_prompts`] returns them, on the CPU."""
@@ -108,9 +117,19 @@ class EncodingCache:
 
         rows = copy.copy(rows)
         rows.encoded = False
-        image_keys, first = np.unique(rows.image_keys, axis=0, return_index=True)
+        sizes = rows.resolutions if rows.resolutions is not None else np.full((len(rows), 2), self.collator.resolution)
+        for height, width in np.unique(sizes, axis=0).tolist():
+            of_size = np.flatnonzero((sizes == (height, width)).all(axis=1))
+            self._add_images(rows, of_size, (height, width), mirrored)
+
+    def _add_images(
+        self, rows: ScoredDataset, of_size: np.ndarray, resolution: tuple[int, int], mirrored: bool
+    ) -> None:
+        """Encode the images of the (M,) rows of one size."""
+        family = self.family
+        image_keys, first = np.unique(rows.image_keys[of_size], axis=0, return_index=True)
         order = np.argsort(first)  # in the order of the rows, which is that on the disk
-        image_keys, first = image_keys[order], first[order]
+        image_keys, first = image_keys[order], of_size[first[order]]
 
         def encode_images(wanted: np.ndarray, mirror: bool = False) -> Iterator[Encoded]:
             loader = DataLoader(
@@ -124,10 +143,11 @@ class EncodingCache:
                     pixels = batch["pixel_values"]
                     yield family.encode(pixels.flip(-1) if mirror else pixels)
 
-        fill(self.images, image_keys, encode_images, self.medium, self.workers)
+        store = self.images(resolution)
+        fill(store, image_keys, encode_images, self.medium, self.workers)
         if mirrored:
             mirror = lambda wanted: encode_images(wanted, mirror=True)  # noqa: E731
-            fill(self.images, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}", self.workers)
+            fill(store, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}", self.workers)
 
 
 def encode_batch(
@@ -136,7 +156,6 @@ def encode_batch(
     inputs: dict[str, torch.Tensor],
     prompts: list[str],
     mirrored: Sequence[bool],
-    resolution: tuple[int, int],
 ) -> tuple[Encoded, Encoded]:
     """
     Return the conditioning and the encoded images of a batch, from the cache where its rows are in it.
@@ -147,14 +166,15 @@ def encode_batch(
         inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
         prompts (`list[str]`): B prompts.
         mirrored (`Sequence[bool]`): B times, whether the mirror image is wanted.
-        resolution (`tuple[int, int]`): (height, width) of the pixels.
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: what [`ModelFamily.condition`] and
         [`ModelFamily.encode`] return.
     """
+    height, width = inputs["resolution"][0].tolist()
+    resolution = (height, width)
     if cache is not None and "image_key" in inputs:
-        encoded = cache.read_images(inputs["image_key"].cpu().numpy().view(np.uint64), mirrored)
+        encoded = cache.read_images(inputs["image_key"].cpu().numpy().view(np.uint64), mirrored, resolution)
         return family.condition(prompts, inputs["geometry"], resolution, cache.read_prompts), encoded
     images = zip(inputs["pixel_values"], mirrored, strict=True)
     encoded = family.encode(torch.stack([image.flip(-1) if mirror else image for image, mirror in images]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,8 +51,9 @@ class ReferenceErrors:
         """
         prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
         images = inputs["image_key"].cpu().numpy().view(np.uint64)
-        groups = inputs["group"].tolist() if "group" in inputs else None
-        return self.store.read(_keys(images, prompts, inputs["row_id"].tolist(), groups, step))["error"]
+        groups = inputs["group"].tolist() if "group" in inputs else [0] * len(prompts)
+        rows = zip(images.tolist(), inputs["resolution"].tolist(), inputs["row_id"].tolist(), groups, strict=True)
+        return self.store.read(_keys(rows, prompts, step))["error"]
 
     def add(
         self,
@@ -70,7 +72,10 @@ class ReferenceErrors:
                 Returns the reference's (B,) float32 errors of a batch on the draw of a step.
             batch_size (`int`): Rows of a batch.
         """
-        prompts, groups = rows.prompts, rows.group_ids
+        prompts, number_of_rows = rows.prompts, len(rows)
+        groups = rows.group_ids or [0] * number_of_rows
+        sizes = [self.collator.resolution] * number_of_rows if rows.resolutions is None else rows.resolutions.tolist()
+        facts = list(zip(rows.image_keys.tolist(), map(list, sizes), rows.row_ids.tolist(), groups, strict=True))
         for number, step in enumerate(steps, 1):
 
             def make(wanted: np.ndarray, step: int = step) -> Iterator[Encoded]:
@@ -83,12 +88,15 @@ class ReferenceErrors:
                 for inputs in loader:
                     yield from ({"error": value[None]} for value in error(inputs, step))
 
-            keys = _keys(rows.image_keys, prompts, rows.row_ids.tolist(), groups, step)
-            fill(self.store, keys, make, f"reference error (draw {number} of {len(steps)})", self.workers)
+            fill(
+                self.store,
+                _keys(facts, prompts, step),
+                make,
+                f"reference error (draw {number} of {len(steps)})",
+                self.workers,
+            )
 
 
-def _keys(
-    images: np.ndarray, prompts: Sequence[str], row_ids: Sequence[int], groups: Sequence[int] | None, step: int
-) -> np.ndarray:
-    facts = zip(images.tolist(), prompts, row_ids, groups or [0] * len(row_ids), strict=True)
-    return keys_of([f"{step}|{image}|{row}|{group}|{prompt}" for image, prompt, row, group in facts])
+def _keys(rows: Iterable[tuple[Any, ...]], prompts: Sequence[str], step: int) -> np.ndarray:
+    """Return (N, 2) keys of rows, each its image's key, size, number and group."""
+    return keys_of([f"{step}|{row}|{prompt}" for row, prompt in zip(rows, prompts, strict=True)])

@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args
 import datasets
 import numpy as np
 
+from tgol_trainer.data.buckets import Buckets
 from tgol_trainer.data.checks import check_columns, check_score_columns
 from tgol_trainer.data.images import DataError, cropped_share
+from tgol_trainer.data.prompts import REMEDY
 from tgol_trainer.data.rows import CAUSES, Columns
 from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold
 
@@ -25,6 +27,7 @@ _DEFAULT_RESOLUTION = (512, 512)
 _SHOWN = 5
 _CROPPED_SHARE_LIMIT = 0.1  # as in training
 _EXTREME_CROP = 0.5
+_LARGEST_MARGIN = 1e29  # with which training refuses the weight of the default settings
 
 Level = Literal["problem", "warning", "note"]
 
@@ -151,9 +154,16 @@ def diagnose(
         findings += _classes(survey, dataset.features)
         thresholds, about_scores, facts["scores"] = _scores(survey)
         about_prompts, facts["prompts"] = _prompts(survey, counted=limits.count_long_prompts is not None)
-        about_sizes, facts["sizes"] = _sizes(survey, limits.resolution)
+        about_sizes, facts["sizes"] = _sizes(survey, limits)
         about_copies, facts["duplicates"] = _duplicates(survey, thresholds, max_distance)
-        findings += [*about_scores, *about_prompts, *about_sizes, *_modes(survey), *about_copies]
+        findings += [
+            *about_scores,
+            *about_prompts,
+            *about_sizes,
+            *_modes(survey),
+            *_several_frames(survey),
+            *about_copies,
+        ]
         facts["modes"] = dict(_count_modes(survey).most_common())
     findings.sort(key=lambda finding: get_args(Level).index(finding.level))
     return Diagnosis(name, survey.num_rows, len(survey.table), findings, facts)
@@ -212,6 +222,11 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
             continue
         found |= {"threshold": threshold.value, "num_positive": threshold.num_positive}
         found["num_negative"] = threshold.num_negative
+        if max(threshold.value - values[0], values[-1] - threshold.value) > _LARGEST_MARGIN:
+            extent = f"from {values[0]:g} to {values[-1]:g}"
+            text = f"column {column!r}: scores {extent} give weights that float32 cannot hold."
+            remedy = "Such numbers often stand for a missing score: remove these rows, or set `score_normalization`."
+            findings.append(Finding("scores too large", "warning", len(scores), text, remedy=remedy))
         if threshold.moved_from is not None:
             text = (
                 f"column {column!r}: the median score equals the smallest, {threshold.moved_from:g}; training moves "
@@ -230,38 +245,60 @@ def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str,
         "token_limit": survey.token_limit,
         "num_too_long": number if counted else None,
     }
+    findings = []
+    if survey.foreign_prompts:
+        rows = sorted(chain(*survey.foreign_prompts.values()))
+        kinds = (f"{kind} ({_numbered(found[:_SHOWN], len(found))})" for kind, found in survey.foreign_prompts.items())
+        text = f"what other programs read as instructions, and the text encoder as words: {', '.join(kinds)}."
+        findings.append(Finding("prompt syntax", "warning", len(rows), text, rows[:_SHOWN], REMEDY))
     if not counted:
         text = (
             "not checked against the limit of the text encoder: no model was named, and no CLIP tokenizer is on this "
             "machine."
         )
         remedy = "Name the model with --model_name_or_path."
-        return [Finding("prompt length", "note", 0, text, remedy=remedy)], facts
+        return [*findings, Finding("prompt length", "note", 0, text, remedy=remedy)], facts
     if not number:
-        return [], facts
+        return findings, facts
     text = (
         f"the text encoder takes {survey.token_limit} tokens and does not see the end of {number} of "
         f"{survey.num_prompts} prompts: "
     )
     text += _first((f"row {row}: {prompt}" for row, prompt in survey.long_prompts.items()), number)
     remedy = "Shorten them, with what matters first."
-    return [Finding("prompt length", "warning", number, text, list(survey.long_prompts), remedy)], facts
+    findings.append(Finding("prompt length", "warning", number, text, list(survey.long_prompts), remedy))
+    return findings, facts
 
 
-def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Finding], dict[str, Any]]:
+def _sizes(survey: Survey, limits: ModelLimits) -> tuple[list[Finding], dict[str, Any]]:
+    resolution = limits.resolution
     medium, rows, sizes = survey.columns.medium, survey.table["row"], survey.table["size"]
     level: Level = "note" if resolution is None else "warning"
     height, width = resolution or _DEFAULT_RESOLUTION
     different, inverse, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
-    shares = np.array([cropped_share(int(w), int(h), (height, width)) for w, h in different])
+    buckets = Buckets((height, width), limits.multiple, limits.max_side)
+    bucket = buckets.of(different)
+    trained = buckets.sizes[bucket]
+    shares = np.array(
+        [
+            cropped_share(w, h, (tall, wide))
+            for (w, h), (tall, wide) in zip(different.tolist(), trained.tolist(), strict=True)
+        ]
+    )
+    filled = np.bincount(bucket, weights=counts, minlength=len(buckets.sizes)).astype(int)
     common = sorted(zip(counts.tolist(), different.tolist(), strict=True), reverse=True)[:_SHOWN]
-    small = (sizes[:, 0] < width) | (sizes[:, 1] < height)
-    tiny = (2 * sizes[:, 0] < width) | (2 * sizes[:, 1] < height)
+    needed = trained[inverse.reshape(-1), ::-1]
+    small, tiny = (sizes < needed).any(axis=1), (2 * sizes < needed).any(axis=1)
     extreme = shares[inverse.reshape(-1)] > _EXTREME_CROP
     mean = float((shares * counts).sum() / counts.sum())
     facts = {
         "num_different": len(different),
         "most_common": [{"width": w, "height": h, "count": count} for count, (w, h) in common],
+        "buckets": [
+            {"width": wide, "height": tall, "count": count}
+            for count, (tall, wide) in sorted(zip(filled.tolist(), buckets.sizes.tolist(), strict=True), reverse=True)
+            if count
+        ],
         "resolution": [height, width],
         "resolution_assumed": resolution is None,
         "num_smaller": int(small.sum()),
@@ -287,13 +324,13 @@ def _sizes(survey: Survey, resolution: tuple[int, int] | None) -> tuple[list[Fin
             remedy = "Name the model with --model_name_or_path, or its size with --resolution."
         findings.append(finding("small", smallest, text, remedy))
     if mean > _CROPPED_SHARE_LIMIT:
-        text = f"the centre crop to {target} cuts away {100 * mean:.0f} % of the {medium} area on average."
-        remedy = f"Set `resolution` to the shape of most {medium}s, or crop and score them yourself."
+        text = f"the centre crop to the nearest shape cuts away {100 * mean:.0f} % of the {medium} area on average."
+        remedy = f"Training takes shapes from 1:2 to 2:1: crop and score other {medium}s yourself."
         findings.append(Finding("crop", level, len(sizes), text, remedy=remedy))
     if extreme.any():
         text = (
-            f"the centre crop to {target} cuts away more than half of the area of {extreme.sum()} of {len(sizes)} "
-            f"{medium}s: "
+            f"the centre crop to the nearest shape cuts away more than half of the area of {extreme.sum()} of "
+            f"{len(sizes)} {medium}s: "
         )
         remedy = "Training sees a part of what was scored: leave them out, or crop and score them yourself."
         findings.append(finding("extreme crop", np.flatnonzero(extreme), text, remedy))
@@ -316,6 +353,21 @@ def _modes(survey: Survey) -> list[Finding]:
         "channels."
     )
     return [Finding("colour mode", "note", sum(other.values()), text, sorted(chain(*rows.values())))]
+
+
+def _several_frames(survey: Survey) -> list[Finding]:
+    """Animations, pages and further images of a file, of which the first alone is used."""
+    several = survey.table["several"]
+    rows = survey.table["row"][several != b""].tolist()
+    if not rows:
+        return []
+    kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(several[several != b""].astype(str).tolist()).most_common())
+    text = f"files with more than one image (frames, pages), of which the first is used: {kinds} "
+    text += f"({_numbered(rows[:_SHOWN], len(rows))})."
+    # Phones and cameras write MPO: the photo, then a preview or a second view of it.
+    level: Level = "note" if set(several.tolist()) <= {b"", b"MPO"} else "warning"
+    remedy = "If another frame was scored, save it as a file of its own." if level == "warning" else ""
+    return [Finding("several frames", level, len(rows), text, rows[:_SHOWN], remedy)]
 
 
 @dataclasses.dataclass(frozen=True)

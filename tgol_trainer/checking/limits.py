@@ -35,11 +35,15 @@ class ModelLimits:
         count_long_prompts (`Callable`, *optional*):
             Counts prompts that the text encoder cuts, such as `ModelFamily.count_long_prompts`. Without it they are
             not counted, and a note says so.
+        multiple (`int`, *optional*, defaults to 8): Sides of training images are multiples of it.
+        max_side (`int`, *optional*): The longest side that the model takes.
     """
 
     resolution: tuple[int, int] | None = None
     num_frames: int | None = None
     count_long_prompts: CountLongPrompts | None = None
+    multiple: int = 8
+    max_side: int | None = None
 
 
 def load_limits(model: str | None, *, revision: str | None = None, num_frames: int | None = None) -> ModelLimits:
@@ -72,7 +76,13 @@ def load_limits(model: str | None, *, revision: str | None = None, num_frames: i
             "and the network; log in with `hf auth login` for a gated model. Without a model, `--resolution` sets the "
             "size that images are compared with."
         ) from error
-    return ModelLimits(family.native_size, num_frames or family.num_frames, family.count_long_prompts)
+    return ModelLimits(
+        resolution=family.native_size,
+        num_frames=num_frames or family.num_frames,
+        count_long_prompts=family.count_long_prompts,
+        multiple=family.resolution_multiple,
+        max_side=family.max_side,
+    )
 
 
 def _clip_counter() -> CountLongPrompts | None:

@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tgol_trainer.data.datasets import cell
-from tgol_trainer.data.images import describe, stored_mode
+from tgol_trainer.data.images import Stored, describe, stored_form
+from tgol_trainer.data.prompts import foreign_syntax
 from tgol_trainer.data.rows import CAUSES, BadRows, Columns, read_row, read_score
 from tgol_trainer.data.streams import undecoded
 
@@ -29,7 +30,9 @@ _SHOWN = 5
 _DIGEST_BYTES = 16
 
 _Values = tuple[Any, Any, tuple[Any, ...]]  # prompt, image or video, scores
-_Facts = tuple[tuple[float, ...], tuple[int, int], str, np.ndarray, np.ndarray]  # the fields of a row after the prompt
+_Facts = tuple[
+    tuple[float, ...], tuple[int, int], str, str, np.ndarray, np.ndarray
+]  # the fields of a row after the prompt
 
 
 class _Examined(NamedTuple):
@@ -53,11 +56,12 @@ class Survey:
         self.token_limit: int | None = None
         self.long_prompts: dict[int, str] = {}  # the first few, by their first row
         self.num_long_prompts = 0
+        self.foreign_prompts: dict[str, list[int]] = {}  # by what other programs read in them, the prompts' first rows
         self._count_long_prompts = count_long_prompts
         self._new_prompts: list[tuple[int, str]] = []
         self._prompts: dict[bytes, int] = {}
         # Of a usable row: its number from 0, its prompt (equal numbers are equal prompts), scores, width and height,
-        # mode as stored, digest of the pixels, and mark; videos have no mark.
+        # mode as stored, the format if the file holds several images, digest of the pixels, and mark (not of videos).
         self._fields = np.dtype(
             [
                 ("row", np.int64),
@@ -65,6 +69,7 @@ class Survey:
                 ("scores", np.float64, (len(score_columns),)),
                 ("size", np.int32, (2,)),
                 ("mode", "S8"),
+                ("several", "S8"),
                 ("digest", np.uint8, (_DIGEST_BYTES,)),
                 ("mark", np.uint8, (MARK_BYTES,)),
             ]
@@ -87,6 +92,9 @@ class Survey:
         key = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         if key not in self._prompts:
             self._new_prompts.append((row, prompt))
+            kind = foreign_syntax(prompt)
+            if kind is not None:
+                self.foreign_prompts.setdefault(kind, []).append(row)
             if len(self._new_prompts) == _PROMPTS_AT_ONCE:
                 self.count_prompts()
         prompt_id = self._prompts.setdefault(key, len(self._prompts))
@@ -110,7 +118,7 @@ class Survey:
 
     @property
     def table(self) -> np.ndarray:
-        """(N,) records of the usable rows: `row`, `prompt`, `scores`, `size`, `mode`, `digest`, `mark`."""
+        """(N,) records of the usable rows: `row`, `prompt`, `scores`, `size`, `mode`, `several`, `digest`, `mark`."""
         return np.frombuffer(self._table, dtype=self._fields)
 
 
@@ -198,11 +206,12 @@ def _examine(chunk: list[_Values], num_frames: int | None) -> list[_Examined]:
         if row.visual is not None and not row.problems and not bad:
             digest = hashlib.blake2b(repr(row.visual.size).encode(), digest_size=_DIGEST_BYTES)
             digest.update(row.visual.tobytes())
-            mode, mark = "RGB", bytes(MARK_BYTES)
+            stored, mark = Stored("RGB", None, False), bytes(MARK_BYTES)
             if isinstance(row.visual, Image.Image):
-                mode, mark = stored_mode(visual) or "unknown", image_mark(row.visual)
+                stored, mark = stored_form(visual) or Stored("unknown", None, False), image_mark(row.visual)
             pixels = np.frombuffer(digest.digest(), np.uint8)
             scores = tuple(score for score, _ in read)
-            facts = scores, row.visual.size, mode, pixels, np.frombuffer(mark, np.uint8)
+            extra = (stored.format or "") if stored.several else ""
+            facts = scores, row.visual.size, stored.mode, extra, pixels, np.frombuffer(mark, np.uint8)
         examined.append(_Examined(row.problems, bad, facts))
     return examined

@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",
     "check": "say what training would refuse in a dataset, and what else may be wrong with it",
     "label": "show the labels and weights that training would see, without loading a model",
+    "plan": "predict memory and cache of a run from configs alone, and name flags with which it fits a card",
     "push": "push a run or a dataset to the Hub, or continue a push that failed",
     "train": "train an adapter from a dataset with prompt, image and score columns",
 }

@@ -169,12 +169,14 @@ def _facts(facts: dict[str, Any]) -> list[str]:
         return []
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
     common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
+    trained = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["buckets"][:4])
     limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
     most = counted(prompts["most_rows_of_one"], "row")
     return [
         *(f"  {'scores' if len(scores) == 1 else column:<7}  {_extent(found)}" for column, found in scores.items()),
         f"  prompts  {prompts['num_distinct']} different, up to {most} each{limit}",
         f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",
+        f"  buckets  trained at {trained}{', ...' if len(sizes['buckets']) > 4 else ''}",
     ]
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tgol_trainer.saving.hub import Repository
 
+_PATH_ERRORS = (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError)
+
 PUSH_FAILED = 3
 """Exit code of a command whose work is done and saved, but not on the Hub."""
 
@@ -73,6 +75,40 @@ def json_object(text: str) -> dict[str, Any]:
     return read
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """
+    Read a settings file.
+
+    Args:
+        path (`Path`): YAML, with one `name: value` a line.
+
+    Returns:
+        `dict`
+
+    Raises:
+        SystemExit: for a file that is not there or not YAML, with line and column.
+    """
+    import yaml
+
+    from tgol_trainer._files import NotTextError, read_text
+
+    if not path.is_file():
+        raise SystemExit(f"error: --config: there is no file {path}.")
+    try:
+        values = yaml.safe_load(read_text(path))
+    except NotTextError as error:
+        raise SystemExit(f"error: --config: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        cause = getattr(error, "problem", None) or str(error)
+        tab = " Indent with blanks, not with tabs." if "\\t" in cause else ""
+        raise SystemExit(f"error: --config: {path}{place}: {cause}.{tab}") from error
+    if not isinstance(values, dict):
+        raise SystemExit(f"error: --config: {path} holds no settings, one `name: value` a line.")
+    return values
+
+
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Print an error that names its cause and remedy without a traceback, and exit with 1."""
@@ -85,8 +121,9 @@ def plain_errors() -> Iterator[None]:
     except (DataError, PushError, ThresholdError) as error:
         raise _plain(error) from error
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        # This library's own errors say what to change. Errors of other libraries need their traceback.
-        if not _raised_here(error):
+        # This library's own errors say what to change, and those about a path name it. Errors of other libraries need
+        # their traceback.
+        if not (_raised_here(error) or isinstance(error, _PATH_ERRORS)):
             raise
         raise _plain(error) from error
 

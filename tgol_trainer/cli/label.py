@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .console import plain_errors, set_up_logging
+from .console import plain_errors, read_settings, set_up_logging
 from .label_text import report_lines
 
 if TYPE_CHECKING:
@@ -99,13 +99,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _settings(path: Path, known: set[str]) -> dict[str, Any]:
     """Return the values of a settings file of training for the flags of this command."""
-    import yaml
-
-    if not path.is_file():
-        raise SystemExit(f"error: --config: there is no file {path}.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise SystemExit(f"error: --config: {path} holds no settings, one `name: value` a line.")
+    values = read_settings(path)
     for name in set(values) - known:
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.9)
         if close:
@@ -143,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice = advise(report, can_compare=_can_compare(args))
     for line in report_lines(report, advice):
         print(line)
-    save_report(args.output_dir, report, advice, scores, _chosen(args))
+    with plain_errors():
+        save_report(args.output_dir, report, advice, scores, _chosen(args))
     print(f"\nWrote {args.output_dir / 'label.json'} and {args.output_dir / 'score_histogram.png'}.")
     return 0
 

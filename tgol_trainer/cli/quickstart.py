@@ -318,6 +318,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling and training (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed must be at least 0 and below 2**32")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir: {args.output_dir} is a file; name another folder")
     if args.num_images < 64:
         parser.error("--num_images must be at least 64, one batch")
     if args.num_steps < 1 or args.num_evaluation_images < 24:

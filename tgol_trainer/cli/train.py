@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import PUSH_FAILED, plain_errors, set_up_logging
+from .console import PUSH_FAILED, plain_errors, read_settings, set_up_logging
+
+if TYPE_CHECKING:
+    from tgol_trainer.planning import Setup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +52,12 @@ class TrainArguments(ScriptArguments):
         metadata={"help": "Prompts of --rounds: a text file, a table, a dataset or a named set of prompts."},
     )
     images_per_prompt: int = field(default=8, metadata={"help": "Images of each prompt in each of the --rounds."})
+    check_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "On one GPU, refuse what cannot fit before any weights are loaded, as `tgol plan` predicts it."
+        },
+    )
 
 
 @dataclass
@@ -110,6 +125,9 @@ _UNUSED: tuple[str, ...] = (
 )
 
 
+_RESUME: dict[str | None, bool] = {"true": True, "True": True, "last": True, "false": False, "False": False}
+
+
 def _changed(arguments: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(arguments) if getattr(arguments, item.name) != item.default]
 
@@ -152,6 +170,10 @@ def _check_arguments(
     if lora and (training.full_finetuning or training.adapter_name_or_path):
         reason = "full_finetuning" if training.full_finetuning else "adapter_name_or_path"
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in lora)}: has no effect with --{reason}.")
+    if model.lora_r < 1:
+        raise SystemExit(f"error: --lora_r: must be at least 1, got {model.lora_r}.")
+    if not 0 <= model.lora_dropout < 1:
+        raise SystemExit(f"error: --lora_dropout: must be at least 0 and below 1, got {model.lora_dropout}.")
     if training.hub_token is not None:
         raise SystemExit(
             "error: --hub_token: a token in a command line or a settings file is soon in a log or a repository. Set "
@@ -232,12 +254,77 @@ def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
     )
 
 
+def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> Setup:
+    """Return what decides the memory of a command line, for [`planning.predict`]."""
+    import torch
+
+    from tgol_trainer.families import FROZEN_DTYPE
+    from tgol_trainer.planning import Quantization, Setup
+    from tgol_trainer.shapes import embedded_model
+
+    if model.model_name_or_path is None:
+        raise SystemExit("error: name a model: a Hub id, a folder, or `shapes` for the embedded model.")
+    if training.adapter_name_or_path:
+        raise SystemExit(
+            "error: --adapter_name_or_path is not read here: leave it out and give that adapter's --lora_r."
+        )
+    options = _model_init_kwargs(model, training) or {}
+    if "meissonic_repository" in options:
+        raise SystemExit("error: Meissonic cannot be planned for: its classes are not in diffusers.")
+    quantization = None
+    if model.load_in_4bit or model.load_in_8bit:
+        compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
+        quantization = Quantization(4 if model.load_in_4bit else 8, model.use_bnb_nested_quant, compute)
+    lora = _lora_config(model, training)
+    frozen = lora is not None and not embedded_model(model.model_name_or_path)
+    sides = [int(side) for side in str(training.resolution or "").split("x") if side]
+    return Setup(
+        model=model.model_name_or_path,
+        revision=options.get("revision"),
+        dtype=options.get("dtype", FROZEN_DTYPE if frozen else "float32"),
+        quantization=quantization,
+        lora=lora,
+        reference_pass=training.needs_reference and not training.precompute_ref_log_probs,
+        reference_adapter=training.reference_update == "epoch",
+        resolution=(sides[0], sides[-1]) if sides else None,
+        num_frames=training.num_frames,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
+        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+        optimizer=str(getattr(training.optim, "value", training.optim)),
+        cache=training.cache and not script.dataset_streaming,
+        sampling_batch=training.per_device_eval_batch_size,
+    )
+
+
+def _check_memory(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> None:
+    """Refuse a run whose tensors alone are more than the card holds, where one card holds all of it."""
+    from tgol_trainer.planning import KNOWN_OPTIMIZERS, found_card, predict, refusal
+
+    card = None if training.use_cpu or not script.check_memory else found_card()
+    elsewhere = training.adapter_name_or_path or "meissonic_repository" in training.pipeline_kwargs
+    if card is None or elsewhere or training.world_size > 1 or training.fsdp or training.deepspeed:
+        return
+    logger.info("Predicting the memory of this run; --check_memory false leaves that out.")
+    setup = planned_setup(script, training, model)
+    if setup.optimizer not in KNOWN_OPTIMIZERS:
+        setup = dataclasses.replace(setup, optimizer="sgd")  # which keeps nothing
+    with plain_errors():
+        reason = refusal(predict(setup), card.memory)
+    if reason is not None:
+        raise SystemExit(
+            f"error: {reason}. `tgol plan` with the same flags says which fit. --check_memory false tries it anyway."
+        )
+
+
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from functools import partial
 
     from tgol_trainer.jobs import load_adapted_pipeline, process_device
     from tgol_trainer.rewards import load_reward
     from tgol_trainer.rounds import train_rounds
+    from tgol_trainer.saving.stopping import StopOnSignal
     from tgol_trainer.sources import load_prompts
 
     name, device = model.model_name_or_path or "", process_device(training.use_cpu)
@@ -264,7 +351,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             trainer_options={
                 "peft_config": _lora_config(model, training),
                 "quantization_config": _quantization_config(model),
-                "callbacks": [_sample_callback(sample, script)] if sample.sample_prompts else None,
+                "callbacks": [*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
             },
         )
     print(f"Saved to {training.output_dir}. README.md there shows how to load it; rounds.json has each round.")
@@ -282,26 +369,10 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     return PUSH_FAILED if push([training.output_dir, *given, *private]) else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Train from a command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): Flags, `--config file.yaml` among them; by default those of the process.
-
-    Returns:
-        `int`: 0, or 3 where all is trained and saved and a push failed.
-    """
-    set_up_logging()
-    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
-    try:
-        script, training, model, sample = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
-        raise SystemExit(f"error: {error}") from error
-    _check_arguments(script, training, model, sample)
-    training.model_init_kwargs = _model_init_kwargs(model, training)
-
+def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
     from tgol_trainer.data import Columns
+    from tgol_trainer.saving.resuming import starting_point
+    from tgol_trainer.saving.stopping import StopOnSignal
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.trainer import TGOLTrainer
 
@@ -311,9 +382,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
         )
 
-    if script.rounds is not None:
-        return _train_rounds(script, training, model, sample)
     with plain_errors():
+        resume = _RESUME.get(training.resume_from_checkpoint, training.resume_from_checkpoint)
+        if not resume:
+            starting_point(training.output_dir, None)  # refuses a used folder before models and data are loaded
         trainer = TGOLTrainer(
             model=model.model_name_or_path,
             args=training,
@@ -324,19 +396,69 @@ def main(argv: Sequence[str] | None = None) -> int:
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
             peft_config=_lora_config(model, training),
             quantization_config=_quantization_config(model),
-            callbacks=[_sample_callback(sample, script)] if sample.sample_prompts else None,
+            callbacks=[*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
         )
-        resume = training.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
-        trainer.save_state()
-        if not training.push_to_hub:
-            trainer.save_model()
-            pushed = True
-        else:
+        trainer.train(resume_from_checkpoint=resume)
+        if not trainer.already_saved:
+            trainer.save_state()
+        if training.push_to_hub:
             pushed = _push(trainer)
+        else:
+            pushed = True
+            if not trainer.already_saved:
+                trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"Saved to {training.output_dir}. README.md there shows how to load it.")
+        said = "The finished run was there before:" if trainer.already_saved else "Saved to"
+        print(f"{said} {training.output_dir}. README.md there shows how to load it.")
     return 0 if pushed else PUSH_FAILED
+
+
+def _resume_line(arguments: list[str], rounds: bool) -> str:
+    """Return the command that goes on."""
+    flag = "--resume_from_checkpoint"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"Go on with the same command and {flag} true."
+    kept = [word for word in arguments if not word.startswith(f"{flag}=")]
+    while flag in kept:
+        at = kept.index(flag)
+        kept[at : at + 2] = []
+    return shlex.join(["tgol", "train", *kept, *([] if rounds else [flag, "true"])])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Train from a command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Flags, `--config file.yaml` among them; by default those of the process.
+
+    Returns:
+        `int`: 0; 3 where all is trained and saved and a push failed; 128 and the number of a signal that stopped it.
+    """
+    set_up_logging()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for place in (place for place, word in enumerate(arguments[:-1]) if word == "--config"):
+        read_settings(Path(arguments[place + 1]))  # the parser's own errors are tracebacks
+    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
+    try:
+        script, training, model, sample = parser.parse_args_and_config(list(arguments))
+    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
+        raise SystemExit(f"error: {error}") from error
+    _check_arguments(script, training, model, sample)
+    training.model_init_kwargs = _model_init_kwargs(model, training)
+    _check_memory(script, training, model)
+    from tgol_trainer.saving.checkpoints import last_good
+    from tgol_trainer.saving.stopping import TrainingStopped
+
+    try:
+        return (_train_rounds if script.rounds is not None else _train)(script, training, model, sample)
+    except TrainingStopped as stopped:
+        number, said = stopped.signal, f"Stopped. {stopped.checkpoint} is saved. Go on with:"
+    except KeyboardInterrupt:
+        number, said = signal.SIGINT, f"Ended at once. {last_good(training.output_dir)} Go on with:"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{said}\n{_resume_line(arguments, script.rounds is not None)}", file=sys.stderr)
+    return 128 + number
 
 
 def _push(trainer: Any) -> bool:

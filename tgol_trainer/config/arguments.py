@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from tgol_trainer._secrets import is_secret
 
+from .checks import check_folder, check_ranges
 from .method import MethodArguments, check_choices, default_of
 
 LORA_LEARNING_RATE = 1e-4
@@ -101,6 +102,13 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             "as in '480x832'. None: the model's own size."
         },
     )
+    aspect_buckets: bool = field(
+        default=True,
+        metadata={
+            "help": "Train images of other shapes at sizes of their own shape with about as many pixels as "
+            "`resolution`. False: cut all images to `resolution`, as images of streams are."
+        },
+    )
     num_frames: int | None = field(
         default=None,
         metadata={
@@ -147,6 +155,15 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Number of processes that check the images before training."}
+    )
+
+    # Resuming
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that may differ from those of the checkpoint that is resumed, by name, or 'all'. None: "
+            "a change of what decides the result is refused by name."
+        },
     )
 
     # Hub
@@ -226,6 +243,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         return height, width
 
     def _check_ranges(self) -> None:
+        check_ranges(self)
+        check_folder(self.output_dir)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
         if self.hub_gated not in (None, "auto", "manual"):
@@ -238,6 +257,11 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.check_method(self.per_device_train_batch_size)
 
     def _check_combinations(self) -> None:
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` ends a run as if it were complete, and its processes out of step. "
+                "`tgol train` saves on SIGTERM by itself; in Python, hand in `saving.stopping.StopOnSignal()`."
+            )
         if self.threshold_update == "epoch" and self.dataloader_persistent_workers:
             raise ValueError(
                 "`dataloader_persistent_workers=True` keeps the labels of the first epoch in the workers, while "

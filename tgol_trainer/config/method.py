@@ -191,7 +191,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         },
     )
     num_ref_draws: int = field(
-        default=1,
+        default=4,
         metadata={"help": "Fixed draws per image. Passes over the data take them in turn, from the first again."},
     )
 

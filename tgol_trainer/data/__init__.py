@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .buckets import Buckets
 from .checks import check_columns
 from .images import DataError, ImageError, cropped_share, open_image, to_pixels
 from .rows import Columns
@@ -13,10 +14,11 @@ from .videos import Video, VideoError, encode_video, frame_rate, open_video, rea
 if TYPE_CHECKING:
     from .collator import Collator, decode_prompts
     from .datasets import DataReport, ScoredDataset, prepare_dataset
-    from .sampler import GroupSampler, innermost_sampler
+    from .sampler import GroupSampler, SizeSampler, innermost_sampler
     from .streams import ScoredStream, stream_scores
 
 __all__ = [
+    "Buckets",
     "Collator",
     "Columns",
     "DataError",
@@ -25,6 +27,7 @@ __all__ = [
     "ImageError",
     "ScoredDataset",
     "ScoredStream",
+    "SizeSampler",
     "Video",
     "VideoError",
     "check_columns",
@@ -48,7 +51,7 @@ __all__ = [
 _WITH_TORCH = {
     **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
     **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),
-    **dict.fromkeys(("GroupSampler", "innermost_sampler"), "sampler"),
+    **dict.fromkeys(("GroupSampler", "SizeSampler", "innermost_sampler"), "sampler"),
     **dict.fromkeys(("ScoredStream", "stream_scores"), "streams"),
 }
 

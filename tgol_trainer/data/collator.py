@@ -39,9 +39,10 @@ class Collator:
             `dict[str, torch.Tensor]`: `pixel_values` (B, 3, height, width) float32 in -1..1, or (B, 3, num_frames,
             height, width) for videos, or `image_key` (B, 2) int64 of rows that are encoded already; `prompt_bytes`
             (B, L) uint8, UTF-8 padded with zeros, and `prompt_length` (B,) int64 in bytes, see [`decode_prompts`];
-            `row_id` (B,) int64; `geometry` (B, 4) int64: the image's own
-            height and width, and the top and left of the crop in the resized image or first frame, in pixels; `group`
-            (B,) int64 where rows have one; and what rows have of `LABELS`, stacked, float32.
+            `row_id` (B,) int64; `geometry` (B, 4) int64: the image's own height and width, and the top and left of the
+            crop in the resized image or first frame, in pixels; `resolution` (B, 2) int64, height and width of the
+            pixels, the same for all rows; `group` (B,) int64 where rows have one; and what rows have of `LABELS`,
+            stacked, float32.
 
         Raises:
             DataError: for an image or video that can no longer be opened.
@@ -63,23 +64,25 @@ class Collator:
         }
 
     def _visuals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        resolution = rows[0].get("resolution", self.resolution)
+        batch = {"resolution": torch.tensor([resolution] * len(rows))}
         if "image_key" in rows[0]:
             keys = np.stack([row["image_key"] for row in rows]).view(np.int64)
             sizes = [row["size"] for row in rows]
-            geometry = [(height, width, *crop_offset(width, height, self.resolution)) for width, height in sizes]
-            return {"image_key": torch.from_numpy(keys), "geometry": torch.tensor(geometry)}
-        visuals = [self._visual(row) for row in rows]
-        pixels, geometries = zip(*visuals, strict=True)
-        return {"pixel_values": torch.stack(pixels), "geometry": torch.tensor(geometries)}
+            geometry = [(height, width, *crop_offset(width, height, resolution)) for width, height in sizes]
+            return {**batch, "image_key": torch.from_numpy(keys), "geometry": torch.tensor(geometry)}
+        pixels, geometries = zip(*(self._visual(row, resolution) for row in rows), strict=True)
+        return {**batch, "pixel_values": torch.stack(pixels), "geometry": torch.tensor(geometries)}
 
-    def _visual(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    def _visual(
+        self, row: Mapping[str, Any], resolution: tuple[int, int]
+    ) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
         medium = "image" if self.num_frames is None else "video"
         try:
             if self.num_frames is not None:
-                return video_pixels(row[medium], self.num_frames, self.resolution)
+                return video_pixels(row[medium], self.num_frames, resolution)
             image = open_image(row[medium])
-            geometry = image.height, image.width, *crop_offset(*image.size, self.resolution)
-            return to_pixels(image, self.resolution), geometry
+            return to_pixels(image, resolution), (image.height, image.width, *crop_offset(*image.size, resolution))
         except (ImageError, VideoError) as error:
             raise DataError(
                 f"The {medium} of row {row['row_id']} ({describe(row[medium])}), which the check before training "

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 
+from .buckets import Buckets
 from .checks import check_class, check_columns
 from .images import DataError, cropped_share
 from .rows import BadRows, Columns, OnBadSample, check_policy, read_row
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the cache key of the check. `datasets` hashes a library function by its name, not its code: raise this number
 # with every change of what `_check_batch` finds.
-_CHECK_VERSION = 3
+_CHECK_VERSION = 4
 _CHECK_FEATURES = datasets.Features(
     {
         "score": datasets.Value("float64"),
@@ -180,6 +181,7 @@ def prepare_dataset(
     on_bad_sample: OnBadSample = "raise",
     num_proc: int | None = None,
     name: str = "train_dataset",
+    buckets: Buckets | None = None,
 ) -> tuple[ScoredDataset, DataReport]:
     """
     Find every bad row of a dataset in one pass before training. The result is cached beside the data.
@@ -195,6 +197,7 @@ def prepare_dataset(
         num_proc (`int`, *optional*): Number of processes that check; `None` checks in this process.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             The argument that the dataset was given as, for messages.
+        buckets ([`Buckets`], *optional*): Sizes for images of other shapes than `resolution`.
 
     Returns:
         `tuple[ScoredDataset, DataReport]`: the usable rows, and the findings.
@@ -229,7 +232,8 @@ def prepare_dataset(
     digests = table.column("digest").take(kept).cast(pa.binary(16)).combine_chunks()
     keys = np.frombuffer(digests.buffers()[1], dtype=np.uint64).reshape(-1, 2)
     scored = ScoredDataset(rows, columns, scores[kept], kept, sizes=sizes, image_keys=keys)
-    num_smaller, mean_cropped_share = _warn_of_sizes(sizes, kept, resolution, name, columns.medium)
+    targets = np.full_like(sizes, resolution) if buckets is None else buckets.sizes[buckets.of(sizes)]
+    num_smaller, mean_cropped_share = _warn_of_sizes(sizes, targets, kept, name, columns.medium)
     report = DataReport(
         name=name,
         num_rows=len(dataset),
@@ -244,28 +248,32 @@ def prepare_dataset(
 
 
 def _warn_of_sizes(
-    sizes: np.ndarray, row_ids: np.ndarray, resolution: tuple[int, int], name: str, medium: str
+    sizes: np.ndarray, targets: np.ndarray, row_ids: np.ndarray, name: str, medium: str
 ) -> tuple[int, float]:
-    """Warn of small and of cut images; return the number of small ones and the mean share that is cut away."""
-    height, width = resolution
-    small = np.flatnonzero((sizes[:, 0] < width) | (sizes[:, 1] < height))
+    """
+    Warn of small and of cut images; return the number of small ones and the mean share that is cut away.
+
+    `sizes` are (N, 2) widths and heights, `targets` the (N, 2) heights and widths that they are trained at.
+    """
+    small = np.flatnonzero((sizes < targets[:, ::-1]).any(axis=1))
     if small.size:
         first = ", ".join(f"row {row_ids[i]}: {sizes[i, 0]}x{sizes[i, 1]}" for i in small[:_SHOWN_ROWS])
+        height, width = targets[small[0]]
         logger.warning(
-            "%s: %d of %d %ss are smaller than the resolution of %dx%d (width x height, in pixels) and are "
-            "enlarged, which blurs them (%s%s). Leave them out, or lower `resolution`.",
+            "%s: %d of %d %ss are smaller than they are trained at (the first one at %dx%d, width x height in pixels) "
+            "and are enlarged, which blurs them (%s%s). Leave them out, or lower `resolution`.",
             *(name, small.size, len(sizes), medium, width, height),
             *(first, ", ..." if small.size > _SHOWN_ROWS else ""),
         )
-    shapes, counts = np.unique(sizes, axis=0, return_counts=True)
-    shares = np.array([cropped_share(int(w), int(h), resolution) for w, h in shapes])
+    shapes, counts = np.unique(np.concatenate([sizes, targets], axis=1), axis=0, return_counts=True)
+    shares = np.array([cropped_share(w, h, (height, width)) for w, h, height, width in shapes.tolist()])
     mean = float((shares * counts).sum() / counts.sum())
     if mean > _CROPPED_SHARE_LIMIT:
         logger.warning(
-            "%s: the centre crop to %dx%d (width x height) cuts away %.0f %% of the %s area on average, so "
-            "training sees a part of what was scored. Set `resolution` to the shape of most %ss, or crop and score "
-            "them yourself.",
-            *(name, width, height, 100 * mean, medium, medium),
+            "%s: the centre crop cuts away %.0f %% of the %s area on average, so training sees a part of what was "
+            "scored. Leave `aspect_buckets` True, set `resolution` to the shape of most %ss, or crop and score them "
+            "yourself.",
+            *(name, 100 * mean, medium, medium),
         )
     return int(small.size), mean
 
@@ -278,7 +286,7 @@ class ScoredDataset(torch.utils.data.Dataset):
     instead of `"image"` for videos. `row_id` is the row's number in the user's dataset, whatever rows were left out.
     Where `columns` name a group there is `"group"`, a 63-bit hash of its name. Where `labels` are set, the values of
     [`labels.RowLabels.row`] are added, and `"score"` is the normalised score. Where `encoded` is set, `"image_key"`
-    and `"size"` stand in for the image, which is not read.
+    and `"size"` stand in for the image, which is not read. Where `resolutions` are set there is `"resolution"`.
 
     Args:
         rows ([`datasets.Dataset`]): The user's dataset.
@@ -291,10 +299,13 @@ class ScoredDataset(torch.utils.data.Dataset):
     Attributes:
         labels ([`labels.RowLabels`], *optional*): What the scores mean to training; set by the trainer.
         encoded (`bool`): Whether the images are encoded elsewhere; set by the trainer.
+        resolutions (`numpy.ndarray`, *optional*):
+            (N, 2) heights and widths that the images are trained at, where they differ; set by the trainer.
     """
 
     labels: RowValues | None = None
     encoded = False
+    resolutions: np.ndarray | None = None
 
     def __init__(
         self,
@@ -327,6 +338,8 @@ class ScoredDataset(torch.utils.data.Dataset):
             sample |= {"image_key": self.image_keys[index], "size": tuple(self.sizes[index].tolist())}
         else:
             sample[self._columns.medium] = cell(row.column(self._columns.visual), 0)
+        if self.resolutions is not None:
+            sample["resolution"] = tuple(self.resolutions[index].tolist())
         if self._columns.group is not None:
             sample["group"] = _group_id(str(row.column(self._columns.group)[0].as_py()))
         return sample if self.labels is None else {**sample, **self.labels.row(index)}
@@ -364,7 +377,8 @@ class ScoredDataset(torch.utils.data.Dataset):
             mask (`numpy.ndarray`): (N,) bool.
         """
         kept = copy.copy(self)
-        kept.labels, kept.scores, kept.row_ids = None, self.scores[mask], self.row_ids[mask]
+        kept.labels, kept.resolutions = None, None
+        kept.scores, kept.row_ids = self.scores[mask], self.row_ids[mask]
         kept.sizes, kept.image_keys = self.sizes[mask], self.image_keys[mask]
         return kept
 

@@ -7,10 +7,13 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .colour import to_srgb
+from .files import NO_FILE, NotAFileError, open_file, read_url
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +34,12 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _ORIENTATION = 0x0112
+
+# Pillow also opens EPS, for which it starts Ghostscript, and formats of films, fonts and measurements. HEIF is there
+# where the user has registered pillow_heif's opener.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+NO_VALUE, NO_SUCH_FILE = "there is neither a path nor data", "no such file"
 
 
 class DataError(ValueError):
@@ -73,7 +80,7 @@ def content_of(value: Any, error: type[VisualError]) -> Any:
         encoded = value.get("bytes")
         value = encoded if encoded is not None else value.get("path")
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise error("there is neither a path nor data", f"missing {error.medium}")
+        raise error(NO_VALUE, f"missing {error.medium}")
     return value
 
 
@@ -81,9 +88,10 @@ def open_image(value: Any) -> Image.Image:
     """
     Open an image given in any of the forms that datasets hold, as an upright RGB image.
 
-    EXIF orientation is applied. Transparency is composited over white. Greyscale deeper than 8 bits is scaled, not
-    clipped: `"I;16"` from 0..65535; `"I"` from 0..255 or 0..65535, whichever holds it, `"F"` also from 0..1; values
-    beyond these from their own minimum..maximum. An animation gives its first frame.
+    EXIF orientation is applied, and colours are converted to sRGB ([`to_srgb`]). Transparency is composited over
+    white. Greyscale deeper than 8 bits is scaled, not clipped: `"I;16"` from 0..65535; `"I"` from 0..255 or 0..65535,
+    whichever holds it, `"F"` also from 0..1; values beyond these from their own minimum..maximum. An animation gives
+    its first frame.
 
     Args:
         value (`PIL.Image.Image`, `dict`, `str`, `pathlib.Path`, `bytes`, `numpy.ndarray` or nested `list`):
@@ -102,13 +110,16 @@ def open_image(value: Any) -> Image.Image:
     except ImageError:
         raise
     except NO_FILE as error:
-        raise ImageError("no such file", cause="image file not found") from error
+        raise ImageError(not_found(error), cause="image file not found") from error
+    except NotAFileError as error:
+        raise ImageError(str(error)) from error
     except _PILLOW_ERRORS as error:
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, Image.DecompressionBombError):
             message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
-            message = "cannot identify image file"  # without Pillow's own ending, the address of a buffer
+            # Without Pillow's own ending, the address of a buffer.
+            message = f"cannot identify image file. Read are {', '.join(_formats())}"
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
@@ -121,51 +132,74 @@ def _open(value: Any) -> Image.Image:
         return _loaded(value)
     if isinstance(value, (np.ndarray, list, tuple)):
         return _loaded(_from_array(np.asarray(value)))
-    if isinstance(value, str) and "://" in value:
-        return _loaded(_fetch(value))
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        value = io.BytesIO(value)
-    elif not isinstance(value, (str, Path)):
+    if not isinstance(value, (str, Path, bytes, bytearray, memoryview)):
         raise ImageError(
             f"a value of type {type(value).__name__} is not an image; give a PIL image, a path, encoded bytes or a "
             "NumPy array"
         )
     # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays False, its default: a half grey image would be trained on.
-    with Image.open(value) as image:
+    with _encoded(value) as file, Image.open(file, formats=_formats()) as image:
         return _loaded(image)
 
 
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _encoded(value: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return io.BytesIO(value)
+    if isinstance(value, str) and "://" in value:
+        try:
+            return read_url(value)
+        except _PILLOW_ERRORS:
+            raise
+        except Exception as error:  # each client has its own errors, and a missing client raises ImportError
+            raise ImageError(f"{type(error).__name__}: {error}") from error
+    return open_file(value)
+
+
+def not_found(error: OSError) -> str:
+    """Return the message for a missing file: with what lies nearby, where [`open_file`] found something."""
+    hint = str(error) if isinstance(error, FileNotFoundError) and error.errno is None else ""
+    return f"{NO_SUCH_FILE}; {hint}" if hint else NO_SUCH_FILE
+
+
 def _loaded(image: Image.Image) -> Image.Image:
+    if image.format not in (None, "MPO", *_formats()):  # an object of the user's, of a format that may run programs
+        raise ImageError(f"its format is {image.format}. Save it as PNG; read are {', '.join(_formats())}")
     image.load()
-    return _to_rgb(_upright(image))
+    return _to_rgb(to_srgb(_upright(image)))
 
 
-def _fetch(url: str) -> Image.Image:
-    from datasets import Image as ImageFeature
+class Stored(NamedTuple):
+    """How a file stores its image: Pillow's name of the mode, such as `"RGBA"`; the format; whether there are more."""
 
-    try:
-        # Reads hf://, https:// and zip://a.png::hf://..., with the user's token.
-        return ImageFeature().decode_example({"path": url, "bytes": None})
-    except _PILLOW_ERRORS:
-        raise
-    except Exception as error:  # each client has its own errors, and a missing client raises ImportError
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+    mode: str
+    format: str | None
+    several: bool
 
 
-def stored_mode(value: Any) -> str | None:
+def stored_form(value: Any) -> Stored | None:
     """
-    Return Pillow's name of the mode that an image is stored in, such as `"RGBA"`, without decoding it; `None` for a
-    URL, which would be fetched again. The value must be one that [`open_image`] opens.
+    Return how an image is stored, without decoding it; `None` for a URL, which would be fetched again. The value must
+    be one that [`open_image`] opens.
     """
     value = content_of(value, ImageError)
     if isinstance(value, (list, tuple, np.ndarray)):
         value = _from_array(np.asarray(value))
     if isinstance(value, Image.Image):
-        return value.mode
+        return Stored(value.mode, value.format, False)
     if isinstance(value, str) and "://" in value:
         return None
-    with Image.open(io.BytesIO(value) if isinstance(value, (bytes, bytearray, memoryview)) else value) as image:
-        return image.mode
+    with _encoded(value) as file, Image.open(file, formats=_formats()) as image:
+        mode = image.mode  # before a second frame is looked at
+        try:
+            several = bool(getattr(image, "is_animated", False))
+        except _PILLOW_ERRORS:
+            several = True  # there is a second one, and it is broken
+        return Stored(mode, image.format, several)
 
 
 def _upright(image: Image.Image) -> Image.Image:

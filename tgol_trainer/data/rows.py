@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .images import DataError, VisualError, describe, open_image
+from .images import NO_SUCH_FILE, NO_VALUE, DataError, VisualError, describe, open_image
 from .videos import Video, open_video
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,8 @@ def read_row(prompt: Any, visual: Any, score: Any, num_frames: int | None = None
     try:
         opened = open_image(visual) if num_frames is None else open_video(visual, num_frames)
     except VisualError as error:
-        problems.append((error.cause, describe(visual) if error.absent else f"{describe(visual)}: {error}"))
+        plain = str(error) in (NO_VALUE, NO_SUCH_FILE)  # the cause says as much
+        problems.append((error.cause, describe(visual) if plain else f"{describe(visual)}: {error}"))
     number, cause = read_score(score)
     if cause:
         problems.append((cause, describe(score)))

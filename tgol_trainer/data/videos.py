@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from .images import NO_FILE, ImageError, VisualError, content_of, crop_offset, open_image, to_pixels
+from .files import NO_FILE, NotAFileError, open_file, read_url
+from .images import ImageError, VisualError, content_of, crop_offset, not_found, open_image, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -272,7 +273,9 @@ def _container(value: Any) -> Iterator[Any]:
         with _opened(value) as source, av.open(source) as container:
             yield container
     except NO_FILE as error:
-        raise VideoError("no such file", cause="video file not found") from error
+        raise VideoError(not_found(error), cause="video file not found") from error
+    except NotAFileError as error:
+        raise VideoError(str(error)) from error
     except (VideoError, ImportError):
         raise
     except (av.FFmpegError, *_BROKEN_FILE) as error:
@@ -284,12 +287,7 @@ def _opened(value: Any) -> Any:
     # Always a file object: FFmpeg would take a path such as `concat:a|b` or `http://...` for more than a file.
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value)
-    if isinstance(value, str) and "://" in value:
-        from datasets.utils.file_utils import xopen
-
-        with xopen(value, "rb") as file:  # reads hf://, https:// and zip://a.mp4::hf://..., with the user's token
-            return io.BytesIO(file.read())
-    return Path(value).expanduser().open("rb")
+    return read_url(value) if isinstance(value, str) and "://" in value else open_file(value)
 
 
 def _count_packets(container: Any) -> int:

@@ -16,6 +16,7 @@ from tgol_trainer._files import write_file
 from .before_after import save_before_after_grid
 from .comparison import write_metrics
 from .plots import save_score_distributions
+from .previews import PREVIEW_FORMATS
 from .report import Gallery, ReportOptions, write_report
 from .results import Evaluation, ModelRows
 from .tables import format_markdown
@@ -100,9 +101,9 @@ def write_grids(folder: Path, models: Sequence[ModelRows], gallery: Gallery) -> 
 def _image(gallery: Gallery, model: int, row: int) -> Image.Image:
     """Return the larger image, or the strip of frames of a video, since paper does not move."""
     preview = gallery.previews[model][row]
-    image = Image.open(io.BytesIO(preview)) if preview else None
+    image = Image.open(io.BytesIO(preview), formats=PREVIEW_FORMATS) if preview else None
     if image is None or getattr(image, "is_animated", False):
-        image = Image.open(io.BytesIO(gallery.thumbnails[model][row] or b""))
+        image = Image.open(io.BytesIO(gallery.thumbnails[model][row] or b""), formats=PREVIEW_FORMATS)
     return image.convert("RGB")
 
 

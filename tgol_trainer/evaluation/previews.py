@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+PREVIEW_FORMATS = ("PNG", "WEBP")
+"""What is written here, and so all that is read again."""
+
 THUMBNAIL_SIDE, PREVIEW_SIDE, CLIP_SIDE = 128, 512, 320
 _LOSSLESS_SIDE = 64
 _MILLISECONDS = 160

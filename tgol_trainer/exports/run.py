@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tgol_trainer import adapters
+from tgol_trainer._files import settle
 from tgol_trainer.families import ModelFamily, ModelOrigin
 from tgol_trainer.saving.card import CardFacts, ExportRow, write_card
 
@@ -95,6 +96,7 @@ def export(
         folder = Path(draft)
         row, exported = _export(source, folder, export_format, weight)
         output_dir.mkdir(exist_ok=True)
+        settle(folder)
         for path in folder.iterdir():
             path.replace(output_dir / path.name)
     if output_dir.resolve() == directory.resolve():

@@ -41,10 +41,15 @@ FAMILIES: dict[str, type[ModelFamily]] = {
 }
 """Model families by the name of the pipeline's class. A new family is one file and one entry here."""
 
+FROZEN_DTYPE = {"default": "bfloat16", "vae": "float32", "vqvae": "float32"}
+"""Dtype of a base model that stays frozen on a GPU, where none is asked for."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 __all__ = [
     "FAMILIES",
+    "FROZEN_DTYPE",
     "FamilySettings",
     "ModelFamily",
     "ModelOrigin",
@@ -106,7 +111,7 @@ def load_family(
     if "quantization_config" in options:
         options.setdefault("dtype", "float32")  # otherwise diffusers makes layers that are not quantised float16
     if "dtype" in options:
-        options["dtype"] = _read_dtype(options["dtype"])
+        options["dtype"] = read_dtype(options["dtype"])
     if embedded := embedded_model(model):
         return _load_embedded(str(model), embedded, options, settings)
     if "meissonic_repository" in options:
@@ -126,13 +131,13 @@ def _frozen_dtype(device: torch.device) -> dict[str, str] | None:
         return None
     name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     logger.info("The frozen base model is loaded in %s; `dtype` in `model_init_kwargs` overrides it.", name)
-    return {"default": name, "vae": "float32", "vqvae": "float32"}
+    return {**FROZEN_DTYPE, "default": name}
 
 
-def _read_dtype(value: Any) -> Any:
+def read_dtype(value: Any) -> Any:
     """Turn names of torch dtypes into dtypes, also in a dictionary by component."""
     if isinstance(value, dict):
-        return {part: _read_dtype(each) for part, each in value.items()}
+        return {part: read_dtype(each) for part, each in value.items()}
     if not isinstance(value, str) or value == "auto":
         return value
     dtype = getattr(torch, value, None)
@@ -198,11 +203,13 @@ def wrap_pipeline(
         [`ModelFamily`]
 
     Raises:
-        ValueError: for a pipeline class without a family, or a tokenizer whose files were not there.
+        ValueError: for a pipeline class without a family, a tokenizer whose files were not there, or weights that are
+            NaN or infinite.
     """
     name = type(pipeline).__name__
     _check_supported(name)
     _check_tokenizers(pipeline)
+    _check_weights(pipeline)
     family = FAMILIES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if family.num_frames is None and family.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
@@ -236,3 +243,20 @@ def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
                 f"`{name}` of the pipeline knows no words: its files were not there when it was loaded, so every "
                 "prompt would be the same to the model. Download the model again, or mend its folder."
             )
+
+
+def _check_weights(pipeline: DiffusionPipeline) -> None:
+    """Refuse weights that are no numbers: they would come to light as a loss of NaN, or as black images."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        for key, weight in part.named_parameters():
+            if weight.device.type == "meta" or weight.dtype not in _FLOATS:  # a skeleton; a quantised layer
+                continue
+            # A sum is read once, and is finite unless a weight is not or float16 overflows.
+            if not torch.isfinite(weight.detach().sum()) and not torch.isfinite(weight.detach()).all():
+                raise ValueError(
+                    f"The `{name}` of this {type(pipeline).__name__} holds NaN or infinite weights, in {key!r}. Its "
+                    "file is damaged, or float16 could not hold its numbers: download it again, or load it in another "
+                    "dtype."
+                )

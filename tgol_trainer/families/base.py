@@ -15,6 +15,7 @@ from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators
 
 from .licenses import folder_license
+from .prompts import seen_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -93,9 +94,10 @@ def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]])
 
     `limits` are tokenizers and the number of tokens that each of them may give, special ones included.
     """
+    prompts = [seen_part(prompt, limits) for prompt in prompts]
     cut: set[int] = set()
     for tokenizer, limit in limits:
-        encoded = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        encoded = tokenizer(prompts, truncation=False, verbose=False).input_ids
         cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
     return len(cut), min(limit for _, limit in limits)
 
@@ -156,6 +158,9 @@ class ModelFamily(abc.ABC):
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
 
+    rows_per_image = 2
+    """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
+
     _home: torch.device | None = None
     """Where the denoiser belongs, while it is elsewhere."""
 
@@ -199,6 +204,11 @@ class ModelFamily(abc.ABC):
     def resolution_multiple(self) -> int:
         """Sides in pixels must be multiples of this; by default the autoencoder's factor."""
         return self.pipeline.vae_scale_factor
+
+    @property
+    def max_side(self) -> int | None:
+        """The longest side in pixels that the denoiser has positions for; `None` for any."""
+        return None
 
     def prompt_limits(self) -> list[tuple[Any, int]]:
         """Return the tokenizers of `token_limits` with their limits."""
@@ -266,6 +276,18 @@ class ModelFamily(abc.ABC):
             latents = latents + encoded["std"].to(self.device) * rows.normal("latent", latents).to(latents.dtype)
         return self.scale_latents(latents).to(self.denoiser.dtype)
 
+    def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of scaled latents, in the autoencoder's dtype and range."""
+        vae = self.pipeline.vae
+        config, latents = vae.config, latents.to(vae.dtype)
+        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (-1, *[1] * (latents.dim() - 2))
+            latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
+        with frozen_pass(vae.device):
+            return vae.decode(latents, return_dict=False)[0]
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""
         self.denoiser.enable_gradient_checkpointing()
@@ -306,7 +328,8 @@ class ModelFamily(abc.ABC):
             `dict[str, torch.Tensor]`: N rows of keyword arguments of the denoiser, in the text encoders' dtype.
         """
         with self.present(*self.text_encoder_names), frozen_pass(self.device):
-            rows = [self.encode_unique_prompts([prompt]) for prompt in prompts]
+            limits = self.prompt_limits()
+            rows = [self.encode_unique_prompts([seen_part(prompt, limits)]) for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     @property
@@ -400,7 +423,8 @@ class ModelFamily(abc.ABC):
         with torch.no_grad():
             pixels = self.probe_pixels(rows).to(self.device)
             height, width = pixels.shape[-2:]
-            conditioning = self.condition(["a probe"], torch.tensor([[height, width, 0, 0]]), (height, width))
+            with self.present(*self.text_encoder_names, alone=True):  # they need not fit beside the denoiser
+                conditioning = self.condition(["a probe"], torch.tensor([[height, width, 0, 0]]), (height, width))
             draw = self.likelihood.draw(self.encode_images(pixels, rows, sample=False), rows)
             return self.predict(self.denoiser, draw, conditioning)
 

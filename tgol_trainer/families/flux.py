@@ -34,6 +34,7 @@ class FluxFamily(FlowFamily):
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     token_limits = {"tokenizer_2": _T5_TOKENS}  # CLIP, cut at 77 tokens, only adds one pooled vector
     time_divisor = 1000
+    rows_per_image = 1  # guidance is an input
 
     @property
     def native_size(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 
 from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
 
-from .base import ModelFamily
+from .base import ModelFamily, frozen_pass
 
 AESTHETIC_SCORE = 6.0
 """The fifth micro-condition: what both pipelines pass unless told otherwise."""
@@ -89,6 +89,13 @@ class MaskedTokenFamily(ModelFamily):
     def latents(self, encoded: dict[str, torch.Tensor], rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """Codes (B, h, w) int64; an image has one code, so `sample` has no effect."""
         return encoded["codes"].to(self.device)
+
+    def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) of codes (B, h, w)."""
+        vqvae = self.pipeline.vqvae
+        shape = (*latents.shape, vqvae.config["latent_channels"])
+        with frozen_pass(vqvae.device):
+            return vqvae.decode(latents, force_not_quantize=True, shape=shape, return_dict=False)[0]
 
     def usage(self, location: str, prompt: str) -> str:
         """The snippet of the base class; the transformer itself loads the adapter, as the pipeline has no method."""

@@ -11,14 +11,18 @@ import torch
 
 from tgol_trainer.shapes import embedded_model
 
-from . import read_index, wrap_pipeline
+from . import read_dtype, read_index, wrap_pipeline
 from .base import FamilySettings, ModelFamily
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def load_skeleton(
-    model: str | Path, *, revision: str | None = None, settings: FamilySettings | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: Any = torch.float32,
+    settings: FamilySettings | None = None,
 ) -> ModelFamily:
     """
     Load tokenizers, schedulers and configs of a pipeline; its networks stand on torch's meta device, without weights.
@@ -29,6 +33,8 @@ def load_skeleton(
     Args:
         model (`str` or `Path`): Hub id or folder of a diffusers pipeline, or the name of an embedded model.
         revision (`str`, *optional*): Revision on the Hub.
+        dtype (`torch.dtype`, `str` or `dict`, *optional*, defaults to `torch.float32`):
+            Of the weights, as `from_pretrained` takes it: also by component, `{"default": ..., "vae": ...}`.
         settings ([`FamilySettings`], *optional*): Choices of the run.
 
     Returns:
@@ -37,13 +43,14 @@ def load_skeleton(
     Raises:
         FileNotFoundError: for a folder that holds no pipeline, and for what is neither a folder nor a Hub id.
         ValueError: for an unsupported pipeline, Meissonic among them, whose classes are not in diffusers, and for
-            tokenizers without files.
+            tokenizers without files; for a dtype that only the weights know (`"auto"`).
     """
     import diffusers
 
     embedded = embedded_model(model)
     source = str(embedded.folder if embedded else model)
     options = {"revision": revision} if revision is not None else {}
+    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     index = read_index(source, options)
     kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
@@ -59,6 +66,8 @@ def load_skeleton(
             arguments[name] = None
         else:
             arguments[name] = _component(getattr(importlib.import_module(value[0]), value[1]), source, name, options)
+            if isinstance(arguments[name], torch.nn.Module):
+                _cast(arguments[name], read_dtype(dtypes.get(name, dtypes.get("default", torch.float32))))
     if "requires_safety_checker" in known:
         arguments["requires_safety_checker"] = False
     return wrap_pipeline(kind(**arguments), settings=settings)
@@ -74,3 +83,17 @@ def _component(kind: Any, source: str, name: str, options: dict[str, Any]) -> An
     config = read(source, subfolder=name, **options)
     with torch.device("meta" if is_network else "cpu"):
         return build(config)
+
+
+def _cast(network: Any, dtype: Any) -> None:
+    """Bring weights to a dtype; what `from_pretrained` keeps in float32 stays."""
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`dtype` is {dtype!r}, which only the weights know: name one, such as 'bfloat16'.")
+    if dtype == torch.float32:
+        return
+    kept = set(network._keep_in_fp32_modules or ())
+    if not hasattr(network, "load_config"):  # transformers has a second list, which holds for bfloat16 too
+        kept = (kept if dtype == torch.float16 else set()) | set(network._keep_in_fp32_modules_strict or ())
+    for name, parameter in network.named_parameters():
+        if not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)

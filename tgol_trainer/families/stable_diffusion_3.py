@@ -28,6 +28,11 @@ class StableDiffusion3Family(FlowFamily):
     default_density = "logit_normal"
 
     @property
+    def max_side(self) -> int:
+        """As many pixels as there are learned positions (1536 for SD3, 3072 for SD3.5 medium)."""
+        return self.denoiser.config.pos_embed_max_size * self.resolution_multiple
+
+    @property
     def resolution_multiple(self) -> int:
         """The autoencoder's factor times the patch size."""
         return self.pipeline.vae_scale_factor * self.denoiser.config.patch_size

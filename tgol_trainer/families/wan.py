@@ -39,6 +39,7 @@ class WanFamily(FlowFamily):
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
     token_limits = {"tokenizer": _TOKENS}
     pipeline_tag = "text-to-video"
+    rows_per_image = 1  # the pass with the empty prompt comes after the other
 
     def check_pipeline(self) -> None:
         """Refuse Wan 2.2, a missing component, and a number of frames that the autoencoder would cut."""

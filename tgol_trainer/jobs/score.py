@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from tgol_trainer._files import write_json
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
+from tgol_trainer.data.files import NotAFileError, open_file, read_url
 from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
 from tgol_trainer.sources.loading import AnyDataset
 from tgol_trainer.sources.shards import REWARDS, SCORED, read_rewards
@@ -63,6 +64,13 @@ class ScoringSettings:
     shard_size: int = 1024
     batch_size: int | None = None
     num_workers: int = 2
+
+    def check(self) -> None:
+        """Raise a [`DataError`] for a size below 1, with which no row would ever be scored."""
+        for name in ("shard_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"`{name}` is {value}; it must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +123,7 @@ def score_dataset(
             or other shards.
     """
     settings = settings or ScoringSettings()
+    settings.check()
     source = source_of(dataset, settings)
     check_rewards(dataset, list(rewards), source, settings.weights)
     dataset = _undecoded(dataset, source)
@@ -381,16 +390,12 @@ def _with_bytes(value: Any) -> Any:
         return [_with_bytes(frame) for frame in value]
     if not isinstance(value, dict) or value.get("bytes") is not None:
         return value
-    if "://" in str(value.get("path")):
-        from datasets.utils.file_utils import xopen
-
-        try:
-            with xopen(value["path"], "rb") as file:  # reads hf://, https:// and zip://a.png::hf://...
-                return {"bytes": file.read(), "path": Path(value["path"].partition("::")[0]).name}
-        except OSError:
-            return None
-    path = Path(value.get("path") or "")
-    return {"bytes": path.read_bytes(), "path": path.name} if path.is_file() else None
+    path = str(value.get("path") or "")
+    try:
+        with read_url(path) if "://" in path else open_file(path) as file:
+            return {"bytes": file.read(), "path": Path(path.partition("::")[0]).name}
+    except (OSError, NotAFileError):
+        return None
 
 
 def report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:

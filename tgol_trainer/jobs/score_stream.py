@@ -71,10 +71,9 @@ def score_stream(
     """
     _check_stream(dataset)
     settings = settings or ScoringSettings()
+    settings.check()
     source, weights = source_of(dataset, settings), settings.weights
     check_rewards(dataset, list(rewards), source, weights)
-    if settings.shard_size < 1:
-        raise DataError(f"`shard_size` is {settings.shard_size}; it must be at least 1.")
     folder, num_files = Path(output_dir), dataset.num_shards
     record = {"streaming": True, "source": name, "num_files": num_files, "shard_size": settings.shard_size}
     record |= {"columns": [source.prompt, source.visual], "mean_over_frames": settings.mean_over_frames}

@@ -58,6 +58,26 @@ def combination_lines(combination: ScoreCombination) -> list[str]:
     return lines
 
 
+def check_constant(scores: np.ndarray, combination: ScoreCombination) -> None:
+    """
+    Check that columns do not cancel: b = 1 - 3·a standardised is -a, and their sum nothing but rounding.
+
+    Args:
+        scores (`np.ndarray`): (N, K) raw.
+        combination ([`thresholds.ScoreCombination`]): How they are combined.
+
+    Raises:
+        ThresholdError: if the combined scores are equal up to rounding.
+    """
+    combined = combination(scores)
+    if combined.max() - combined.min() <= combination.rounding_error(scores):
+        raise ThresholdError(
+            f"The combination of {', '.join(combination.columns)} is constant: {combination.formula} is the same "
+            "number in every row, since the columns cancel each other. Leave one of them out, or choose other "
+            "`score_weights`."
+        )
+
+
 def check_combined(scores: np.ndarray, combination: ScoreCombination) -> None:
     """
     Check that `"min"` gives both labels. Other combinations get their threshold from the scores.

@@ -11,11 +11,15 @@ import numpy as np
 
 from tgol_trainer import thresholds
 from tgol_trainer.thresholds import ScoreCombination, Threshold, ThresholdError, Weighting
+from tgol_trainer.thresholds.base import deviation
 
-from .combining import check_combined, fit_and_log
+from .combining import check_combined, check_constant, fit_and_log
 from .labeler import Labeler, RowLabels
 
 logger = logging.getLogger(__name__)
+
+_LARGEST_WEIGHT = 1e30
+_SHOWN = 3
 
 Groups = Sequence[str] | np.ndarray
 ThresholdStrategy = Literal["global", "fixed", "group", "oracle", "running"]
@@ -116,6 +120,7 @@ def fit_labels(
             source, settings.columns, settings.column_weights, settings.combination, settings.percentile
         )
     if combination is not None and source is not None:
+        check_constant(source, combination)
         source = combination(source)
         scores = None if scores is None else combination(scores) if proxy else source
     try:
@@ -137,6 +142,7 @@ def fit_labels(
         labeler, kept = _without_dead_zone(labeler, normal, settings.dead_zone)
         scores = scores[kept]
     labels = labeler(scores, labeler.rows)
+    _check_weights(labels.weight, scores, name)
     mean = float(labels.weight.mean(dtype=np.float64))
     if settings.unit_mean_weight and mean > 0:
         weighting = dataclasses.replace(labeler.weighting, divisor=mean)
@@ -145,6 +151,19 @@ def fit_labels(
     weights = thresholds.summarize_weights(labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1))
     _log(labeler.threshold, weights)
     return FittedLabels(dataclasses.replace(labeler, weights=weights), labels, kept)
+
+
+def _check_weights(weights: np.ndarray, scores: np.ndarray, name: str) -> None:
+    """Refuse weights with which the loss of a batch, or its gradient, is no number in float32 any more."""
+    highest = weights if weights.ndim == 1 else weights.max(axis=1)
+    rows = np.flatnonzero(~(highest < _LARGEST_WEIGHT))
+    if rows.size:
+        shown = ", ".join(f"{scores[row]:g}" for row in rows[:_SHOWN])
+        raise ThresholdError(
+            f"Column {name!r}: {rows.size} of {len(highest)} scores give weights that float32 cannot hold in a loss "
+            f"(such as {shown}). Such numbers often stand for a missing score: remove these rows, or set "
+            "`score_normalization='robust'` or a smaller `confidence_scale`."
+        )
 
 
 def _log(threshold: Threshold, weights: thresholds.WeightSummary) -> None:
@@ -189,7 +208,7 @@ def _fit(
         by_group=by_group,
         rows=rows,
         strategy=facts,
-        score_std=float(source.std()) if source is not None else 1.0,
+        score_std=deviation(source) if source is not None else 1.0,
         source=source if keep_source else None,
         cut_points=cut_points,
         quantiles=settings.quantiles,

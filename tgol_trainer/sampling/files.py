@@ -124,7 +124,7 @@ class SampleFiles:
             self.folder / STRIP_NAME,
             self.prompts[:rows],
             [column.title for column in shown],
-            [[Image.open(path) for path in self._paths(column)[:rows]] for column in shown],
+            [[Image.open(path, formats=("PNG",)) for path in self._paths(column)[:rows]] for column in shown],
             scores={name: [values[:rows] for values in found] for name, found in scores.items()},
             means={name: [_mean(values) for values in found] for name, found in scores.items()},
         )

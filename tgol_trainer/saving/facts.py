@@ -17,6 +17,7 @@ from tgol_trainer.labels import Labeler
 from tgol_trainer.thresholds import ScoreCombination
 
 from .card import CardFacts, DatasetFacts, Hyperparameter
+from .settings import Change
 
 if TYPE_CHECKING:
     import datasets
@@ -49,7 +50,7 @@ _TRAINING_FIELDS = (
 )
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
-_NOT_SHOWN = {"dataset_num_proc", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
+_NOT_SHOWN = {"dataset_num_proc", "allow_changed", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
 
 
 class CardSource(Protocol):
@@ -62,6 +63,7 @@ class CardSource(Protocol):
     dataset_facts: list[DatasetFacts]
     example_prompt: str | None
     card_extras: dict[str, Any]
+    changes: list[Change]
     hub_model_id: str | None
 
 
@@ -167,6 +169,7 @@ def harvest_facts(trainer: CardSource) -> CardFacts:
         prompt += args.csft_suffixes[0]
     threshold, weights = _label_facts(trainer.labeler)
     limits = ["It inherits the limits, the biases and the terms of use of its base model."]
+    limits += [f"Training was resumed at step {change.step} with a change of {change}." for change in trainer.changes]
     adapter = {} if args.full_finetuning else adapter_metadata(family.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     license_facts: dict[str, Any] = dict(

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import json
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from tgol_trainer import adapters
-from tgol_trainer._files import write_json
+from tgol_trainer._files import move, settle, write_json
 
 from .card import CardImage, DatasetFacts, write_card
+from .checkpoints import DRAFTS, explained_writes, last_good, read_back, rotate, seal
+from .divergence import FiniteWatch, TrainingDivergedError, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
 from .hub import Repository, RunPushes, open_repository, resume_command
+from .progress import EveryPassTrains
+from .resuming import is_finished, open_output, starting_point
+from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
+from .stopping import StopOnSignal
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import ModelMixin
 
     from tgol_trainer.config import TGOLConfig
@@ -28,6 +39,9 @@ if TYPE_CHECKING:
     from tgol_trainer.labels import Labeler
 
 logger = logging.getLogger(__name__)
+
+_BYTES_PER_WEIGHT = 12
+"""Of a checkpoint: a weight and AdamW's two moments, in float32."""
 
 
 class SavingTrainer(Trainer):
@@ -42,6 +56,8 @@ class SavingTrainer(Trainer):
         dataset_facts (`list[card.DatasetFacts]`): What the card says of the training data.
         example_prompt (`str`, *optional*): Prompt of the card's snippet.
         card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
+        changes (`list[settings.Change]`): Settings that changed where the run was resumed.
+        already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
     """
 
     args: TGOLConfig
@@ -52,37 +68,228 @@ class SavingTrainer(Trainer):
     example_prompt: str | None
     card_extras: dict[str, Any]
     pushes: RunPushes | None = None
+    already_saved = False
+    _watch: FiniteWatch
+    _settings: dict[str, Any] | None = None
+    _drafting = False
 
     @abc.abstractmethod
     def state_facts(self) -> dict[str, Any]:
         """Return what a checkpoint must remember beside weights, JSON-serialisable."""
 
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        self.changes: list[Change] = []
+        super().__init__(*args, callbacks=[EveryPassTrains(), *(callbacks or [])], **kwargs)
+
+    # ---- Start ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        As `transformers.Trainer.train`, with an end and a start that can be trusted (docs/reliability.md).
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint, or `True` for the newest complete one in `args.output_dir`; where there is none, `True`
+                starts anew. A run that is finished is not trained on: its weights are loaded and `already_saved` says
+                whether `args.output_dir` holds them.
+            args, kwargs (`Any`): Further arguments of `transformers.Trainer.train`.
+
+        Returns:
+            `transformers.trainer_utils.TrainOutput`
+
+        Raises:
+            FileExistsError: for a new run in a folder that holds checkpoints.
+            FileNotFoundError: if the checkpoint that was named is not complete.
+            ValueError: if the run is another one than the checkpoint's, by name of what differs.
+            TrainingDivergedError: if a loss or a weight is not finite.
+            TrainingStopped: after a signal, where a `StopOnSignal` is among the callbacks.
+            SaveError: if a checkpoint cannot be written.
+            DataError: if a pass over the training data makes no update.
+        """
+        self._watch, self.already_saved = FiniteWatch(self.args.device), False
+        checkpoint = self._open(resume_from_checkpoint)
+        self._settings = settings = self._decisive_settings()
+        self.changes = []
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._compare_settings(checkpoint, state.global_step, settings)
+            if is_finished(state, self.args, checkpoint):
+                return self._end_again(checkpoint, state)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSignal):
+                    callback.restore()
+            self._finish_current_push()
+
+    def _open(self, asked: str | bool | None) -> Path | None:
+        """Open the output folder; return the checkpoint to start at."""
+        args = self.args
+        checkpoint = starting_point(args.output_dir, asked)
+        found = {str(each) for each in gather_object([checkpoint])}
+        if len(found) > 1:
+            raise FileNotFoundError(
+                f"The processes see different checkpoints in `output_dir` {args.output_dir}: {', '.join(found)}. It "
+                "must be one folder, on a disk that all of them share."
+            )
+        if args.should_save:
+            trained = sum(value.numel() for value in self._trained_weights())
+            shutil.rmtree(Path(args.output_dir, DRAFTS), ignore_errors=True)
+            open_output(args.output_dir, _BYTES_PER_WEIGHT * trained)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _decisive_settings(self) -> dict[str, Any]:
+        return decisive_settings(self.args, self.family, self.train_dataset, self.state_facts()["resolution"])
+
+    def _compare_settings(self, checkpoint: Path, step: int, settings: dict[str, Any]) -> None:
+        saved = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        changes = find_changes(saved["settings"], settings, step)
+        check_changes(changes, self.args.allow_changed, str(checkpoint))
+        self.changes = [Change(**each) for each in saved["changes"]] + changes
+        log_harmless(json.loads((checkpoint / ARGUMENTS_NAME).read_text(encoding="utf-8")), self.args, str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for change in self.changes:
+            if change.name == "learning_rate":
+                set_learning_rate(self.optimizer, self.lr_scheduler, change.now)
+
+    def _end_again(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        """Load what a finished run ended with."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+        saved = Path(self.args.output_dir, STATE_NAME)
+        self.already_saved = saved.is_file() and json.loads(saved.read_text())["step"] == state.global_step
+        logger.warning("The run is finished: %s is its last step. Nothing is trained.", checkpoint)
+        losses = [line["loss"] for line in state.log_history if "loss" in line]
+        return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
+
+    # ---- Numbers that are not finite ----
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As `transformers.Trainer.training_step`; the loss is looked at."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watch.add(loss, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `transformers.Trainer.log`; stops on a loss that was not finite."""
+        if "loss" in logs or "train_loss" in logs:
+            self._check_losses()
+        super().log(logs, start_time)
+
+    def _check_losses(self) -> None:
+        found = self._watch.first(self.accelerator.gather)
+        if found is not None:
+            raise self._diverged(f"The loss is {found[1]} at step {found[0]}.")
+
+    def _trained_weights(self) -> list[torch.nn.Parameter]:
+        return [value for value in self.family.denoiser.parameters() if value.requires_grad]
+
+    def _check_weights(self) -> None:
+        """Raise on every process if the weights of one are not finite."""
+        if not self.accelerator.gather(all_finite(self._trained_weights()).int()).all():
+            raise self._diverged(f"The trained weights are not finite after step {self.state.global_step}.")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        causes = "a learning rate or temperature that is too large, or a batch with broken images"
+        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
+            causes = "float16 overflow (use bfloat16 or float32), or " + causes
+        return TrainingDivergedError(f"{what} Usual causes: {causes}. {last_good(self.args.output_dir)}")
+
     # ---- Disk ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, DRAFTS) if self._drafting else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Trainer writes the checkpoint, in another folder, which is renamed when all of it is there.
+        self._check_losses()
+        self._check_weights()
+        args, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run = self._get_output_dir(trial)
+        place, draft = Path(run, name), Path(run, DRAFTS, name)
+        with explained_writes(Path(args.output_dir), self.state.global_step):
+            self._drafting = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._drafting = False
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == draft:
+                self.state.best_model_checkpoint = os.path.join(run, name)
+                if args.should_save:
+                    self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                seal(draft, resumable=not args.save_only_model)
+                settle(draft)
+                move(draft, place)
+                draft.parent.rmdir()
+            self.accelerator.wait_for_everyone()
+        if args.should_save:
+            rotate(place, args.save_total_limit, self.state.best_model_checkpoint)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(place))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        family, state = self.family, self.state_facts()
+        state, draft = self.state_facts(), folder / DRAFTS / "weights"
         checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if not all_finite(self._trained_weights()):
+            raise self._diverged("The trained weights are not finite and are not saved.")
+        with explained_writes(Path(self.args.output_dir), self.state.global_step):
+            draft.mkdir(parents=True, exist_ok=True)
+            try:
+                parts = self._write_weights(draft, state["reference_epoch"] if checkpoint else None, state_dict)
+                settle(draft)
+                for part in parts:
+                    move(draft / part, folder / part)
+            finally:
+                shutil.rmtree(draft.parent, ignore_errors=True)
+            if self._settings is None:  # saved without training
+                self._settings = self._decisive_settings()
+            changes = [dataclasses.asdict(change) for change in self.changes]
+            state |= {"step": self.state.global_step, "settings": self._settings, "changes": changes}
+            write_json(folder / STATE_NAME, state)
+            write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
+            self._write_card(folder)
+
+    def _write_weights(self, folder: Path, epoch: int | None, state_dict: dict[str, torch.Tensor] | None) -> list[str]:
+        """
+        Write the policy, and the reference of an epoch, and read them back. Return the names of files or folders.
+
+        `epoch` is `None` where the reference is not wanted, and 0 before it has moved.
+        """
+        family = self.family
         if self.reference_model is not None:
-            family.denoiser.save_pretrained(folder / family.denoiser_name)
-            if checkpoint and state["reference_epoch"]:
-                self.reference_model.save_pretrained(folder / f"reference_{family.denoiser_name}")
-        else:
-            save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
-            adapters.save_adapter(*save, state_dict=state_dict)
-            if checkpoint and adapters.REFERENCE in family.denoiser.peft_config:
-                adapters.save_adapter(
-                    *save,
-                    adapter=adapters.REFERENCE,
-                    weight_name=adapters.REFERENCE_WEIGHTS_NAME,
-                    state_dict=state_dict,
-                )
-        write_json(folder / STATE_NAME, state)
-        write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
-        self._write_card(folder)
+            models = {family.denoiser_name: family.denoiser}
+            if epoch:
+                models[f"reference_{family.denoiser_name}"] = self.reference_model
+            for name, model in models.items():
+                model.save_pretrained(folder / name)
+                read_back(folder / name, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+            return list(models)
+        files = {adapters.POLICY: adapters.WEIGHTS_NAME}
+        if epoch is not None and adapters.REFERENCE in family.denoiser.peft_config:
+            files[adapters.REFERENCE] = adapters.REFERENCE_WEIGHTS_NAME
+        save = (type(family.pipeline), family.denoiser_name, family.denoiser, folder)
+        for adapter, name in files.items():
+            adapters.save_adapter(*save, adapter=adapter, weight_name=name, state_dict=state_dict)
+        return list(files.values())
 
     def _load_policy(self, folder: Path) -> None:
         denoiser, name = self.family.denoiser, self.family.denoiser_name
@@ -154,7 +361,7 @@ class SavingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own looks for transformers' file names, and pickles the arguments with the token in them.
-        if self.pushes is None:
+        if self.pushes is None or self._drafting:  # a draft is pushed when it is in its place
             return
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
@@ -166,13 +373,6 @@ class SavingTrainer(Trainer):
     def _finish_current_push(self) -> None:
         if self.pushes is not None:
             self.pushes.finish()
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `transformers.Trainer.train`. Pushes that failed in the background are reported however it ends."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._finish_current_push()
 
     def push_to_hub(
         self,
@@ -204,8 +404,9 @@ class SavingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        self.create_model_card(**kwargs)
+        if not self.already_saved:
+            self.save_model(_internal_call=True)
+            self.create_model_card(**kwargs)
         self._finish_current_push()
         if self.pushes is None:
             return None

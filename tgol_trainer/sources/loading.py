@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
+import glob
 import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,23 +21,28 @@ from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer._hub_ids import is_hub_id
-from tgol_trainer.data.images import DataError, describe
+from tgol_trainer.data.files import same_name
+from tgol_trainer.data.images import DataError
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
+from .folders import IMAGES, VIDEOS, file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
 from .shards import incomplete
+from .tables import check_table, csv_options
 
 logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-_VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg")
-_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
-_SAMPLE = 1_000_000
-"""Characters of a CSV file that are searched for its separator, rows that are too long and decimal commas."""
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
@@ -56,7 +61,8 @@ def load_scored_dataset(
         source (`str`):
             A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
             videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
-            Parquet, JSON Lines or CSV files; or one such file. Paths in a table count from the folder of the table.
+            Parquet, JSON Lines or CSV files, or of WebDataset tars, whose JSON fields become columns such as
+            `json.prompt`; or one such file. Paths in a table count from the folder of the table.
         name (`str`, *optional*): Configuration of a dataset that has several.
         split (`str`, *optional*, defaults to `"train"`):
             Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
@@ -114,6 +120,17 @@ class _Wanted:
         """The split without a slice: `"train[:100]"` -> `"train"`."""
         return re.sub(r"\W.*", "", self.split)
 
+    @property
+    def used(self) -> list[str]:
+        """Columns that are read."""
+        columns = self.columns
+        return self.only or [
+            *columns.names,
+            columns.video or "video",
+            "file_name",
+            *([columns.group] if columns.group else []),
+        ]
+
 
 def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
     path = Path(source).expanduser()
@@ -136,7 +153,7 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         "`name` of the configuration and the `split`; for a private or gated dataset, log in with `hf auth login`."
     )
     with _loading(source, hint):
-        dataset = _load(wanted, source, name)
+        dataset = _flattened(_load(wanted, source, name))
     commit = hub_commit(dataset)
     if commit and not dataset.info.download_checksums:  # cards read the Hub id and commit where `datasets` noted them
         dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
@@ -186,6 +203,35 @@ def _load(wanted: _Wanted, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_file(path: Path, wanted: _Wanted) -> Any:
+    return _as_written(_read_table(path, wanted), path, wanted, csv=_is_csv(path))
+
+
+def _load_metadata(path: Path, wanted: _Wanted, *, own_split: bool) -> Any:
+    """Load the metadata of a folder: of one split, or with `own_split` false the rows of one of several."""
+    whole = dataclasses.replace(wanted, split=wanted.base_split, streaming=False, only=None)
+    names = file_names(_read_table(path, whole), wanted.columns)
+    tell_of_files(names, path)
+    chosen = [True] * len(names) if own_split else rows_of_split(names, path, wanted.base_split)
+    if all(chosen):
+        return _load_file(path, wanted)
+    if wanted.split != wanted.base_split:
+        raise DataError(
+            f"`split`: {str(path)!r} has rows of several splits, told apart by folder, so it takes no slice such as "
+            f"{wanted.split!r}. Name the split alone."
+        )
+    dataset = _read_table(path, dataclasses.replace(wanted, only=None))
+    if wanted.streaming:
+        dataset = dataset.filter(lambda row, index: chosen[index], with_indices=True)
+    else:
+        dataset = dataset.select([index for index, kept in enumerate(chosen) if kept])
+    return _as_written(dataset, path, wanted, csv=_is_csv(path))
+
+
+def _is_csv(path: Path) -> bool:
+    return _BUILDERS.get(path.suffix.lower()) == "csv"
+
+
+def _read_table(path: Path, wanted: _Wanted) -> Any:
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise DataError(
@@ -196,62 +242,43 @@ def _load_file(path: Path, wanted: _Wanted) -> Any:
         "Check that the file is not empty, that every line has the same columns, and that it is UTF-8 (save a "
         "spreadsheet as 'CSV UTF-8')."
     )
-    options = _csv_options([path]) if builder == "csv" else {}
+    if builder == "json":
+        check_table(path)
+    options = csv_options([path], wanted.used) if builder == "csv" else {}
     with _loading(path, hint):
-        dataset = _load(wanted, builder, data_files={wanted.base_split: str(path)}, **options)
-    return _as_written(dataset, path.parent, wanted, csv=builder == "csv")
+        return _load(wanted, builder, data_files={wanted.base_split: glob.escape(str(path))}, **options)
 
 
-def _as_written(dataset: Any, folder: Path, wanted: _Wanted, *, csv: bool) -> Any:
+def _as_written(dataset: Any, path: Path, wanted: _Wanted, *, csv: bool) -> Any:
     """Strip the column names of a CSV file, as in `prompt , score`, and resolve the paths of a whole dataset."""
     if csv:
         known = dataset.column_names or []
         names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
         if len(set(names.values())) == len(names):
             dataset = dataset.rename_columns(names)
-    return dataset if wanted.only is not None else _resolve_files(dataset, folder, wanted.columns)
+    dataset = _flattened(dataset)
+    if wanted.only is not None:
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        tell_of_copies(dataset, path, wanted.columns)
+    return _resolve_files(dataset, path if path.is_dir() else path.parent, wanted.columns)
 
 
-def _csv_options(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the options of the CSV reader for files as spreadsheets write them. The first file decides."""
-    for path in paths[1:]:
-        _read_sample(path)  # refuses rows that are too long
-    separator, cells = _read_sample(paths[0])
-    decimal_comma = separator != "," and any(_DECIMAL_COMMA.fullmatch(cell.strip()) for cell in cells)
-    return {
-        "sep": separator,
-        "decimal": "," if decimal_comma else ".",
-        # Where the first row has more values than the header (a separator at its end is enough), the reader would take
-        # the first column for row names and every other column for its neighbour.
-        "index_col": False,
-        "skipinitialspace": True,  # `a dog, "x, y"` and a blank after the comma
-        # In one piece: otherwise a word far down in a column of numbers stops the reader. The check of the rows can
-        # name its row.
-        "chunksize": 2**31 - 1,
-    }
+def _flattened(dataset: Any) -> Any:
+    """Return a WebDataset with a column for each field of its JSON files: `json.prompt`, `json.score`."""
+    features = getattr(dataset, "features", None) or {}
+    if "__key__" not in features or not isinstance(features.get("json"), dict):
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.flatten()
+    dataset = dataset.decode(False)
+    fields = {f"json.{name}": feature for name, feature in features["json"].items()}
+    kept = {name: feature for name, feature in dataset.features.items() if name != "json"}
+    return dataset.map(_json_fields, remove_columns="json", features=datasets.Features({**kept, **fields}))
 
 
-def _read_sample(path: Path) -> tuple[str, list[str]]:
-    """Return the separator of a CSV file and the cells of its beginning."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        beginning = file.read(_SAMPLE)
-    header = next((line for line in io.StringIO(beginning, newline="") if line.strip()), "")
-    # Spreadsheets write ";" where the comma is the decimal sign, and a tab when asked for text.
-    separator = max(",;\t", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
-    rows = csv.reader(io.StringIO(beginning, newline=""), delimiter=separator, skipinitialspace=True)
-    columns: list[str] = next(filter(None, rows), [])  # the reader of `datasets` passes over blank lines too
-    cells: list[str] = []
-    for row in rows:
-        cells += row
-        if any(cell.strip() for cell in row[len(columns) :]):
-            sign = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
-            raise DataError(
-                f"`source`: line {rows.line_num} of {str(path)!r} has {len(row)} values, and the header names "
-                f"{len(columns)}: {columns}. The first line must name every column, and a text that holds a {sign} "
-                f'must stand in double quotation marks: "one{separator} two". The line: '
-                + describe(separator.join(row), 100)
-            )
-    return separator, cells
+def _json_fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {f"json.{name}": value for name, value in (row["json"] or {}).items()}
 
 
 def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
@@ -262,50 +289,67 @@ def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
         logger.warning("%s Until then, only the rows that are there are read.", lacking)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _load_saved(path, wanted)
-    for folder in (path / wanted.split, path):
-        for file in _METADATA:
-            if (folder / file).is_file():
-                return _load_file(folder / file, wanted)
+    for folder in (path / wanted.base_split, path):
+        found = [folder / file for file in _METADATA if (folder / file).is_file()]
+        if len(found) > 1:
+            logger.warning("%s: %s is read, %s is not. Remove one of them.", folder, found[0].name, found[1].name)
+        if found:
+            return _load_metadata(found[0], wanted, own_split=folder != path)
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     metadata = any(file.name in _METADATA for file in files)
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
-    images = [file for file in files if file.suffix.lower() in _IMAGES + _VIDEOS]
-    if images and not tables and not metadata:
+    images = [file for file in files if file.suffix.lower() in IMAGES + VIDEOS]
+    if images and not metadata and all(file.suffix.lower() == ".tar" for file in tables):
         raise _no_metadata(path, images, wanted.columns)
     if not tables and not metadata:
         raise DataError(
             f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no {', '.join(_BUILDERS)} "
             "file."
         )
+    for file in tables:
+        if _BUILDERS[file.suffix.lower()] == "json":
+            check_table(file)
     builder, options = str(path), {"name": name}
     if images and tables and not metadata:
         # `datasets` takes a folder for what most of its files are, here images, and would not read the tables.
-        builder, options = _tables_of(path, tables, wanted.base_split)
-    elif tables and all(_BUILDERS[file.suffix.lower()] == "csv" for file in tables):
-        options |= _csv_options(tables)
+        builder, options = _tables_of(path, tables, wanted)
+    elif glob.escape(str(path)) != str(path):
+        # `datasets` takes `cats [512]` for a pattern. It must be told what the folder holds, since it looks for a
+        # folder of the escaped name otherwise.
+        shards = [file for file in tables if file.parent == path / "data"] or tables
+        kinds = Counter(_BUILDERS[file.suffix.lower()] for file in shards)
+        builder = "imagefolder" if metadata else kinds.most_common(1)[0][0]
+        options |= {"data_dir": glob.escape(str(path.absolute()))}
+    if "data_files" not in options and tables and all(map(_is_csv, tables)):
+        options |= csv_options(tables, wanted.used)
     hint = f"Check that the folder has a split {wanted.split!r} and that its files have the same columns."
     with _loading(path, hint):
         dataset = _load(wanted, builder, **options)
     return _as_written(dataset, path, wanted, csv="sep" in options)
 
 
-def _tables_of(path: Path, tables: list[Path], split: str) -> tuple[str, dict[str, Any]]:
+def _tables_of(path: Path, tables: list[Path], wanted: _Wanted) -> tuple[str, dict[str, Any]]:
     """Return the builder and the arguments that load the tables of one split, by the split in their names."""
     builders = {_BUILDERS[file.suffix.lower()] for file in tables}
     names = sorted(file.relative_to(path).as_posix() for file in tables)
     if len(builders) > 1:
         raise DataError(f"`source`: {str(path)!r} holds tables of several kinds: {names}. Name one file.")
+    split = wanted.base_split
     words = {name: set(re.split(r"[\W\d_]+", name.lower())) for name in names}
     if any(words[name].intersection(known) for name in names for known in SPLIT_KEYWORDS.values()):
-        known = SPLIT_KEYWORDS.get(split, [split.lower()])
-        names = [name for name in names if words[name].intersection(known)]
+        names = [name for name in names if words[name].intersection(words_of(split))]
+    elif split != "train":  # every row would be trained on too
+        names = []
     if not names:
         found = sorted(words)
-        raise DataError(f"`split`: none of the tables {found} in {str(path)!r} belongs to the split {split!r}.")
+        raise DataError(
+            f"`split`: none of the tables {found} in {str(path)!r} belongs to the split {split!r}, which must be a "
+            "word in a table's name."
+        )
     (builder,) = builders
     files = [path / name for name in names]
-    options = {"data_files": {split: [str(file) for file in files]}}
-    return builder, options | (_csv_options(files) if builder == "csv" else {})
+    options = {"data_files": {split: [glob.escape(str(file)) for file in files]}}
+    return builder, options | (csv_options(files, wanted.used) if builder == "csv" else {})
 
 
 def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
@@ -319,6 +363,11 @@ def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
                 "dataset takes no slice such as 'train[:100]'."
             )
         dataset = dataset[split]
+    elif wanted.split != "train":  # every row would be trained on too
+        raise DataError(
+            f"`split`: {str(path)!r} is a saved dataset without splits, so {wanted.split!r} is not in it. Leave the "
+            "split out for all rows, or save a `datasets.DatasetDict` with a split of each name."
+        )
     if wanted.streaming:
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
     return dataset
@@ -375,7 +424,7 @@ def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) 
 
 
 def _is_video(path: Any) -> bool:
-    return isinstance(path, str) and path.lower().endswith(_VIDEOS)
+    return isinstance(path, str) and path.lower().endswith(VIDEOS)
 
 
 def absolute_path(path: Any, folder: str | Path) -> Any:
@@ -385,9 +434,9 @@ def absolute_path(path: Any, folder: str | Path) -> Any:
     """
     if not isinstance(path, str) or not path.strip() or "://" in path:
         return path
-    # Whether the file exists does not matter: `datasets` keeps the result, and the file may be put there later.
-    path = path.strip().replace("\\", os.sep)
-    return os.path.join(os.path.abspath(folder), path)  # keeps an absolute path
+    path = os.path.join(os.path.abspath(folder), path.strip().replace("\\", os.sep))  # keeps an absolute path
+    # A file that is put there later is found too: `open_file` looks once more.
+    return path if os.path.exists(path) else same_name(path) or path
 
 
 def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:

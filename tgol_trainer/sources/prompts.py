@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import datasets
 
+from tgol_trainer._files import NotTextError, read_text
 from tgol_trainer.data.images import DataError
 from tgol_trainer.data.rows import prompt_problem
 
@@ -118,7 +120,11 @@ def load_prompts(
     if path.is_file() and path.suffix.lower() in (".txt", ""):
         if category_column is not None:
             raise DataError(f"prompts: {source!r} is a text file, which has no column {category_column!r}.")
-        texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            lines = re.split(r"\r\n|\r|\n", read_text(path))  # `splitlines` also cuts at U+2028, inside a prompt
+        except NotTextError as error:
+            raise DataError(f"prompts: {error}") from error
+        texts = [line.strip() for line in lines]
         return _checked(Prompts([text for text in texts if text]), source, None)
     if not path.exists() and "/" not in source:
         raise DataError(

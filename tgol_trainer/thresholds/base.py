@@ -59,12 +59,30 @@ def checked_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
         raise ThresholdError(
             f"{bad.size} of {values.size} scores are NaN or infinite ({rows}). Remove those rows before estimating."
         )
-    if values.min() == values.max():
+    low, high = float(values.min()), float(values.max())
+    if high - low <= rounding_error(values):
+        rounding = f" up to rounding (they differ by {high - low:.2g})" if high > low else ""
         raise ThresholdError(
-            f"All {values.size} scores equal {values[0]}: nothing separates good from bad samples. Check that the "
-            "right column was named, score with another reward, or add samples of other quality."
+            f"All {values.size} scores equal {values[0]}{rounding}: nothing separates good from bad samples. Check "
+            "that the right column was named, score with another reward, or add samples of other quality."
         )
     return values
+
+
+def rounding_error(values: np.ndarray) -> float:
+    """
+    Return the difference below which (N,) float64 scores are the same number: 16 units in the last place of the
+    largest one, in float32 where float32 holds every score, as of a column of that type.
+    """
+    with np.errstate(over="ignore"):
+        single = bool((values.astype(np.float32) == values).all())
+    return 16 * float(np.finfo(np.float32 if single else np.float64).eps) * float(np.abs(values).max())
+
+
+def deviation(values: np.ndarray) -> float:
+    """Return the standard deviation of (N,) scores, also of those whose squares float64 cannot hold."""
+    size = float(np.abs(values).max()) or 1.0
+    return float((values / size).std()) * size if size > 1e100 else float(values.std())
 
 
 def checked_groups(scores: Sequence[float] | np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

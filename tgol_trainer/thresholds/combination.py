@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import ThresholdError, checked_scores
+from .base import ThresholdError, checked_scores, deviation, rounding_error
 from .percentile import estimate_threshold
 
 CombinationMethod = Literal["sum", "min"]
@@ -76,6 +76,12 @@ class ScoreCombination:
             part = self.weights[column] * self.margins(scores, column)
             combined = combined + part if self.method == "sum" else np.minimum(combined, part)
         return combined
+
+    def rounding_error(self, scores: np.ndarray) -> float:
+        """Return the difference below which combined scores of (N, K) raw ones are the same number."""
+        parts = zip(self.weights, self.scales, scores.T, strict=True)
+        # Twice, for the score and for the mean that is subtracted from it.
+        return sum(abs(weight) * 2 * rounding_error(column) / scale for weight, scale, column in parts)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreCombination:
@@ -177,7 +183,7 @@ def fit_combination(
         except ThresholdError as error:
             raise ThresholdError(f"Column {column!r} of `score_columns`: {error} Or leave that column out.") from None
         centers.append(float(values.mean()))
-        scales.append(float(values.std()))
+        scales.append(deviation(values))
         if method == "min":
             found.append(estimate_threshold((values - centers[-1]) / scales[-1], percentile=percentile))
     return ScoreCombination(

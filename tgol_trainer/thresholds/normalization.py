@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from .base import checked_scores
+from .base import checked_scores, deviation
 
 NormalizationMethod = Literal["none", "zscore", "robust"]
 
@@ -55,9 +55,9 @@ def fit_normalization(scores: Sequence[float] | np.ndarray, method: Normalizatio
         return ScoreNormalization()
     values = checked_scores(scores)
     if method == "zscore":
-        return ScoreNormalization("zscore", float(values.mean()), float(values.std()))
+        return ScoreNormalization("zscore", float(values.mean()), deviation(values))
     if method == "robust":
         low, center, high = np.percentile(values, [25, 50, 75])
         spread = (high - low) / 1.3489795003921634
-        return ScoreNormalization("robust", float(center), float(spread if spread > 0 else values.std()))
+        return ScoreNormalization("robust", float(center), float(spread if spread > 0 else deviation(values)))
     raise ValueError(f"`score_normalization` must be 'none', 'zscore' or 'robust', got {method!r}.")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from tgol_trainer._files import write_file
 from tgol_trainer.evaluation.comparison import Comparison
+from tgol_trainer.evaluation.previews import PREVIEW_FORMATS
 from tgol_trainer.evaluation.results import AdapterResult, Evaluation, MeasureChange, ModelRows, verdict
 from tgol_trainer.evaluation.tables import (
     average_rows,
@@ -184,7 +185,7 @@ def _ratio(gallery: Gallery) -> float:
     first = next((thumbnail for thumbnails in gallery.thumbnails for thumbnail in thumbnails if thumbnail), None)
     if first is None:
         return 1.0
-    width, height = Image.open(io.BytesIO(first)).size
+    width, height = Image.open(io.BytesIO(first), formats=PREVIEW_FORMATS).size
     return round(width / height, 4)
 
 

@@ -3,7 +3,7 @@
 from .background import RunPushes
 from .errors import PushError
 from .push import Gate, Repository, Strategy, open_repository, push_files, push_run, resume_command
-from .selection import point_card_at, run_files
+from .selection import checkpoints, point_card_at, run_files
 
 __all__ = [
     "Gate",
@@ -11,6 +11,7 @@ __all__ = [
     "Repository",
     "RunPushes",
     "Strategy",
+    "checkpoints",
     "open_repository",
     "point_card_at",
     "push_files",

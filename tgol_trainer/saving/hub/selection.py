@@ -21,7 +21,8 @@ WEIGHTS = ".safetensors"
 _PUBLISHED = {WEIGHTS, ".json", ".md", ".txt", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4"}
 _TEXT = {".json", ".md", ".txt", ".yaml", ".yml", ".csv", ".jsonl"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LOCAL = {"trainer_state.json"}  # Trainer's state, which names folders of this machine
+# Trainer's state, which names folders of this machine, and the list of a checkpoint's files.
+_LOCAL = {"trainer_state.json", "checkpoint.json"}
 _SHOWN = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)|^\s*url: *([^\s]+)", re.MULTILINE)
 
 
@@ -89,7 +90,8 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = [(match, path) for path in Path(folder).iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    found = [(match, path) for path in entries if (match := _CHECKPOINT.fullmatch(path.name))]
     return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1])) if path.is_dir()]
 
 

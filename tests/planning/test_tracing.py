@@ -1,0 +1,68 @@
+"""Counting live bytes: what counts, for how long, and that tensors without memory are counted like real ones."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tgol_trainer.planning.tracing import LiveBytes, without_memory
+
+both = pytest.mark.parametrize("mode", [contextlib.nullcontext, without_memory], ids=["real", "without memory"])
+
+
+@both
+def test_a_storage_counts_once_from_its_first_tensor_to_its_last_and_what_was_there_does_not(mode):
+    """Three tensors of 1000 float32, at most two of them at once beside the one from before."""
+    with mode():
+        before = torch.ones(1000)
+        with LiveBytes() as live:
+            first = before * 2
+            view, flat = first.view(10, 100), first[5:]
+            assert (live.now, live.peak) == (4000, 4000)
+            before.add_(1)
+            second = first + 1
+            assert (live.now, live.peak) == (8000, 8000)
+            del first, view
+            assert live.now == 8000  # `flat` holds it
+            del flat
+            assert (live.now, live.peak) == (4000, 8000)
+            live.restart()
+            assert live.peak == 4000
+            del second
+    assert live.now == 0
+
+
+@both
+def test_a_linear_layer_keeps_its_input_for_the_backward_pass_and_makes_one_gradient(mode):
+    """
+    y = (2·x)·Wᵀ, x (8, 100), W (50, 100): 2·x lives on for W's gradient, 3200 bytes, until that of 20000 is made.
+
+    Operations: 2·8·100·50 forward, as many again for W's gradient.
+    """
+    with mode():
+        layer, inputs = torch.nn.Linear(100, 50, bias=False), torch.ones(8, 100)
+        with LiveBytes() as live:
+            loss = layer(2 * inputs).sum()
+            assert live.now == 3200 + 4
+            loss.backward()
+            del loss
+        assert live.now == 20000
+    assert live.flops == 2 * 80_000
+
+
+def test_attention_without_memory_keeps_no_matrix_of_tokens_by_tokens():
+    """Queries, keys, values and output are 4 · 2 MiB, the matrix alone would be 256 MiB."""
+    with without_memory():
+        inputs = torch.empty(1, 8, 4096, 64, dtype=torch.bfloat16, requires_grad=True)
+        with LiveBytes() as live:
+            torch.nn.functional.scaled_dot_product_attention(inputs, inputs, inputs).sum().backward()
+    assert live.peak < 32 * 2**20
+    # 2·T²·d for each of two products of 8 heads forward and of five backward
+    assert live.flops == 7 * 2 * 4096**2 * 64 * 8
+
+
+def test_code_that_asks_for_a_value_gets_one():
+    with without_memory():
+        length = torch.empty(3).sum()
+        assert torch.empty(7)[: length.long()].shape == (1,)
+        assert torch.empty(2, 3, dtype=torch.float64).numpy().tolist() == [[0.0] * 3] * 2

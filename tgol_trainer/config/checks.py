@@ -1,0 +1,133 @@
+"""Check what `TrainingArguments` lets through: numbers out of range, a folder that is a file, unusable processes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_Rule = tuple[tuple[str, ...], Callable[[float], bool], str]
+
+# Fields of TrainingArguments, what their values must fulfil (NaN fulfils nothing), and how a message says it.
+_RULES: tuple[_Rule, ...] = (
+    (
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (("seed", "data_seed"), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    (
+        ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"),
+        lambda value: 0 <= value < math.inf,
+        "at least 0 and finite",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (
+        ("max_steps",),
+        lambda value: value == -1 or value >= 1,
+        "at least 1, or -1 for as many updates as `num_train_epochs` asks for",
+    ),
+    (("num_train_epochs",), lambda value: 0 < value < math.inf, "larger than 0 and finite"),
+)
+
+
+def check_ranges(args: Any) -> None:
+    """
+    Check the numbers of `TrainingArguments` that would fail later, or train nothing without a word.
+
+    Args:
+        args ([`TGOLConfig`]): The configuration.
+
+    Raises:
+        ValueError: for one that is out of range or not finite.
+    """
+    for names, fulfils, text in _RULES:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fulfils(value):
+                raise ValueError(f"`{name}` must be {text}, got {value}.")
+
+
+def check_folder(path: str | None) -> None:
+    """
+    Check that a folder is one, or can be made one.
+
+    Args:
+        path (`str`, *optional*): The output folder.
+
+    Raises:
+        ValueError: if it is a file, or lies below one.
+    """
+    place = Path(path or ".").absolute()
+    for part in (place, *place.parents):
+        if part.is_dir():
+            return
+        if part.exists():
+            raise ValueError(f"`output_dir` is {path!r}, and {str(part)!r} is a file. Name another folder.")
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """
+    Check that processes, device and precision fit each other, before anything is loaded.
+
+    Args:
+        args ([`TGOLConfig`]): The configuration.
+
+    Raises:
+        ValueError: for several processes that take themselves for the only one, float16 on a CPU, or a way of sharding
+            that is not supported.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and args.world_size == 1:
+        raise ValueError(
+            f"The launcher started {world_size} processes (WORLD_SIZE), but this one runs alone and all would write "
+            f"to {args.output_dir}. On machines without a GPU add `--use_cpu true` (TGOLConfig(use_cpu=True))."
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "`fp16=True` has no effect on a CPU, where training would run in float32. Leave it out, or use "
+            "`bf16=True`."
+        )
+    if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "`deepspeed` is not supported: a resumed run would not find its threshold and its reference again. Use "
+            "several processes without it, or FSDP2 (`fsdp=True`)."
+        )
+    if not _wants_fsdp(args):
+        return
+    version = (args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 2
+    if int(version) != 2:
+        raise ValueError(f"`fsdp` is of version {version}, which is not supported. Use version 2, the default.")
+    if args.world_size == 1:
+        raise ValueError("`fsdp` shards a model over several processes, and there is one. Leave it out.")
+
+
+def check_sharding(args: TrainingArguments, enabled: bool) -> None:
+    """
+    Check that a model is sharded where that was asked for: on CPUs accelerate takes DistributedDataParallel instead.
+
+    Args:
+        args ([`TGOLConfig`]): The configuration.
+        enabled (`bool`): Whether FSDP runs.
+
+    Raises:
+        ValueError: if it does not, and should.
+    """
+    if _wants_fsdp(args) and not enabled:
+        raise ValueError(
+            "`fsdp` was asked for and does not run: accelerate shards over GPUs alone, and would keep a whole copy of "
+            "the model in each process. Leave it out."
+        )
+
+
+def _wants_fsdp(args: TrainingArguments) -> bool:
+    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")

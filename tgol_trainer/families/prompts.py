@@ -1,0 +1,35 @@
+"""Shorten prompts that are far too long, before anything counts or encodes their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_CHARACTERS, _MARGIN = 16, 4
+
+
+def seen_part(prompt: str, limits: Sequence[tuple[Any, int]]) -> str:
+    """
+    Return the beginning of a prompt that holds every token that the text encoders see, and several times as many.
+
+    Tokenizers read a text to its end before they cut it, and diffusers then logs the rest: 7 s for a megabyte, at each
+    step. The cut is made between words, which tokenizers treat one by one, so that the tokens before it stay the same.
+
+    Args:
+        prompt (`str`): Any text; one of at most 16 signs for each token comes back as it is.
+        limits (`Sequence[tuple[tokenizer, int]]`): Tokenizers and the number of tokens that each of them may give.
+
+    Returns:
+        `str`: the prompt, or its beginning.
+    """
+    size = _CHARACTERS * max(limit for _, limit in limits)
+    while size < len(prompt):
+        part = prompt[:size].rsplit(None, 1)[0] if prompt[:size].strip() else prompt[:size]
+        if len(part) < size and all(_num_tokens(tokenizer, part) > _MARGIN * limit for tokenizer, limit in limits):
+            return part
+        size *= 2
+    return prompt
+
+
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)

@@ -1,0 +1,376 @@
+"""Predict the memory of encoding, training and sampling by tracing each without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+
+from tgol_trainer.families import ModelFamily
+from tgol_trainer.likelihoods import RowGenerators
+
+from .cards import REACHED, Card
+from .networks import Setup, build, forget_weights, networks, weight_bytes
+from .tracing import LiveBytes, without_memory
+
+CONTEXT = 2**30
+"""Estimate of what CUDA and the libraries of kernels take before and beside the first tensor."""
+
+SLACK = 0.1
+"""Estimate of what the allocator cannot use, and of kernels' own work space, as a share of what comes and goes."""
+
+# Bytes of optimizer states for each trained value of `size` bytes: torch's AdamW keeps two values of the weight's own
+# dtype; bitsandbytes' of 8 bits two bytes, and two float32 scales for 256 values.
+_TWO_STATES = ("adamw_torch", "adamw_torch_fused")
+_STATES_FLOAT32 = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
+_STATES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
+
+KNOWN_OPTIMIZERS = (*_TWO_STATES, "sgd", *_STATES_FLOAT32, *_STATES_8BIT)
+"""Values of `TrainingArguments.optim` whose memory is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """
+    What one part of the work holds on the device, in bytes.
+
+    Args:
+        resident (`dict[str, int]`): What stays for all of it, by name; exact.
+        working (`int`): Most that comes and goes, as PyTorch's dispatcher sees it.
+    """
+
+    resident: dict[str, int]
+    working: int
+
+    @property
+    def tensors(self) -> int:
+        """Everything that is a tensor."""
+        return sum(self.resident.values()) + self.working
+
+    @property
+    def total(self) -> int:
+        """With the estimates of context and slack; the card must have so much."""
+        return self.tensors + CONTEXT + int(SLACK * self.working)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """
+    One pass of training over a batch, forward and backward. Bytes are those beside weights and optimizer.
+
+    Args:
+        peak (`int`): Most bytes that it holds: batch, activations, gradients.
+        activations (`int`): Bytes that the policy's forward pass keeps for the backward pass.
+        gradients (`int`): Bytes of the gradients after it.
+        flops (`int`): Floating-point operations, the reference's pass included where there is one.
+        prompts (`int`, *optional*, defaults to 0): Most bytes while prompts are encoded, without a cache.
+        images (`int`, *optional*, defaults to 0): Most bytes while images are encoded, without a cache.
+    """
+
+    peak: int
+    activations: int
+    gradients: int
+    flops: int
+    prompts: int = 0
+    images: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """
+    What encoding takes and makes.
+
+    Args:
+        prompts (`int`): Most bytes that encoding prompts holds beside weights.
+        images (`int`): The same of images.
+        bytes_per_prompt (`int`): Size of what a cache keeps of a prompt, at most.
+        bytes_per_image (`int`): Size of what a cache keeps of an image or clip.
+        conditioning (`dict[str, torch.Tensor]`): One row, without values.
+        latents (`torch.Tensor`): One row, without values.
+    """
+
+    prompts: int
+    images: int
+    bytes_per_prompt: int
+    bytes_per_image: int
+    conditioning: dict[str, torch.Tensor]
+    latents: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """
+    What a setup takes.
+
+    Args:
+        setup ([`Setup`]): The run.
+        pipeline (`str`): Name of the pipeline's class.
+        size (`tuple[int, int]`): Height and width in pixels.
+        multiple (`int`): What both are multiples of.
+        num_frames (`int`, *optional*): Frames of a clip.
+        num_trained (`int`): Values that are trained.
+        encoding ([`Phase`], *optional*): Filling the cache; `None` without one.
+        training ([`Phase`]): Steps.
+        sampling ([`Phase`], *optional*): Generating images with the trained denoiser.
+        step ([`Step`]): What a pass over a batch holds and computes.
+        bytes_per_prompt (`int`): See [`Encoding`].
+        bytes_per_image (`int`): See [`Encoding`].
+    """
+
+    setup: Setup
+    pipeline: str
+    size: tuple[int, int]
+    multiple: int
+    num_frames: int | None
+    num_trained: int
+    encoding: Phase | None
+    training: Phase
+    sampling: Phase | None
+    step: Step
+    bytes_per_prompt: int
+    bytes_per_image: int
+
+    @property
+    def needed(self) -> int:
+        """Most bytes that encoding and training take."""
+        return max(phase.total for phase in (self.encoding, self.training) if phase is not None)
+
+    def update_seconds(self, card: Card) -> tuple[float, float] | None:
+        """
+        Estimate the least and most seconds of an update from what makers say of a card.
+
+        `None` where the card's rate is not that of the products: in float32, in 4 or 8 bits, or where it is not known.
+        """
+        setup = self.setup
+        halves = setup.autocast is not None or setup.main_dtype in ("bfloat16", "float16")
+        if card.rate is None or not halves or setup.quantization is not None:
+            return None
+        slowest, fastest = (self.step.flops * setup.accumulation / (card.rate * share) for share in REACHED)
+        return fastest, slowest
+
+
+def predict(setup: Setup) -> Prediction:
+    """
+    Predict what a setup takes; nothing is loaded but configs and tokenizers.
+
+    Args:
+        setup ([`Setup`]): The run.
+
+    Returns:
+        [`Prediction`]
+
+    Raises:
+        ValueError: see [`build`]; also for an optimizer whose memory is not known.
+    """
+    return predict_family(build(setup), setup)
+
+
+def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
+    """Predict what a setup takes with a family that [`build`] made; its networks are changed."""
+    denoiser = family.denoiser
+    at_denoiser, encoders = _weights(family, setup)
+    with_optimizer = {**at_denoiser, "optimizer": optimizer_bytes(denoiser, setup.optimizer)}
+    size = setup.resolution or family.native_size
+    if any(side % family.resolution_multiple for side in size):
+        raise ValueError(
+            f"`resolution` {size[0]}x{size[1]} is not a multiple of {family.resolution_multiple} on both sides."
+        )
+    with without_memory():
+        for network in networks(family).values():
+            forget_weights(network)
+        encoding = trace_encoding(family, size)
+        step = trace_step(family, setup, size, encoding)
+        sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else 0
+    # What cannot leave the device while a cache is filled: a quantised denoiser, and a frozen copy.
+    staying = at_denoiser if setup.quantization else {"reference": at_denoiser["reference"]} if not setup.lora else {}
+    training = Phase(with_optimizer, step.peak)
+    if not setup.cache:
+        training = max(training, _largest(with_optimizer, encoders, step.prompts, step.images), key=_total)
+    return Prediction(
+        setup=setup,
+        pipeline=type(family.pipeline).__name__,
+        size=size,
+        multiple=family.resolution_multiple,
+        num_frames=family.num_frames,
+        num_trained=sum(each.numel() for each in denoiser.parameters() if each.requires_grad),
+        encoding=_largest(staying, encoders, encoding.prompts, encoding.images) if setup.cache else None,
+        training=training,
+        sampling=Phase({**at_denoiser, **encoders}, sampling) if setup.sampling_batch else None,
+        step=step,
+        bytes_per_prompt=encoding.bytes_per_prompt,
+        bytes_per_image=encoding.bytes_per_image,
+    )
+
+
+def _largest(beside: dict[str, int], encoders: dict[str, int], prompts: int, images: int) -> Phase:
+    """Encode prompts, then images: first the text encoders are on the device, then the autoencoder."""
+    phases = [
+        Phase({**beside, name: encoders[name]}, working)
+        for name, working in (("text encoders", prompts), ("autoencoder", images))
+    ]
+    return max(phases, key=_total)
+
+
+def _total(phase: Phase) -> int:
+    return phase.total
+
+
+def weights_alone(setup: Setup) -> int:
+    """Return bytes that training surely takes: the weights that are on the device all the time."""
+    at_denoiser, _ = _weights(build(setup), setup)
+    return sum(at_denoiser.values())
+
+
+def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of weights that training needs in any case, and of the encoders."""
+    sizes = {name: weight_bytes(network) for name, network in networks(family).items()}
+    denoiser = sizes[family.denoiser_name]
+    if setup.lora is None:
+        at_denoiser = {"denoiser": denoiser, "reference": denoiser}
+    else:
+        adapter = sum(_bytes(each) for each in family.denoiser.parameters() if each.requires_grad)
+        at_denoiser = {"denoiser": denoiser - adapter, "adapter": adapter}
+        at_denoiser |= {"reference": adapter} if setup.reference_adapter else {}
+    texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    autoencoder = sum(sizes.values()) - denoiser - texts
+    return at_denoiser, {"text encoders": texts, "autoencoder": autoencoder}
+
+
+def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
+    """
+    Return the bytes of an optimizer's states.
+
+    Args:
+        denoiser (`torch.nn.Module`): The network; its trained parameters count.
+        name (`str`): `TrainingArguments.optim`. Paged states count as if they stayed on the device.
+
+    Raises:
+        ValueError: for an optimizer whose memory is not known.
+    """
+    trained = [each for each in denoiser.parameters() if each.requires_grad]
+    if name not in KNOWN_OPTIMIZERS:
+        raise ValueError(f"`optim` is {name!r}, whose memory is not known here. Known: {', '.join(KNOWN_OPTIMIZERS)}.")
+    if name in _TWO_STATES:
+        return sum(2 * each.numel() * each.element_size() for each in trained)
+    if name == "sgd":
+        return 0
+    if name in _STATES_FLOAT32:
+        return sum(4 * _STATES_FLOAT32[name] * each.numel() for each in trained)
+    total = 0
+    for each in trained:
+        scales = 4 * math.ceil(each.numel() / _BLOCK_8BIT)
+        per_state = each.numel() + scales if each.numel() >= _SMALLEST_8BIT else 4 * each.numel()
+        total += _STATES_8BIT[name] * per_state
+    return total
+
+
+# ---- Traces, inside `without_memory` ----
+
+
+def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
+    """Encode one prompt and one image."""
+    geometry = torch.empty(1, 4, dtype=torch.int64)
+    with LiveBytes() as live:
+        encoded = family.encode_prompts(["a prompt"])
+        prompts = live.peak
+        live.restart()
+        kept = live.now
+        image = family.encode(_pixels(family, 1, size))
+        images = live.peak - kept
+    return Encoding(
+        prompts=prompts,
+        images=images,
+        bytes_per_prompt=sum(map(_bytes, encoded.values())),
+        bytes_per_image=sum(map(_bytes, image.values())),
+        conditioning=family.condition(["a prompt"], geometry, size, lambda texts: encoded),
+        latents=family.latents(image, RowGenerators(0, 0, [0]), sample=True),
+    )
+
+
+def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> Step:
+    """
+    Run the policy forward and backward over a batch.
+
+    The reference's pass holds what the policy's forward pass holds, less what that keeps, so it is not run: its
+    prediction is put there, and its operations are those of the policy's.
+    """
+    batch = setup.batch_size
+    rows, geometry = RowGenerators(0, 0, range(batch)), torch.empty(batch, 4, dtype=torch.int64)
+    trained = [each for each in family.denoiser.parameters() if each.requires_grad]
+    kept, encoding_peaks = 0, [0, 0]
+
+    def forward(live: LiveBytes) -> torch.Tensor:
+        nonlocal kept
+        if setup.cache:
+            conditioning = {name: _of_batch(value, batch) for name, value in encoding.conditioning.items()}
+            latents = _of_batch(encoding.latents, batch)
+        else:
+            pixels = _pixels(family, batch, size)
+            conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
+            encoding_peaks[0] = live.peak
+            live.restart()
+            latents = family.encode_images(pixels, rows, sample=True)
+            encoding_peaks[1] = live.peak
+            live.restart()
+        encoded = live.flops
+        draw = family.likelihood.draw(latents, rows)
+        before = live.now
+        prediction = family.predict(family.denoiser, draw, conditioning)
+        reference = torch.empty_like(prediction)
+        error = family.likelihood.error(prediction, draw) - family.likelihood.error(reference, draw)
+        kept = live.now - before - 2 * _bytes(prediction)
+        live.flops += (live.flops - encoded) * setup.reference_pass
+        return error.mean()
+
+    with LiveBytes() as live:
+        if setup.accumulation > 1:  # those of the passes before
+            for each in trained:
+                each.grad = torch.empty_like(each)
+        with _autocast(setup):
+            loss = forward(live)
+        loss.backward()
+    gradients = sum(_bytes(each.grad) for each in trained if each.grad is not None)
+    for each in trained:
+        each.grad = None
+    return Step(live.peak, kept, gradients, live.flops, *encoding_peaks)
+
+
+def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> int:
+    """Return the most that prompts, one step of the denoiser, or decoding hold when images are generated."""
+    batch = setup.sampling_batch
+    rows = family.rows_per_image * batch
+    geometry = torch.empty(batch, 4, dtype=torch.int64)
+    with LiveBytes() as live, torch.no_grad():
+        prompts = [f"prompt {index}" for index in range(batch)]
+        # All at once, as pipelines do.
+        conditioning = family.condition(prompts, geometry, size, family.encode_unique_prompts)
+        conditioning = {name: _of_batch(value, rows) for name, value in conditioning.items()}
+        latents = _of_batch(encoding.latents, rows)
+        draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))
+        with _autocast(setup):
+            family.predict(family.denoiser, draw, conditioning)
+        family.decode_images(latents[:batch])
+    return live.peak
+
+
+@contextlib.contextmanager
+def _autocast(setup: Setup) -> Iterator[None]:
+    with torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None):
+        yield
+
+
+def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Tensor:
+    frames = () if family.num_frames is None else (family.num_frames,)
+    return torch.empty(batch, 3, *frames, *size)
+
+
+def _of_batch(value: torch.Tensor, batch: int) -> torch.Tensor:
+    return value.new_empty(batch, *value.shape[1:])
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
