@@ -160,6 +160,14 @@ def test_imports_go_to_strictly_lower_layers():
     assert not upward
 
 
+def test_the_table_in_contributing_is_this_one():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    told = {
+        (name, int(layer)): bool(dot) for layer, cell in rows for name, dot in re.findall(r"`(\w+)[/.]\S*`( •)?", cell)
+    }
+    assert told == {(name, layer): name in CORE for name, layer in LAYERS.items() if not name.startswith("_")}
+
+
 def test_what_trains_imports_nothing_that_stands_beside_it():
     beside = [
         f"{module_name(file)}, line {line}: {name}"
