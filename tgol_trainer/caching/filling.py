@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -106,9 +107,10 @@ def _write(
     entries: list[Encoded] = []
     start, size, began = 0, 0, time.monotonic()
     hidden = not workers.progress or workers.process_index > 0
-    for entry in tqdm(made, total=len(keys), desc=f"Encoding {what}s", unit=what, disable=hidden):
-        if not start and not entries:
-            _announce(store.folder, total, _bytes_of(entry), what, workers)
+    first = next(made)
+    _announce(store.folder, total, _bytes_of(first), what, workers)
+    title = f"Encoding {what}s"
+    for entry in tqdm(chain([first], made), total=len(keys), desc=title, unit=what, disable=hidden):
         entries.append({name: value[0].cpu() for name, value in entry.items()})
         size += _bytes_of(entry)
         if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
