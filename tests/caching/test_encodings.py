@@ -225,6 +225,6 @@ def test_processes_share_the_work_of_a_machine_and_each_machine_ends_with_every_
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     rows, family = prepared(scored_dataset(8)), load_family(stable_diffusion())
-    with pytest.raises(OSError, match=r"Caching 1 prompts takes up to .* has 1 kB left\. Set `cache_dir`"):
+    with pytest.raises(OSError, match=r"Encoding 1 prompts once takes up to .* has 1 kB left\. Set `cache_dir`"):
         EncodingCache(family, tmp_path, Collator(SIZE)).add(rows, ["a"])
     assert not list(tmp_path.rglob("*.safetensors"))

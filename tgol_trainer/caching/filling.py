@@ -73,6 +73,7 @@ def fill(
     make: Callable[[np.ndarray], Iterator[Encoded]],
     what: str,
     workers: Workers,
+    verb: str = "Encoding",
 ) -> None:
     """
     Write the entries that are missing: by all processes, then by those of a machine with a disk of its own.
@@ -84,6 +85,7 @@ def fill(
             Yields the entries, with a first dimension of 1, for (M,) places in `keys`.
         what (`str`): What an entry is made of, for the progress bar: `"image"`.
         workers ([`Workers`]): Processes that share the work.
+        verb (`str`, *optional*, defaults to `"Encoding"`): What is done, for the progress bar.
 
     Raises:
         OSError: if the disk does not hold what is missing.
@@ -96,20 +98,19 @@ def fill(
         workers.wait()  # nobody writes before everybody has looked
         mine = wanted[index::count]
         if mine.size:
-            _write(store, keys[mine], make(mine), what, workers, wanted.size)
+            _write(store, keys[mine], make(mine), what, workers, f"{verb} {wanted.size} {what}s")
         workers.wait()
         store.refresh()
 
 
 def _write(
-    store: TensorStore, keys: np.ndarray, made: Iterator[Encoded], what: str, workers: Workers, total: int
+    store: TensorStore, keys: np.ndarray, made: Iterator[Encoded], what: str, workers: Workers, title: str
 ) -> None:
     entries: list[Encoded] = []
     start, size, began = 0, 0, time.monotonic()
     hidden = not workers.progress or workers.process_index > 0
     first = next(made)
-    _announce(store.folder, total, _bytes_of(first), what, workers)
-    title = f"Encoding {what}s"
+    _announce(store.folder, title, len(keys) * workers.world_size * _bytes_of(first), workers)
     for entry in tqdm(chain([first], made), total=len(keys), desc=title, unit=what, disable=hidden):
         entries.append({name: value[0].cpu() for name, value in entry.items()})
         size += _bytes_of(entry)
@@ -120,16 +121,16 @@ def _write(
         store.write(keys[start:], entries)
 
 
-def _announce(folder: Path, number: int, size: int, what: str, workers: Workers) -> None:
+def _announce(folder: Path, title: str, wanted: int, workers: Workers) -> None:
     """Say what will be written, and refuse what the disk does not hold."""
-    wanted, free = number * size, shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if wanted > free:
         raise OSError(
-            f"Caching {number} {what}s takes up to {_text(wanted)}, and the disk of {folder} has {_text(free)} left. "
-            "Set `cache_dir` to a folder on a larger disk, or `cache=False` to encode at each step."
+            f"{title} once takes up to {_text(wanted)}, and the disk of {folder} has {_text(free)} left. Set "
+            "`cache_dir` to a folder on a larger disk, or `cache=False` to encode at each step."
         )
     if workers.process_index == 0:
-        logger.info("Encoding %d %ss once: up to %s in %s.", number, what, _text(wanted), folder)
+        logger.info("%s once: up to %s in %s.", title, _text(wanted), folder)
 
 
 def _bytes_of(encoded: Encoded) -> int:
