@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Callable
 
@@ -14,6 +16,8 @@ from .config import TGOLConfig
 from .data import Buckets, Collator, ScoredDataset, decode_prompts
 from .families import ModelFamily
 from .likelihoods import Draw, RowGenerators
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
@@ -62,12 +66,9 @@ class BatchDraws:
         """
         args = self.args
         if self.buckets is not None:
-            sizes = self.buckets.resolutions(rows.sizes, batch_size)
-            same = sizes is rows.resolutions or (
-                sizes is not None and rows.resolutions is not None and np.array_equal(sizes, rows.resolutions)
-            )
-            rows.encoded, rows.resolutions = rows.encoded and same, sizes
-        if not args.cache or rows.encoded:
+            rows.resolutions = self.buckets.resolutions(rows.sizes, batch_size if training else 1)
+            self._warn_of_rare_sizes(rows)
+        if not args.cache:
             return
         if self.cache is None:
             self.cache = EncodingCache(self.family, args.cache_folder, self.collator, workers)
@@ -87,6 +88,20 @@ class BatchDraws:
         if training:  # draws that no pass will come to are not computed
             steps = [_fixed_step(number) for number in range(min(args.num_ref_draws, self._num_passes(rows)))]
         self.references.add(rows, steps, error, batch_size)
+
+    def _warn_of_rare_sizes(self, rows: ScoredDataset) -> None:
+        if self.buckets is None:
+            return
+        own = self.buckets.sizes[self.buckets.of(rows.sizes)]
+        trained = np.array([self.collator.resolution]) if rows.resolutions is None else rows.resolutions
+        moved = int((own != trained).any(axis=1).sum())
+        if moved:
+            logger.warning(
+                "%d of %d images have a shape that too few share to fill a batch. They are trained at the nearest "
+                "size, which cuts more of them away. A smaller `per_device_train_batch_size` leaves them their own.",
+                moved,
+                len(rows),
+            )
 
     def _num_passes(self, rows: ScoredDataset) -> int:
         """Return the number of passes over the rows that training makes, the last one possibly in part."""
@@ -143,10 +158,12 @@ class BatchDraws:
         settings = [f"{name}={getattr(args, name)}" for name in names]
         schedule = sorted((name, value) for name, value in scheduler.items() if not name.startswith("_"))
         adapter = getattr(network, "peft_config", {}).get(adapters.REFERENCE)
+        acting = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+        scale = adapter and json.dumps({name: getattr(adapter, name) for name in acting}, sort_keys=True)
         return [
             component_fingerprint(network, adapters.reference_name),
             *(cache.image_key, cache.prompts.folder.name),
-            *(str(part) for part in (self.family.settings, schedule, adapter)),
+            *(str(part) for part in (self.family.settings, schedule, scale)),
             *settings,
         ]
 

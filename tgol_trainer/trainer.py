@@ -280,8 +280,10 @@ class TGOLTrainer(SavingTrainer):
 
     def _reference_error(self, inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self._reference_pass(*self.draws(inputs, step))[1]
+        draw, conditioning = self.draws(inputs, step)
+        # The denoiser is not wrapped yet, and only its wrapper brings the autocast of `bf16` and `fp16`.
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._reference_pass(draw, conditioning)[1]
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -395,6 +397,11 @@ class TGOLTrainer(SavingTrainer):
             self._prepare_rows(rows, self.args.per_device_eval_batch_size)
         if not isinstance(self.train_dataset, ScoredStream):
             loader = super().get_train_dataloader()
+            if not len(loader):
+                raise ValueError(
+                    f"The {len(self.train_dataset)} rows give no batch of one size to each of {self.args.world_size} "
+                    "processes: use a smaller `per_device_train_batch_size`, or `aspect_buckets=False`."
+                )
             self._train_sampler = innermost_sampler(loader)
             return loader
         from accelerate.data_loader import prepare_data_loader
@@ -434,12 +441,16 @@ class TGOLTrainer(SavingTrainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         if getattr(eval_dataset, "resolutions", None) is None:
             return super()._get_eval_sampler(eval_dataset)
-        return SizeSampler(eval_dataset.resolutions, self.args.per_device_eval_batch_size, drop_last=False)
+        sampler = SizeSampler(eval_dataset.resolutions, self.args.per_device_eval_batch_size, drop_last=False)
+        eval_dataset.total_dataset_length = len(sampler)  # accelerate would cut the rows beyond the dataset's length
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The evaluation loader; keeps the last incomplete batch, whatever `dataloader_drop_last` says of training."""
         if isinstance(eval_dataset, datasets.Dataset | datasets.IterableDataset):  # given to `evaluate`
             eval_dataset = self._prepare_eval_dataset(eval_dataset)
+        if eval_dataset is self.train_dataset:
+            eval_dataset = copy.copy(eval_dataset)  # training keeps its own sizes
         for rows in (
             self._evaluation_rows() if eval_dataset is None or isinstance(eval_dataset, str) else [eval_dataset]
         ):
@@ -467,6 +478,8 @@ class TGOLTrainer(SavingTrainer):
 
     def update_reference(self) -> None:
         """Make the policy of this moment the reference (paper, Algorithm 1, line 15)."""
+        if self.draws.references is not None:
+            raise ValueError("The reference's errors were computed (`precompute_ref_log_probs`): it cannot move.")
         if self.reference_model is not None:
             self.reference_model.load_state_dict(self.family.denoiser.state_dict())
         else:

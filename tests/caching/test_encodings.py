@@ -216,8 +216,8 @@ def test_processes_share_the_work_of_a_machine_and_each_machine_ends_with_every_
     found = [cache.read_images(rows.image_keys, [False] * 9, SIZE) for cache in caches]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     if machines == 1:
-        assert [one["images"] for one in seen] == [5, 4]
-        assert [one["prompts"] for one in seen] == [["a", "c"], ["b"]]
+        assert sum(one["images"] for one in seen) == 9 and min(one["images"] for one in seen) > 0
+        assert sorted(seen[0]["prompts"] + seen[1]["prompts"]) == ["a", "b", "c"]
     else:
         assert [one["images"] for one in seen] == [9, 9]
 
@@ -225,6 +225,6 @@ def test_processes_share_the_work_of_a_machine_and_each_machine_ends_with_every_
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     rows, family = prepared(scored_dataset(8)), load_family(stable_diffusion())
-    with pytest.raises(OSError, match=r"Encoding 1 prompts once takes up to .* has 1 kB left\. Set `cache_dir`"):
+    with pytest.raises(OSError, match=r"Encoding 1 prompts once takes about .* has 1 kB left\. Set `cache_dir`"):
         EncodingCache(family, tmp_path, Collator(SIZE)).add(rows, ["a"])
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 
 from tests.conftest import scored_dataset
 from tests.helpers import over
@@ -94,6 +96,29 @@ def test_another_base_model_has_errors_of_its_own_and_another_adapter_on_it_has_
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1e-3
     assert run(other, r=4) == 8
+
+
+def test_images_of_several_sizes_have_the_errors_of_their_own_size_and_autocast_is_that_of_training(config, tmp_path):
+    """Rows of two sizes in turns; under bf16 kept errors of float32 give log-ratios of tenths at the first step."""
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (*[(48, 96), (64, 64)][i % 2], 3), dtype=np.uint8)) for i in range(8)
+    ]
+    rows = Dataset.from_dict({"prompt": ["a"] * 8, "image": images, "score": rng.normal(size=8)})
+    for bf16 in (False, True):
+        args = config(
+            **{**SETTINGS, "random_flip": False}, resolution=64, bf16=bf16, cache_dir=str(tmp_path / "cache")
+        )
+        trainer = TGOLTrainer(stable_diffusion(), args, rows)
+        trainer.train()
+        first = next(line for line in trainer.state.log_history if "loss" in line)
+        assert abs(first["rewards/positive"]) < 0.02 and abs(first["rewards/negative"]) < 0.02
+        again = trainer.evaluate(trainer.train_dataset)
+        assert math.isfinite(again["eval_loss"])
+        args.max_steps = 9
+        trainer.train()  # more passes, so more draws
+    with pytest.raises(ValueError, match="it cannot move"):
+        trainer.update_reference()
 
 
 @pytest.mark.parametrize("loss_type", ["sft", "csft"])

@@ -96,7 +96,7 @@ def fill(
     for index, count in shares:
         wanted = np.flatnonzero(store.missing(keys))
         workers.wait()  # nobody writes before everybody has looked
-        mine = wanted[index::count]
+        mine = wanted[keys[wanted, 0] % count == index]  # the same shares, whatever a process found on the disk
         if mine.size:
             _write(store, keys[mine], make(mine), what, workers, f"{verb} {wanted.size} {what}s")
         workers.wait()
@@ -110,10 +110,10 @@ def _write(
     start, size, began = 0, 0, time.monotonic()
     hidden = not workers.progress or workers.process_index > 0
     first = next(made)
-    _announce(store.folder, title, len(keys) * workers.world_size * _bytes_of(first), workers)
+    _announce(store.folder, title, len(keys) * workers.world_size * store.bytes_of(first), workers)
     for entry in tqdm(chain([first], made), total=len(keys), desc=title, unit=what, disable=hidden):
         entries.append({name: value[0].cpu() for name, value in entry.items()})
-        size += _bytes_of(entry)
+        size += store.bytes_of(entry)
         if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
             store.write(keys[start : start + len(entries)], entries)
             start, entries, size, began = start + len(entries), [], 0, time.monotonic()
@@ -126,15 +126,11 @@ def _announce(folder: Path, title: str, wanted: int, workers: Workers) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise OSError(
-            f"{title} once takes up to {_text(wanted)}, and the disk of {folder} has {_text(free)} left. Set "
+            f"{title} once takes about {_text(wanted)}, and the disk of {folder} has {_text(free)} left. Set "
             "`cache_dir` to a folder on a larger disk, or `cache=False` to encode at each step."
         )
     if workers.process_index == 0:
-        logger.info("%s once: up to %s in %s.", title, _text(wanted), folder)
-
-
-def _bytes_of(encoded: Encoded) -> int:
-    return sum(value.numel() * value.element_size() for value in encoded.values())
+        logger.info("%s once: about %s in %s.", title, _text(wanted), folder)
 
 
 def _text(number: float) -> str:

@@ -30,6 +30,10 @@ def component_fingerprint(component: Any, rename: Callable[[str], str | None] | 
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        settings = {name: value for name, value in vars(component).items() if name.startswith(("use_", "tile_"))}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())  # tiling gives other latents
+        if rename is None:
+            digest.update(repr(_adapter_state(component)).encode())
         weights = {(rename(name) if rename else name): value for name, value in component.state_dict().items()}
         weights.pop(None, None)
         for name, tensor in sorted(weights.items()):
@@ -42,6 +46,15 @@ def component_fingerprint(component: Any, rename: Callable[[str], str | None] | 
                 if file.is_file():
                     digest.update(file.name.encode() + b"|" + _content(file))
     return digest.hexdigest()
+
+
+def _adapter_state(network: torch.nn.Module) -> list[Any]:
+    """Return how adapters act: their scales, and which are on."""
+    return [
+        (name, sorted(layer.scaling.items()), sorted(layer.active_adapters), layer.disable_adapters, layer.merged)
+        for name, layer in network.named_modules()
+        if hasattr(layer, "scaling") and hasattr(layer, "active_adapters")
+    ]
 
 
 def _content(file: Path) -> bytes:

@@ -15,7 +15,7 @@ from tgol_trainer.data import Collator, ScoredDataset, decode_prompts
 from .filling import Encoded, Workers, fill
 from .store import TensorStore, key_of, keys_of
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same reference and draw give another error."""
 
 
@@ -76,25 +76,24 @@ class ReferenceErrors:
         groups = rows.group_ids or [0] * number_of_rows
         sizes = [self.collator.resolution] * number_of_rows if rows.resolutions is None else rows.resolutions.tolist()
         facts = list(zip(rows.image_keys.tolist(), map(list, sizes), rows.row_ids.tolist(), groups, strict=True))
+        _, size = np.unique(np.array(sizes), axis=0, return_inverse=True)
+        parts = [np.flatnonzero(size.reshape(-1) == number) for number in range(int(size.max()) + 1)]
         for number, step in enumerate(steps, 1):
+            for part in parts:  # a batch holds images of one size
 
-            def make(wanted: np.ndarray, step: int = step) -> Iterator[Encoded]:
-                loader = DataLoader(
-                    Subset(rows, wanted.tolist()),
-                    batch_size=batch_size,
-                    collate_fn=self.collator,
-                    num_workers=self.workers.num_loaders,
-                )
-                for inputs in loader:
-                    yield from ({"error": value[None]} for value in error(inputs, step))
+                def make(wanted: np.ndarray, step: int = step, part: np.ndarray = part) -> Iterator[Encoded]:
+                    loader = DataLoader(
+                        Subset(rows, part[wanted].tolist()),
+                        batch_size=batch_size,
+                        collate_fn=self.collator,
+                        num_workers=self.workers.num_loaders,
+                    )
+                    for inputs in loader:
+                        yield from ({"error": value[None]} for value in error(inputs, step))
 
-            fill(
-                self.store,
-                _keys(facts, prompts, step),
-                make,
-                f"reference error (draw {number} of {len(steps)})",
-                self.workers,
-            )
+                keys = _keys([facts[row] for row in part], [prompts[row] for row in part], step)
+                verb = f"Draw {number} of {len(steps)}: computing"
+                fill(self.store, keys, make, "reference error", self.workers, verb)
 
 
 def _keys(rows: Iterable[tuple[Any, ...]], prompts: Sequence[str], step: int) -> np.ndarray:

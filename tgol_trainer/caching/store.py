@@ -50,7 +50,13 @@ class TensorStore:
 
     def __init__(self, folder: Path, ragged: Sequence[str] = ()) -> None:
         self.folder, self.ragged = Path(folder), frozenset(ragged)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"The cache folder {self.folder} cannot be made: {error}. Set `cache_dir` to a folder that you may "
+                "write to, or `cache=False` to encode at each step."
+            ) from error
         self._maps: dict[int, Any] = {}
         self.refresh()
 
@@ -68,15 +74,26 @@ class TensorStore:
                 with safe_open(path, "pt") as opened:
                     keys.append(opened.get_tensor(_KEYS).numpy().view(np.uint64))
                 files.append(path)
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 logger.warning("%s cannot be read (%s) and is written anew.", path, error)
                 path.unlink(missing_ok=True)
+            except FileNotFoundError:  # another run removed it
+                continue
         joined = np.concatenate([np.empty((0, 2), np.uint64), *keys])
         file = np.repeat(np.arange(len(keys), dtype=np.int32), [len(part) for part in keys])
         row = np.concatenate([np.empty(0, np.int32), *(np.arange(len(part), dtype=np.int32) for part in keys)])
         order = np.lexsort((joined[:, 1], joined[:, 0]))
         self._files, self._maps = files, {}
         self._keys, self._file, self._row = joined[order], file[order], row[order]
+
+    def bytes_of(self, entry: Mapping[str, torch.Tensor]) -> int:
+        """Return the bytes that an entry, with a first dimension of 1, takes in a file."""
+        return sum(
+            (_used_rows(value[0]) if name in self.ragged else 1)
+            * (value[0, 0] if name in self.ragged else value).numel()
+            * value.element_size()
+            for name, value in entry.items()
+        )
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the (M,) int64 places of (M, 2) uint64 keys, -1 for those that are missing."""

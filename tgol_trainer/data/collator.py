@@ -64,7 +64,9 @@ class Collator:
         }
 
     def _visuals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        resolution = rows[0].get("resolution", self.resolution)
+        resolution, *others = {row.get("resolution", self.resolution) for row in rows}
+        if others:
+            raise ValueError(f"A batch holds images of one size, and this one has {[resolution, *others]}.")
         batch = {"resolution": torch.tensor([resolution] * len(rows))}
         if "image_key" in rows[0]:
             keys = np.stack([row["image_key"] for row in rows]).view(np.int64)
