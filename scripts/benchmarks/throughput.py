@@ -99,10 +99,13 @@ class StepTimes(TrainerCallback):
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.spent: list[float] = []
+        self.first = 0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Note the time, and which passes came before the second step."""
         self.ends.append(time.perf_counter())
+        self.first = self.first or len(self.spent)
 
 
 @contextlib.contextmanager
@@ -191,10 +194,10 @@ def trainer_steps(
     times = StepTimes()
     trainer = TGOLTrainer(pipeline, args, rows, peft_config=LoraConfig(**LORA), callbacks=[times])
     with network_time(trainer) as spent:
+        times.spent = spent
         trainer.train()
-    passes = len(spent) // (options.steps + 1)
     seconds = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
-    return seconds, sum(spent[-passes * options.steps :]) / sum(seconds)
+    return seconds, sum(spent[times.first :]) / sum(seconds)
 
 
 def main() -> None:
