@@ -137,6 +137,7 @@ class EncodingCache:
                 batch_size=1,
                 collate_fn=self.collator,
                 num_workers=self.workers.num_loaders,
+                generator=torch.Generator(),  # else filling would draw from the global one
             )
             with family.present(family.autoencoder_name, alone=True):
                 for batch in loader:

@@ -87,6 +87,7 @@ class ReferenceErrors:
                         batch_size=batch_size,
                         collate_fn=self.collator,
                         num_workers=self.workers.num_loaders,
+                        generator=torch.Generator(),  # else filling would draw from the global one
                     )
                     for inputs in loader:
                         yield from ({"error": value[None]} for value in error(inputs, step))
