@@ -352,7 +352,7 @@ DAMAGED = {
     "text": (lambda content: b"not found", "is not a whole safetensors file"),
     "an empty file": (lambda content: b"", r"\(0 bytes\) is not a whole safetensors file"),
     "no file": (None, "should hold an adapter and holds none"),
-    "no folder": (None, "no file or folder here, and no Hub id"),
+    "no folder": (None, "names neither a file, a folder nor a Hub id"),
 }
 
 
@@ -363,7 +363,7 @@ def test_an_adapter_that_would_be_another_than_its_file_is_refused_everywhere(sa
     file = folder / adapters.WEIGHTS_NAME
     if damage is None:
         file.unlink()
-        folder = folder / "none" if "no Hub id" in message else folder
+        folder = folder / "none" if "nor a Hub id" in message else folder
     elif "whole safetensors" in message:
         file.write_bytes(damage(file.read_bytes()))
     else:

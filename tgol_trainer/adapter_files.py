@@ -43,7 +43,7 @@ def adapter_file(source: str) -> Path | None:
         `Path`, *optional*: the file; `None` where diffusers must look for one of another name or kind.
 
     Raises:
-        ValueError: if there is none, or what is there is no adapter that can be loaded as it is.
+        ValueError: if there is none, or if what is there cannot be loaded as it is.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -59,7 +59,7 @@ def adapter_file(source: str) -> Path | None:
     elif is_hub_id(source):
         file = _downloaded(source)
     else:
-        raise ValueError(f"{source!r} is no file or folder here, and no Hub id (`owner/name`): there is no adapter.")
+        raise ValueError(f"{source!r} names neither a file, a folder nor a Hub id (`owner/name`).")
     if file is not None and file.suffix != ".bin":
         _check_content(file)
     return file
@@ -73,15 +73,15 @@ def _downloaded(source: str) -> Path | None:
         return Path(hf_hub_download(source, WEIGHTS_NAME))
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{source!r} is no file or folder here, and its adapter is not in the Hub's cache while the Hub is out of "
-            "reach. Check the name and the network (HF_HUB_OFFLINE, proxy)."
+            f"{source!r} is not a file or folder here, and its adapter is not in the Hub's cache while the Hub is out "
+            "of reach. Check the name and the network (HF_HUB_OFFLINE, proxy)."
         ) from error
     except EntryNotFoundError:
         return None  # a file of another name: diffusers looks for it
     except HfHubHTTPError as error:
         raise ValueError(
-            f"{source!r} is no file or folder here, and the Hub does not give its adapter: {error}\nCheck the name; "
-            "log in with `hf auth login` for a private one."
+            f"{source!r} is not a file or folder here, and the Hub does not give its adapter: {error}\nCheck the "
+            "name; log in with `hf auth login` for a private one."
         ) from error
 
 

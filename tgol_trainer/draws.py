@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from . import adapters
-from .caching import EncodingCache, ReferenceErrors, Workers, component_fingerprint, encode_batch
+from .caching import EncodingCache, ReferenceErrors, Workers, encode_batch
 from .config import TGOLConfig
 from .data import Buckets, Collator, ScoredDataset, decode_prompts
 from .families import ModelFamily
+from .fingerprint import component_fingerprint
 from .likelihoods import Draw, RowGenerators
-
-logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
@@ -63,11 +60,14 @@ class BatchDraws:
             reference (`torch.nn.Module`): The denoiser with the reference in it, or the reference itself.
             error (`Callable[[dict, int], torch.Tensor]`): The reference's errors of a batch on the draw of a step.
             training (`bool`): Whether the rows are trained on, and not only evaluated.
+
+        Raises:
+            OSError: if the cache cannot be written.
+            DataError: for an image that can no longer be opened.
         """
         args = self.args
         if self.buckets is not None:
             rows.resolutions = self.buckets.resolutions(rows.sizes, batch_size if training else 1)
-            self._warn_of_rare_sizes(rows)
         if not args.cache:
             return
         if self.cache is None:
@@ -88,20 +88,6 @@ class BatchDraws:
         if training:  # draws that no pass will come to are not computed
             steps = [_fixed_step(number) for number in range(min(args.num_ref_draws, self._num_passes(rows)))]
         self.references.add(rows, steps, error, batch_size)
-
-    def _warn_of_rare_sizes(self, rows: ScoredDataset) -> None:
-        if self.buckets is None:
-            return
-        own = self.buckets.sizes[self.buckets.of(rows.sizes)]
-        trained = np.array([self.collator.resolution]) if rows.resolutions is None else rows.resolutions
-        moved = int((own != trained).any(axis=1).sum())
-        if moved:
-            logger.warning(
-                "%d of %d images have a shape that too few share to fill a batch. They are trained at the nearest "
-                "size, which cuts more of them away. A smaller `per_device_train_batch_size` leaves them their own.",
-                moved,
-                len(rows),
-            )
 
     def _num_passes(self, rows: ScoredDataset) -> int:
         """Return the number of passes over the rows that training makes, the last one possibly in part."""

@@ -273,6 +273,8 @@ class TGOLTrainer(SavingTrainer):
 
     def _prepare_rows(self, rows: ScoredDataset | ScoredStream, batch_size: int, *, training: bool = False) -> None:
         """Choose sizes, and compute what steps then read. The rows of a stream are encoded at each step."""
+        if isinstance(rows, ScoredStream) or not self.args.cache:
+            self.family.to(self.args.device)  # its encoders stay there: no step moves them
         if isinstance(rows, ScoredDataset):
             workers = Workers.of_run(self.args, self.accelerator.wait_for_everyone)
             reference = self.reference_model or self.family.denoiser

@@ -75,12 +75,26 @@ def test_evaluation_of_cached_rows_is_that_of_encoded_rows(config, dataset):
     assert found[0] == found[1]
 
 
-def test_a_stream_trains_uncached(config, dataset, tmp_path):
-    trainer = TGOLTrainer(
-        stable_diffusion(), config(cache_dir=str(tmp_path / "cache"), max_steps=2), dataset.to_iterable_dataset()
-    )
+@pytest.mark.parametrize("kind", ["cached", "a stream", "cache=False"])
+def test_what_is_encoded_at_each_step_keeps_its_encoders_on_the_device(kind, config, dataset, tmp_path, monkeypatch):
+    options = {"cache": False} if kind == "cache=False" else {"cache_dir": str(tmp_path / "cache")}
+    rows = dataset.to_iterable_dataset() if kind == "a stream" else dataset
+    trainer = TGOLTrainer(stable_diffusion(), config(max_steps=2, **options), rows)
+    placed = []
+    monkeypatch.setattr(trainer.family, "to", placed.append)
     trainer.train()
-    assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "cache").exists() == (kind == "cached")
+    assert placed == ([] if kind == "cached" else [trainer.args.device])
+
+
+def test_nothing_that_is_saved_names_the_folder_of_the_cache(config, dataset, tmp_path):
+    args = config(cache_dir=str(tmp_path / "private"), max_steps=1)
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    texts = [file.read_text() for file in (tmp_path / "saved").iterdir() if file.suffix in (".json", ".md")]
+    assert len(texts) >= 4
+    assert not [text for text in texts if "private" in text and str(tmp_path) in text]
 
 
 def test_each_image_and_prompt_is_encoded_once_over_runs_and_images_of_equal_pixels_once(tmp_path, monkeypatch):
@@ -122,6 +136,10 @@ def changed_tokenizer(pipeline):
     pipeline.tokenizer.add_tokens(["tgol"])
 
 
+def tiled(pipeline):
+    pipeline.vae.enable_tiling()
+
+
 def changed_denoiser(pipeline):
     with torch.no_grad():
         pipeline.unet.conv_in.weight += 1
@@ -132,6 +150,7 @@ def changed_denoiser(pipeline):
     [
         (changed_weights, 3, 0),
         (changed_dtype, 3, 0),
+        (tiled, 3, 0),
         (changed_text_encoder, 0, 1),
         (changed_tokenizer, 0, 1),
         (changed_denoiser, 0, 0),

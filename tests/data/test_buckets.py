@@ -46,13 +46,15 @@ def test_an_image_goes_where_least_of_it_is_cut_away():
     assert photo.sizes[photo.of(np.array([[3000, 2000]]))].tolist() == [[832, 1216]]
 
 
-def test_images_of_one_shape_need_no_buckets_and_rare_shapes_join_the_nearest():
+def test_images_of_one_shape_need_no_buckets_and_rare_shapes_join_the_nearest(caplog):
     buckets = Buckets((512, 512), 8)
     assert buckets.resolutions(np.full((9, 2), 700), 4) is None
+    assert not caplog.text
     wide, wider, tall = [600, 450], [600, 400], [400, 600]
     found = buckets.resolutions(np.array([wide] * 5 + [wider] * 2 + [tall] * 4), 4)
     own = buckets.sizes[buckets.of(np.array([wide, wider, tall]))]
     assert found.tolist() == [own[0].tolist()] * 7 + [own[2].tolist()] * 4
+    assert "2 of 11 images have a shape that too few share to fill a batch of 4" in caplog.text
     # No shape fills a batch: the commonest takes all.
     few = buckets.resolutions(np.array([wide, wide, tall]), 4)
     assert few.tolist() == [own[0].tolist()] * 3
@@ -152,6 +154,19 @@ def test_evaluation_counts_each_row_once_whatever_fills_the_batches(config):
     assert found[0]["eval_scores/mean"] == pytest.approx(np.mean(rows["score"]), rel=1e-5)
     for key in ("eval_loss", "eval_scores/mean", "eval_weights/mean", "eval_errors/positive"):
         assert found[1][key] == pytest.approx(found[0][key], rel=1e-4)
+
+
+def test_evaluating_the_training_rows_leaves_their_sizes_as_they_are(config):
+    """Eight rows fill no batch of the tall shape in evaluation, and two batches of it in training."""
+    rows = shaped([(96, 48)] * 9 + [(64, 64)] * 4 + [(48, 96)] * 4)
+    args = config(resolution=64, per_device_train_batch_size=4, per_device_eval_batch_size=8)
+    trainer = TGOLTrainer(stable_diffusion(), args, rows)
+    trainer.get_train_dataloader()
+    before = trainer.train_dataset.resolutions.copy()
+    assert len(np.unique(before, axis=0)) == 3
+    args.per_device_train_batch_size = 8
+    trainer.evaluate(trainer.train_dataset)
+    assert np.array_equal(trainer.train_dataset.resolutions, before)
 
 
 def test_without_buckets_every_image_is_cut_to_one_size(config, caplog):

@@ -29,6 +29,7 @@ LAYERS = {
     "metrics": 0,
     "likelihoods": 1,
     "adapter_files": 2,
+    "fingerprint": 2,
     "rewards": 2,
     "adapters": 3,
     "data": 3,
@@ -70,6 +71,7 @@ CORE = {
 CORE |= {
     "caching",
     "draws",
+    "fingerprint",
     "families",
     "shapes",
     "rewards",

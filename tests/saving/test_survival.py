@@ -100,7 +100,7 @@ def test_a_resume_passes_over_a_newest_checkpoint_that_is_broken_and_refuses_it_
     spoil, message = SPOILED[case]
     spoil(run / "checkpoint-6")
     trainer = trainer_in(run, config, dataset)
-    with pytest.raises(FileNotFoundError, match=rf"checkpoint-6 is no complete.*{message}.*Name .*checkpoint-4, or"):
+    with pytest.raises(FileNotFoundError, match=rf"is not a complete.*{message}.*Name .*checkpoint-4, or"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
     trainer.train(resume_from_checkpoint=True)
     passed = [record.getMessage() for record in caplog.records if "is passed over" in record.getMessage()]
@@ -111,7 +111,7 @@ def test_a_resume_passes_over_a_newest_checkpoint_that_is_broken_and_refuses_it_
 
 
 def test_what_holds_no_optimizer_is_no_checkpoint_whatever_else_it_holds(run, config, dataset):
-    with pytest.raises(FileNotFoundError, match=r"run is no complete.*holds no optimizer.pt.*Name .*checkpoint-6"):
+    with pytest.raises(FileNotFoundError, match=r"run is not a complete.*holds no optimizer.pt.*Name .*checkpoint-6"):
         trainer_in(run, config, dataset).train(resume_from_checkpoint=str(run))
     only = trainer_in(run.parent / "only", config, dataset, save_only_model=True, max_steps=2)
     only.train()

@@ -2,7 +2,6 @@
 
 from .encodings import EncodingCache, encode_batch
 from .filling import Workers
-from .fingerprint import component_fingerprint
 from .references import ReferenceErrors
 
-__all__ = ["EncodingCache", "ReferenceErrors", "Workers", "component_fingerprint", "encode_batch"]
+__all__ = ["EncodingCache", "ReferenceErrors", "Workers", "encode_batch"]

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Subset
 
 from tgol_trainer.data import Collator, ScoredDataset
 from tgol_trainer.families import ModelFamily
+from tgol_trainer.fingerprint import component_fingerprint
 
 from .filling import Encoded, Workers, fill
-from .fingerprint import component_fingerprint
 from .store import TensorStore, key_of, keys_of
 
 _VERSION = 2

@@ -55,7 +55,7 @@ class Workers:
 
     @classmethod
     def of_run(cls, args: TrainingArguments, wait: Callable[[], None]) -> Workers:
-        """Return the processes of a training run."""
+        """Return the processes of a training run; `wait` returns when all of them have called it."""
         return cls(
             process_index=args.process_index,
             world_size=args.world_size,
@@ -100,7 +100,8 @@ def fill(
         if mine.size:
             _write(store, keys[mine], make(mine), what, workers, f"{verb} {wanted.size} {what}s")
         workers.wait()
-        store.refresh()
+        if wanted.size:
+            store.refresh()
 
 
 def _write(

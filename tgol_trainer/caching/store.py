@@ -88,12 +88,8 @@ class TensorStore:
 
     def bytes_of(self, entry: Mapping[str, torch.Tensor]) -> int:
         """Return the bytes that an entry, with a first dimension of 1, takes in a file."""
-        return sum(
-            (_used_rows(value[0]) if name in self.ragged else 1)
-            * (value[0, 0] if name in self.ragged else value).numel()
-            * value.element_size()
-            for name, value in entry.items()
-        )
+        kept = [value[0, : _used_rows(value[0])] if name in self.ragged else value for name, value in entry.items()]
+        return sum(value.numel() * value.element_size() for value in kept)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the (M,) int64 places of (M, 2) uint64 keys, -1 for those that are missing."""

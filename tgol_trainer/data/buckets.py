@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 MAX_RATIO = 2.0
 """Ratio of the longer side of a size to the shorter one, at most."""
@@ -57,7 +61,7 @@ class Buckets:
         """
         Return the training size of each image, so that every size fills at least one batch.
 
-        A size with fewer images than a batch gives them to the nearest size that has more.
+        A size with fewer images than a batch gives them to the nearest size that has more, with a warning.
 
         Args:
             sizes (`numpy.ndarray`): (N, 2) widths and heights of images in pixels.
@@ -71,6 +75,13 @@ class Buckets:
         full = np.flatnonzero(counts >= batch_size)
         if not full.size:
             full = np.array([counts.argmax()])
+        moved = int(counts.sum() - counts[full].sum())
+        if moved:
+            logger.warning(
+                "%d of %d images have a shape that too few share to fill a batch of %d. They are trained at the "
+                "nearest size, which cuts more of them away. Smaller batches leave them their own.",
+                *(moved, len(sizes), batch_size),
+            )
         distance = np.abs(self._log_ratios[:, None] - self._log_ratios[full])
-        final = np.where(counts >= batch_size, np.arange(len(counts)), full[distance.argmin(axis=1)])[numbers]
+        final = full[distance.argmin(axis=1)][numbers]
         return self.sizes[final] if final.any() else None

@@ -119,7 +119,7 @@ def open_image(value: Any) -> Image.Image:
             message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
             # Without Pillow's own ending, the address of a buffer.
-            message = f"cannot identify image file. Read are {', '.join(_formats())}"
+            message = f"cannot identify image file. These formats are read: {', '.join(_formats())}"
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
@@ -168,7 +168,7 @@ def not_found(error: OSError) -> str:
 
 def _loaded(image: Image.Image) -> Image.Image:
     if image.format not in (None, "MPO", *_formats()):  # an object of the user's, of a format that may run programs
-        raise ImageError(f"its format is {image.format}. Save it as PNG; read are {', '.join(_formats())}")
+        raise ImageError(f"its format is {image.format}. Save it as PNG; these are read: {', '.join(_formats())}")
     image.load()
     return _to_rgb(to_srgb(_upright(image)))
 

@@ -154,7 +154,7 @@ def fit_labels(
 
 
 def _check_weights(weights: np.ndarray, scores: np.ndarray, name: str) -> None:
-    """Refuse weights with which the loss of a batch, or its gradient, is no number in float32 any more."""
+    """Refuse weights with which the loss of a batch, or its gradient, overflows float32."""
     highest = weights if weights.ndim == 1 else weights.max(axis=1)
     rows = np.flatnonzero(~(highest < _LARGEST_WEIGHT))
     if rows.size:

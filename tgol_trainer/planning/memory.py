@@ -189,7 +189,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     staying = at_denoiser if setup.quantization else {"reference": at_denoiser["reference"]} if not setup.lora else {}
     training = Phase(with_optimizer, step.peak)
     if not setup.cache:
-        training = max(training, _largest(with_optimizer, encoders, step.prompts, step.images), key=_total)
+        training = Phase({**with_optimizer, **encoders}, max(step.peak, step.prompts, step.images))
     return Prediction(
         setup=setup,
         pipeline=type(family.pipeline).__name__,

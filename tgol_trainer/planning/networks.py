@@ -40,7 +40,7 @@ class Setup:
         autocast (`torch.dtype`, *optional*): What `bf16=True` or `fp16=True` computes in.
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): `TrainingArguments.optim`.
         cache (`bool`, *optional*, defaults to `True`):
-            Encode once before training. Without it text encoders and autoencoder come to the device at each step.
+            Encode once before training. Without it text encoders and autoencoder stay on the device.
         sampling_batch (`int`, *optional*, defaults to 1): Images that are generated at once; 0 leaves sampling out.
     """
 

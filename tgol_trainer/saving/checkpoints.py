@@ -177,7 +177,7 @@ def explained_writes(folder: Path, step: int) -> Iterator[None]:
     except SaveError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        # Of a full disk torch.save says "unexpected pos 158912 vs 158800" or "basic_ios::clear: iostream error".
+        # On a full disk torch.save says "unexpected pos 158912 vs 158800" or "basic_ios::clear: iostream error".
         if isinstance(error, RuntimeError) and not _raised_by_torch_save(error):
             raise
         free = f", where {shutil.disk_usage(folder).free // 2**20} MB are free" if folder.is_dir() else ""

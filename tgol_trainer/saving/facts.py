@@ -17,7 +17,7 @@ from tgol_trainer.labels import Labeler
 from tgol_trainer.thresholds import ScoreCombination
 
 from .card import CardFacts, DatasetFacts, Hyperparameter
-from .settings import Change
+from .settings import TRAINING_FIELDS, Change
 
 if TYPE_CHECKING:
     import datasets
@@ -27,30 +27,12 @@ if TYPE_CHECKING:
 
 _HUB_DATA = re.compile(r"^hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{7,40})/")
 
-# Settings of TrainingArguments that decide what is trained; those of TGOLConfig itself are listed by their class.
-_TRAINING_FIELDS = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-    "seed",
-    "dataloader_drop_last",
-    "torch_compile",
-)
+# Settings of TrainingArguments that a card shows; those of TGOLConfig itself are listed by their class.
+_TRAINING_FIELDS = (*TRAINING_FIELDS, "num_train_epochs", "max_steps", "torch_compile")
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
 _NOT_SHOWN = {"dataset_num_proc", "allow_changed", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
+_NOT_SHOWN |= {"cache", "cache_dir"}
 
 
 class CardSource(Protocol):

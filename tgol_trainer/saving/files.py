@@ -33,7 +33,7 @@ class ReportedConfig(FrozenDict):
 
 def public_arguments(args: TGOLConfig) -> dict[str, Any]:
     """Return every argument of a run but secrets, private fields and paths of this machine; JSON-serialisable."""
-    private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name"}
+    private = {"output_dir", "logging_dir", "resume_from_checkpoint", "hub_model_id", "run_name", "cache_dir"}
     values = without_secrets(args.to_dict())
     return {name: value for name, value in values.items() if name not in private and not name.startswith("_")}
 

@@ -67,7 +67,7 @@ def _named(checkpoint: Path) -> Path:
     whole = newest_complete(checkpoint) or newest_complete(checkpoint.parent)
     remedy = f"Name {whole}, or" if whole else "Start anew: give another `output_dir`, or"
     raise FileNotFoundError(
-        f"`resume_from_checkpoint` {checkpoint} is no complete checkpoint: {'; '.join(found)}. {remedy} leave "
+        f"`resume_from_checkpoint` {checkpoint} is not a complete checkpoint: {'; '.join(found)}. {remedy} leave "
         "the choice to `resume_from_checkpoint=True`, which takes the newest complete one in `output_dir`."
     )
 

@@ -14,6 +14,7 @@ import xxhash
 from tgol_trainer.adapters import POLICY, adapter_metadata
 from tgol_trainer.config import MethodArguments, TGOLConfig
 from tgol_trainer.data import ScoredDataset
+from tgol_trainer.fingerprint import component_fingerprint
 
 from .files import public_arguments
 
@@ -22,17 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ARGUMENTS = (
-    *(item.name for item in dataclasses.fields(MethodArguments)),
-    "full_finetuning",
-    "reference",
-    "random_flip",
-    "caption_dropout",
-    "latent_sampling",
-    "timestep_sampling",
-    "train_guidance",
-    "num_frames",
+TRAINING_FIELDS = (
     "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
@@ -49,8 +43,20 @@ _ARGUMENTS = (
     "data_seed",
     "train_sampling_strategy",
     "dataloader_drop_last",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+)
+"""Settings of TrainingArguments that decide what is trained, but for its length."""
+_ARGUMENTS = (
+    *(item.name for item in dataclasses.fields(MethodArguments)),
+    "full_finetuning",
+    "reference",
+    "aspect_buckets",
+    "random_flip",
+    "caption_dropout",
+    "latent_sampling",
+    "timestep_sampling",
+    "train_guidance",
+    "num_frames",
+    *TRAINING_FIELDS,
 )
 # The optimizer's state has their form or their values.
 _FIXED = {"full_finetuning", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -105,18 +111,17 @@ def decisive_settings(args: TGOLConfig, family: ModelFamily, rows: Any, resoluti
 
 
 def _model_fingerprint(family: ModelFamily) -> str:
-    """Class, dtype and hash of a pipeline's weights, without those of adapters."""
+    """Class, dtype and hash of a pipeline's networks, without adapters."""
     digest = xxhash.xxh3_64()
-    for component, module in sorted(family.pipeline.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            if ".lora_" in name:
-                continue
-            digest.update(f"{component}.{name.replace('.base_layer', '')}|{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, component in sorted(family.pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            digest.update(f"{name} {component_fingerprint(component, _base_name)}".encode())
     dtype = str(family.denoiser.dtype).removeprefix("torch.")
     return f"{type(family.pipeline).__name__} in {dtype}, weights {digest.hexdigest()}"
+
+
+def _base_name(weight: str) -> str | None:
+    return None if ".lora_" in weight else weight.replace(".base_layer", "")
 
 
 def _data_fingerprint(rows: Any) -> str | None:

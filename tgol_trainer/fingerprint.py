@@ -1,4 +1,4 @@
-"""Tell networks and tokenizers apart by their content, so that a cache knows what made its entries."""
+"""Tell networks and tokenizers apart by their content, for caches and checkpoints that must know what made them."""
 
 from __future__ import annotations
 
