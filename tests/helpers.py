@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tgol_trainer import adapters
 
@@ -39,3 +40,33 @@ def randomize(model, scale=0.1):
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name and f".{adapters.POLICY}" in name:
             parameter.data = parameter.data + scale * torch.randn(parameter.shape, generator=generator)
+
+
+class _Copies(TorchDispatchMode):
+    """Refuses copies to the meta device that would wait for a real one."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        to_meta = str(keywords.get("device")) == "meta" and function is torch.ops.aten._to_copy.default
+        if to_meta and arguments[0].device.type == "cpu" and not keywords.get("non_blocking"):
+            raise AssertionError("a copy that waits for the device")
+        return function(*arguments, **keywords)
+
+
+def step_without_waiting(trainer, monkeypatch):
+    """
+    Make a step with the denoiser on the meta device, from which nothing can be read; return names of the gradients.
+
+    Raises where a value is read from the device, and for a copy to it that waits.
+    """
+    monkeypatch.setattr("tgol_trainer.families.base.frozen_pass", lambda device: torch.no_grad())  # no autocast there
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.family.denoiser.to("meta")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    with _Copies():
+        loss = trainer.compute_loss(model.train(), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.device.type == "meta"
+    return [name for name, parameter in model.named_parameters() if parameter.grad is not None]

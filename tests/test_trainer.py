@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from tests.conftest import scored_dataset
-from tests.helpers import quick
+from tests.helpers import quick, step_without_waiting
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
 from tgol_trainer.data import decode_prompts
@@ -182,6 +182,38 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
     (reference_inputs, reference_times), (policy_inputs, policy_times) = seen
     assert torch.equal(reference_inputs, policy_inputs)
     assert torch.equal(reference_times, policy_times)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "ordinal"},
+        {"loss_type": "kto"},
+        {"loss_type": "qrpo"},
+        {"loss_type": "nft"},
+        {"loss_type": "csft"},
+        {"loss_type": "dpo", "group_size": 2},
+        {"loss_type": "tgol_pairs", "group_size": 2},
+        {"log_ratio_centering": "group", "group_size": 2},
+        {"precompute_ref_log_probs": True},
+        {"random_flip": True, "caption_dropout": 0.5},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_no_loss_waits_for_the_device(config, dataset, monkeypatch, options):
+    assert step_without_waiting(TGOLTrainer(stable_diffusion(), config(**options), dataset), monkeypatch)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits_for_it(config, dataset):
+    trainer = TGOLTrainer(stable_diffusion(), config(use_cpu=False, dataloader_pin_memory=True), dataset)
+    batches = iter(trainer.get_train_dataloader())
+    trainer.compute_loss(trainer.model, next(batches)).backward()  # the first one chooses kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.compute_loss(trainer.model, next(batches)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_reference_stays_the_base_model_while_the_policy_moves(config, dataset):

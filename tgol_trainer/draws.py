@@ -14,7 +14,7 @@ from .config import TGOLConfig
 from .data import Buckets, Collator, ScoredDataset, decode_prompts
 from .families import ModelFamily
 from .fingerprint import component_fingerprint
-from .likelihoods import Draw, RowGenerators
+from .likelihoods import Draw, RowGenerators, to_device
 
 EVALUATION_STEP = -1
 """Step that keys the random draws of evaluation. Every evaluation uses the same draws."""
@@ -109,14 +109,14 @@ class BatchDraws:
         """Return the reference's (B,) float32 errors where they were computed before."""
         if self.references is None or "image_key" not in inputs:
             return None
-        return self.references.read(inputs, step).to(self.family.device)
+        return to_device(self.references.read(inputs, step), self.family.device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[Draw, dict[str, torch.Tensor]]:
         """
         Return one draw of a batch, and the conditioning as keyword arguments of the denoiser.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
+            inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`], on the CPU.
             step (`int`): Keys the random numbers. At `EVALUATION_STEP` no image is mirrored and no caption dropped.
         """
         args, training = self.args, step != EVALUATION_STEP

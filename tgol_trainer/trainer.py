@@ -23,6 +23,7 @@ from .caching import Workers
 from .config import TGOLConfig
 from .config.checks import check_processes, check_sharding
 from .data import (
+    LABELS,
     Collator,
     Columns,
     DataReport,
@@ -47,7 +48,7 @@ from .labels.training import (
     check_sources,
     fit_rows,
 )
-from .likelihoods import Draw, log_likelihood
+from .likelihoods import Draw, log_likelihood, to_device
 from .metrics import MetricSums, stack_record, summarize_records
 from .objective import ScoredBatch, training_loss
 from .run import Run, RunCallback
@@ -281,7 +282,6 @@ class TGOLTrainer(SavingTrainer):
             self.draws.prepare(rows, batch_size, workers, reference, self._reference_error, training=training)
 
     def _reference_error(self, inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        inputs = self._prepare_inputs(inputs)
         draw, conditioning = self.draws(inputs, step)
         # The denoiser is not wrapped yet, and only its wrapper brings the autocast of `bf16` and `fp16`.
         with torch.no_grad(), self.accelerator.autocast():
@@ -405,6 +405,7 @@ class TGOLTrainer(SavingTrainer):
                     "processes: use a smaller `per_device_train_batch_size`, or `aspect_buckets=False`."
                 )
             self._train_sampler = innermost_sampler(loader)
+            loader.device = None  # batches stay on the CPU, see `_prepare_inputs`
             return loader
         from accelerate.data_loader import prepare_data_loader
 
@@ -419,14 +420,9 @@ class TGOLTrainer(SavingTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        # Already this process's share: accelerate must only move batches to the device.
+        # Already this process's share: accelerate must not share it out again.
         return prepare_data_loader(
-            loader,
-            self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
+            loader, num_processes=1, process_index=0, put_on_device=False, dispatch_batches=False
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -458,7 +454,9 @@ class TGOLTrainer(SavingTrainer):
         ):
             self._prepare_rows(rows, self.args.per_device_eval_batch_size)
         with _changed(self.args, dataloader_drop_last=False):
-            return super().get_eval_dataloader(eval_dataset)
+            loader = super().get_eval_dataloader(eval_dataset)
+        loader.device = None
+        return loader
 
     def _on_epoch_begin(self, epoch: float, first: bool) -> None:
         # At the beginning of an epoch rather than at the end of the one before, so that a checkpoint written on the
@@ -531,6 +529,10 @@ class TGOLTrainer(SavingTrainer):
         finally:
             setattr(pipeline, name, policy)
 
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Leave a batch on the CPU: rows, prompts and keys are read there, and a step must not wait for the device."""
+        return inputs
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -543,7 +545,7 @@ class TGOLTrainer(SavingTrainer):
 
         Args:
             model (`torch.nn.Module`): The denoiser as Trainer wrapped it.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`].
+            inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`], on the CPU.
             return_outputs (`bool`, *optional*, defaults to `False`): Also return the (B, len(metrics.RECORD)) record.
             num_items_in_batch (`int`, *optional*): Unused: the loss is a mean over the micro-batch.
 
@@ -571,11 +573,12 @@ class TGOLTrainer(SavingTrainer):
         def mixed_error(share: float) -> torch.Tensor:
             return likelihood.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
 
-        scored = ScoredBatch(log_ratio, error, inputs, mixed_error)
+        batch = {name: to_device(inputs[name], error.device) for name in (*LABELS, "group") if name in inputs}
+        scored = ScoredBatch(log_ratio, error, batch, mixed_error)
         labeler = self.labeler
         weighting = labeler.weighting if labeler else args.weighting
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
-        record = stack_record(**result._asdict(), score=inputs["score"], error=error, reference_error=reference_error)
+        record = stack_record(**result._asdict(), score=batch["score"], error=error, reference_error=reference_error)
         if training:
             self._train_metrics.add(record)
         loss = result.loss.mean()
@@ -597,10 +600,9 @@ class TGOLTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return loss, record matrix and row ids; the draws are the same at every evaluation."""
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, record = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, record, inputs["row_id"])
+        return (loss, None, None) if prediction_loss_only else (loss, record, to_device(inputs["row_id"], loss.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log line, over all processes; stop on a loss that is not finite."""

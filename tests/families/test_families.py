@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from tests.conftest import SMALL
-from tests.helpers import over
+from tests.helpers import over, step_without_waiting
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
@@ -316,6 +316,11 @@ def test_eight_steps_on_one_batch_lower_the_loss_pull_positives_nearer_and_push_
     change, positive = last["error"] - last["reference_error"], last["label"] > 0.5
     assert history[-1] < 0.9 * history[0]
     assert change[positive].mean() < 0 < change[~positive].mean()
+
+
+@every_pipeline
+def test_a_step_reads_nothing_back_from_the_device_and_copies_to_it_without_waiting(name, tmp_path, monkeypatch):
+    assert step_without_waiting(trainer_of(name, tmp_path), monkeypatch)
 
 
 @shared_code

@@ -12,12 +12,13 @@ from .rows import Columns
 from .videos import Video, VideoError, encode_video, frame_rate, open_video, read_video, sample_frames, video_pixels
 
 if TYPE_CHECKING:
-    from .collator import Collator, decode_prompts
+    from .collator import LABELS, Collator, decode_prompts
     from .datasets import DataReport, ScoredDataset, prepare_dataset
     from .sampler import GroupSampler, SizeSampler, innermost_sampler
     from .streams import ScoredStream, stream_scores
 
 __all__ = [
+    "LABELS",
     "Buckets",
     "Collator",
     "Columns",
@@ -49,7 +50,7 @@ __all__ = [
 # These modules need torch, which takes seconds to import. They are imported when asked for, so that commands that only
 # look at data start without it.
 _WITH_TORCH = {
-    **dict.fromkeys(("Collator", "decode_prompts"), "collator"),
+    **dict.fromkeys(("LABELS", "Collator", "decode_prompts"), "collator"),
     **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),
     **dict.fromkeys(("GroupSampler", "SizeSampler", "innermost_sampler"), "sampler"),
     **dict.fromkeys(("ScoredStream", "stream_scores"), "streams"),

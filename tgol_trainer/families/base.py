@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tgol_trainer._hub_ids import is_hub_id
-from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators
+from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators, to_device
 
 from .licenses import folder_license
 from .prompts import seen_part
@@ -271,9 +271,9 @@ class ModelFamily(abc.ABC):
         Returns:
             `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype and on its device.
         """
-        latents = encoded["mean"].to(self.device)
+        latents = to_device(encoded["mean"], self.device)
         if sample:
-            latents = latents + encoded["std"].to(self.device) * rows.normal("latent", latents).to(latents.dtype)
+            latents = latents + to_device(encoded["std"], self.device) * rows.normal("latent", latents).to(latents.dtype)
         return self.scale_latents(latents).to(self.denoiser.dtype)
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
@@ -310,7 +310,7 @@ class ModelFamily(abc.ABC):
             `dict[str, torch.Tensor]`: B rows of what [`~ModelFamily.latents`] takes, in the autoencoder's dtype.
         """
         with self.present(self.autoencoder_name) as autoencoder, frozen_pass(autoencoder.device):
-            rows = [self.encode_one(image[None].to(autoencoder.device)) for image in pixels]
+            rows = [self.encode_one(to_device(image[None], autoencoder.device)) for image in pixels]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def encode_images(self, pixels: torch.Tensor, rows: RowGenerators, *, sample: bool) -> torch.Tensor:
@@ -411,9 +411,9 @@ class ModelFamily(abc.ABC):
         `encode_prompts` stands in for [`~ModelFamily.encode_prompts`], such as a cache.
         """
         unique = list(dict.fromkeys(prompts))
-        index = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
+        index = to_device(torch.tensor([unique.index(prompt) for prompt in prompts]), self.device)
         encoded = (encode_prompts or self.encode_prompts)(unique)
-        rows = {name: value.to(self.device, self.denoiser.dtype)[index] for name, value in encoded.items()}
+        rows = {name: to_device(value, self.device).to(self.denoiser.dtype)[index] for name, value in encoded.items()}
         with frozen_pass(self.device):
             return {**rows, **self.condition_on_size(geometry, resolution)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from tgol_trainer.likelihoods import Draw
+from tgol_trainer.likelihoods import Draw, to_device
 
 from .flow import FlowFamily
 
@@ -65,7 +65,7 @@ class FluxFamily(FlowFamily):
             hidden_states=pixel_unshuffle(inputs, _PATCH).flatten(2).transpose(1, 2),
             timestep=draw.timesteps,
             guidance=guidance,
-            img_ids=grid_positions(height, width).to(inputs),
+            img_ids=to_device(grid_positions(height, width), inputs.device).to(inputs.dtype),
             txt_ids=inputs.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
             return_dict=False,
             **conditioning,

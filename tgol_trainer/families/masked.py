@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators
+from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators, to_device
 
 from .base import ModelFamily, frozen_pass
 
@@ -77,7 +77,7 @@ class MaskedTokenFamily(ModelFamily):
 
         The order is that of both pipelines and of aMUSEd's training script: the size is flipped, the crop is not.
         """
-        height, width, top, left = geometry.to(self.device, torch.float32).unbind(1)
+        height, width, top, left = to_device(geometry.float(), self.device).unbind(1)
         return {"micro_conds": torch.stack([width, height, top, left, torch.full_like(width, AESTHETIC_SCORE)], dim=1)}
 
     def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ class MaskedTokenFamily(ModelFamily):
 
     def latents(self, encoded: dict[str, torch.Tensor], rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """Codes (B, h, w) int64; an image has one code, so `sample` has no effect."""
-        return encoded["codes"].to(self.device)
+        return to_device(encoded["codes"], self.device)
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) of codes (B, h, w)."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tgol_trainer.likelihoods import Draw
+from tgol_trainer.likelihoods import Draw, to_device
 
 from .flux import grid_positions
 from .masked import MaskedTokenFamily
@@ -104,7 +104,7 @@ class MeissonicFamily(MaskedTokenFamily):
         return model(
             hidden_states=draw.inputs,
             timestep=draw.timesteps,
-            img_ids=grid_positions(height, width).to(device),
+            img_ids=to_device(grid_positions(height, width), device),
             txt_ids=torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=device),
             **conditioning,
         )

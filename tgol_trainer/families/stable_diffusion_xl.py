@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgol_trainer.likelihoods import Draw
+from tgol_trainer.likelihoods import Draw, to_device
 
 from .stable_diffusion import StableDiffusionFamily
 
@@ -52,7 +52,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         They are float32, in which the UNet embeds them: bfloat16 would make 1333 pixels 1336.
         """
         target = geometry.new_tensor(resolution).expand(len(geometry), 2)
-        return {"time_ids": torch.cat([geometry, target], 1).to(self.device, torch.float32)}
+        return {"time_ids": to_device(torch.cat([geometry, target], 1).float(), self.device)}
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         """Output of the UNet (B, 4, h, w)."""

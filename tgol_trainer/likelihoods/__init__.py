@@ -1,6 +1,6 @@
 """Likelihoods: how a denoiser's output becomes an error and a log-likelihood."""
 
-from .base import Draw, Likelihood, RowGenerators, log_likelihood
+from .base import Draw, Likelihood, RowGenerators, log_likelihood, to_device
 from .diffusion import DiffusionLikelihood
 from .flow import FlowLikelihood
 from .masked import MaskedTokenLikelihood
@@ -13,4 +13,5 @@ __all__ = [
     "MaskedTokenLikelihood",
     "RowGenerators",
     "log_likelihood",
+    "to_device",
 ]

@@ -56,7 +56,7 @@ class RowGenerators:
     def normal(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers in the shape (B, ...) and on the device of `like`, float32."""
         drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators(purpose)]
-        return torch.stack(drawn).to(like.device)
+        return to_device(torch.stack(drawn), like.device)
 
     def integers(self, purpose: str, high: int) -> torch.Tensor:
         """(B,) int64 numbers, uniform on 0 .. high - 1, on the CPU."""
@@ -107,7 +107,19 @@ class SquaredError:
 
 def per_row(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Give values (B,) the device and the number of dimensions of latents (B, ...)."""
-    return values.to(latents.device).view(-1, *[1] * (latents.dim() - 1))
+    return to_device(values, latents.device).view(-1, *[1] * (latents.dim() - 1))
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    Copy a tensor to a device without waiting for what the device computes.
+
+    A copy to a GPU waits for all work before it, unless it starts from pinned memory. A step that waits for nothing
+    prepares the next pass while the device is busy with the last one.
+    """
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
 def log_likelihood(likelihood: Likelihood, error: torch.Tensor, temperature: float) -> torch.Tensor:

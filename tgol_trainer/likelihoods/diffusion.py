@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Draw, RowGenerators, SquaredError, per_row
+from .base import Draw, RowGenerators, SquaredError, per_row, to_device
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -52,4 +52,4 @@ class DiffusionLikelihood(SquaredError):
             target = signal * noise - sigma * clean
         else:
             target = clean
-        return Draw((signal * clean + sigma * noise).to(latents.dtype), timesteps.to(latents.device), target)
+        return Draw((signal * clean + sigma * noise).to(latents.dtype), to_device(timesteps, latents.device), target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Draw, RowGenerators, SquaredError, per_row
+from .base import Draw, RowGenerators, SquaredError, per_row, to_device
 
 DENSITIES = ("uniform", "logit_normal")
 
@@ -49,4 +49,4 @@ class FlowLikelihood(SquaredError):
         clean = latents.float()
         sigma = per_row(self.sigmas[index], latents)
         noised = (1 - sigma) * clean + sigma * noise
-        return Draw(noised.to(latents.dtype), self.timesteps[index].to(latents.device), noise - clean)
+        return Draw(noised.to(latents.dtype), to_device(self.timesteps[index], latents.device), noise - clean)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .base import Draw, RowGenerators
+from .base import Draw, RowGenerators, to_device
 
 
 class MaskedTokenLikelihood:
@@ -40,9 +40,9 @@ class MaskedTokenLikelihood:
         positions = latents[0].numel()
         count = (positions * ratio).round().clamp(min=1)
         rank = torch.stack([torch.randperm(positions, generator=g) for g in rows.generators("mask")])
-        mask = (rank < count[:, None]).view(latents.shape).to(latents.device)
+        mask = to_device((rank < count[:, None]).view(latents.shape), latents.device)
         inputs = torch.where(mask, self.mask_token_id, latents)
-        return Draw(inputs, (ratio * 1000).to(latents.device), latents, mask)
+        return Draw(inputs, to_device(ratio * 1000, latents.device), latents, mask)
 
     def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
         """
