@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -38,6 +38,7 @@ from .data import (
 from .data.prompts import warn_of_syntax
 from .draws import EVALUATION_STEP, BatchDraws
 from .families import FamilySettings, ModelFamily, load_family
+from .families.compiling import compile_blocks
 from .labels import Labeler
 from .labels.advice import advise_training
 from .labels.training import (
@@ -168,6 +169,11 @@ class TGOLTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_sharding(args, self.is_fsdp_enabled)
+        if args.torch_compile:
+            networks = [network for network in (self.family.denoiser, self.reference_model) if network is not None]
+            options = (args.torch_compile_backend, args.torch_compile_mode)
+            if all([compile_blocks(network, *options) for network in networks]):
+                self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile all in one
         for callback in run_callbacks:
             callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.

@@ -318,6 +318,25 @@ def test_eight_steps_on_one_batch_lower_the_loss_pull_positives_nearer_and_push_
     assert change[positive].mean() < 0 < change[~positive].mean()
 
 
+@over(("sd", "sdxl", "sd3.5", "flux", "wan"), ("sd",))
+def test_the_blocks_are_compiled_and_switching_the_adapter_compiles_none_again(name, trained, tmp_path):
+    torch.compiler.reset()
+    graphs, compiled = [], trainer_of(name, tmp_path, torch_compile_backend="eager", max_steps=5)
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    step = compiled.training_step
+    compiled.training_step = lambda *a, **k: (step(*a, **k), graphs.append(counts["stats"]["unique_graphs"]))[0]
+    compiled.train()
+    assert logged(compiled)[0] == pytest.approx(logged(trained.trainer)[0], rel=1e-6)
+    assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 4
+    sample_of(name, compiled.family.pipeline)  # compiles anew
+    drawn = counts["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    with compiled.family.whole() as pipeline:
+        sample_of(name, pipeline)
+    assert drawn > graphs[-1] and counts["stats"]["unique_graphs"] == drawn
+
+
 @every_pipeline
 def test_a_step_reads_nothing_back_from_the_device_and_copies_to_it_without_waiting(name, tmp_path, monkeypatch):
     assert step_without_waiting(trainer_of(name, tmp_path), monkeypatch)

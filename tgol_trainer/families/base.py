@@ -14,6 +14,7 @@ import torch
 from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators, to_device
 
+from .compiling import uncompiled
 from .licenses import folder_license
 from .prompts import seen_part
 
@@ -273,7 +274,9 @@ class ModelFamily(abc.ABC):
         """
         latents = to_device(encoded["mean"], self.device)
         if sample:
-            latents = latents + to_device(encoded["std"], self.device) * rows.normal("latent", latents).to(latents.dtype)
+            latents = latents + to_device(encoded["std"], self.device) * rows.normal("latent", latents).to(
+                latents.dtype
+            )
         return self.scale_latents(latents).to(self.denoiser.dtype)
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
@@ -370,7 +373,8 @@ class ModelFamily(abc.ABC):
     def whole(self) -> Iterator[DiffusionPipeline]:
         """Yield the pipeline with every component on the denoiser's device, for a block that generates."""
         components = self.pipeline.components.items()
-        with self.present(*(name for name, component in components if isinstance(component, torch.nn.Module))):
+        names = [name for name, component in components if isinstance(component, torch.nn.Module)]
+        with self.present(*names), uncompiled(self.denoiser):
             yield self.pipeline
 
     def place_denoiser(self, device: torch.device) -> None:
