@@ -172,7 +172,7 @@ class TGOLTrainer(SavingTrainer):
         if args.torch_compile:
             networks = [network for network in (self.family.denoiser, self.reference_model) if network is not None]
             options = (args.torch_compile_backend, args.torch_compile_mode)
-            if all([compile_blocks(network, *options) for network in networks]):
+            if all(compile_blocks(network, *options) for network in networks):
                 self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile all in one
         for callback in run_callbacks:
             callback.start(self._run())
