@@ -21,6 +21,7 @@ class BuildWithTemplate(build_py):
             shutil.copy(ROOT / "model_card_template.md", Path(self.build_lib) / "tgol_trainer")
 
 
+FORMATS = ["pillow-heif>=1.1", "pillow-jxl-plugin>=1.3"]
 REWARDS = ["ftfy>=6.2"]
 RANKING = ["choix>=0.4"]
 QUANTIZATION = ["bitsandbytes>=0.50"]
@@ -65,6 +66,7 @@ setup(
         "xxhash>=3.5",
     ],
     extras_require={
+        "formats": FORMATS,
         "quantization": QUANTIZATION,
         "ranking": RANKING,
         "rewards": REWARDS,

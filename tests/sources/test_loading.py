@@ -225,16 +225,6 @@ def test_a_slice_of_a_file_is_possible_and_its_split_has_any_name(folder):
     assert load_scored_dataset(str(folder / "rows.jsonl"), split="test[:2]").num_rows == 2
 
 
-def test_a_folder_of_images_alone_is_refused_with_two_lines_to_write(folder):
-    with pytest.raises(DataError, match=r"6 images and no metadata.*metadata\.jsonl") as caught:
-        load_scored_dataset(str(folder), columns=Columns(score="stars"))
-    lines = [line for line in str(caught.value).splitlines() if line.startswith("{")]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    columns = Columns(score="stars")
-    dataset, _ = prepare_dataset(load_scored_dataset(str(folder), columns=columns), columns, SIZE)
-    assert dataset.scores.tolist() == [4, 2.5] and levels(dataset) == [0, 50]
-
-
 @pytest.mark.parametrize("source", ["nothing", "./here/it/is", "/no/such/folder", "data/rows.csv", "~/x", "a/b/c", ""])
 def test_a_source_that_is_nothing_is_refused_before_the_hub_is_asked(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

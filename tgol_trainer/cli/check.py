@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .console import counted, hide_local_bars, plain_errors, set_up_logging
+from .console import FOLDER_SCORES, counted, hide_local_bars, plain_errors, set_up_logging
 
 if TYPE_CHECKING:
     from tgol_trainer.checking.findings import Diagnosis
@@ -37,6 +37,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("source", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
     add("--split", default="train", help="split to read (default: %(default)s)")
     add("--dataset_config", help="configuration, for a dataset on the Hub that has several")
+    add("--folder_scores", action="store_true", help=FOLDER_SCORES)
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it first")
     for role in ("prompt", "image", "score"):
         add(f"--{role}_column", default=role, help=f"column of {role}s (default: %(default)s)")
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
     logging.getLogger("tgol_trainer.data.checks").setLevel(logging.ERROR)  # the report says the same
+    logging.getLogger("tgol_trainer.sources.image_folder").setLevel(logging.WARNING)
     start = time.monotonic()
     with plain_errors():
         diagnosis = _diagnose(args)
@@ -107,6 +109,7 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
     from tgol_trainer.checking.limits import load_limits, refuse_unnamed_videos
     from tgol_trainer.data import Columns, DataError
     from tgol_trainer.sources import load_scored_dataset
+    from tgol_trainer.sources.image_folder import found_in
 
     limits = load_limits(args.model_name_or_path, revision=args.model_revision, num_frames=args.num_frames)
     if args.resolution is not None:
@@ -123,12 +126,17 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
     ]
     hide_local_bars(args.source)
     dataset = load_scored_dataset(
-        args.source, name=args.dataset_config, split=args.split, streaming=args.streaming, columns=columns
+        args.source,
+        name=args.dataset_config,
+        split=args.split,
+        streaming=args.streaming,
+        columns=columns,
+        folder_scores=args.folder_scores,
     )
     disable_progress_bar()  # ours follows
     if args.model_name_or_path is None and columns.video is None:
         refuse_unnamed_videos(dataset, columns.image)
-    return diagnose(
+    diagnosis = diagnose(
         dataset,
         columns,
         score_columns=args.score_columns,
@@ -137,6 +145,10 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
         num_proc=args.num_proc,
         max_distance=args.max_distance,
     )
+    found = found_in(dataset)
+    if found is None:
+        return diagnosis
+    return dataclasses.replace(diagnosis, facts={**diagnosis.facts, "found": {k: dict(v) for k, v in found.items()}})
 
 
 def _report(diagnosis: Diagnosis) -> list[str]:
@@ -165,14 +177,19 @@ def _report(diagnosis: Diagnosis) -> list[str]:
 
 
 def _facts(facts: dict[str, Any]) -> list[str]:
-    if not facts:
-        return []
+    from tgol_trainer.sources.image_folder import found_line
+
+    found = facts.get("found", {})
+    lines = [f"  {name:<7}  {found_line(found[name])}" for name in found]
+    if "scores" not in facts:
+        return lines
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
     common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
     trained = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["buckets"][:4])
     limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
     most = counted(prompts["most_rows_of_one"], "row")
     return [
+        *lines,
         *(f"  {'scores' if len(scores) == 1 else column:<7}  {_extent(found)}" for column, found in scores.items()),
         f"  prompts  {prompts['num_distinct']} different, up to {most} each{limit}",
         f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",

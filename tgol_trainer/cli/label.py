@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .console import plain_errors, read_settings, set_up_logging
+from .console import FOLDER_SCORES, plain_errors, read_settings, set_up_logging
 from .label_text import report_lines
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset_name", help="Hub id, folder, or a CSV, JSON Lines or Parquet file")
     parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
     parser.add_argument("--dataset_train_split", default="train", help="default: %(default)s")
+    parser.add_argument("--folder_scores", nargs="?", const=True, default=False, type=_boolean, help=FOLDER_SCORES)
     parser.add_argument(
         *("--dataset_streaming",), nargs="?", const=True, default=False, type=_boolean, help="default: %(default)s"
     )
@@ -179,7 +180,13 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, np.ndarray]:
     group = counted or (args.prompt_column if grouped else None)
     wanted = dict.fromkeys([args.prompt_column, *scored, *([group] if group else [])])
     where: dict[str, Any] = {"name": args.dataset_config, "streaming": args.dataset_streaming}
-    dataset = load_columns(args.dataset_name, list(wanted), split=args.dataset_train_split, **where)
+    dataset = load_columns(
+        args.dataset_name,
+        list(wanted),
+        split=args.dataset_train_split,
+        folder_scores=args.folder_scores,
+        **where,
+    )
     reading: dict[str, Any] = {"score_columns": several, "on_bad_sample": args.on_bad_sample}
     rows = read_scores(
         dataset,

@@ -34,6 +34,13 @@ class TrainArguments(ScriptArguments):
         default=None,
         metadata={"help": "Hub id, folder or file whose scores set the threshold, instead of the training scores."},
     )
+    folder_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the scores of a folder without a table from names of folders: numbers, or words such "
+            "as good and bad."
+        },
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -379,7 +386,12 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
     def load(source: str, split: str) -> Any:
         columns = Columns(training.prompt_column, training.image_column, training.score_column)
         return load_scored_dataset(
-            source, name=script.dataset_config, split=split, streaming=script.dataset_streaming, columns=columns
+            source,
+            name=script.dataset_config,
+            split=split,
+            streaming=script.dataset_streaming,
+            columns=columns,
+            folder_scores=script.folder_scores,
         )
 
     with plain_errors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import os
 import struct
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .colour import to_srgb
 from .files import NO_FILE, NotAFileError, open_file, read_url
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 # What Pillow raises for broken files, over its many formats: UnidentifiedImageError is an OSError, a bad PNG chunk a
 # SyntaxError, a bad TIFF tag anything from a KeyError to a struct.error.
-_PILLOW_ERRORS = (
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -36,9 +38,10 @@ _PILLOW_ERRORS = (
 )
 _ORIENTATION = 0x0112
 
-# Pillow also opens EPS, for which it starts Ghostscript, and formats of films, fonts and measurements. HEIF is there
-# where the user has registered pillow_heif's opener.
-_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+# Pillow also opens EPS, for which it starts Ghostscript, and formats of films, fonts and measurements.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+_PLUGINS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
+"""Formats that Pillow opens with a package of its own, the extra `formats`."""
 NO_VALUE, NO_SUCH_FILE = "there is neither a path nor data", "no such file"
 
 
@@ -113,13 +116,16 @@ def open_image(value: Any) -> Image.Image:
         raise ImageError(not_found(error), cause="image file not found") from error
     except NotAFileError as error:
         raise ImageError(str(error)) from error
-    except _PILLOW_ERRORS as error:
+    except UNREADABLE as error:
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, Image.DecompressionBombError):
             message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
             # Without Pillow's own ending, the address of a buffer.
             message = f"cannot identify image file. These formats are read: {', '.join(_formats())}"
+            lacking = [name for name in _PLUGINS if name not in _formats()]
+            if lacking:
+                message += f"; {' and '.join(lacking)} with `pip install 'tgol_trainer[formats]'`"
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
@@ -142,9 +148,34 @@ def _open(value: Any) -> Image.Image:
         return _loaded(image)
 
 
+def open_header(path: Path) -> ImageFile.ImageFile:
+    """
+    Open an image file of a format that [`open_image`] reads, for what stands beside its pixels.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `PIL.ImageFile.ImageFile`: not decoded yet; close it.
+
+    Raises:
+        OSError: one of `UNREADABLE` where it cannot be opened.
+    """
+    return Image.open(path, formats=_formats())
+
+
 def _formats() -> list[str]:
+    _register_plugins()
     Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+    return [name for name in (*_FORMATS, *_PLUGINS) if name in Image.OPEN]
+
+
+@functools.cache
+def _register_plugins() -> None:
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    if importlib.util.find_spec("pillow_jxl") is not None:
+        importlib.import_module("pillow_jxl")  # registers itself
 
 
 def _encoded(value: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
@@ -153,7 +184,7 @@ def _encoded(value: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
     if isinstance(value, str) and "://" in value:
         try:
             return read_url(value)
-        except _PILLOW_ERRORS:
+        except UNREADABLE:
             raise
         except Exception as error:  # each client has its own errors, and a missing client raises ImportError
             raise ImageError(f"{type(error).__name__}: {error}") from error
@@ -197,7 +228,7 @@ def stored_form(value: Any) -> Stored | None:
         mode = image.mode  # before a second frame is looked at
         try:
             several = bool(getattr(image, "is_animated", False))
-        except _PILLOW_ERRORS:
+        except UNREADABLE:
             several = True  # there is a second one, and it is broken
         return Stored(mode, image.format, several)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import json
 import logging
 import os
 import re
@@ -26,7 +25,9 @@ from tgol_trainer.data.images import DataError
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
-from .folders import IMAGES, VIDEOS, file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
+from .archives import unpacked
+from .folders import VIDEOS, file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
+from .image_folder import files_below, load_image_folder
 from .shards import incomplete
 from .tables import check_table, csv_options
 
@@ -53,6 +54,7 @@ def load_scored_dataset(
     split: str = "train",
     streaming: bool = False,
     columns: Columns = DEFAULT_COLUMNS,
+    folder_scores: bool = False,
 ) -> AnyDataset:
     """
     Load a dataset of prompts, images or videos, and scores. Rows are not checked here, see [`prepare_dataset`].
@@ -61,8 +63,10 @@ def load_scored_dataset(
         source (`str`):
             A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
             videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
+            images or videos alone, whose prompts and scores are read as docs/data.md says; a folder of
             Parquet, JSON Lines or CSV files, or of WebDataset tars, whose JSON fields become columns such as
-            `json.prompt`; or one such file. Paths in a table count from the folder of the table.
+            `json.prompt`; one such file; or a zip file of such a folder. Paths in a table count from the folder of
+            the table.
         name (`str`, *optional*): Configuration of a dataset that has several.
         split (`str`, *optional*, defaults to `"train"`):
             Split, or a slice such as `"train[:1000]"` where `datasets` allows it. A single file is one split, whatever
@@ -70,6 +74,9 @@ def load_scored_dataset(
         streaming (`bool`, *optional*, defaults to `False`): Return a stream instead of downloading first.
         columns ([`Columns`], *optional*):
             The paths in its image column and in its video column, by default `"video"`, are resolved.
+        folder_scores (`bool`, *optional*, defaults to `False`):
+            Take the scores of a folder without a table from the names of its folders: numbers, or words such as
+            `good` and `bad`.
 
     Returns:
         [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
@@ -77,12 +84,18 @@ def load_scored_dataset(
     Raises:
         DataError: if `source` is none of the above or cannot be loaded; the cause is chained.
     """
-    dataset: AnyDataset = _find(source, name, _Wanted(split, streaming, columns))
+    dataset: AnyDataset = _find(source, name, _Wanted(split, streaming, columns, folder_scores=folder_scores))
     return dataset
 
 
 def load_columns(
-    source: str, only: Sequence[str], *, name: str | None = None, split: str = "train", streaming: bool = False
+    source: str,
+    only: Sequence[str],
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    folder_scores: bool = False,
 ) -> AnyDataset | ParquetColumns:
     """
     Load some columns of a dataset, to look at its scores. Paths are not resolved. Parquet files that have all the
@@ -94,6 +107,7 @@ def load_columns(
         name (`str`, *optional*): Configuration.
         split (`str`, *optional*, defaults to `"train"`): Split.
         streaming (`bool`, *optional*, defaults to `False`): Return a stream, or [`ParquetColumns`].
+        folder_scores (`bool`, *optional*, defaults to `False`): As for [`load_scored_dataset`].
 
     Returns:
         [`ParquetColumns`] of local Parquet files with all the columns, a stream of other Parquet files, else what
@@ -102,7 +116,8 @@ def load_columns(
     Raises:
         DataError: as [`load_scored_dataset`].
     """
-    dataset: AnyDataset | ParquetColumns = _find(source, name, _Wanted(split, streaming, only=list(only)))
+    wanted = _Wanted(split, streaming, only=list(only), folder_scores=folder_scores)
+    dataset: AnyDataset | ParquetColumns = _find(source, name, wanted)
     return dataset
 
 
@@ -114,6 +129,7 @@ class _Wanted:
     streaming: bool
     columns: Columns = DEFAULT_COLUMNS
     only: list[str] | None = None
+    folder_scores: bool = False
 
     @property
     def base_split(self) -> str:
@@ -138,10 +154,12 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         raise DataError(
             f"`split`: a stream takes no slice such as {wanted.split!r}. Name the split alone, or do not stream."
         )
-    if path.is_file():
-        return _load_file(path, wanted)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        path = unpacked(path)
     if path.is_dir():
         return _load_folder(path, name, wanted)
+    if path.is_file():
+        return _load_file(path, wanted)
     here = f"(looked from {os.getcwd()})"
     if not is_hub_id(source) or path.suffix.lower() in _BUILDERS:
         raise DataError(
@@ -298,13 +316,16 @@ def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     metadata = any(file.name in _METADATA for file in files)
     tables = [file for file in files if file.suffix.lower() in _BUILDERS and file.name not in _METADATA]
-    images = [file for file in files if file.suffix.lower() in IMAGES + VIDEOS]
-    if images and not metadata and all(file.suffix.lower() == ".tar" for file in tables):
-        raise _no_metadata(path, images, wanted.columns)
+    images = [] if metadata else files_below(path)
+    if images:
+        beside = {name for image in images for name in (image, os.path.splitext(image)[0])}
+        tables = [file for file in tables if file.relative_to(path).with_suffix("").as_posix() not in beside]
+        if all(file.suffix.lower() == ".tar" for file in tables):
+            return _load_images(path, images, wanted)
     if not tables and not metadata:
         raise DataError(
             f"`source`: the folder {str(path)!r} holds no data: no images, no videos and no {', '.join(_BUILDERS)} "
-            "file."
+            "file. A zip file is read if it is named itself."
         )
     for file in tables:
         if _BUILDERS[file.suffix.lower()] == "json":
@@ -326,6 +347,18 @@ def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
     with _loading(path, hint):
         dataset = _load(wanted, builder, **options)
     return _as_written(dataset, path, wanted, csv="sep" in options)
+
+
+def _load_images(path: Path, files: list[str], wanted: _Wanted) -> AnyDataset:
+    if wanted.split != wanted.base_split:
+        raise DataError(
+            f"`split`: {str(path)!r} has no table, and takes no slice such as {wanted.split!r}. Name the split alone."
+        )
+    with _loading(path, "Check that its files can be read."):
+        dataset = load_image_folder(path, files, wanted.split, wanted.columns, folder_scores=wanted.folder_scores)
+    if wanted.streaming:
+        return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))
+    return dataset
 
 
 def _tables_of(path: Path, tables: list[Path], wanted: _Wanted) -> tuple[str, dict[str, Any]]:
@@ -371,19 +404,6 @@ def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
     if wanted.streaming:
         return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
     return dataset
-
-
-def _no_metadata(path: Path, images: list[Path], columns: Columns) -> DataError:
-    names = sorted(file.relative_to(path).as_posix() for file in images)
-    lines = "\n".join(
-        json.dumps({"file_name": file, columns.prompt: prompt, columns.score: score}, ensure_ascii=False)
-        for file, prompt, score in ((names[0], "a red kite over the sea", 4), (names[-1], "a dog in a hat", 2.5))
-    )
-    medium = "video" if _is_video(names[0]) else "image"
-    return DataError(
-        f"`source`: the folder {str(path)!r} holds {len(images)} {medium}s and no metadata, so there are no prompts "
-        f"and no scores. Add a file metadata.jsonl to it, with one line per {medium}:\n{lines}"
-    )
 
 
 def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:

@@ -1,0 +1,448 @@
+"""Folders without a table: prompts that programs wrote into images, captions, stars, names of folders, archives."""
+
+import json
+import logging
+import os
+import stat
+import struct
+import zipfile
+import zlib
+
+import datasets
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tgol_trainer.data import Columns, DataError, prepare_dataset
+from tgol_trainer.sources import load_scored_dataset
+from tgol_trainer.sources.comfyui import read_graph
+from tgol_trainer.sources.generation import read_parameters
+from tgol_trainer.sources.image_folder import found_in
+from tgol_trainer.sources.loading import load_columns
+from tgol_trainer.sources.stars import StarsError, xmp_stars
+
+SIZE = (8, 8)
+PARAMETERS = (
+    "a fox, (red:1.2)\nin the snow\nNegative prompt: blurry,\nugly\nSteps: 20, Sampler: Euler a, CFG scale: 7, "
+    'Seed: 18446744073709551615, Size: 8x8, Lora hashes: "one: 1f, two: 2e", Version: v1.10'
+)
+RATED = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:{prefix}="http://ns.adobe.com/xap/1.0/" {attribute}>{element}</rdf:Description>'
+    "</rdf:RDF></x:xmpmeta>"
+)
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, logger="tgol_trainer.sources")
+    return caplog
+
+
+def stars(number, prefix="xmp"):
+    return RATED.format(prefix=prefix, attribute=f'{prefix}:Rating="{number}"', element="")
+
+
+def image(path, texts=None, **saved):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if texts is not None:
+        saved["pnginfo"] = PngInfo()
+        for name, text in texts.items():
+            saved["pnginfo"].add_itxt(name, text)
+    Image.new("RGB", SIZE, (len(path.name) * 7 % 255, 80, 80)).save(path, **saved)
+
+
+def comment(text):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
+
+
+def rated(number):
+    exif = Image.Exif()
+    exif[0x4746] = number
+    return exif
+
+
+def rows(folder, **options):
+    dataset = load_scored_dataset(str(folder), **options)
+    visual = "image" if "image" in dataset.column_names else "video"
+    return {
+        os.path.basename(row[visual]["path"]): row for row in dataset.cast_column(visual, datasets.Image(decode=False))
+    }
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+GRAPH = {
+    "1": node("CheckpointLoaderSimple", ckpt_name="base.safetensors"),
+    "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="x"),
+    "3": node("CLIPTextEncode", clip=["2", 1], text=["10", 0]),
+    "4": node("CLIPTextEncode", clip=["2", 1], text="blurry"),
+    "5": node("KSampler", model=["2", 0], positive=["11", 0], negative=["11", 1], seed=5, steps=9, cfg=4.5),
+    "6": node("VAEDecode", samples=["5", 0]),
+    "7": node("SaveImage", images=["6", 0]),
+    "10": node("StringConcatenate", string_a="a lamp", string_b=["12", 0], delimiter=", "),
+    "11": node("ControlNetApplyAdvanced", positive=["13", 0], negative=["4", 0], strength=1.0),
+    "12": node("PrimitiveString", value="on a desk"),
+    "13": node("FluxGuidance", conditioning=["3", 0], guidance=3.5),
+}
+
+
+# ---- What programs write ----
+
+
+def test_a_prompt_of_a1111_comes_apart_into_prompt_negative_prompt_seed_and_settings():
+    found = read_parameters(PARAMETERS)
+    assert (found.prompt, found.negative_prompt) == ("a fox, (red:1.2) in the snow", "blurry, ugly")
+    assert found.seed == 2**64 - 1
+    assert found.settings["Lora hashes"] == "one: 1f, two: 2e"
+    assert found.settings["Version"] == "v1.10" and "Seed" not in found.settings
+    plain = read_parameters("only a prompt")
+    assert (plain.prompt, plain.negative_prompt, plain.seed, plain.settings) == ("only a prompt", None, None, {})
+
+
+def test_a_graph_of_comfyui_gives_the_text_that_the_sampler_was_given():
+    found = read_graph(GRAPH)
+    assert (found.prompts, found.negative_prompt, found.seed) == (["a lamp, on a desk"], "blurry", 5)
+    assert found.settings == {"steps": 9, "cfg": 4.5, "model": "base.safetensors"}
+
+
+def test_of_two_passes_of_a_graph_the_last_one_counts_and_of_two_images_neither():
+    second = GRAPH | {
+        "20": node("CLIPTextEncode", text="a sharp lamp"),
+        "21": node("KSampler", model=["1", 0], positive=["20", 0], negative=["4", 0], latent_image=["5", 0], seed=6),
+        "22": node("SaveImage", images=["21", 0]),
+    }
+    assert (read_graph(second).prompts, read_graph(second).seed) == (["a sharp lamp"], 6)
+    second["21"]["inputs"]["latent_image"] = ["30", 0]
+    assert read_graph(second).prompts == ["a sharp lamp", "a lamp, on a desk"]
+
+
+def test_flux_graphs_with_a_guider_and_texts_of_two_encoders_are_read():
+    graph = {
+        "1": node("CLIPTextEncodeFlux", clip=["9", 0], clip_l="lamp", t5xxl="a long lamp", guidance=3.5),
+        "2": node("BasicGuider", model=["8", 0], conditioning=["1", 0]),
+        "3": node("RandomNoise", noise_seed=77),
+        "4": node("SamplerCustomAdvanced", noise=["3", 0], guider=["2", 0], latent_image=["7", 0]),
+        "5": node("SaveImage", images=["4", 0]),
+        "8": node("UNETLoader", unet_name="flux.safetensors"),
+    }
+    found = read_graph(graph)
+    assert (found.prompts, found.negative_prompt, found.seed) == (["a long lamp"], None, 77)
+    assert found.settings == {"model": "flux.safetensors"}
+
+
+def test_a_graph_that_goes_in_circles_ends():
+    graph = {
+        "1": node("ConditioningCombine", conditioning_1=["1", 0], conditioning_2=["2", 0]),
+        "2": node("ConditioningCombine", conditioning_1=["1", 0], conditioning_2=["3", 0]),
+        "3": node("CLIPTextEncode", text=["4", 0]),
+        "4": node("Note", text=["4", 0]),
+        "5": node("KSampler", model=["5", 0], positive=["1", 0], negative=["1", 0], seed=["5", 0]),
+    }
+    assert read_graph(graph).prompts == []
+
+
+def test_the_workflow_of_a_file_is_read_where_the_graph_is_missing():
+    workflow = {
+        "nodes": [
+            {"id": 1, "type": "CLIPTextEncode", "inputs": [{"name": "clip", "link": 9}], "widgets_values": ["a lamp"]},
+            {"id": 2, "type": "CLIPTextEncode", "inputs": [], "widgets_values": ["dim"]},
+            {
+                "id": 3,
+                "type": "KSampler",
+                "inputs": [{"name": "positive", "link": 1}, {"name": "negative", "link": 2}],
+                "widgets_values": [41, "randomize", 20, 8, "euler"],
+            },
+            {"id": 4, "type": "SaveImage", "inputs": [{"name": "images", "link": 3}], "widgets_values": ["x"]},
+        ],
+        "links": [[1, 1, 0, 3, 0, "CONDITIONING"], [2, 2, 0, 3, 1, "CONDITIONING"], [3, 3, 0, 4, 0, "IMAGE"]],
+    }
+    found = read_graph(workflow)
+    assert (found.prompts, found.negative_prompt, found.seed) == (["a lamp"], "dim", 41)
+
+
+TEXTS = {
+    "a1111": ({"parameters": PARAMETERS}, "a fox, (red:1.2) in the snow", 2**64 - 1, "A1111 parameters"),
+    "comfyui": ({"prompt": json.dumps(GRAPH)}, "a lamp, on a desk", 5, "ComfyUI graph"),
+    "invokeai": (
+        {"invokeai_metadata": json.dumps({"positive_prompt": "a cup", "negative_prompt": "dim", "seed": 3})},
+        *("a cup", 3, "InvokeAI metadata"),
+    ),
+    "invokeai2": (
+        {"sd-metadata": json.dumps({"image": {"prompt": [{"prompt": "a cup [dim]", "weight": 1}], "seed": 3}})},
+        *("a cup", 3, "InvokeAI metadata"),
+    ),
+    "dream": ({"Dream": '"a cup [dim]" -s 50 -S 3 -W 512'}, "a cup", 3, "InvokeAI metadata"),
+    "novelai": (
+        {"Software": "NovelAI", "Description": "a tower", "Comment": json.dumps({"seed": 8, "uc": "dim"})},
+        *("a tower", 8, "NovelAI comment"),
+    ),
+    "novelai4": (
+        {
+            "Software": "NovelAI",
+            "Description": "two towers",
+            "Comment": json.dumps(
+                {
+                    "seed": 8,
+                    "uc": "dim",
+                    "v4_prompt": {"caption": {"base_caption": "two", "char_captions": [{"char_caption": "a tower"}]}},
+                }
+            ),
+        },
+        *("two, a tower", 8, "NovelAI comment"),
+    ),
+    "fooocus": (
+        {"parameters": json.dumps({"prompt": "a tree", "negative_prompt": "dim", "seed": "9"})},
+        *("a tree", 9, "Fooocus parameters"),
+    ),
+    "swarm": (
+        {"parameters": json.dumps({"sui_image_params": {"prompt": "a hat", "negativeprompt": "dim", "seed": 4}})},
+        *("a hat", 4, "SwarmUI parameters"),
+    ),
+}
+
+
+def test_the_texts_of_each_program_give_prompt_negative_prompt_and_seed(tmp_path, said):
+    for name, (texts, *_) in TEXTS.items():
+        image(tmp_path / f"{name}.png", texts)
+    found = rows(tmp_path)
+    for name, (_, prompt, seed, place) in TEXTS.items():
+        row = found[f"{name}.png"]
+        assert (row["prompt"], row["seed"], row["prompt_from"]) == (prompt, str(seed), place), name
+        assert row["negative_prompt"] in ("dim", "blurry", "blurry, ugly"), name
+    assert "score" not in found["a1111.png"]
+    assert "3 from InvokeAI metadata" in said.text and "scores: 9 files have none" in said.text
+
+
+def test_jpeg_and_webp_hold_the_texts_in_exif(tmp_path):
+    image(tmp_path / "a.jpg", exif=comment(PARAMETERS))
+    make = Image.Exif()
+    make[0x0110] = "prompt:" + json.dumps(GRAPH)
+    image(tmp_path / "b.webp", exif=make)
+    found = rows(tmp_path)
+    assert (found["a.jpg"]["prompt"], found["a.jpg"]["negative_prompt"]) == (
+        "a fox, (red:1.2) in the snow",
+        "blurry, ugly",
+    )
+    assert (found["b.webp"]["prompt"], found["b.webp"]["seed"]) == ("a lamp, on a desk", "5")
+
+
+def test_a_text_behind_the_pixels_of_a_png_file_is_found(tmp_path):
+    image(tmp_path / "a.png")
+    content, chunk = (tmp_path / "a.png").read_bytes(), b"tEXtparameters\0a late text"
+    late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(content[:-12] + late + content[-12:])
+    assert rows(tmp_path)["a.png"]["prompt"] == "a late text"
+
+
+# ---- Captions, stars, names of folders ----
+
+
+def test_a_caption_beside_an_image_counts_before_the_text_in_it(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        image(tmp_path / f"{name}.png", {"parameters": "from the file"})
+    (tmp_path / "a.txt").write_text("my own\nwords\n", encoding="utf-8")
+    (tmp_path / "b.caption").write_text("\ufeffanother", encoding="utf-8")
+    (tmp_path / "c.txt").write_text(PARAMETERS)  # as A1111 writes it beside its images
+    found = rows(tmp_path)
+    assert [found[f"{name}.png"]["prompt"] for name in "abcd"] == [
+        *("my own words", "another", "a fox, (red:1.2) in the snow", "from the file"),
+    ]
+    assert [found[f"{name}.png"]["prompt_from"] for name in "abc"] == [".txt files", ".caption files", ".txt files"]
+    assert found["c.png"]["negative_prompt"] == "blurry, ugly"
+
+
+def test_stars_behind_the_pixels_of_a_png_file_are_found(tmp_path):
+    image(tmp_path / "a.png", {"parameters": "in front"})
+    content, chunk = (tmp_path / "a.png").read_bytes(), b"iTXtXML:com.adobe.xmp\0\0\0\0\0" + stars(4).encode()
+    late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(content[:-12] + late + content[-12:])
+    found = rows(tmp_path)["a.png"]
+    assert (found["prompt"], found["score"]) == ("in front", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [("4", 4.0), ("5.0", 5.0), ("0", None), ("-1", 0.0), ("7", None), ("many", None)]
+)
+def test_stars_are_one_to_five_and_a_rejected_image_has_none_of_them(number, expected):
+    assert xmp_stars(stars(number).encode()) == expected
+    element = RATED.format(prefix="xap", attribute="", element=f"<xap:Rating>{number}</xap:Rating>")
+    assert xmp_stars(element.encode("utf-16")) == expected
+
+
+def test_stars_come_from_sidecars_then_from_xmp_then_from_exif(tmp_path):
+    image(tmp_path / "a.jpg", exif=rated(2))
+    image(tmp_path / "b.jpg", exif=rated(2), xmp=stars(3).encode())
+    image(tmp_path / "c.png", {"XML:com.adobe.xmp": stars(4)})
+    image(tmp_path / "d.jpg", xmp=stars(3).encode())
+    (tmp_path / "d.xmp").write_text(stars(5))
+    image(tmp_path / "e.webp", xmp=stars(1).encode())
+    (tmp_path / "e.webp.xmp").write_text(stars(0))
+    image(tmp_path / "f.png")
+    found = rows(tmp_path)
+    assert [row["score"] for row in found.values()] == [2, 3, 4, 5, 1, None]
+    assert [row["score_from"] for row in found.values()] == [
+        *("EXIF", "XMP in the files", "XMP in the files", "XMP sidecars", "XMP in the files", None)
+    ]
+    assert found_in(load_scored_dataset(str(tmp_path)))["scores"] == {
+        **{"EXIF": 1, "XMP in the files": 3, "XMP sidecars": 1, "": 1}
+    }
+
+
+def test_names_of_folders_are_scores_on_request_alone(tmp_path):
+    for name in ("5/a.png", "2.5/b.png", "5/other/c.png", "10_cats/d.png"):
+        image(tmp_path / name)
+    assert "score" not in rows(tmp_path)["a.png"]
+    found = rows(tmp_path, folder_scores=True)
+    assert {name: row["score"] for name, row in found.items()} == {
+        **{"a.png": 5.0, "b.png": 2.5, "c.png": 5.0, "d.png": None}
+    }
+    image(tmp_path / "good/e.png")
+    with pytest.raises(DataError, match=r"numbers \('2.5'\) and by words \('good'\), which are two scales"):
+        load_scored_dataset(str(tmp_path), folder_scores=True)
+
+
+def test_good_and_bad_are_one_and_nothing_and_other_names_are_refused(tmp_path):
+    image(tmp_path / "Good/a.png")
+    image(tmp_path / "bad/b.png")
+    assert [row["score"] for row in rows(tmp_path, folder_scores=True).values()] == [1.0, 0.0]
+    assert load_columns(str(tmp_path), ["score"], folder_scores=True)["score"] == [1.0, 0.0]
+    os.rename(tmp_path / "Good", tmp_path / "x")
+    os.rename(tmp_path / "bad", tmp_path / "y")
+    with pytest.raises(DataError, match=r"no folder .* the folders are \['x', 'y'\]"):
+        load_scored_dataset(str(tmp_path), folder_scores=True)
+
+
+# ---- The folder ----
+
+
+def test_a_folder_as_it_is_trains_and_a_new_star_is_seen(tmp_path):
+    for number in range(4):
+        image(tmp_path / f"{number}.png", {"parameters": f"prompt {number}"})
+        (tmp_path / f"{number}.xmp").write_text(stars(number + 1))
+    kept, _ = prepare_dataset(load_scored_dataset(str(tmp_path)), Columns(), SIZE)
+    assert kept.scores.tolist() == [1.0, 2.0, 3.0, 4.0]
+    (tmp_path / "0.xmp").write_text(stars(5) + " ")
+    assert load_scored_dataset(str(tmp_path))["score"] == [5.0, 2.0, 3.0, 4.0]
+    stream = load_scored_dataset(str(tmp_path), streaming=True)
+    assert [row["score"] for row in stream] == [5.0, 2.0, 3.0, 4.0]
+
+
+def test_folders_of_splits_are_splits(tmp_path):
+    for name in ("train/a.png", "val/b.png"):
+        image(tmp_path / name)
+    assert list(rows(tmp_path)) == ["a.png"]
+    assert list(rows(tmp_path, split="validation")) == ["b.png"]
+    with pytest.raises(DataError, match="no rows in a folder of 'test'"):
+        load_scored_dataset(str(tmp_path), split="test")
+
+
+def test_columns_have_the_names_that_are_asked_for_and_json_beside_images_is_no_table(tmp_path):
+    image(tmp_path / "a.png", {"parameters": "p"})
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.png.json").write_text("{}")
+    dataset = load_scored_dataset(str(tmp_path), columns=Columns(prompt="text", image="photo", score="stars"))
+    assert {"text", "photo"} <= set(dataset.column_names)
+    assert dataset["text"] == ["p"]
+
+
+def test_without_scores_training_is_refused_with_the_ways_to_give_them(tmp_path):
+    image(tmp_path / "a.png", {"parameters": "p"})
+    with pytest.raises(DataError, match=r"no image of the folder has a score.*--folder_scores.*tgol score"):
+        prepare_dataset(load_scored_dataset(str(tmp_path)), Columns(), SIZE)
+
+
+# ---- What would do harm ----
+
+
+def test_xml_that_declares_entities_is_refused_in_files_and_beside_them(tmp_path, said):
+    with pytest.raises(StarsError, match="declares a document type"):
+        xmp_stars(BOMB.encode())
+    image(tmp_path / "a.jpg", xmp=BOMB.encode())
+    image(tmp_path / "b.png")
+    (tmp_path / "b.xmp").write_text("<x>")
+    image(tmp_path / "c.png", {"XML:com.adobe.xmp": stars(4)})
+    assert [row["score"] for row in rows(tmp_path).values()] == [None, None, 4.0]
+    assert "a.jpg: its XMP declares a document type" in said.text
+    assert "b.png: b.xmp: its XMP is not XML" in said.text
+
+
+def test_a_text_that_unpacks_to_a_hundred_megabytes_is_refused_with_its_file(tmp_path, said):
+    info = PngInfo()
+    info.add_text("parameters", "a" * 100_000_000, zip=True)
+    Image.new("RGB", SIZE).save(tmp_path / "a.png", pnginfo=info)
+    image(tmp_path / "b.png", {"prompt": "[" * 100_000, "parameters": "{" * 100_000})
+    assert rows(tmp_path)["a.png"]["prompt"] is None
+    assert "a.png: it cannot be opened: Decompressed data too large" in said.text
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path, said):
+    image(tmp_path / "elsewhere/secret.png")
+    image(tmp_path / "mine/a.png")
+    (tmp_path / "mine/link.png").symlink_to(tmp_path / "elsewhere/secret.png")
+    (tmp_path / "mine/folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine/inside.png").symlink_to("a.png")
+    assert list(rows(tmp_path / "mine")) == ["a.png", "inside.png"]
+    assert "lead out of the folder are not followed: 2 (folder, link.png)" in said.text
+
+
+def test_a_caption_that_is_no_text_is_named_with_its_line_and_character(tmp_path, said):
+    image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("ein Käfer".encode("cp1252"))
+    image(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("x" * 200_000)
+    assert [row["prompt"] for row in rows(tmp_path).values()] == [None, None]
+    assert "line 1, character 6 is the byte 0xe4" in said.text and "Save the file as UTF-8" in said.text
+    assert "b.txt has 200000 bytes" in said.text
+
+
+def zipped(path, **files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_zip_file_is_read_as_the_folder_in_it(tmp_path):
+    image(tmp_path / "mine/a.png", {"parameters": "p"})
+    image(tmp_path / "mine/b.png")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for file in sorted((tmp_path / "mine").iterdir()):
+            archive.write(file, f"mine/{file.name}")
+    found = rows(tmp_path / "all.zip")
+    assert [row["prompt"] for row in found.values()] == ["p", None]
+    with zipfile.ZipFile(tmp_path / "all.zip", "a") as archive:
+        archive.writestr("mine/metadata.jsonl", '{"file_name": "b.png", "prompt": "table", "score": 1}\n')
+    assert [row["prompt"] for row in rows(tmp_path / "all.zip").values()] == ["table"]
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "x/../../a.png", "..\\a.png", "C:\\a.png"])
+def test_a_zip_file_that_leads_out_of_its_folder_is_refused_and_nothing_is_left(tmp_path, name):
+    with pytest.raises(DataError, match=r"is refused: .* leads out of the folder"):
+        load_scored_dataset(str(zipped(tmp_path / "a.zip", **{name: "x"})))
+    assert not list((datasets.config.HF_DATASETS_CACHE / "tgol_zip").iterdir())
+
+
+def test_a_zip_file_that_grows_a_thousandfold_holds_links_or_is_broken_is_refused(tmp_path):
+    bomb = zipped(tmp_path / "bomb.zip", **{"a.png": bytes(200_000_000)})
+    with pytest.raises(DataError, match="would have 200000000 unpacked, as no image does"):
+        load_scored_dataset(str(bomb))
+    link = zipfile.ZipInfo("a.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match="is a link"):
+        load_scored_dataset(str(tmp_path / "link.zip"))
+    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    with pytest.raises(DataError, match="cannot be unpacked: File is not a zip file"):
+        load_scored_dataset(str(tmp_path / "broken.zip"))
