@@ -118,18 +118,52 @@ def test_training_on_a_card_that_is_too_small_is_refused_unless_asked_not_to_loo
     monkeypatch.setattr(planning, "found_card", lambda: Card("a card", 10 * GIB - 1))
     with pytest.raises(SystemExit, match=r"error: Training takes at least 10.0 GiB.*--check_memory false tries it"):
         main(["train", *arguments])
-    assert [setup.optimizer for setup in asked] == ["sgd"]  # the least, where it is not known
+    # The least, where it is not known; then with activations recomputed, before it is refused.
+    assert [(setup.optimizer, setup.checkpointing) for setup in asked] == [("sgd", False), ("sgd", True)]
     # Other runs get as far as their data, which is not there; with a card of 10 GiB it may fit.
     for more in (["--check_memory", "false"], ["--use_cpu", "true"]):
         with pytest.raises(SystemExit) as stop:
             main(["train", *arguments, *more])
         assert "Training takes" not in str(stop.value)
-    assert len(asked) == 1
+    assert len(asked) == 2
     monkeypatch.setattr(planning, "found_card", lambda: Card("a card", 10 * GIB))
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments])
     assert "Training takes" not in str(stop.value)
-    assert len(asked) == 2
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("memory", "flags", "switched_on"),
+    [
+        (0.3 * GIB, [], True),
+        (0.6 * GIB, [], False),  # fits as it is
+        (0.3 * GIB, ["--activation_checkpointing", "false"], False),
+        (0.3 * GIB, ["--gradient_checkpointing", "true"], False),  # by the user
+    ],
+)
+def test_checkpointing_is_switched_on_where_the_plan_needs_it_and_the_user_did_not_say(
+    memory, flags, switched_on, monkeypatch, capsys, tmp_path
+):
+    """Batches of 256 of the embedded model take 0.5 GiB beside the context's 1 GiB, less where recomputed."""
+    from tgol_trainer.cli import train
+
+    seen = []
+
+    def trained(script, training, model, sample):
+        seen.append(training)
+        return 0
+
+    monkeypatch.setattr(planning, "found_card", lambda: Card("a card", int(memory) + GIB))
+    monkeypatch.setattr(train, "_train", trained)
+    arguments = ["train", "--model_name_or_path", "shapes", "--dataset_name", "x", "--output_dir", str(tmp_path / "o")]
+    arguments += ["--per_device_train_batch_size", "256", *flags]
+    assert main(arguments) == 0
+    [training] = seen
+    assert bool(training.activation_checkpointing) == (switched_on or "--gradient_checkpointing" in flags)
+    said = capsys.readouterr().err
+    assert ("Activations are recomputed" in said) == switched_on
+    assert ("of the 1.3 GiB of a card without" in said) == switched_on
 
 
 def test_the_cards_of_the_help_are_those_that_are_known():

@@ -50,7 +50,8 @@ def test_commands_and_settings_named_in_prose_exist(page):
 def test_settings_files_hold_only_known_fields(path):
     from dataclasses import fields
 
-    from tgol_trainer.cli.train import ModelArguments, SampleArguments, TrainArguments
+    from tgol_trainer.cli.model import ModelArguments
+    from tgol_trainer.cli.train import SampleArguments, TrainArguments
 
     known = {
         item.name for kind in (TGOLConfig, ModelArguments, TrainArguments, SampleArguments) for item in fields(kind)

@@ -14,7 +14,8 @@ from trl import TrlParser
 from tgol_trainer.config import TGOLConfig
 
 from .console import plain_errors, set_up_logging
-from .train import ModelArguments, SampleArguments, TrainArguments, planned_setup
+from .model import ModelArguments, planned_setup
+from .train import SampleArguments, TrainArguments
 
 if TYPE_CHECKING:
     from tgol_trainer.planning import Card, Fit, Phase, Prediction

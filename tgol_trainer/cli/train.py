@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shlex
@@ -10,18 +9,23 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
 from .console import PUSH_FAILED, plain_errors, read_settings, set_up_logging
-
-if TYPE_CHECKING:
-    from tgol_trainer.planning import Setup
+from .model import (
+    UNUSED,
+    ModelArguments,
+    changed,
+    check_memory,
+    lora_config,
+    model_init_kwargs,
+    quantization_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,49 +98,7 @@ class SampleArguments:
     )
 
 
-_NOT_USED = {"help": "Means nothing for diffusion pipelines: another value is refused."}
-
-
-@dataclass
-class ModelArguments(ModelConfig):
-    """TRL's model arguments with LoRA defaults for denoisers."""
-
-    use_peft: bool = field(
-        default=False,
-        metadata={"help": "No effect: a LoRA adapter is trained unless `full_finetuning` is set."},
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get a LoRA. None: those of the family (docs/families.md)."}
-    )
-    attn_implementation: str | None = field(default=None, metadata=_NOT_USED)
-    lora_target_parameters: list[str] | None = field(default=None, metadata=_NOT_USED)
-    lora_modules_to_save: list[str] | None = field(default=None, metadata=_NOT_USED)
-    lora_task_type: str = field(default="CAUSAL_LM", metadata=_NOT_USED)
-    bnb_4bit_quant_storage: str | None = field(default=None, metadata=_NOT_USED)
-
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "LoRA dropout; above 0 the policy's pass is noisy and the reference's is not."}
-    )
-
-
-# TRL's fields that mean nothing here. A value other than the default is refused, not dropped in silence.
-_UNUSED: tuple[str, ...] = (
-    "attn_implementation",
-    "trust_remote_code",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "lora_task_type",
-    "ignore_bias_buffers",
-    "bnb_4bit_quant_storage",
-)
-
-
 _RESUME: dict[str | None, bool] = {"true": True, "True": True, "last": True, "false": False, "False": False}
-
-
-def _changed(arguments: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(arguments) if getattr(arguments, item.name) != item.default]
 
 
 def _sample_callback(sample: SampleArguments, script: TrainArguments) -> Any:
@@ -169,11 +131,11 @@ def _check_arguments(
                 f"error: --metric_for_best_model: {training.metric_for_best_model} is only logged with "
                 "--sample_prompts and --reward_funcs."
             )
-    changed = _changed(model)
-    unused = [name for name in [*changed, *_changed(script)] if name in _UNUSED]
+    given = changed(model)
+    unused = [name for name in [*given, *changed(script)] if name in UNUSED]
     if unused:
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in unused)}: not supported for diffusion pipelines.")
-    lora = [name for name in changed if name.startswith(("lora_", "use_rslora", "use_dora"))]
+    lora = [name for name in given if name.startswith(("lora_", "use_rslora", "use_dora"))]
     if lora and (training.full_finetuning or training.adapter_name_or_path):
         reason = "full_finetuning" if training.full_finetuning else "adapter_name_or_path"
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in lora)}: has no effect with --{reason}.")
@@ -196,133 +158,19 @@ def _check_arguments(
             "with a train and a test file, or a dataset with both splits."
         )
     if script.rounds is not None:
-        given = [name for name in ("dataset_name", "proxy_dataset_name") if getattr(script, name) is not None]
-        if given:
-            raise SystemExit(f"error: --{given[0]}: rounds make their own data. Leave it out, or leave out --rounds.")
+        data = [name for name in ("dataset_name", "proxy_dataset_name") if getattr(script, name) is not None]
+        if data:
+            raise SystemExit(f"error: --{data[0]}: rounds make their own data. Leave it out, or leave out --rounds.")
         if script.prompts is None or not script.reward_funcs:
             raise SystemExit("error: --rounds needs --prompts and --reward_funcs.")
     elif script.dataset_name is None:
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
-    fixed = [name for name in changed if name in ("model_revision", "dtype")]
+    fixed = [name for name in given if name in ("model_revision", "dtype")]
     fixed += ["model_init_kwargs"] if training.pipeline_kwargs else []
     from tgol_trainer.shapes import embedded_model
 
     if fixed and embedded_model(model.model_name_or_path):
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in fixed)}: has no effect on the embedded model.")
-
-
-def _model_init_kwargs(model: ModelArguments, training: TGOLConfig) -> dict[str, Any] | None:
-    options = training.pipeline_kwargs
-    if model.model_revision != "main":
-        options.setdefault("revision", model.model_revision)
-    if model.dtype not in (None, "float32"):
-        options.setdefault("dtype", model.dtype)
-    return options or None
-
-
-def _quantization_config(model: ModelArguments) -> Any:
-    useless = {"use_bnb_nested_quant", "bnb_4bit_quant_type"}.intersection(_changed(model))
-    if useless and not model.load_in_4bit:
-        raise SystemExit(f"error: {', '.join(f'--{name}' for name in sorted(useless))}: only with --load_in_4bit.")
-    if not (model.load_in_4bit or model.load_in_8bit):
-        return None
-    import torch
-    from diffusers import BitsAndBytesConfig
-
-    if model.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = getattr(torch, model.dtype or "float32") if model.dtype != "auto" else torch.bfloat16
-    try:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    except PackageNotFoundError as error:
-        raise SystemExit(
-            "error: --load_in_4bit needs bitsandbytes: pip install 'tgol_trainer[quantization]'."
-        ) from error
-
-
-def _lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
-    if training.full_finetuning or training.adapter_name_or_path:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-        init_lora_weights="gaussian",
-    )
-
-
-def planned_setup(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> Setup:
-    """Return what decides the memory of a command line, for [`planning.predict`]."""
-    import torch
-
-    from tgol_trainer.families import FROZEN_DTYPE
-    from tgol_trainer.planning import Quantization, Setup
-    from tgol_trainer.shapes import embedded_model
-
-    if model.model_name_or_path is None:
-        raise SystemExit("error: name a model: a Hub id, a folder, or `shapes` for the embedded model.")
-    if training.adapter_name_or_path:
-        raise SystemExit(
-            "error: --adapter_name_or_path is not read here: leave it out and give that adapter's --lora_r."
-        )
-    options = _model_init_kwargs(model, training) or {}
-    if "meissonic_repository" in options:
-        raise SystemExit("error: Meissonic cannot be planned for: its classes are not in diffusers.")
-    quantization = None
-    if model.load_in_4bit or model.load_in_8bit:
-        compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
-        quantization = Quantization(4 if model.load_in_4bit else 8, model.use_bnb_nested_quant, compute)
-    lora = _lora_config(model, training)
-    frozen = lora is not None and not embedded_model(model.model_name_or_path)
-    sides = [int(side) for side in str(training.resolution or "").split("x") if side]
-    return Setup(
-        model=model.model_name_or_path,
-        revision=options.get("revision"),
-        dtype=options.get("dtype", FROZEN_DTYPE if frozen else "float32"),
-        quantization=quantization,
-        lora=lora,
-        reference_pass=training.needs_reference and not training.precompute_ref_log_probs,
-        reference_adapter=training.reference_update == "epoch",
-        resolution=(sides[0], sides[-1]) if sides else None,
-        num_frames=training.num_frames,
-        batch_size=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
-        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
-        optimizer=str(getattr(training.optim, "value", training.optim)),
-        cache=training.cache and not script.dataset_streaming,
-        sampling_batch=training.per_device_eval_batch_size,
-    )
-
-
-def _check_memory(script: TrainArguments, training: TGOLConfig, model: ModelArguments) -> None:
-    """Refuse a run whose tensors alone are more than the card holds, where one card holds all of it."""
-    from tgol_trainer.planning import KNOWN_OPTIMIZERS, found_card, predict, refusal
-
-    card = None if training.use_cpu or not script.check_memory else found_card()
-    elsewhere = training.adapter_name_or_path or "meissonic_repository" in training.pipeline_kwargs
-    if card is None or elsewhere or training.world_size > 1 or training.fsdp or training.deepspeed:
-        return
-    logger.info("Predicting the memory of this run; --check_memory false leaves that out.")
-    setup = planned_setup(script, training, model)
-    if setup.optimizer not in KNOWN_OPTIMIZERS:
-        setup = dataclasses.replace(setup, optimizer="sgd")  # which keeps nothing
-    with plain_errors():
-        reason = refusal(predict(setup), card.memory)
-    if reason is not None:
-        raise SystemExit(
-            f"error: {reason}. `tgol plan` with the same flags says which fit. --check_memory false tries it anyway."
-        )
 
 
 def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArguments, sample: SampleArguments) -> int:
@@ -356,8 +204,8 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             num_rounds=script.rounds or 1,
             sampling={key: value for key, value in sampling.items() if value is not None},
             trainer_options={
-                "peft_config": _lora_config(model, training),
-                "quantization_config": _quantization_config(model),
+                "peft_config": lora_config(model, training),
+                "quantization_config": quantization_config(model),
                 "callbacks": [*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
             },
         )
@@ -406,8 +254,8 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
                 load(script.dataset_name, script.dataset_test_split) if training.eval_strategy != "no" else None
             ),
             proxy_dataset=load(script.proxy_dataset_name, "train") if script.proxy_dataset_name else None,
-            peft_config=_lora_config(model, training),
-            quantization_config=_quantization_config(model),
+            peft_config=lora_config(model, training),
+            quantization_config=quantization_config(model),
             callbacks=[*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
         )
         trainer.train(resume_from_checkpoint=resume)
@@ -457,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
         raise SystemExit(f"error: {error}") from error
     _check_arguments(script, training, model, sample)
-    training.model_init_kwargs = _model_init_kwargs(model, training)
-    _check_memory(script, training, model)
+    training.model_init_kwargs = model_init_kwargs(model, training)
+    check_memory(script, training, model)
     from tgol_trainer.saving.checkpoints import last_good
     from tgol_trainer.saving.stopping import TrainingStopped
 

@@ -60,7 +60,10 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     # Of newer transformers; declared here so that settings files name it with every supported version.
     activation_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute the denoiser's activations in the backward pass. Saves memory, slows steps."},
+        metadata={
+            "help": "Recompute the denoiser's activations in the backward pass. Saves memory, slows steps. None: `tgol "
+            "train` does so where `tgol plan` says that one GPU needs it."
+        },
     )
 
     # Model
@@ -182,6 +185,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         if getattr(self, "data_seed", None) is None:
             # Without it accelerate seeds the order of rows from the global generator's state.
             self.data_seed = self.seed
+        # TrainingArguments turns None into False.
+        self.checkpointing_given = self.activation_checkpointing is not None or bool(self.gradient_checkpointing)
         super().__post_init__()
         # accelerate's dispatcher sends batches from rank 0, which streams of several processes do not need.
         if self.accelerator_config.dispatch_batches is None:
