@@ -61,8 +61,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Recompute the denoiser's activations in the backward pass. Saves memory, slows steps. None: `tgol "
-            "train` does so where `tgol plan` says that one GPU needs it."
+            "help": "Recompute the denoiser's activations in the backward pass. Saves memory, slows steps. None: "
+            "`tgol train` does so where `tgol plan` says that one GPU needs it."
         },
     )
 
