@@ -96,6 +96,10 @@ def flux_error(pipe, pixels):
     return mean_square(output - FluxPipeline._pack_latents(target, *shape))
 
 
+def flux_unpacked(pipe, tokens, height, width):
+    return FluxPipeline._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
+
+
 def wan_statistics(pipe):
     return (torch.tensor(pipe.vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
 
@@ -194,11 +198,16 @@ class Facts:
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of generation."""
     learning_rate: float = 1e-3
+    unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    """Arguments with which the pipeline calls the denoiser once a step."""
+    unpack: Callable = lambda pipe, value, height, width: value
+    """Latents as the family has them, of what the pipeline hands to its scheduler, and the image's size in pixels."""
 
 
 _SD3 = {"error": sd3_error, "long_prompts": (2, 256)}
 # Loaded from a folder, the pipeline's own size is what FluxPipeline says, 128 latents.
 _FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4), "settings": {"resolution": 16}}
+_FLUX |= {"unguided": {"guidance_scale": 3.5}, "unpack": flux_unpacked}
 _MASKED = {
     "latents": (8, 8),
     "temperature": 1.0,

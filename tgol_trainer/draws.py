@@ -12,7 +12,7 @@ from . import adapters
 from .caching import EncodingCache, ReferenceErrors, Workers, encode_batch
 from .config import TGOLConfig
 from .data import Buckets, Collator, ScoredDataset, decode_prompts
-from .families import ModelFamily
+from .families import Conditioning, ModelFamily
 from .fingerprint import component_fingerprint
 from .likelihoods import Draw, RowGenerators, to_device
 
@@ -111,7 +111,7 @@ class BatchDraws:
             return None
         return to_device(self.references.read(inputs, step), self.family.device)
 
-    def __call__(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[Draw, dict[str, torch.Tensor]]:
+    def __call__(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[Draw, Conditioning]:
         """
         Return one draw of a batch, and the conditioning as keyword arguments of the denoiser.
 

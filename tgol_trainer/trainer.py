@@ -37,7 +37,7 @@ from .data import (
 )
 from .data.prompts import warn_of_syntax
 from .draws import EVALUATION_STEP, BatchDraws
-from .families import FamilySettings, ModelFamily, load_family
+from .families import Conditioning, FamilySettings, ModelFamily, load_family
 from .families.compiling import compile_blocks
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -591,7 +591,7 @@ class TGOLTrainer(SavingTrainer):
         return (loss, record) if return_outputs else loss
 
     def _reference_pass(
-        self, draw: Draw, conditioning: dict[str, torch.Tensor], model: torch.nn.Module | None = None
+        self, draw: Draw, conditioning: Conditioning, model: torch.nn.Module | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's prediction and its (B,) float32 error."""
         with self.reference_policy(model) as reference:

@@ -47,7 +47,7 @@ def test_zero_rows_at_the_end_are_not_stored_and_come_back(tmp_path):
         if used > 2:
             x[1] = 0  # a zero row in the middle stays
         rows.append({"x": x, "mask": x.sum(1)})
-    store = TensorStore(tmp_path, ragged=("x",))
+    store = TensorStore(tmp_path, ragged=True)
     store.write(KEYS[:4], rows)
     store.refresh()
     found = store.read(KEYS[[3, 0, 1, 2]])
@@ -55,6 +55,21 @@ def test_zero_rows_at_the_end_are_not_stored_and_come_back(tmp_path):
         assert torch.equal(found[name], torch.stack([rows[index][name] for index in (3, 0, 1, 2)]))
     (file,) = tmp_path.glob("*.safetensors")
     assert file.stat().st_size < 2 * 64 * (2 + 512 + 7) + 4 * 512 * 2 + 1000
+
+
+def test_tensors_of_a_ragged_store_keep_their_own_lengths_and_their_zeros(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (5, 1, 3, 4):
+        text = torch.randn(length, 2, 3, generator=generator)
+        text[length // 2 :] = 0
+        rows.append({"text": text, "mask": text.flatten(1).any(1), "pooled": torch.tensor([0.0, 1.0, 0.0])})
+    store = TensorStore(tmp_path, ragged=True)
+    store.write(KEYS[:4], rows)
+    store.refresh()
+    found = store.read_rows(KEYS[[2, 0, 3, 1, 2]])
+    for name in rows[0]:
+        assert [tensor.tolist() for tensor in found[name]] == [rows[index][name].tolist() for index in (2, 0, 3, 1, 2)]
 
 
 def test_a_file_that_was_cut_is_removed_and_only_its_entries_are_missing(tmp_path, caplog):

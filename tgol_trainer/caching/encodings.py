@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from tgol_trainer.data import Collator, ScoredDataset
-from tgol_trainer.families import ModelFamily
+from tgol_trainer.families import Conditioning, ModelFamily
 from tgol_trainer.fingerprint import component_fingerprint
 
-from .filling import Encoded, Workers, fill
+from .filling import Encoded, EncodedPrompts, Workers, fill
 from .store import TensorStore, key_of, keys_of
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when the same image or prompt is encoded to something else."""
 _MIRROR = np.frombuffer(bytearray(key_of("mirrored")), dtype=np.uint64)
 
@@ -59,8 +59,8 @@ class EncodingCache:
             if name not in pipeline.components and not name.startswith("_")
         }
         prompts = key_of(_VERSION, kind, str(family.token_limits), str(sorted(settings.items())), *parts)
-        # Wan pads its embeddings with zeros, which need no space.
-        self.prompts = TensorStore(Path(folder) / f"prompts-{prompts.hex()}", ragged=("encoder_hidden_states",))
+        # Prompts have lengths of their own, or are padded with zeros (Wan), which need no space.
+        self.prompts = TensorStore(Path(folder) / f"prompts-{prompts.hex()}", ragged=True)
 
     # ---- Reading ----
 
@@ -85,9 +85,9 @@ class EncodingCache:
         """
         return self.images(resolution).read(np.where(np.asarray(mirrored)[:, None], keys ^ _MIRROR, keys))
 
-    def read_prompts(self, prompts: Sequence[str]) -> Encoded:
+    def read_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """Return N rows for N prompts, as [`ModelFamily.encode_prompts`] returns them, on the CPU."""
-        return self.prompts.read(keys_of(prompts))
+        return self.prompts.read_rows(keys_of(prompts))
 
     # ---- Filling ----
 
@@ -108,7 +108,7 @@ class EncodingCache:
         texts = list(dict.fromkeys(prompts))
         keys = keys_of(texts)
 
-        def encode_prompts(wanted: np.ndarray) -> Iterator[Encoded]:
+        def encode_prompts(wanted: np.ndarray) -> Iterator[EncodedPrompts]:
             with family.present(*family.text_encoder_names, alone=True):
                 for index in wanted:
                     yield family.encode_prompts([texts[index]])
@@ -157,7 +157,7 @@ def encode_batch(
     inputs: dict[str, torch.Tensor],
     prompts: list[str],
     mirrored: Sequence[bool],
-) -> tuple[Encoded, Encoded]:
+) -> tuple[Conditioning, Encoded]:
     """
     Return the conditioning and the encoded images of a batch, from the cache where its rows are in it.
 
@@ -169,7 +169,7 @@ def encode_batch(
         mirrored (`Sequence[bool]`): B times, whether the mirror image is wanted.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: what [`ModelFamily.condition`] and
+        `tuple[Conditioning, dict[str, torch.Tensor]]`: what [`ModelFamily.condition`] and
         [`ModelFamily.encode`] return.
     """
     height, width = inputs["resolution"][0].tolist()

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Encoded: TypeAlias = dict[str, torch.Tensor]
+EncodedPrompts: TypeAlias = dict[str, list[torch.Tensor]]
+Entry: TypeAlias = Mapping[str, torch.Tensor | list[torch.Tensor]]
+"""What is kept for a key: the first of each name."""
 
 _SHARD_BYTES = 256 * 2**20
 _SHARD_SECONDS = 60.0
@@ -70,7 +73,7 @@ class Workers:
 def fill(
     store: TensorStore,
     keys: np.ndarray,
-    make: Callable[[np.ndarray], Iterator[Encoded]],
+    make: Callable[[np.ndarray], Iterator[Entry]],
     what: str,
     workers: Workers,
     verb: str = "Encoding",
@@ -105,7 +108,12 @@ def fill(
 
 
 def _write(
-    store: TensorStore, keys: np.ndarray, made: Iterator[Encoded], what: str, workers: Workers, title: str
+    store: TensorStore,
+    keys: np.ndarray,
+    made: Iterator[Entry],
+    what: str,
+    workers: Workers,
+    title: str,
 ) -> None:
     entries: list[Encoded] = []
     start, size, began = 0, 0, time.monotonic()

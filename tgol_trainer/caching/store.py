@@ -17,7 +17,7 @@ from tgol_trainer._files import write_file
 
 logger = logging.getLogger(__name__)
 
-_KEYS, _ENDS = "keys", ".ends"
+_KEYS, _ENDS, _LENGTHS = "keys", ".ends", ".lengths"
 
 
 def key_of(*parts: str | int) -> bytes:
@@ -36,7 +36,8 @@ def keys_of(texts: Sequence[str]) -> np.ndarray:
 
 class TensorStore:
     """
-    Tensors by 16-byte keys. A file holds many entries whose tensors have equal shapes.
+    Tensors by 16-byte keys. A file holds many entries whose tensors have equal shapes, but for the first dimension of
+    a ragged store.
 
     Files appear whole. A file that cannot be read is removed and its entries count as missing, so an interrupted job
     continues where it was. Tensors keep their dtype, bfloat16 included.
@@ -44,12 +45,13 @@ class TensorStore:
     Args:
         folder (`Path`):
             Folder of the files; made where missing.
-        ragged (`Sequence[str]`, *optional*):
-            Names of tensors (L, ...) whose zero rows at the end are not stored; reading gives all L rows back.
+        ragged (`bool`, *optional*, defaults to `False`):
+            Tensors are (L, ...), each with an L of its own. Zero rows at the end are not stored; reading gives all L
+            rows back.
     """
 
-    def __init__(self, folder: Path, ragged: Sequence[str] = ()) -> None:
-        self.folder, self.ragged = Path(folder), frozenset(ragged)
+    def __init__(self, folder: Path, ragged: bool = False) -> None:
+        self.folder, self.ragged = Path(folder), ragged
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -86,9 +88,9 @@ class TensorStore:
         self._files, self._maps = files, {}
         self._keys, self._file, self._row = joined[order], file[order], row[order]
 
-    def bytes_of(self, entry: Mapping[str, torch.Tensor]) -> int:
-        """Return the bytes that an entry, with a first dimension of 1, takes in a file."""
-        kept = [value[0, : _used_rows(value[0])] if name in self.ragged else value for name, value in entry.items()]
+    def bytes_of(self, entry: Mapping[str, torch.Tensor | list[torch.Tensor]]) -> int:
+        """Return the bytes that an entry, the first of each name, takes in a file."""
+        kept = [value[0][: _used_rows(value[0])] if self.ragged else value[0] for value in entry.values()]
         return sum(value.numel() * value.element_size() for value in kept)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -121,9 +123,10 @@ class TensorStore:
         stored = {_KEYS: torch.from_numpy(keys.view(np.int64))}
         for name in entries[0]:
             tensors = [entry[name] for entry in entries]
-            if name in self.ragged:
+            if self.ragged:
                 used = [_used_rows(tensor) for tensor in tensors]
-                stored[name + _ENDS] = torch.tensor([len(tensors[0]), *np.cumsum(used).tolist()])
+                stored[name + _ENDS] = torch.tensor([0, *np.cumsum(used).tolist()])
+                stored[name + _LENGTHS] = torch.tensor([len(tensor) for tensor in tensors])
                 stored[name] = torch.cat([tensor[:rows] for tensor, rows in zip(tensors, used, strict=True)])
             else:
                 stored[name] = torch.stack(tensors)
@@ -131,8 +134,12 @@ class TensorStore:
         write_file(self.folder / f"{name}.safetensors", save({k: v.contiguous() for k, v in stored.items()}))
 
     def read(self, keys: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the tensors of entries as [`read_rows`] does, stacked: name to (M, ...)."""
+        return {name: torch.stack(tensors) for name, tensors in self.read_rows(keys).items()}
+
+    def read_rows(self, keys: np.ndarray) -> dict[str, list[torch.Tensor]]:
         """
-        Return the tensors of entries, stacked: name to (M, ...), on the CPU.
+        Return the tensors of entries: name to M tensors, on the CPU.
 
         Args:
             keys (`numpy.ndarray`): (M, 2) uint64.
@@ -144,7 +151,7 @@ class TensorStore:
         if (places < 0).any():
             raise KeyError(f"{int((places < 0).sum())} of {len(keys)} entries are not in {self.folder}.")
         rows = [self._read_one(int(self._file[place]), int(self._row[place])) for place in places]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _read_one(self, file: int, row: int) -> dict[str, torch.Tensor]:
         mapped = self._maps.get(file)
@@ -152,20 +159,17 @@ class TensorStore:
             with safe_open(self._files[file], "pt") as opened:
                 names = [name for name in opened.keys() if name != _KEYS]  # noqa: SIM118 - not a mapping
                 mapped = self._maps[file] = {name: opened.get_tensor(name) for name in names}
+        if not self.ragged:
+            return {name: tensor[row] for name, tensor in mapped.items()}
         found = {}
-        for name, tensor in mapped.items():
-            if name.endswith(_ENDS):
-                continue
-            if name not in self.ragged:
-                found[name] = tensor[row]
-                continue
-            ends = mapped[name + _ENDS]
-            used = tensor[(int(ends[row]) if row else 0) : int(ends[row + 1])]
-            found[name] = torch.cat([used, used.new_zeros(int(ends[0]) - len(used), *used.shape[1:])])
+        for name in [name for name in mapped if not name.endswith((_ENDS, _LENGTHS))]:
+            start, end = mapped[name + _ENDS][row : row + 2].tolist()
+            used, length = mapped[name][start:end], int(mapped[name + _LENGTHS][row])
+            found[name] = torch.cat([used, used.new_zeros(length - len(used), *used.shape[1:])])
         return found
 
 
 def _used_rows(tensor: torch.Tensor) -> int:
     """Return the number of rows up to the last one that is not zero."""
-    used = tensor.flatten(1).ne(0).any(dim=1).nonzero()
+    used = tensor.reshape(len(tensor), -1).ne(0).any(dim=1).nonzero()
     return int(used[-1]) + 1 if len(used) else 0

@@ -95,7 +95,7 @@ def _clip_counter() -> CountLongPrompts | None:
         if isinstance(vocabulary, str) and Path(vocabulary).with_name("merges.txt").exists():
             from transformers import CLIPTokenizer
 
-            from tgol_trainer.families.base import count_cut_prompts
+            from tgol_trainer.families.prompts import count_cut_prompts
 
             tokenizer = CLIPTokenizer.from_pretrained(Path(vocabulary).parent)
             return functools.partial(count_cut_prompts, limits=[(tokenizer, 77)])

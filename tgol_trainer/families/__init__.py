@@ -15,10 +15,12 @@ from tgol_trainer.likelihoods import FlowLikelihood
 from tgol_trainer.shapes import EmbeddedModel, embedded_model
 
 from .amused import AmusedFamily
-from .base import FamilySettings, ModelFamily, ModelOrigin
+from .base import FamilySettings, ModelFamily
+from .conditioning import Conditioning
 from .flux import FluxFamily
 from .licenses import hub_license
 from .meissonic import MeissonicFamily, load_meissonic
+from .origin import ModelOrigin
 from .quantization import denoiser_quantization
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
@@ -50,6 +52,7 @@ _INDEX_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 __all__ = [
     "FAMILIES",
     "FROZEN_DTYPE",
+    "Conditioning",
     "FamilySettings",
     "ModelFamily",
     "ModelOrigin",

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tgol_trainer.likelihoods import Draw
 
+from .conditioning import Conditioning
 from .masked import MaskedTokenFamily
 
 
@@ -32,6 +33,6 @@ class AmusedFamily(MaskedTokenFamily):
             for layer in self.denoiser.transformer_layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Logits (B, codebook_size, h, w) of the transformer."""
         return model(input_ids=draw.inputs, **conditioning)

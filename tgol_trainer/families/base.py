@@ -1,4 +1,4 @@
-"""The base class of the model families, a run's choices for them, and where a base model came from."""
+"""The base class of the model families, and a run's choices for them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tgol_trainer._hub_ids import is_hub_id
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators, to_device
 
 from .compiling import uncompiled
-from .licenses import folder_license
-from .prompts import seen_part
+from .conditioning import Conditioning, Rows, join
+from .origin import ModelOrigin
+from .prompts import count_cut_prompts, seen_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -39,68 +38,6 @@ class FamilySettings:
     timestep_sampling: str | None = None
     guidance: float = 3.5
     num_frames: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOrigin:
-    """
-    Where a base model came from, for the card.
-
-    Args:
-        hub_id (`str`, *optional*): `owner/name`; `None` for a local folder or an object of unknown origin.
-        revision (`str`, *optional*): Commit hash where known, else the revision asked for.
-        note (`str`, *optional*): What the card says where there is no Hub id.
-        loading_code (`str`, *optional*):
-            Python lines that define `pipe`, where `DiffusionPipeline.from_pretrained` is not the way.
-        call_arguments (`dict[str, Any]`, *optional*, defaults to `{}`):
-            Keyword arguments that suit the model where the pipeline's defaults do not, for the snippet of its card and
-            for images sampled during training.
-        license (`dict[str, str]`, *optional*, defaults to `{}`):
-            `license`, `license_name` and `license_link` of a local folder's own card.
-    """
-
-    hub_id: str | None = None
-    revision: str | None = None
-    note: str | None = None
-    loading_code: str | None = None
-    call_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    license: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-    @property
-    def call_text(self) -> str:
-        """`call_arguments` as Python text that follows a first argument."""
-        return "".join(f", {name}={value!r}" for name, value in self.call_arguments.items())
-
-    @classmethod
-    def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
-        """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""
-        if Path(source).expanduser().exists() or not is_hub_id(source):
-            return cls(note="a local folder whose name is not recorded", license=folder_license(source))
-        from huggingface_hub import try_to_load_from_cache
-
-        copy = try_to_load_from_cache(source, file, revision=revision)
-        commit = Path(copy).parents[file.count("/")].name if isinstance(copy, str) else None
-        return cls(hub_id=source, revision=commit or revision)
-
-    @classmethod
-    def of_pipeline(cls, pipeline: DiffusionPipeline) -> ModelOrigin:
-        """Describe a loaded pipeline by the name that its config remembers, if any."""
-        name = getattr(pipeline, "name_or_path", None) or pipeline.config.get("_name_or_path")
-        return cls.of_source(name) if name else cls(note="a pipeline object of unknown origin")
-
-
-def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
-    """
-    Count the prompts that at least one tokenizer cuts, and return the smallest limit too.
-
-    `limits` are tokenizers and the number of tokens that each of them may give, special ones included.
-    """
-    prompts = [seen_part(prompt, limits) for prompt in prompts]
-    cut: set[int] = set()
-    for tokenizer, limit in limits:
-        encoded = tokenizer(prompts, truncation=False, verbose=False).input_ids
-        cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
-    return len(cut), min(limit for _, limit in limits)
 
 
 @contextmanager
@@ -141,6 +78,9 @@ class ModelFamily(abc.ABC):
     autoencoder_name = "vae"
     """Component that encodes images."""
 
+    one_frame = False
+    """Whether the autoencoder is one of videos, to which an image is a clip of one frame (Qwen-Image)."""
+
     default_target_modules: tuple[str, ...]
     """LoRA targets where the user gives none."""
 
@@ -152,6 +92,16 @@ class ModelFamily(abc.ABC):
     Tokenizers that decide what the denoiser sees of a prompt, and how many tokens each may give, special ones
     included; `None` for the tokenizer's own limit.
     """
+
+    mask_argument: str | None = None
+    """
+    Keyword of the denoiser that says which tokens of a prompt are real, where prompts are stored at their own length:
+    (B, L) bool, given where a prompt of the batch is shorter than another. `None` where prompts have one length, or
+    where `encode_unique_prompts` returns a mask of its own.
+    """
+
+    list_arguments: tuple[str, ...] = ()
+    """Keywords of the denoiser that are lists of tensors, one for each row, of different lengths."""
 
     pipeline_tag = "text-to-image"
     """The task on the Hub."""
@@ -217,11 +167,16 @@ class ModelFamily(abc.ABC):
         return [(each, self.token_limits[name] or each.model_max_length) for name, each in tokenizers.items()]
 
     @abc.abstractmethod
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return the conditioning, one row per prompt, as keyword arguments of the denoiser; of any dtype."""
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
+        """
+        Return the conditioning, one row per prompt, as keyword arguments of the denoiser; of any dtype.
+
+        A keyword has a tensor (N, ...), or N tensors (L, ...) of different lengths, see `mask_argument` and
+        `list_arguments`. A row must not depend on the other prompts.
+        """
 
     @abc.abstractmethod
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Call the denoiser, or a wrapper of it, on a draw; returns (B, ...) in its dtype."""
 
     def condition_on_size(self, geometry: torch.Tensor, resolution: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -251,14 +206,26 @@ class ModelFamily(abc.ABC):
             latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
         return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
 
+    def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo [`~ModelFamily.scale_latents`]."""
+        config = self.pipeline.vae.config
+        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (-1, *[1] * (latents.dim() - 2))
+            latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
+        return latents
+
     def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Return what is kept of one image or clip (1, 3, ...): by default mean and deviation of a KL autoencoder.
 
         The autoencoder runs in the dtype it was loaded in, without gradient.
         """
+        pixels = pixels.unsqueeze(2) if self.one_frame else pixels
         posterior = self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent_dist
-        return {"mean": posterior.mean, "std": posterior.std}
+        mean, std = posterior.mean, posterior.std
+        return {"mean": mean.squeeze(2), "std": std.squeeze(2)} if self.one_frame else {"mean": mean, "std": std}
 
     def latents(self, encoded: dict[str, torch.Tensor], rows: RowGenerators, *, sample: bool) -> torch.Tensor:
         """
@@ -282,14 +249,10 @@ class ModelFamily(abc.ABC):
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the pixels of scaled latents, in the autoencoder's dtype and range."""
         vae = self.pipeline.vae
-        config, latents = vae.config, latents.to(vae.dtype)
-        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shape = (-1, *[1] * (latents.dim() - 2))
-            latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
         with frozen_pass(vae.device):
-            return vae.decode(latents, return_dict=False)[0]
+            latents = self.unscale_latents(latents.to(vae.dtype))
+            pixels = vae.decode(latents.unsqueeze(2) if self.one_frame else latents, return_dict=False)[0]
+            return pixels.squeeze(2) if self.one_frame else pixels
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""
@@ -320,7 +283,7 @@ class ModelFamily(abc.ABC):
         """Return the latents of pixels: [`~ModelFamily.encode`], then [`~ModelFamily.latents`]."""
         return self.latents(self.encode(pixels), rows, sample=sample)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, list[torch.Tensor]]:
         """
         Encode prompts one by one, so that the result does not depend on the batch.
 
@@ -328,12 +291,13 @@ class ModelFamily(abc.ABC):
             prompts (`Sequence[str]`): N prompts; an empty one is the unconditional prompt.
 
         Returns:
-            `dict[str, torch.Tensor]`: N rows of keyword arguments of the denoiser, in the text encoders' dtype.
+            `dict[str, list[torch.Tensor]]`: for each keyword of the denoiser N tensors, each without a dimension for
+            the batch and at its prompt's own length where the family has such, in the text encoders' dtype.
         """
         with self.present(*self.text_encoder_names), frozen_pass(self.device):
             limits = self.prompt_limits()
             rows = [self.encode_unique_prompts([seen_part(prompt, limits)]) for prompt in prompts]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return {name: [row[name][0] for row in rows] for name in rows[0]}
 
     @property
     def text_encoder_names(self) -> list[str]:
@@ -405,20 +369,22 @@ class ModelFamily(abc.ABC):
         prompts: Sequence[str],
         geometry: torch.Tensor,
         resolution: tuple[int, int],
-        encode_prompts: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
-    ) -> dict[str, torch.Tensor]:
+        encode_prompts: Callable[[list[str]], Rows] | None = None,
+    ) -> Conditioning:
         """
         Everything the denoiser is conditioned on, as keyword arguments with B rows, without gradient.
 
-        Each distinct one of the B prompts is encoded once and brought to the denoiser's dtype. An empty string is the
-        unconditional prompt. `geometry` and `resolution` are as in [`~ModelFamily.condition_on_size`];
-        `encode_prompts` stands in for [`~ModelFamily.encode_prompts`], such as a cache.
+        Each distinct one of the B prompts is encoded once and brought to the denoiser's dtype, masks excepted. Those
+        of different lengths become lists, or are padded with zeros to the longest of the batch, as the family says.
+        An empty string is the unconditional prompt. `geometry` and `resolution` are as in
+        [`~ModelFamily.condition_on_size`]; `encode_prompts` stands in for [`~ModelFamily.encode_prompts`], such as a
+        cache.
         """
         unique = list(dict.fromkeys(prompts))
-        index = to_device(torch.tensor([unique.index(prompt) for prompt in prompts]), self.device)
+        index = [unique.index(prompt) for prompt in prompts]
         encoded = (encode_prompts or self.encode_prompts)(unique)
-        rows = {name: to_device(value, self.device).to(self.denoiser.dtype)[index] for name, value in encoded.items()}
         with frozen_pass(self.device):
+            rows = join(encoded, index, self.device, self.denoiser.dtype, self.list_arguments, self.mask_argument)
             return {**rows, **self.condition_on_size(geometry, resolution)}
 
     def probe(self) -> torch.Tensor:

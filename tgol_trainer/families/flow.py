@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from tgol_trainer.likelihoods import Draw, FlowLikelihood
 
 from .base import ModelFamily
+from .conditioning import Conditioning
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 class FlowFamily(ModelFamily):
-    """A pipeline whose transformer predicts the velocity."""
+    """A pipeline whose transformer predicts the velocity, or its opposite."""
 
     denoiser_name = "transformer"
 
@@ -25,15 +27,79 @@ class FlowFamily(ModelFamily):
     time_divisor = 1
     """What the scheduler's times, up to 1000, are divided by for the transformer."""
 
+    velocity_sign = 1
+    """-1 where the transformer predicts `latents - noise`, and the pipeline negates it."""
+
     def make_likelihood(self) -> FlowLikelihood:
         """Return the likelihood on the pipeline's own noise levels."""
-        sigmas, timesteps = flow_schedule(self.pipeline)
+        sigmas, timesteps = self.schedule()
         density = self.settings.timestep_sampling or self.default_density
-        return FlowLikelihood(sigmas, timesteps / self.time_divisor, density)
+        return FlowLikelihood(sigmas, self.network_times(timesteps), density)
 
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the noise levels (N,) to train on, falling, and the scheduler's times (N,); see [`flow_schedule`]."""
+        return flow_schedule(self.pipeline)
+
+    def network_times(self, times: torch.Tensor) -> torch.Tensor:
+        """Return the scheduler's times, 1000·σ, as the transformer takes them."""
+        return times / self.time_divisor
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity in the shape of the latents."""
-        return model(hidden_states=draw.inputs, timestep=draw.timesteps, return_dict=False, **conditioning)[0]
+        output = model(hidden_states=draw.inputs, timestep=draw.timesteps, return_dict=False, **conditioning)[0]
+        return self.velocity_sign * output
+
+
+class PackedFlowFamily(FlowFamily):
+    """
+    A pipeline whose transformer takes latents as a row of tokens, one for each square of `patch`×`patch` latents.
+
+    Latents, noise and velocity are images (B, C, h, w) outside the transformer; cutting them into patches only moves
+    numbers, so the error is the same.
+    """
+
+    patch = 2
+    """Side in latents of what the transformer takes as one token."""
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The pipeline's default; the transformer itself has no size."""
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    @property
+    def resolution_multiple(self) -> int:
+        """The autoencoder's factor times the side of two latents, which the autoencoder or a patch joins."""
+        return self.pipeline.vae_scale_factor * 2
+
+    def token_arguments(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """Return further arguments of the transformer for latents (B, C, h, w): positions of tokens, guidance."""
+        return {}
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+        """Velocity (B, C, h, w)."""
+        inputs, patch = draw.inputs, self.patch
+        tokens = model(
+            hidden_states=pixel_unshuffle(inputs, patch).flatten(2).transpose(1, 2),
+            timestep=draw.timesteps,
+            return_dict=False,
+            **self.token_arguments(inputs, conditioning),
+            **conditioning,
+        )[0]
+        grid = (inputs.shape[-2] // patch, inputs.shape[-1] // patch)
+        return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
+
+    def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Return the run's guidance (B,) for a transformer distilled with guidance, `None` for others."""
+        if not self.denoiser.config.guidance_embeds:
+            return None
+        return torch.full((len(latents),), self.settings.guidance, device=latents.device)
+
+
+def grid_positions(height: int, width: int) -> torch.Tensor:
+    """Zero, row and column (height·width, 3) of each token of an image, for rotary embeddings; float32."""
+    rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
 
 
 def flow_schedule(pipeline: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 from tgol_trainer.likelihoods import MaskedTokenLikelihood, RowGenerators, to_device
 
 from .base import ModelFamily, frozen_pass
+from .conditioning import Rows
 
 AESTHETIC_SCORE = 6.0
 """The fifth micro-condition: what both pipelines pass unless told otherwise."""
@@ -63,7 +64,7 @@ class MaskedTokenFamily(ModelFamily):
         """The autoencoder's factor, twice that where the transformer halves the grid of tokens."""
         return self.pipeline.vae_scale_factor * (2 if self.denoiser.config["downsample"] else 1)
 
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, tokens, D), the encoder's last layer but one, and the pooled output (N, P)."""
         [(tokenizer, limit)] = self.prompt_limits()
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")

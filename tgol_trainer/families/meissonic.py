@@ -15,7 +15,8 @@ import torch
 
 from tgol_trainer.likelihoods import Draw, to_device
 
-from .flux import grid_positions
+from .conditioning import Conditioning
+from .flow import grid_positions
 from .masked import MaskedTokenFamily
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class MeissonicFamily(MaskedTokenFamily):
         """
         self.denoiser.gradient_checkpointing = True
 
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """
         Logits (B, codebook_size, h, w) of the transformer.
 
@@ -105,7 +106,7 @@ class MeissonicFamily(MaskedTokenFamily):
             hidden_states=draw.inputs,
             timestep=draw.timesteps,
             img_ids=to_device(grid_positions(height, width), device),
-            txt_ids=torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=device),
+            txt_ids=torch.zeros(len(conditioning["encoder_hidden_states"][0]), 3, device=device),
             **conditioning,
         )
 

@@ -1,4 +1,4 @@
-"""Shorten prompts that are far too long, before anything counts or encodes their tokens."""
+"""Count prompts that are cut, and shorten those that are far too long before anything reads their tokens."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def seen_part(prompt: str, limits: Sequence[tuple[Any, int]]) -> str:
             return part
         size *= 2
     return prompt
+
+
+def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
+    """
+    Count the prompts that at least one tokenizer cuts, and return the smallest limit too.
+
+    `limits` are tokenizers and the number of tokens that each of them may give, special ones included.
+    """
+    prompts = [seen_part(prompt, limits) for prompt in prompts]
+    cut: set[int] = set()
+    for tokenizer, limit in limits:
+        encoded = tokenizer(prompts, truncation=False, verbose=False).input_ids
+        cut |= {index for index, ids in enumerate(encoded) if len(ids) > limit}
+    return len(cut), min(limit for _, limit in limits)
 
 
 def _num_tokens(tokenizer: Any, text: str) -> int:

@@ -7,6 +7,7 @@ import torch
 from tgol_trainer.likelihoods import DiffusionLikelihood, Draw
 
 from .base import ModelFamily
+from .conditioning import Conditioning, Rows
 
 
 class StableDiffusionFamily(ModelFamily):
@@ -37,13 +38,13 @@ class StableDiffusionFamily(ModelFamily):
             )
         return DiffusionLikelihood(DDPMScheduler.from_config(scheduler.config))
 
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, tokens, D), padded and cut as the pipeline does for generation."""
         embeddings, _ = self.pipeline.encode_prompt(
             prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeddings}
 
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Output of the UNet (B, 4, h, w)."""
         return model(draw.inputs, draw.timesteps, return_dict=False, **conditioning)[0]

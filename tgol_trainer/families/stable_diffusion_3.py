@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from .conditioning import Rows
 from .flow import FlowFamily
 
 _T5_TOKENS = 256
@@ -50,7 +49,7 @@ class StableDiffusion3Family(FlowFamily):
         limit = pipeline.tokenizer_max_length
         return [(pipeline.tokenizer, limit), (pipeline.tokenizer_2, limit)]
 
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, 77 + 256, D), zeros for an absent T5, and `pooled_projections` (N, P1 + P2)."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             *(prompts, None, None),

@@ -6,6 +6,7 @@ import torch
 
 from tgol_trainer.likelihoods import Draw, to_device
 
+from .conditioning import Conditioning, Rows
 from .stable_diffusion import StableDiffusionFamily
 
 
@@ -30,7 +31,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
             first = vae.post_quant_conv if vae.post_quant_conv is not None else vae.decoder
             first.register_forward_pre_hook(_cast_input)
 
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """
         `encoder_hidden_states` (N, tokens, D1 + D2) and `text_embeds` (N, P), as the pipeline makes them.
 
@@ -54,7 +55,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         target = geometry.new_tensor(resolution).expand(len(geometry), 2)
         return {"time_ids": to_device(torch.cat([geometry, target], 1).float(), self.device)}
 
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Output of the UNet (B, 4, h, w)."""
         added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         text = conditioning["encoder_hidden_states"]

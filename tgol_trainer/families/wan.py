@@ -8,6 +8,7 @@ import torch
 
 from tgol_trainer.likelihoods import RowGenerators
 
+from .conditioning import Rows
 from .flow import FlowFamily
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class WanFamily(FlowFamily):
         """16 pixels: the autoencoder's factor times the transformer's patch."""
         return self.pipeline.vae_scale_factor_spatial * max(self.denoiser.config.patch_size[1:])
 
-    def encode_unique_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, 512, D), with zeros past the prompt's end, as the pipeline makes them."""
         embeddings, _ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=_TOKENS, device=self.device

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tgol_trainer.families import ModelFamily
+from tgol_trainer.families import Conditioning, ModelFamily
 from tgol_trainer.likelihoods import RowGenerators
 
 from .cards import REACHED, Card
@@ -89,7 +89,7 @@ class Encoding:
         images (`int`): The same of images.
         bytes_per_prompt (`int`): Size of what a cache keeps of a prompt, at most.
         bytes_per_image (`int`): Size of what a cache keeps of an image or clip.
-        conditioning (`dict[str, torch.Tensor]`): One row, without values.
+        conditioning (`Conditioning`): One row, without values.
         latents (`torch.Tensor`): One row, without values.
     """
 
@@ -97,7 +97,7 @@ class Encoding:
     images: int
     bytes_per_prompt: int
     bytes_per_image: int
-    conditioning: dict[str, torch.Tensor]
+    conditioning: Conditioning
     latents: torch.Tensor
 
 
@@ -284,7 +284,7 @@ def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
     return Encoding(
         prompts=prompts,
         images=images,
-        bytes_per_prompt=sum(map(_bytes, encoded.values())),
+        bytes_per_prompt=sum(_bytes(value[0]) for value in encoded.values()),
         bytes_per_image=sum(map(_bytes, image.values())),
         conditioning=family.condition(["a prompt"], geometry, size, lambda texts: encoded),
         latents=family.latents(image, RowGenerators(0, 0, [0]), sample=True),
@@ -306,7 +306,7 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     def forward(live: LiveBytes) -> torch.Tensor:
         nonlocal kept
         if setup.cache:
-            conditioning = {name: _of_batch(value, batch) for name, value in encoding.conditioning.items()}
+            conditioning = _conditioning_of_batch(encoding.conditioning, batch)
             latents = _of_batch(encoding.latents, batch)
         else:
             pixels = _pixels(family, batch, size)
@@ -348,7 +348,7 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
         prompts = [f"prompt {index}" for index in range(batch)]
         # All at once, as pipelines do.
         conditioning = family.condition(prompts, geometry, size, family.encode_unique_prompts)
-        conditioning = {name: _of_batch(value, rows) for name, value in conditioning.items()}
+        conditioning = _conditioning_of_batch(conditioning, rows)
         latents = _of_batch(encoding.latents, rows)
         draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))
         with _autocast(setup):
@@ -370,6 +370,13 @@ def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Ten
 
 def _of_batch(value: torch.Tensor, batch: int) -> torch.Tensor:
     return value.new_empty(batch, *value.shape[1:])
+
+
+def _conditioning_of_batch(conditioning: Conditioning, batch: int) -> Conditioning:
+    return {
+        name: [value[0]] * batch if isinstance(value, list) else _of_batch(value, batch)
+        for name, value in conditioning.items()
+    }
 
 
 def _bytes(value: torch.Tensor) -> int:

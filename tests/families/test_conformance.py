@@ -1,0 +1,118 @@
+"""What a family hands to the denoiser, and noises, is what the diffusers pipeline itself does."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers import over
+from tests.pipelines import KEYS, VARIANTS
+from tgol_trainer.families import load_family
+from tgol_trainer.families.flow import FlowFamily
+from tgol_trainer.likelihoods import DiffusionLikelihood, Draw
+
+every_variant = over(VARIANTS, VARIANTS)
+NOISED = [name for name in VARIANTS if "amused" not in name and "meissonic" not in name]
+
+
+def steps_of(name, pipe, prompt):
+    """Call the pipeline for two steps without guidance: what it hands to `scheduler.step`, in the order of steps."""
+    facts, steps, step = VARIANTS[name], [], pipe.scheduler.step
+    height, width = facts.pixels[-2:]
+    scale = getattr(pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
+
+    def recorded(*args, **kwargs):
+        given = inspect.signature(step).bind(*args, **kwargs).arguments
+        inputs = scale(given["sample"], given["timestep"])
+        values = [facts.unpack(pipe, value, height, width) for value in (inputs, given["model_output"])]
+        steps.append(SimpleNamespace(time=given["timestep"], inputs=values[0].clone(), output=values[1].clone()))
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = recorded
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "np"}
+    generator = torch.Generator().manual_seed(0)
+    pipe(prompt, generator=generator, **{**options, **facts.call, **facts.unguided})
+    del pipe.scheduler.step
+    return steps
+
+
+@every_variant
+def test_the_prediction_is_what_the_pipeline_hands_to_its_scheduler(name):
+    """The same latents, time and prompt; a wrong sign, scale of time, template, mask, packing or size would show."""
+    family = load_family(VARIANTS[name].build())
+    size = VARIANTS[name].pixels[-2:]
+    for prompt in ("a cat", "two dogs on a red sofa"):
+        steps = steps_of(name, family.pipeline, prompt)
+        assert len(steps) >= 2
+        conditioning = family.condition([prompt], torch.tensor([[*size, 0, 0]]), size)
+        for step in steps:
+            time = torch.as_tensor(step.time).reshape(1)
+            times = family.network_times(time) if isinstance(family, FlowFamily) else time
+            with torch.no_grad():
+                found = family.predict(family.denoiser, Draw(step.inputs, times, step.inputs), conditioning)
+            torch.testing.assert_close(found.float(), step.output.float(), rtol=1e-5, atol=1e-5)
+
+
+def noised_by(scheduler, sample, noise, time):
+    """Noise one row with the scheduler, and scale it as the pipeline does before it calls the denoiser."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(sample, time, noise)
+    noised = scheduler.add_noise(sample, noise, time)
+    return scheduler.scale_model_input(noised, time[0])
+
+
+@over(NOISED, NOISED)
+def test_latents_are_noised_as_the_pipelines_scheduler_noises_them(name):
+    facts = VARIANTS[name]
+    family = load_family(facts.build())
+    pipe, likelihood = family.pipeline, family.likelihood
+    clean = torch.randn(2, *facts.latents, generator=torch.Generator().manual_seed(2))
+    noise = KEYS.normal("noise", clean)
+    config, kind = pipe.scheduler.config, type(pipe.scheduler)
+    schedule = {}
+    if not isinstance(likelihood, DiffusionLikelihood):
+        steps_of(name, pipe, "a cat")
+        used, times = pipe.scheduler.sigmas, pipe.scheduler.timesteps
+        schedule, levels = {"sigmas": used, "timesteps": times}, (used[: len(times)], times)
+        torch.testing.assert_close(likelihood.timesteps, family.network_times(family.schedule()[1]))
+        for sigma, time in (family.schedule(), levels):
+            torch.testing.assert_close(1000 * sigma, time.float(), rtol=0, atol=1.0)  # UniPC has whole times
+        # The levels of these two steps instead of all that are trained on.
+        likelihood.sigmas, likelihood.timesteps = levels
+    draw = likelihood.draw(clean, KEYS)
+    for row in range(2):
+        scheduler = kind.from_config(config)
+        vars(scheduler).update(schedule)
+        found = noised_by(scheduler, clean[row : row + 1], noise[row : row + 1], draw.timesteps[row : row + 1])
+        torch.testing.assert_close(draw.inputs[row : row + 1], found.float(), rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+def test_a_rows_prediction_does_not_depend_on_the_other_rows(name):
+    """Whose prompts are shorter and longer: nothing of their padding is seen."""
+    facts, prompts = VARIANTS[name], ["a cat", "two dogs on a red sofa", ""]
+    family = load_family(facts.build())
+    size, geometry = facts.pixels[-2:], torch.tensor([[24, 20, 2, 0], [16, 32, 0, 8], [16, 16, 0, 0]])
+    clean = torch.randn(3, *facts.latents, generator=torch.Generator().manual_seed(2))
+    if not family.encode_images(torch.zeros(1, *facts.pixels), KEYS, sample=False).is_floating_point():
+        clean = torch.randint(32, clean.shape, generator=torch.Generator().manual_seed(2))
+    times = torch.tensor([0.3, 0.5, 0.9]) * (1 if getattr(family, "time_divisor", 1) > 1 else 1000)
+
+    def predicted(*rows):
+        rows = list(rows)
+        conditioning = family.condition([prompts[row] for row in rows], geometry[rows], size)
+        with torch.no_grad():
+            return family.predict(family.denoiser, Draw(clean[rows], times[rows], clean[rows]), conditioning)
+
+    together = predicted(0, 1, 2)
+    for row in range(3):
+        torch.testing.assert_close(predicted(row)[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_without_a_mask_are_refused():
+    family = load_family(VARIANTS["sd"].build())
+    rows = {"encoder_hidden_states": [torch.zeros(length, 32) for length in (3, 5)]}
+    with pytest.raises(ValueError, match=r"different lengths \(3, 5 tokens\), and no mask"):
+        family.condition(["a", "b"], torch.zeros(2, 4), (16, 16), lambda prompts: rows)
