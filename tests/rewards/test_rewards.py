@@ -128,6 +128,52 @@ def test_anything_but_a_list_is_a_type_error(returned):
         score_images(returning(returned), some_images(2), ["p", "q"])
 
 
+async def waiting():
+    return [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "remedy"),
+    [
+        ({"score": [1.0], "b": [2.0]}, r"Return the list under one of its keys \('score', 'b'\)"),
+        ((value for value in (1.0, 2.0)), r"Make a list of it: `list\(...\)`"),
+        (None, "lack its `return`"),
+        (0.5, "called with a list of images, not with one"),
+        (torch.tensor(0.5), "called with a list of images, not with one"),
+        (torch.zeros(2, 1), r"`.flatten\(\)` makes one of shape"),
+        (np.zeros((2, 2)), r"`.diagonal\(\)` of a table"),
+    ],
+)
+def test_what_is_returned_instead_of_a_list_gets_an_answer_that_fits_it(returned, remedy):
+    with pytest.raises(TypeError, match=f"must return a list with one number, or None, per image.*{remedy}"):
+        score_images(returning(returned), some_images(2), ["p", "q"])
+
+
+def test_an_async_function_is_told_how_it_can_be_called():
+    coroutine = waiting()
+    with pytest.raises(TypeError, match="is not awaited"):
+        score_images(returning(coroutine), some_images(2), ["p", "q"])
+    coroutine.close()
+
+
+def test_swapped_arguments_and_another_number_of_them_are_refused_before_the_first_call(tmp_path, monkeypatch):
+    def swapped(prompts, images):
+        raise AssertionError
+
+    with pytest.raises(TypeError, match=r"takes \(prompts, images\), prompts first.*reward\(images, prompts\): swap"):
+        score_images(swapped, some_images(1), ["p"])
+    with pytest.raises(TypeError, match=r"takes \(images\): too many positional arguments"):
+        score_images(lambda images: [1.0], some_images(1), ["p"])
+    with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
+        score_images(lambda images, prompts, seed: [1.0], some_images(1), ["p"])
+    score_images(lambda *args, **options: [1.0], some_images(1), ["p"])
+    score_images(lambda x, y, seed=0: [1.0], some_images(1), ["p"])
+    (tmp_path / "my_swapped_reward.py").write_text("def swapped(captions, images):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="swap its arguments"):
+        load_reward("my_swapped_reward:swapped")
+
+
 @pytest.mark.parametrize("entry", ["1.0", [1.0], 1j])
 def test_an_entry_that_is_no_number_is_a_type_error_with_its_row(entry):
     with pytest.raises(TypeError, match="is not a number for row 1"):

@@ -266,6 +266,9 @@ class _Work:
             return
         rewards = {name: _fitting(name, loaders[name](), self.source) for name in missing}
         total, title = self.shards.count(wanted), f"Scoring ({', '.join(missing)})"
+        for name, reward in rewards.items():
+            if hasattr(reward, "starting"):
+                reward.starting(sum(self.shards.count([shard]) for shard, names in wanted.items() if name in names))
         with tqdm(total=total, desc=title, unit=self.source.medium, disable=not progress) as bar:
             for shard, names in wanted.items():
                 self._score_shard(shard, {name: rewards[name] for name in names}, missing, bar)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -12,6 +13,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 _ROWS_SHOWN = 3
+_PROMPT_WORDS = ("prompt", "text", "caption")
+_IMAGE_WORDS = ("image", "picture", "video", "frame", "clip", "sample")
 
 Medium = Literal["images", "videos"]
 
@@ -26,7 +29,8 @@ class RewardFunction(Protocol):
     A reward that scores videos has an attribute `takes = "videos"`; it gets a list of [`Clip`]s (lists of frames)
     instead of the images. A reward that computes several numbers in one pass may have a method `columns`. It is called
     like the reward (with empty lists too) and returns a dictionary of such lists: `""` for the score itself, and an
-    ending for each further column (`"_vq"`).
+    ending for each further column (`"_vq"`). A reward that costs something may have a method `starting`, which is
+    called with the number of images before the first.
     """
 
     def __call__(self, images: list[Any], prompts: list[str], /) -> list[float | None]:
@@ -115,6 +119,28 @@ def _attribute(reward: Callable[..., Any], name: str, default: Any) -> Any:
     return getattr(reward, name, getattr(getattr(reward, "func", reward), name, default))
 
 
+def check_call(reward: Callable[..., Any], name: str) -> None:
+    """Raise a `TypeError` for a reward that cannot be called with images and prompts, or names them the other way."""
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # of compiled code
+        return
+    try:
+        bound = signature.bind([], [])
+    except TypeError as error:
+        raise TypeError(
+            f"The reward {name!r} is called as reward(images, prompts), with two lists, and takes {signature}: "
+            f"{error}."
+        ) from error
+    names = [given.lower() for given, value in bound.arguments.items() if isinstance(value, list)]
+    first, second = [*names, "", ""][:2]
+    if any(word in first for word in _PROMPT_WORDS) and any(word in second for word in _IMAGE_WORDS):
+        raise TypeError(
+            f"The reward {name!r} takes {signature}, prompts first. It is called as reward(images, prompts): swap its "
+            f"arguments, or give `lambda images, prompts: {getattr(reward, '__name__', 'reward')}(prompts, images)`."
+        )
+
+
 def check_prompts(images: Sequence[Any], prompts: Sequence[str]) -> None:
     """Raise an error unless `prompts` is a list with one prompt per image."""
     if isinstance(prompts, str):
@@ -149,6 +175,8 @@ def score_columns(
             names.
     """
     call = getattr(reward, "columns", None) or _as_columns(reward)
+    if images:
+        check_call(reward, reward_name(reward))
     return _score(call, reward_name(reward), images, prompts, batch_size, progress, first_row)
 
 
@@ -184,6 +212,8 @@ def score_images(
             or a NaN or infinite one.
         TypeError: if the reward returned something other than a list of numbers and `None`.
     """
+    if images:
+        check_call(reward, reward_name(reward))
     return _score(_as_columns(reward), reward_name(reward), images, prompts, batch_size, progress, first_row)[""]
 
 
@@ -227,11 +257,18 @@ def _score(
 
 def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> list[float | None]:
     """Return the scores of one batch as floats, or raise an error that names the reward and the first bad rows."""
+    shape = tuple(getattr(returned, "shape", ()))
+    if len(shape) > 1:
+        raise TypeError(
+            f"The reward {name!r} returned {type(returned).__name__} of shape {shape} for {len(prompts)} images; it "
+            "must return a list with one number, or None, per image. `.flatten()` makes one of shape (n, 1), "
+            "`.diagonal()` of a table of all images by all prompts."
+        )
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(
             f"The reward {name!r} returned {type(returned).__name__}; it must return a list with one number, or None, "
-            "per image."
+            f"per image.{_hint(values)}"
         )
     if len(values) != len(prompts):
         where = f" (rows {rows[0]} to {rows[-1]})" if rows else ""
@@ -253,6 +290,21 @@ def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> l
             "Return None for an image that cannot be scored."
         )
     return [None if value is None else float(value) for value in values]
+
+
+def _hint(returned: Any) -> str:
+    if isinstance(returned, Mapping):
+        keys = ", ".join(repr(key) for key in list(returned)[:_ROWS_SHOWN])
+        return f" Return the list under one of its keys ({keys}), or see `columns` of RewardFunction for several."
+    if isinstance(returned, Iterator):
+        return " Make a list of it: `list(...)`."
+    if returned is None:
+        return " Does the function lack its `return`?"
+    if isinstance(returned, numbers.Real):
+        return " It is called with a list of images, not with one."
+    if inspect.isawaitable(returned):
+        return " An `async` function is not awaited: run it with `asyncio.run` inside the reward."
+    return ""
 
 
 def _shown(wrong: list[int], values: Sequence[Any], prompts: list[str], rows: list[int]) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .base import RewardFunction
+from .base import RewardFunction, check_call
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,8 @@ REWARDS: dict[str, str] = {
     "clip": "tgol_trainer.rewards.clip:ClipScore",
     "aesthetic": "tgol_trainer.rewards.aesthetic:AestheticScore",
     "videoreward": "tgol_trainer.rewards.videoreward:VideoReward",
+    "judge": "tgol_trainer.rewards.served:Judge",
+    "http": "tgol_trainer.rewards.served:ServedScorer",
     "jpeg_compressibility": "tgol_trainer.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "tgol_trainer.rewards.jpeg:jpeg_incompressibility",
     "background_darkness": "tgol_trainer.shapes:background_darkness",
@@ -60,6 +62,7 @@ def load_reward(
     if not isinstance(found, type):
         if options:
             raise TypeError(f"`rewards`: {spec!r} is not a class, so it takes no options ({', '.join(options)}).")
+        check_call(found, spec)
         return found
     make: Any = getattr(found, "from_pretrained", found)
     if make is not found:
@@ -73,6 +76,7 @@ def load_reward(
     made = make(**options)
     if not callable(made):
         raise TypeError(f"`rewards`: objects of {spec!r} cannot be called with images and prompts.")
+    check_call(made, spec)
     return made
 
 
