@@ -24,6 +24,7 @@ class BuildWithTemplate(build_py):
 FORMATS = ["pillow-heif>=1.1", "pillow-jxl-plugin>=1.3"]
 REWARDS = ["ftfy>=6.2"]
 RANKING = ["choix>=0.4"]
+RATE = ["starlette>=0.47", "uvicorn>=0.35"]
 QUANTIZATION = ["bitsandbytes>=0.50"]
 VIDEO = ["av>=14.1"]
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"]
@@ -41,6 +42,7 @@ setup(
     packages=find_packages(include=["tgol_trainer", "tgol_trainer.*"]),
     package_data={
         "tgol_trainer.evaluation.report": ["report.*"],
+        "tgol_trainer.rating": ["page/*"],
         "tgol_trainer.shapes": ["*pipeline/*.json", "*pipeline/*/*.json", "*pipeline/*/*.safetensors"],
     },
     cmdclass={"build_py": BuildWithTemplate},
@@ -69,10 +71,11 @@ setup(
         "formats": FORMATS,
         "quantization": QUANTIZATION,
         "ranking": RANKING,
+        "rate": RATE,
         "rewards": REWARDS,
         "video": VIDEO,
         "notebooks": NOTEBOOKS,
-        "dev": [*QUANTIZATION, *RANKING, *REWARDS, *VIDEO, *NOTEBOOKS, *DEVELOPMENT],
+        "dev": [*QUANTIZATION, *RANKING, *RATE, *REWARDS, *VIDEO, *NOTEBOOKS, *DEVELOPMENT],
     },
     entry_points={"console_scripts": ["tgol = tgol_trainer.cli:main"]},
     classifiers=[

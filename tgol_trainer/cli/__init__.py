@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "generate": "make images of prompts, in resumable shards, for scoring",
     "score": "add a column a reward to a dataset of images, in resumable shards",
     "evaluate": "compare adapters with their base model: scores, win rates, diversity, damage, one report",
+    "rate": "rate images in the browser: 1 to 5, thumbs, or the better of two, ready for training",
     "convert": "make one row per image with a score from comparisons, ratings or thumbs",
     "export": "write a trained adapter for diffusers, PEFT or ComfyUI, or merged into its base, and prove it",
     "check": "say what training would refuse in a dataset, and what else may be wrong with it",

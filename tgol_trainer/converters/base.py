@@ -17,9 +17,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from tgol_trainer.data.checks import check_class
+from tgol_trainer.data.files import absolute_path
 from tgol_trainer.data.images import DataError, describe
 from tgol_trainer.data.rows import prompt_problem
-from tgol_trainer.sources.loading import absolute_path
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import os
 import stat
 import unicodedata
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -86,6 +86,18 @@ def same_name(path: str, *, any_case: bool = False) -> str | None:
             wanted = os.path.join(found, names[0])
         found = wanted
     return found
+
+
+def absolute_path(path: Any, folder: str | Path) -> Any:
+    """
+    Return a path of a table in `folder` as an absolute path; it may be written as on Windows. URLs, blanks and values
+    of another type stay.
+    """
+    if not isinstance(path, str) or not path.strip() or "://" in path:
+        return path
+    path = os.path.join(os.path.abspath(folder), path.strip().replace("\\", os.sep))  # keeps an absolute path
+    # A file that is put there later is found too: `open_file` looks once more.
+    return path if os.path.exists(path) else same_name(path) or path
 
 
 def _stamp(folder: str) -> int:

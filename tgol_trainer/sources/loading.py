@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer._hub_ids import is_hub_id
-from tgol_trainer.data.files import same_name
+from tgol_trainer.data.files import absolute_path
 from tgol_trainer.data.images import DataError
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
@@ -28,6 +28,7 @@ from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 from .archives import unpacked
 from .folders import VIDEOS, file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
 from .image_folder import files_below, load_image_folder
+from .ratings import JOURNAL, is_rated, load_rated
 from .shards import incomplete
 from .tables import check_table, csv_options
 
@@ -61,8 +62,8 @@ def load_scored_dataset(
 
     Args:
         source (`str`):
-            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk`; a folder of images or
-            videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
+            A Hub id `"owner/name"`; a folder written by `Dataset.save_to_disk` or by `tgol rate`; a folder of images
+            or videos with `metadata.jsonl` or `metadata.csv`, whose `file_name` column names the files; a folder of
             images or videos alone, whose prompts and scores are read as docs/data.md says; a folder of
             Parquet, JSON Lines or CSV files, or of WebDataset tars, whose JSON fields become columns such as
             `json.prompt`; one such file; or a zip file of such a folder. Paths in a table count from the folder of
@@ -154,6 +155,9 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         raise DataError(
             f"`split`: a stream takes no slice such as {wanted.split!r}. Name the split alone, or do not stream."
         )
+    rated = path.parent if path.name == JOURNAL else path
+    if is_rated(rated):
+        return _as_wanted(load_rated(rated, wanted.split), wanted)
     if path.is_file() and path.suffix.lower() == ".zip":
         path = unpacked(path)
     if path.is_dir():
@@ -401,9 +405,12 @@ def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
             f"`split`: {str(path)!r} is a saved dataset without splits, so {wanted.split!r} is not in it. Leave the "
             "split out for all rows, or save a `datasets.DatasetDict` with a split of each name."
         )
-    if wanted.streaming:
-        return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))  # parts for workers to share
-    return dataset
+    return _as_wanted(dataset, wanted)
+
+
+def _as_wanted(dataset: datasets.Dataset, wanted: _Wanted) -> AnyDataset:
+    """Return a dataset as a stream where one is wanted, in parts for workers to share."""
+    return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if wanted.streaming else dataset
 
 
 def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
@@ -445,18 +452,6 @@ def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) 
 
 def _is_video(path: Any) -> bool:
     return isinstance(path, str) and path.lower().endswith(VIDEOS)
-
-
-def absolute_path(path: Any, folder: str | Path) -> Any:
-    """
-    Return a path of a table in `folder` as an absolute path; it may be written as on Windows. URLs, blanks and values
-    of another type stay.
-    """
-    if not isinstance(path, str) or not path.strip() or "://" in path:
-        return path
-    path = os.path.join(os.path.abspath(folder), path.strip().replace("\\", os.sep))  # keeps an absolute path
-    # A file that is put there later is found too: `open_file` looks once more.
-    return path if os.path.exists(path) else same_name(path) or path
 
 
 def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:

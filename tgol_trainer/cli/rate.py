@@ -1,0 +1,173 @@
+"""`tgol rate`: rate the images of a folder or dataset in the browser, for training."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import counted, hide_local_bars, plain_errors, set_up_logging
+
+if TYPE_CHECKING:
+    import datasets
+
+    from tgol_trainer.rating.server import Session
+    from tgol_trainer.sources.ratings import RateSettings
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tgol rate",
+        description="Rate images in the browser. Every rating is on the disk before the next image comes, and the "
+        "same command goes on later. `tgol label` and `tgol train` read the output folder.",
+    )
+    add = parser.add_argument
+    add("source", help="folder, file or Hub id of a dataset with prompts and images, as `tgol check` takes it")
+    add("--split", default="train", help="split to read (default: %(default)s)")
+    add("--dataset_config", help="configuration, for a dataset on the Hub that has several")
+    for role in ("prompt", "image"):
+        add(f"--{role}_column", default=role, help=f"column of {role}s (default: %(default)s)")
+    text = "ratings: 1 to 5; thumbs: up or down; pairs: the better of two images of a prompt (default: %(default)s)"
+    add("--kind", choices=("ratings", "thumbs", "pairs"), default="ratings", help=text)
+    add("--by_prompt", action="store_true", help="show the images of one prompt one after the other, and together")
+    add(
+        "--seed", type=int, default=0, help="seed of the order, which also depends on the rater (default: %(default)s)"
+    )
+    add("--output_dir", type=Path, help="folder of the ratings (default: the source's name and `_ratings`, here)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    add("--port", type=int, default=7860, help="port; 0 for a free one (default: %(default)s)")
+    add("--model_name_or_path", help="model that you will train: put into the commands that are shown at the end")
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 65536:
+        parser.error("--port must lie between 0 and 65535")
+    if args.output_dir is None:
+        path = Path(args.source).expanduser().resolve()
+        args.output_dir = Path(f"{(path.stem if path.is_file() else path.name) or 'images'}_ratings")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Serve the page until it is interrupted.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Options; by default those of the process.
+
+    Returns:
+        `int`: 0.
+    """
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    with plain_errors():
+        return _rate(args)
+
+
+def _rate(args: argparse.Namespace) -> int:
+    from datasets.utils.logging import disable_progress_bar
+
+    from tgol_trainer.data import Columns
+    from tgol_trainer.rating.server import make_app, serve
+    from tgol_trainer.sources import load_scored_dataset
+    from tgol_trainer.sources.ratings import Journal
+
+    hide_local_bars(args.source)
+    columns = Columns(args.prompt_column, args.image_column)
+    dataset: Any = load_scored_dataset(args.source, name=args.dataset_config, split=args.split, columns=columns)
+    disable_progress_bar()
+    session = _session(args, dataset)
+    journal = Journal(args.output_dir)
+    app = make_app(session, journal, ("*",) if _is_open(args.host) else LOOPBACK)
+    # A terminal that closes and a container that stops end it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(app, args.host, args.port, lambda address: _say_where(args, session, address))
+    rated = journal.rated()
+    people = len({entry["rater"] for entry in rated})
+    noun = {"ratings": "rating", "thumbs": "thumb", "pairs": "comparison"}[args.kind]
+    print(f"\n{args.output_dir}: {counted(len(rated), noun)} by {'1 person' if people == 1 else f'{people} people'}.")
+    if rated:
+        print("Next:\n" + "\n".join(f"  {line}" for line in session.commands))
+    return 0
+
+
+def _session(args: argparse.Namespace, dataset: datasets.Dataset) -> Session:
+    from tgol_trainer.rating.server import Session
+    from tgol_trainer.rating.tasks import Pictures, make_tasks
+    from tgol_trainer.sources.loading import hub_commit
+    from tgol_trainer.sources.ratings import RateSettings
+
+    path = Path(args.source).expanduser()
+    local = path.exists()
+    folder = (path if path.is_dir() else path.parent).resolve() if local else None
+    pictures = Pictures(dataset, args.prompt_column, args.image_column, folder)
+    if pictures.num_left_out:
+        _say(
+            f"{counted(pictures.num_left_out, 'row')} without a prompt or an image: not shown. `tgol check` says why."
+        )
+    tasks = make_tasks(list(pictures.by_id.values()), args.kind, args.seed)
+    # A path of this machine would be pushed with the ratings.
+    source = os.path.relpath(path.resolve(), args.output_dir.resolve()) if local else args.source
+    rows = len(dataset) if pictures.numbered else None
+    _open_folder(args.output_dir, RateSettings(args.kind, source, args.split, hub_commit(dataset), rows))
+    return Session(pictures, tasks, args.output_dir, args.kind, args.seed, args.by_prompt, _commands(args, dataset))
+
+
+def _open_folder(folder: Path, settings: RateSettings) -> None:
+    """Make the output folder, or go on in one that holds ratings of the same images and kind."""
+    from tgol_trainer.sources.ratings import is_rated, read_settings, write_settings
+
+    if not is_rated(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"`--output_dir`: {folder} exists and holds something else. Give another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder, settings)
+        return
+    found = read_settings(folder)
+    for name, value in dataclasses.asdict(settings).items():
+        before = getattr(found, name)
+        if before != value:
+            raise ValueError(
+                f"`--output_dir`: {folder} holds ratings with {name} {before!r}, now it is {value!r}. Give another "
+                "folder for these."
+            )
+
+
+def _commands(args: argparse.Namespace, dataset: datasets.Dataset) -> tuple[str, str]:
+    """Return what to run when all is rated; the model is the one that made the images, where the rows say so."""
+    model = args.model_name_or_path
+    if model is None and "model" in dataset.column_names:
+        made = dataset.unique("model")
+        model = made[0] if len(made) == 1 and isinstance(made[0], str) else None
+    folder = args.output_dir
+    label = ["tgol", "label", "--dataset_name", str(folder)]
+    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", str(folder)]
+    adapter = folder.with_name(f"{folder.name.removesuffix('_ratings')}_adapter")
+    return shlex.join(label), shlex.join([*train, "--output_dir", str(adapter)])
+
+
+def _is_open(host: str) -> bool:
+    return host not in LOOPBACK
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_where(args: argparse.Namespace, session: Session, address: str) -> None:
+    what = {"ratings": "picture", "thumbs": "picture", "pairs": "pair"}[args.kind]
+    print(f"{counted(len(session.tasks), what)} to rate at {address}")
+    print(
+        f"Each rating is saved in {args.output_dir / 'ratings.jsonl'} at once. Ctrl-C ends; the same command goes on."
+    )
+    if _is_open(args.host):
+        _say(f"Everyone who reaches {args.host} on this port can see the images and rate.")
+    sys.stdout.flush()

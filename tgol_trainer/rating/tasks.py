@@ -1,0 +1,210 @@
+"""Which images are rated, and in which order each rater sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from tgol_trainer._files import write_file
+from tgol_trainer.data.checks import check_class
+from tgol_trainer.data.files import open_file
+from tgol_trainer.data.images import DataError, open_image
+from tgol_trainer.data.rows import prompt_problem
+from tgol_trainer.sources.ratings import IMAGES, Kind
+
+_SHOWN_BY_BROWSERS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+_RINGS = 2
+
+
+def digest(*parts: str) -> str:
+    """Return 16 hexadecimal characters that stand for texts: an id that says nothing of them."""
+    content = b"".join(hashlib.blake2b(part.encode("utf-8", "surrogateescape")).digest() for part in parts)
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image to rate: its id, its row, and the prompt of the row."""
+
+    id: str
+    row: int
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is shown at once: one image, or two of a prompt."""
+
+    id: str
+    prompt: str
+    pictures: tuple[str, ...]
+
+
+class Pictures:
+    """
+    The images of a dataset that can be rated.
+
+    Args:
+        dataset ([`datasets.Dataset`]): Rows with a prompt and an image; other columns are not read.
+        prompt (`str`): Column of prompts.
+        image (`str`): Column of images.
+        folder (`Path`, *optional*): Folder that the ids of files count from, so that it can be moved.
+
+    Attributes:
+        numbered (`bool`): Whether images have no paths, so that their rows' numbers tell them apart.
+        num_left_out (`int`): Rows without a prompt or an image.
+
+    Raises:
+        DataError: for a missing column, or if no row can be rated.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, prompt: str = "prompt", image: str = "image", folder: Path | None = None
+    ) -> None:
+        check_class(dataset, "source")
+        for column, role in ((prompt, "prompt"), (image, "image")):
+            if column not in dataset.column_names:
+                raise DataError(
+                    f"source: no column {column!r}; the columns are {dataset.column_names}. Name the right one with "
+                    f"`--{role}_column`."
+                )
+        dataset = dataset.with_format(None).select_columns([prompt, image])
+        self._files = dataset.cast_column(image, datasets.Image(decode=False))
+        self._image = image
+        self.numbered, self.num_left_out = False, 0
+        found: dict[str, Picture] = {}
+        row = 0
+        for table in self._files.with_format("arrow").iter(batch_size=1000):
+            paths, inside = _paths(table.column(image))
+            for text, path, has_bytes in zip(table.column(prompt).to_pylist(), paths, inside, strict=True):
+                if prompt_problem(text) is None and (has_bytes or (path and os.path.isfile(path))):
+                    self.numbered |= has_bytes
+                    name = os.path.relpath(path, folder) if path and not has_bytes else f"row {row}"
+                    key = digest(name, text)
+                    found.setdefault(key, Picture(key, row, text))
+                else:
+                    self.num_left_out += 1
+                row += 1
+        self.by_id = found
+        if not found:
+            raise DataError(
+                f"source: none of its {row} rows has a prompt and an image that is there. `tgol check` lists what is "
+                "wrong with each."
+            )
+
+    def content(self, picture: str) -> bytes:
+        """
+        Return the encoded file of an image.
+
+        Args:
+            picture (`str`): Its id.
+
+        Raises:
+            KeyError: for an id that is not known.
+            OSError: if the file is gone.
+        """
+        found = self._files[self.by_id[picture].row][self._image]
+        if found["bytes"]:
+            return bytes(found["bytes"])
+        with open_file(found["path"]) as file:
+            return file.read()
+
+    def for_browser(self, picture: str) -> tuple[bytes, str]:
+        """Return an image as a browser shows it, and its media type; raise VisualError if it cannot be read."""
+        content = self.content(picture)
+        kind = _format(content)
+        if kind in _SHOWN_BY_BROWSERS:
+            return content, _SHOWN_BY_BROWSERS[kind]
+        converted = io.BytesIO()
+        open_image(content).convert("RGB").save(converted, "PNG")
+        return converted.getvalue(), "image/png"
+
+    def keep(self, picture: str, folder: Path) -> str:
+        """Copy an image into a folder of ratings, under a name made of its content; return its path there."""
+        content = self.content(picture)
+        name = f"{IMAGES}/{hashlib.sha256(content).hexdigest()[:20]}.{_format(content).lower() or 'image'}"
+        if not (folder / name).is_file():
+            write_file(folder / name, content)
+        return name
+
+
+def _paths(column: pa.ChunkedArray) -> tuple[list[str | None], list[bool]]:
+    """Return path and whether there are bytes for a column of undecoded images, without reading the bytes."""
+    cells = column.combine_chunks()
+    sizes = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), 0)
+    return pc.struct_field(cells, "path").to_pylist(), pc.greater(sizes, 0).to_pylist()
+
+
+def _format(content: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.format or ""
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+
+
+def make_tasks(pictures: Sequence[Picture], kind: Kind, seed: int) -> list[Task]:
+    """
+    Make what is to be rated.
+
+    Of pairs, each prompt's images stand in random rings, two of them where there are enough: neighbours are compared.
+    So every image meets up to four others, and all images of a prompt are connected.
+
+    Args:
+        pictures (`Sequence[Picture]`): The images.
+        kind (`str`): What is given.
+        seed (`int`): Seed of the rings and of the sides.
+
+    Returns:
+        `list[Task]`
+
+    Raises:
+        DataError: for pairs, if no prompt has two images.
+    """
+    if kind != "pairs":
+        return [Task(picture.id, picture.prompt, (picture.id,)) for picture in pictures]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for picture in pictures:
+        groups[picture.prompt].append(picture.id)
+    tasks: dict[str, Task] = {}
+    for prompt, members in groups.items():
+        for ring in range(_RINGS):
+            around = sorted(members, key=lambda name, ring=ring: digest(str(seed), str(ring), name))  # type: ignore[misc]
+            for one, other in zip(around, [*around[1:], around[0]], strict=True):
+                name = digest(*sorted((one, other)))
+                if one != other and name not in tasks:
+                    sides = (one, other) if digest(str(seed), name) < "8" else (other, one)
+                    tasks[name] = Task(name, prompt, sides)
+    if not tasks:
+        raise DataError("`--kind pairs` needs two images of one prompt, and every prompt here has one. Use ratings.")
+    return list(tasks.values())
+
+
+def order_for(tasks: Sequence[Task], rater: str, seed: int, *, by_prompt: bool) -> list[Task]:
+    """
+    Return the tasks in the order of one rater, who alone sees it; it does not depend on names of files.
+
+    Args:
+        tasks (`Sequence[Task]`): What is to be rated.
+        rater (`str`): Name of the rater: each has an order of their own, so that what comes late differs.
+        seed (`int`): Seed.
+        by_prompt (`bool`): Whether tasks of one prompt follow each other.
+
+    Returns:
+        `list[Task]`
+    """
+
+    def place(task: Task) -> tuple[str, str]:
+        return digest(str(seed), rater, task.prompt) if by_prompt else "", digest(str(seed), rater, task.id)
+
+    return sorted(tasks, key=place)
