@@ -46,6 +46,23 @@ def randomize(trainer, scale=0.05):
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
+# ---- Prompts ----
+
+
+def test_a_run_that_strips_prompts_trains_as_one_on_the_plain_text(config, dataset, caplog):
+    written = [f"({prompt}:1.2) <lora:x:1>" for prompt in dataset["prompt"]]
+    other = dataset.remove_columns("prompt").add_column("prompt", written)
+    caplog.set_level(logging.INFO, logger="tgol_trainer")
+    stripped = TGOLTrainer(stable_diffusion(), config(max_steps=2, prompt_syntax="strip"), other)
+    assert "instructions for other programs are taken out of" in caplog.text
+    plain = TGOLTrainer(stable_diffusion(), config(max_steps=2), dataset)
+    for trainer in (stripped, plain):
+        randomize(trainer)
+        trainer.train()
+    assert losses(stripped) == losses(plain)
+    assert stripped.example_prompt == dataset[0]["prompt"]
+
+
 # ---- The loss ----
 
 

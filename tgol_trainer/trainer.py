@@ -119,7 +119,7 @@ class TGOLTrainer(SavingTrainer):
         score = args.score_column
         if args.score_columns:
             score = thresholds.combined_name(args.score_columns, args.score_combination)
-        self.columns = Columns(prompt=args.prompt_column, image=args.image_column, score=score)
+        self.columns = Columns(args.prompt_column, args.image_column, score, prompt_syntax=args.prompt_syntax)
         check_sources(args, train_dataset, proxy_dataset)
 
         self.family = self._load_family(model, quantization_config)
@@ -311,7 +311,7 @@ class TGOLTrainer(SavingTrainer):
                 buckets=self.draws.buckets,
             )
         self.data_reports[name] = report
-        warn_of_syntax(name, dict.fromkeys(rows.prompts))
+        warn_of_syntax(name, dict.fromkeys(rows.written_prompts), self.args.prompt_syntax)
         suffix = max(self.args.csft_suffixes, key=len) if self.args.loss_type == "csft" else ""
         prompts = [prompt + suffix for prompt in dict.fromkeys(rows.prompts)]
         long, limit = self.family.count_long_prompts(prompts)

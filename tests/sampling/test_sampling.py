@@ -57,6 +57,16 @@ def moments(trainer):
         return json.load(file)["columns"]
 
 
+def test_sampled_prompts_are_stripped_as_those_of_the_rows(config, dataset):
+    samples = sampler(prompts=["(a cat:1.2)", "a dog"])
+    TGOLTrainer(stable_diffusion(), config(prompt_syntax="strip"), dataset, callbacks=[samples])
+    assert samples.rows == [("a cat", 0), ("a dog", 0)]
+    with pytest.raises(DataError, match="'<lora:x:1>' has no plain text"):
+        TGOLTrainer(
+            *(stable_diffusion(), config(prompt_syntax="strip"), dataset), callbacks=[sampler(prompts=["<lora:x:1>"])]
+        )
+
+
 # ---- Nothing is disturbed ----
 
 SCENES = {

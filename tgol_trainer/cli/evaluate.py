@@ -129,7 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
         check_adapters(adapters, list(rewards), args.trained_rewards, update_cards=args.update_card)
         prompts = load_prompts(
-            args.prompts, column=args.prompt_column, category_column=args.category_column, split=args.split
+            args.prompts,
+            column=args.prompt_column,
+            category_column=args.category_column,
+            split=args.split,
+            prompt_syntax=args.prompt_syntax,
         )
         prompts = spread_prompts(prompts, args.num_prompts)
         job = jobs.EvaluationJob(

@@ -22,6 +22,8 @@ def add_generation_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--model_init_kwargs", type=json_object, help="JSON passed to `from_pretrained` of the pipeline"
     )
+    text = "`strip`: take what other programs read as instructions out of the prompts (default: %(default)s)"
+    parser.add_argument("--prompt_syntax", choices=("keep", "strip"), default="keep", help=text)
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance_scale", type=float, help="strength of guidance (default: the pipeline's own)")
     parser.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
@@ -88,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with plain_errors():
         target = open_dataset(args)
-        prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.split)
+        prompts = load_prompts(
+            args.prompts, column=args.prompt_column, split=args.split, prompt_syntax=args.prompt_syntax
+        )
         adapter = args.adapter_name_or_path
         pipeline, revision = load_adapted_pipeline(args.model_name_or_path, adapter, **pipeline_options(args))
         disable_progress_bar()  # `datasets` shows one bar per file over ours

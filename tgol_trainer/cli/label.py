@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--proxy_dataset_name", help="dataset whose scores set the threshold, instead of the training scores"
     )
     parser.add_argument("--prompt_column", default="prompt", help="default: %(default)s")
+    parser.add_argument("--prompt_syntax", choices=("keep", "strip"), default="keep", help="default: %(default)s")
     parser.add_argument("--score_column", default="score", help="default: %(default)s")
     parser.add_argument("--on_bad_sample", choices=("raise", "skip"), default="raise", help="default: %(default)s")
     parser.add_argument(
@@ -174,7 +175,7 @@ def _report(args: argparse.Namespace) -> tuple[LabelReport, np.ndarray]:
         raise ValueError("`score_column` and `score_columns` both name the scores: leave one out.")
     several = method.score_columns
     name = combined_name(several, method.score_combination) if several else args.score_column
-    columns = Columns(prompt=args.prompt_column, score=name)
+    columns = Columns(prompt=args.prompt_column, score=name, prompt_syntax=args.prompt_syntax)
     scored = several or [args.score_column]
     grouped = method.threshold_strategy in ("group", "oracle")
     group = counted or (args.prompt_column if grouped else None)

@@ -192,7 +192,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
         train_rounds(
             name,
             training,
-            load_prompts(script.prompts or "").texts,
+            load_prompts(script.prompts or "", prompt_syntax=training.prompt_syntax).texts,
             {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in script.reward_funcs or ()},
             partial(
                 load_adapted_pipeline,

@@ -91,6 +91,13 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
 
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
+    prompt_syntax: Literal["keep", "strip"] = field(
+        default="keep",
+        metadata={
+            "help": "'strip': take what other programs read as instructions out of the prompts, such as (word:1.3), "
+            "<lora:name:1>, BREAK and negative prompts, and train on the plain text."
+        },
+    )
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     video_column: str = field(
         default="video", metadata={"help": "Column with the videos. Video models read it instead of the images."}

@@ -21,6 +21,7 @@ import xxhash
 from .buckets import Buckets
 from .checks import check_class, check_columns
 from .images import DataError, cropped_share
+from .prompts import PromptSyntax, apply_syntax
 from .rows import BadRows, Columns, OnBadSample, check_policy, read_row
 from .scores import read_columns
 
@@ -102,10 +103,14 @@ def cell(column: pa.ChunkedArray, index: int) -> Any:
     return nested.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-def _check_batch(table: pa.Table, names: list[str], num_frames: int | None, version: int) -> pa.Table:
+def _check_batch(
+    table: pa.Table, names: list[str], num_frames: int | None, prompt_syntax: PromptSyntax, version: int
+) -> pa.Table:
     found = []
     for index in range(table.num_rows):  # one opened image or video at a time
         prompt, visual, *score = (cell(table.column(column), index) for column in names)
+        if isinstance(prompt, str):
+            prompt = apply_syntax(prompt, prompt_syntax)
         row = read_row(prompt, visual, score[0] if score else 0.0, num_frames)  # several are read elsewhere
         width, height = row.visual.size if row.visual else (0, 0)
         digest = b""
@@ -142,7 +147,12 @@ def _changed_files(rows: datasets.Dataset, visual: str, table: pa.Table) -> np.n
 
 def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | None) -> pa.Table:
     names = [column for column in columns.names if column in rows.column_names]
-    arguments: dict[str, Any] = {"names": names, "num_frames": columns.num_frames, "version": _CHECK_VERSION}
+    arguments: dict[str, Any] = {
+        "names": names,
+        "num_frames": columns.num_frames,
+        "prompt_syntax": columns.prompt_syntax,
+        "version": _CHECK_VERSION,
+    }
     folders = {os.path.dirname(file["filename"]) for file in rows.cache_files}
     checked = rows.map(
         _check_batch,
@@ -330,7 +340,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         row_id = int(self.row_ids[index])
         row = (self._unseen if self.encoded else self._rows)[row_id]
         sample = {
-            "prompt": row.column(self._columns.prompt)[0].as_py(),
+            "prompt": self._columns.text(row.column(self._columns.prompt)[0].as_py()),
             "score": self.scores[index].tolist(),
             "row_id": row_id,
         }
@@ -341,7 +351,8 @@ class ScoredDataset(torch.utils.data.Dataset):
         if self.resolutions is not None:
             sample["resolution"] = tuple(self.resolutions[index].tolist())
         if self._columns.group is not None:
-            sample["group"] = _group_id(str(row.column(self._columns.group)[0].as_py()))
+            same = self._columns.group == self._columns.prompt
+            sample["group"] = _group_id(sample["prompt"] if same else str(row.column(self._columns.group)[0].as_py()))
         return sample if self.labels is None else {**sample, **self.labels.row(index)}
 
     @functools.cached_property
@@ -351,6 +362,11 @@ class ScoredDataset(torch.utils.data.Dataset):
     @property
     def prompts(self) -> list[str]:
         """The prompts of the usable rows, in order; read from the dataset at each call."""
+        return [self._columns.text(prompt) for prompt in self.written_prompts]
+
+    @property
+    def written_prompts(self) -> list[str]:
+        """The prompts as the dataset has them."""
         return self._texts(self._columns.prompt)
 
     @property
@@ -358,6 +374,8 @@ class ScoredDataset(torch.utils.data.Dataset):
         """The names of the usable rows' groups, in order; read from the dataset at each call."""
         if self._columns.group is None:
             raise ValueError("`columns.group` is not given: these rows have no groups.")
+        if self._columns.group == self._columns.prompt:
+            return self.prompts
         return list(map(str, self._texts(self._columns.group)))
 
     @property

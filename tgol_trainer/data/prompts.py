@@ -1,4 +1,4 @@
-"""Find in prompts what other programs read as instructions, and a text encoder as words."""
+"""Find in prompts what other programs read as instructions, and a text encoder as words; take it out on request."""
 
 from __future__ import annotations
 
@@ -6,19 +6,39 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
+PromptSyntax = Literal["keep", "strip"]
+
+# A digit before the colon is no weight but a ratio or a time, as in (16:9), unless the number has a point.
+_WEIGHT = r"(?:(?<=[^\d\s])\s*:\s*-?\d(?:\.\d*)?|\s*:\s*-?\d?\.\d+)\s*"
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet|embedding):[^<>]+>|\bembedding:[^\s,()]+", re.IGNORECASE)
+_BREAK = re.compile(r"(?:^|(?<=[\s,]))BREAK(?=[\s,]|$)")
+_SETTINGS = re.compile(r"\bnegative prompt:.*|\bSteps: \d+, Sampler:.*", re.IGNORECASE | re.DOTALL)
+_CHANGE = re.compile(r"\[([^\[\]:]*):(?:([^\[\]:]*):)?\s*\d*\.?\d+\s*\]")
+_NUMBERED = re.compile(r"-?\d+(?:\.\d+)?::(.*?)::", re.DOTALL)
 _SYNTAX = {
-    "a weight such as (word:1.3)": re.compile(r"\([^()]+:\s*-?\d*\.?\d+\s*\)"),
-    "a change such as [a:b:0.5]": re.compile(r"\[[^\[\]]*:[^\[\]]*:\s*\d*\.?\d+\s*\]"),
-    "a network such as <lora:name:0.8>": re.compile(r"<(?:lora|lyco|hypernet|embedding):[^<>]+>", re.IGNORECASE),
-    "BREAK": re.compile(r"(?:^|[\s,])BREAK(?:[\s,]|$)"),
-    "a negative prompt or settings": re.compile(r"negative prompt:|\bSteps: \d+, Sampler:", re.IGNORECASE),
+    "a weight such as (word:1.3)": re.compile(rf"\([^()]+{_WEIGHT}\)"),
+    "emphasis such as ((word)) or {word}": re.compile(r"\(\(|\[\[|\\[()\[\]]|\{\{|\{[\w ,'-]+\}"),
+    "a weight such as 1.3::word::": _NUMBERED,
+    "a change such as [a:b:0.5]": _CHANGE,
+    "a network such as <lora:name:0.8>": _NETWORK,
+    "BREAK": _BREAK,
+    "a negative prompt or settings": _SETTINGS,
 }
+_EMPHASIS = (
+    re.compile(rf"\(([^()\[\]{{}}]*?)(?:{_WEIGHT})?\)"),
+    re.compile(r"\[([^()\[\]{}]*)\]"),
+    re.compile(r"\{([^()\[\]{}|]*)\}"),
+)
+_ESCAPED = {"\\(": "\ue000", "\\)": "\ue001", "\\[": "\ue002", "\\]": "\ue003"}  # signs of no language
+_DEEPEST = 20
 REMEDY = (
-    "Remove it if the model that the adapter is for gets plain prompts, as diffusers' pipelines do. A negative prompt "
-    "trains the very words that it should keep away."
+    "Remove it if the model that the adapter is for gets plain prompts, as diffusers' pipelines do: "
+    "`--prompt_syntax strip` trains on the plain text. A negative prompt trains the very words that it should keep "
+    "away."
 )
 _SHOWN = 60
 
@@ -28,13 +48,53 @@ def foreign_syntax(prompt: str) -> str | None:
     return next((name for name, pattern in _SYNTAX.items() if pattern.search(prompt)), None)
 
 
-def warn_of_syntax(name: str, prompts: Iterable[str]) -> None:
+def strip_syntax(prompt: str) -> str:
     """
-    Warn of prompts that hold instructions for other programs.
+    Return the plain text of a prompt that holds instructions for other programs; any other prompt as it is.
+
+    Weights and emphasis leave their words, a change `[a:b:0.5]` what it ends with, networks leave nothing, and BREAK a
+    comma. A negative prompt or settings, and what follows them, go.
+
+    Args:
+        prompt (`str`): A prompt in the syntax of A1111, ComfyUI or NovelAI.
+
+    Returns:
+        `str`: may be empty.
+    """
+    if foreign_syntax(prompt) is None:
+        return prompt
+    text = _NETWORK.sub("", _SETTINGS.sub("", prompt))
+    for written, sign in _ESCAPED.items():
+        text = text.replace(written, sign)
+    text = _NUMBERED.sub(r"\1", text)
+    for _ in range(_DEEPEST):
+        before = text
+        text = _CHANGE.sub(lambda found: (found[2] or "").strip() or found[1].strip(), text)
+        for pattern in _EMPHASIS:
+            text = pattern.sub(r"\1", text)
+        if text == before:
+            break
+    text = _BREAK.sub(",", text)
+    for written, sign in _ESCAPED.items():
+        text = text.replace(sign, written[1])
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"\s*,(?:\s*,)+\s*|\s+,\s*", ", ", text)
+    return text.strip(" ,")
+
+
+def apply_syntax(prompt: str, syntax: PromptSyntax) -> str:
+    """Return a prompt as it is (`"keep"`), or its plain text (`"strip"`)."""
+    return strip_syntax(prompt) if syntax == "strip" else prompt
+
+
+def warn_of_syntax(name: str, prompts: Iterable[str], syntax: PromptSyntax = "keep") -> None:
+    """
+    Warn of prompts that hold instructions for other programs, or say that they were taken out.
 
     Args:
         name (`str`): The argument that the dataset was given as.
-        prompts (`Iterable[str]`): Its different prompts.
+        prompts (`Iterable[str]`): Its different prompts, as they were given.
+        syntax (`str`, *optional*, defaults to `"keep"`): `"strip"` where the instructions are taken out.
     """
     texts, found = list(prompts), Counter[str]()
     shown: dict[str, str] = {}
@@ -43,7 +103,13 @@ def warn_of_syntax(name: str, prompts: Iterable[str]) -> None:
         if kind is not None:
             found[kind] += 1
             shown.setdefault(kind, prompt)
-    if found:
+    if found and syntax == "strip":
+        first = next(iter(shown.values()))
+        logger.info(
+            "%s: instructions for other programs are taken out of %d of %d different prompts, such as %r, now %r.",
+            *(name, found.total(), len(texts), first[:_SHOWN], strip_syntax(first)[:_SHOWN]),
+        )
+    elif found:
         examples = ", ".join(f"{kind} in {prompt[:_SHOWN]!r}" for kind, prompt in shown.items())
         logger.warning(
             "%s: %d of %d different prompts hold instructions for other programs, which the text encoder takes for "

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .images import NO_SUCH_FILE, NO_VALUE, DataError, VisualError, describe, open_image
+from .prompts import PromptSyntax, apply_syntax
 from .videos import Video, open_video
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Columns:
         num_frames (`int`, *optional*): Frames taken of each video. Needed to read videos.
         group (`str`, *optional*):
             Column whose equal values form a group, such as the prompt's; `None` where rows are not grouped.
+        prompt_syntax (`str`, *optional*, defaults to `"keep"`):
+            `"strip"` takes instructions for other programs out of the prompts ([`strip_syntax`]).
 
     Raises:
         DataError: if two of them are the same, or for videos without `num_frames`.
@@ -49,6 +52,7 @@ class Columns:
     video: str | None = None
     num_frames: int | None = None
     group: str | None = None
+    prompt_syntax: PromptSyntax = "keep"
 
     def __post_init__(self) -> None:
         if len(set(self.names)) < 3:
@@ -69,6 +73,10 @@ class Columns:
     def visual(self) -> str:
         """The column of images, or of videos where one is given."""
         return self.video or self.image
+
+    def text(self, prompt: Any) -> Any:
+        """Return a prompt as it is trained on; a value of another type as it is."""
+        return apply_syntax(prompt, self.prompt_syntax) if isinstance(prompt, str) else prompt
 
     @property
     def names(self) -> list[str]:

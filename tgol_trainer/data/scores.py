@@ -243,7 +243,12 @@ class _Reader:
         for piece in pieces:
             if not self._checked:  # the first piece tells the columns of a stream of text files
                 self._check(head(piece))
-            yield piece.select(columns)
+            piece = piece.select(columns)
+            prompt = self.columns.prompt
+            if self.columns.prompt_syntax == "strip" and prompt in self.names:
+                texts = pa.array(map(self.columns.text, piece.column(prompt).to_pylist()), pa.large_string())
+                piece = piece.set_column(piece.column_names.index(prompt), prompt, texts)
+            yield piece
 
     def _check(self, dataset: Any) -> None:
         self._checked = True

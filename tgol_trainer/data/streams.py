@@ -83,7 +83,7 @@ class ScoredStream(torch.utils.data.IterableDataset):
         label = follower() if follower is not None else None
         for index, values in enumerate(self._dataset):
             prompt, visual, score = (values.get(column) for column in columns.names)
-            row = read_row(prompt, visual, score, columns.num_frames)
+            row = read_row(columns.text(prompt), visual, score, columns.num_frames)
             if row.visual is not None and not row.problems:
                 row_id = _content_id(row.prompt, row.score, row.visual)
                 sample = {"prompt": row.prompt, columns.medium: row.visual, "score": row.score, "row_id": row_id}
@@ -198,7 +198,8 @@ def stream_scores(
         if cause is None:
             scores.append(score)
             if columns.group:
-                groups.append(str(row.get(columns.group)))
+                name_of = row.get(columns.group)
+                groups.append(str(columns.text(name_of) if columns.group == columns.prompt else name_of))
         else:
             bad.add(index, [(cause, describe(value))])
             if on_bad_sample == "raise" and bad.num_rows == _ERRORS_SHOWN:

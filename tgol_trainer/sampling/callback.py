@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.data import DataError
+from tgol_trainer.data.prompts import apply_syntax
 from tgol_trainer.data.rows import prompt_problem
 from tgol_trainer.evaluation import compare_scores, frame_row, generate_images, generate_videos
 from tgol_trainer.rewards import (
@@ -111,6 +112,10 @@ class SampleCallback(RunCallback):
     def prepare(self, args: TGOLConfig, num_frames: int | None) -> None:
         """Load the rewards, and check the settings against those of the run."""
         self.makes_videos = num_frames is not None
+        plain = [apply_syntax(prompt, args.prompt_syntax) for prompt, _ in self.rows]
+        if not all(plain):
+            raise DataError(f"`prompts` of sampling: {self.rows[plain.index('')][0]!r} has no plain text. Replace it.")
+        self.rows = [(prompt, seed) for prompt, (_, seed) in zip(plain, self.rows, strict=True)]
         with _undisturbed():
             self.rewards = self._load_rewards(self.reward_funcs, args)
         metric = (args.metric_for_best_model or "").removeprefix("eval_")

@@ -12,6 +12,7 @@ import datasets
 
 from tgol_trainer._files import NotTextError, read_text
 from tgol_trainer.data.images import DataError
+from tgol_trainer.data.prompts import PromptSyntax, strip_syntax
 from tgol_trainer.data.rows import prompt_problem
 
 from .loading import LOAD_ERRORS, AnyDataset, hub_commit, load_scored_dataset
@@ -92,7 +93,12 @@ def prompt_set(source: str) -> tuple[str, PromptSource] | None:
 
 
 def load_prompts(
-    source: str, *, column: str | None = None, category_column: str | None = None, split: str = "train"
+    source: str,
+    *,
+    column: str | None = None,
+    category_column: str | None = None,
+    split: str = "train",
+    prompt_syntax: PromptSyntax = "keep",
 ) -> Prompts:
     """
     Read prompts.
@@ -107,6 +113,8 @@ def load_prompts(
         category_column (`str`, *optional*):
             Column of a table that holds the category of each prompt. Some named sets have categories of their own.
         split (`str`, *optional*, defaults to `"train"`): Split of a dataset.
+        prompt_syntax (`str`, *optional*, defaults to `"keep"`):
+            `"strip"` takes instructions for other programs out of the prompts ([`strip_syntax`]).
 
     Returns:
         [`Prompts`]
@@ -114,6 +122,14 @@ def load_prompts(
     Raises:
         DataError: if the source cannot be read, has no such column, or holds blank or missing prompts.
     """
+    prompts = _load(source, column, category_column, split)
+    if prompt_syntax == "keep":
+        return prompts
+    plain = dataclasses.replace(prompts, texts=[strip_syntax(text) for text in prompts.texts])
+    return _checked(plain, f"{source} without instructions for other programs", None)
+
+
+def _load(source: str, column: str | None, category_column: str | None, split: str) -> Prompts:
     path, named = Path(source).expanduser(), prompt_set(source)
     if named and not path.exists():
         return _named(*named, column, category_column)
