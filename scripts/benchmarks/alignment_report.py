@@ -1,9 +1,7 @@
-"""Write the report of `alignment.py`: tables of gain at equal drift and of paired differences, and a plot."""
+"""Write the report of `alignment.py`: gains at equal drift and at equal gain, and differences seed by seed."""
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,49 +9,25 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-DRIFTS = (2.0, 5.0, 10.0)
-WATCHED = ("colour_faithfulness", "jpeg_compressibility")
-RIVALS = ("dpo", "kto", "nft", "sft", "csft")
+MARGIN = 0.05
+"""Largest loss, in standard deviations of the base model's score, that still counts as no worse."""
+RIVALS = ("dpo", "kto", "nft", "dspo", "sft", "csft")
 Line = Mapping[str, Any]
-Setting = tuple[str, float, float]
-"""Method, T and learning rate."""
-REGIMES = {"stars": "Star ratings", "single": "One image per prompt", "few": "192 images, 21 passes"}
-"""Headings of the runs that train on other labels than the scores themselves."""
-INTRODUCTION = f"""# Alignment of the shapes model
+INTRODUCTION = f"""# Alignment benchmark: tables
 
-`python scripts/benchmarks/alignment.py --report docs` writes this page. [benchmarks.md](benchmarks.md) says what was
-run, how gain and drift are measured, and what follows from the tables.
+`python scripts/benchmarks/alignment.py --report docs` writes this page from the committed rows.
+[benchmarks.md](benchmarks.md) says what was run and what follows.
 
-How to read the tables:
-
-* *gain*, *colour* and *size* are the gains of the trained score, of colour faithfulness and of JPEG size, in standard
-  deviations of the base model's score. "Gain at 2" is the gain at a drift of 2.
-* A cell shows the mean over seeds ± half the width of its 95 % interval. "(3 of 5)" after it means that only three of
-  five seeds reached the drift, and – means that none did.
-* A method at its best T is shown at the T that gained most at that drift. A T is considered only if at least three
-  seeds, and more than half of those that were run, reached the drift.
-* A table of a method "minus" its rivals shows differences that are taken seed by seed.
-* *updates to 2, 10* is the mean number of updates after which the runs were measured beyond a drift of 2 and of 10. It
-  is – if one of the runs never was.
-* *hypervolume* is the area under the Pareto front of gain over the logarithm of the drift, above a gain of 0, for
-  drifts from 0.1 to {1.5 * max(DRIFTS):g}. It is the mean over seeds."""
-
-
-def at_drift(line: Line, name: str, drift: float) -> float:
-    """
-    Return the gain of a run at a drift, interpolated linearly in the logarithm of the drift.
-
-    Below the first measured drift, down to half of it, the gain is taken to grow with the square root of the drift. It
-    does so while the output changes little: both are 0 at the start, the gain is linear in the change of the weights,
-    and the drift is quadratic in it. Elsewhere outside the measured drifts the result is NaN.
-    """
-    points = sorted(line["points"], key=lambda point: point["drift"])
-    drifts, gains = [point["drift"] for point in points], [point[name]["gain"] for point in points]
-    if not drifts or not drifts[0] / 2 <= drift <= drifts[-1]:
-        return float("nan")
-    if drift < drifts[0]:
-        return float(gains[0] * np.sqrt(drift / drifts[0]))
-    return float(np.interp(np.log(drift), np.log(drifts), gains))
+* All values are changes against the base model's images of the same prompts and noise, in standard deviations of the
+  base model's values. Higher is better for every column, but *nats*.
+* A cell shows the mean over seeds ± half the width of its 95 % interval by Student's t. One seed has no interval.
+* *nats* is the mean divergence of sampling paths at that drift.
+* *held out* is the gain of the trained score on the prompts that no run trained on.
+* In tables of differences, *better* means that the interval lies above 0, *no worse* that it lies above -{MARGIN:g},
+  *worse* that it lies below -{MARGIN:g}; otherwise the rows do not decide. The differences are taken seed by seed.
+* *At equal gain*, each run is scaled back to the smaller of the two gains of its seed at that drift. The other scores
+  are interpolated between the measured drifts, linearly in the gain; those of the run with the smaller gain are
+  measured."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -63,239 +37,141 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean() - half), float(array.mean() + half)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (drift, gain) that no other point beats with less drift and more gain, by increasing drift."""
-    front: list[tuple[float, float]] = []
-    for drift, gain in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or gain > front[-1][1]:
-            front.append((drift, gain))
-    return front
+def cell(values: Sequence[float], *, judged: bool = False) -> str:
+    """Return the mean ± half its interval; with a verdict for differences."""
+    text = f"{np.mean(values):.2f}"
+    if len(values) < 2:
+        return text
+    low, high = interval(values)
+    text += f" ± {(high - low) / 2:.2f}"
+    return f"{text} {verdict(low, high)}".rstrip() if judged else text
 
 
-def hypervolume(points: Sequence[tuple[float, float]], largest_drift: float) -> float:
-    """Return the area under the Pareto front in (log drift, gain), from drift 0.1 to the largest, above gain 0."""
-    front = [(max(drift, 0.1), gain) for drift, gain in pareto(points) if drift <= largest_drift and gain > 0]
-    if not front:
-        return 0.0
-    edges = [*(drift for drift, _ in front), largest_drift]
-    widths = [np.log(b / a) for a, b in itertools.pairwise(edges)]
-    return float(sum(width * gain for width, (_, gain) in zip(widths, front, strict=True)))
+def verdict(low: float, high: float) -> str:
+    """Say what the interval of a difference decides: better, no worse, worse, or nothing."""
+    if low > 0:
+        return "better"
+    if low > -MARGIN:
+        return "no worse"
+    return "worse" if high < -MARGIN else ""
 
 
-def cell(values: Sequence[float]) -> str:
-    """Return the mean of the known values ± half its interval, and their number where some are not known."""
-    known = [value for value in values if np.isfinite(value)]
-    if not known:
-        return "–"
-    text = f"{np.mean(known):.2f}"
-    if len(known) > 1:
-        low, high = interval(known)
-        text += f" ± {(high - low) / 2:.2f}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+def at(line: Line, drift: float) -> Mapping[str, Any]:
+    """Return the point of a run that was measured at a drift."""
+    for point in line["points"]:
+        if abs(point["drift"] / drift - 1) < 0.02:
+            return point
+    raise ValueError(f"{line['method']}, seed {line['seed']}: nothing was measured at a drift of {drift:g}.")
 
 
-def by_setting(lines: Sequence[Line], score: str, regime: str = "dense") -> dict[Setting, dict[int, Line]]:
-    """Return the runs on a score, by setting and seed."""
-    found: dict[Setting, dict[int, Line]] = defaultdict(dict)
+def drifts_of(lines: Sequence[Line]) -> list[float]:
+    """Return the drifts, rounded, at which every run was measured."""
+    found = [{float(round(point["drift"])) for point in line["points"]} for line in lines]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def at_gain(line: Line, gain: float, name: str) -> float:
+    """Return a score of a run where its trained score has gained so much, from 0 through its measured points."""
+    points = sorted(line["points"], key=lambda point: point["drift"])
+    gains = np.maximum.accumulate([0.0, *(point["gains"][line["score"]]["gain"] for point in points)])
+    return float(np.interp(gain, gains, [0.0, *(point["gains"][name]["gain"] for point in points)]))
+
+
+def by_method(lines: Sequence[Line]) -> dict[str, dict[int, Line]]:
+    """Return the runs by method, strength and seed; the name of a method holds its strength."""
+    found: dict[str, dict[int, Line]] = {}
     for line in lines:
-        if (line["score"], line["regime"]) == (score, regime):
-            found[line["method"], line["temperature"], line["learning_rate"]][line["seed"]] = line
+        found.setdefault(f"{line['method']} ({line['strength']:g})", {})[line["seed"]] = line
     return found
 
 
-def table(settings: Mapping[Setting, Mapping[int, Line]], score: str) -> str:
-    """Return a table with one row per setting: gains of the trained and of the other scores at each drift."""
-    largest = max(DRIFTS)
-    columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
-    rows = [
-        f"| method | T | learning rate | seeds | {' | '.join(columns)} | updates to 2, 10 | hypervolume |",
-        f"|---|---|---|{'---|' * (len(columns) + 3)}",
-    ]
-    for (method, temperature, rate), seeds in settings.items():
-        cells = [
-            cell([at_drift(run, name, drift) for run in seeds.values()])
-            for name in (score, *WATCHED)
-            for drift in DRIFTS
-        ]
-        # One front per seed: a front through the points of several seeds would grow with their number.
-        points = [[(point["drift"], point[score]["gain"]) for point in run["points"]] for run in seeds.values()]
-        volume = np.mean([hypervolume(each, largest * 1.5) for each in points])
-        updates = ", ".join(updates_to(list(seeds.values()), drift) for drift in (DRIFTS[0], DRIFTS[-1]))
-        setting = f"{method} | {temperature:g} | {rate:g}"
-        rows.append(f"| {setting} | {len(seeds)} | {' | '.join(cells)} | {updates} | {volume:.2f} |")
+def tuning_table(lines: Sequence[Line]) -> str:
+    """Return the gains on the tuning seeds: one row per method and score, its strengths in the cells."""
+    rows = ["| trained on | method | strength: gain |", "|---|---|---|"]
+    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for line in lines:
+        gains = groups.setdefault((line["score"], line["method"]), {})
+        gains.setdefault(line["strength"], []).append(line["points"][0]["gains"][line["score"]]["gain"])
+    for (score, method), strengths in sorted(groups.items()):
+        cells = [f"{strength:g}: {np.mean(gains):.2f} ({len(gains)})" for strength, gains in sorted(strengths.items())]
+        rows.append(f"| {score} | {method} | {'; '.join(cells)} |")
     return "\n".join(rows)
 
 
-def summary(lines: Sequence[Line]) -> str:
-    """Return a table with one row per score and method: its gain at its best T for each drift, highest gain first."""
-    rows = [f"| trained on | method | {' | '.join(f'gain at {drift:g} (T, seeds)' for drift in DRIFTS)} |"]
-    rows.append("|---|---|" + "---|" * len(DRIFTS))
-    for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
-        settings, found = by_setting(lines, score), []
-        for method in dict.fromkeys(setting[0] for setting in settings):
-            shown, first = [], -np.inf
-            for drift in DRIFTS:
-                best = best_setting(lines, score, method, drift)
-                gains = [at_drift(run, score, drift) for run in settings[best].values()] if best else []
-                known = [gain for gain in gains if np.isfinite(gain)]
-                shown.append(f"{cell(known)} ({best[1]:g}, {len(known)})" if best else "–")
-                first = max(first, np.mean(known) if known and drift == DRIFTS[0] else -np.inf)
-            if np.isfinite(first):
-                found.append((first, f"| {score} | {method} | {' | '.join(shown)} |"))
-        rows += [row for _, row in sorted(found, key=lambda item: -item[0])]
+def gain_table(lines: Sequence[Line], score: str, drift: float) -> str:
+    """Return what each method gains and loses at a drift, most gain first."""
+    others = sorted(name for name in at(lines[0], drift)["gains"] if name != score)
+    rows = [f"| method | seeds | {' | '.join([score, 'held out', *others])} | nats |"]
+    rows.append("|---" * (len(others) + 5) + "|")
+    found = []
+    for method, seeds in by_method(lines).items():
+        points = [at(line, drift) for line in seeds.values()]
+        gains = [[point["gains"][name]["gain"] for point in points] for name in (score, *others)]
+        unseen = [point["gains"][score]["held_out"] for point in points]
+        cells = [cell(gains[0]), cell(unseen), *map(cell, gains[1:]), f"{np.mean([p['nats'] for p in points]):.1f}"]
+        found.append((-np.mean(gains[0]), f"| {method} | {len(points)} | {' | '.join(cells)} |"))
+    return "\n".join([*rows, *(row for _, row in sorted(found))])
+
+
+def difference_table(lines: Sequence[Line], score: str, ours: str, drift: float, *, equal_gain: bool) -> str:
+    """Return one method minus each rival, seed by seed, at a drift or at the smaller of both gains there."""
+    others = sorted(name for name in at(lines[0], drift)["gains"] if name != score)
+    names = others if equal_gain else [score, *others]
+    methods = by_method(lines)
+    rows = [f"| {ours} minus | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for rival, seeds in methods.items():
+        common = sorted(set(seeds) & set(methods[ours]))
+        if rival.split(" (")[0] not in RIVALS or not common:
+            continue
+        pairs = [(methods[ours][seed], seeds[seed]) for seed in common]
+        cells = [cell([difference(*pair, name, drift, equal_gain) for pair in pairs], judged=True) for name in names]
+        rows.append(f"| {rival} | {len(common)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def updates_to(runs: Sequence[Line], drift: float) -> str:
-    """Return the mean number of updates after which runs were beyond a drift; – if one run never was."""
-    steps = [min((point["step"] for point in run["points"] if point["drift"] >= drift), default=None) for run in runs]
-    return "–" if None in steps else f"{np.mean(steps):.0f}"
+def difference(mine: Line, theirs: Line, name: str, drift: float, equal_gain: bool) -> float:
+    """Return a score of one run minus that of another."""
+    if not equal_gain:
+        return float(at(mine, drift)["gains"][name]["gain"] - at(theirs, drift)["gains"][name]["gain"])
+    gain = min(at(line, drift)["gains"][line["score"]]["gain"] for line in (mine, theirs))
+    return at_gain(mine, gain, name) - at_gain(theirs, gain, name)
 
 
-def differences(
-    lines: Sequence[Line], score: str, ours: Setting, drift: float, name: str
-) -> dict[Setting, list[float]]:
-    """Return the gain of one setting minus that of each other, by seed; NaN where a run did not reach the drift."""
-    settings = by_setting(lines, score)
-    mine = settings[ours]
-    return {
-        setting: [
-            at_drift(mine[seed], name, drift) - at_drift(runs[seed], name, drift) for seed in mine if seed in runs
-        ]
-        for setting, runs in settings.items()
-        if setting != ours
-    }
-
-
-def paired_table(lines: Sequence[Line], score: str, ours: Setting) -> str:
-    """Return a table with one row per rival: how much more a setting of ours gains at each drift, seed by seed."""
-    columns = [f"{name} at {drift:g}" for name in ("gain", "colour", "size") for drift in DRIFTS]
-    rows = [f"| {ours[0]} (T {ours[1]:g}) minus | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    found = {
-        (name, drift): differences(lines, score, ours, drift, name) for name in (score, *WATCHED) for drift in DRIFTS
-    }
-    for setting, first in found[score, DRIFTS[0]].items():
-        if setting[0].split(",")[0] in RIVALS and len(first) > 1:
-            cells = [cell(found[name, drift][setting]) for name in (score, *WATCHED) for drift in DRIFTS]
-            rows.append(f"| {setting[0]} (T {setting[1]:g}) | {' | '.join(cells)} |")
-    return "\n".join(rows) if len(rows) > 2 else ""
-
-
-def best_setting(lines: Sequence[Line], score: str, method: str, drift: float) -> Setting | None:
-    """Return the setting of a method that gains most at a drift, if three seeds and more than half reached it."""
-    means, settings = {}, by_setting(lines, score)
-    wanted = min(3, max(len(runs) for runs in settings.values()))
-    for setting, runs in settings.items():
-        gains = np.array([at_drift(run, score, drift) for run in runs.values()])
-        known = np.isfinite(gains)
-        if setting[0] == method and known.sum() >= wanted and known.mean() > 0.5:
-            means[setting] = gains[known].mean()
-    return max(means, key=means.__getitem__, default=None)
-
-
-def best_table(lines: Sequence[Line], method: str) -> str:
-    """Return a table of a method minus each rival, both at their best T for that drift, seed by seed."""
-    columns = ["trained on", "drift", "T", "rival", "rival's T", "seeds", "gain", "colour", "size"]
-    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
-        for drift, rival in itertools.product(DRIFTS, RIVALS):
-            ours, theirs = (best_setting(lines, score, name, drift) for name in (method, rival))
-            if ours is None or theirs is None:
-                continue
-            found = [differences(lines, score, ours, drift, name)[theirs] for name in (score, *WATCHED)]
-            known = [[value for value in each if np.isfinite(value)] for each in found]
-            cells = [
-                score,
-                f"{drift:g}",
-                f"{ours[1]:g}",
-                rival,
-                f"{theirs[1]:g}",
-                str(len(known[0])),
-                *map(cell, known),
-            ]
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) if len(rows) > 2 else ""
-
-
-def plot(lines: Sequence[Line], file: Path) -> None:
-    """Plot the mean gain of each method against drift: the trained score above, colour faithfulness below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    scores = list(dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"))
-    figure, panels = pyplot.subplots(2, len(scores), figsize=(5 * len(scores), 7.5), squeeze=False, sharex=True)
-    grid = np.geomspace(1.5, 10, 30)
-    shown = [setting[0] for score in scores for setting in several_seeds(by_setting(lines, score))]
-    methods = list(dict.fromkeys(shown))
-    drawn: dict[str, Any] = {}
-    for column, score in enumerate(scores):
-        compared = several_seeds(by_setting(lines, score))
-        for row, name in enumerate((score, WATCHED[0])):
-            panel = panels[row][column]
-            for (method, temperature, _), runs in compared.items():
-                curves = np.array([[at_drift(run, name, drift) for drift in grid] for run in runs.values()])
-                number = methods.index(method)
-                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-                known = np.isfinite(curves).all(axis=0)
-                if known.any():
-                    (drawn[method],) = panel.plot(grid[known], curves.mean(axis=0)[known], label=method, **style)
-                    panel.annotate(f"T {temperature:g}", (grid[known][-1], curves.mean(axis=0)[known][-1]), fontsize=6)
-            panel.set_xscale("log")
-            panel.set_xticks(DRIFTS, [f"{drift:g}" for drift in DRIFTS])
-            panel.minorticks_off()
-            panel.set_title(f"{name}, trained on" if row == 0 else f"{name}, trained on {score}", fontsize=10)
-            panel.axhline(0, color="0.7", linewidth=0.8)
-        panels[1][column].set_xlabel("drift: mean squared change of the output × 1000")
-    for row in (0, 1):
-        panels[row][0].set_ylabel("gain (standard deviations)")
-    figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=6, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-
-
-def several_seeds(settings: Mapping[Setting, dict[int, Line]]) -> dict[Setting, dict[int, Line]]:
-    """Return the settings with two or more seeds, or all settings if there are none."""
-    found = {setting: runs for setting, runs in settings.items() if len(runs) > 1}
-    return found or dict(settings)
-
-
-def write_report(lines: Sequence[Line], folder: Path) -> str:
+def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0, 1)) -> str:
     """
-    Write `benchmarks_alignment.md` and `benchmarks_alignment.png`.
+    Write `benchmarks_alignment.md`.
 
     Args:
         lines (`Sequence[Mapping]`):
             The lines of a results file.
         folder (`Path`):
-            The folder that both are written into.
+            The folder that it is written into.
+        tuning (`Sequence[int]`):
+            Seeds on which settings were chosen; they stand in a table of their own.
 
     Returns:
-        `str`: the tables.
+        `str`: the page.
     """
     if not lines:
         raise SystemExit("There are no results yet: run without --report first.")
-    parts = [INTRODUCTION, f"## Gain of each method at its best T\n\n{summary(lines)}"]
-    for method in dict.fromkeys(line["method"] for line in lines if line["method"].split(",")[0] not in RIVALS):
-        if best := best_table(lines, method):
-            parts.append(f"## {method} minus each rival, both at their best T\n\n{best}")
-    for score in dict.fromkeys(line["score"] for line in lines if line["regime"] == "dense"):
-        settings = by_setting(lines, score)
-        compared = several_seeds(settings)
-        parts.append(f"## Trained on {score}\n\n{table(compared, score)}")
-        for setting in compared:
-            if setting[0].split(",")[0] not in RIVALS and (paired := paired_table(lines, score, setting)):
-                parts.append(paired)
-        if once := {setting: runs for setting, runs in settings.items() if setting not in compared}:
-            parts.append(f"Settings with one seed:\n\n{table(once, score)}")
-    for regime in dict.fromkeys(line["regime"] for line in lines if line["regime"] != "dense"):
-        score = next(line["score"] for line in lines if line["regime"] == regime)
-        settings = by_setting(lines, score, regime)
-        parts.append(f"## {REGIMES.get(regime, regime)}, trained on {score}\n\n{table(settings, score)}")
+    parts = [INTRODUCTION]
+    tuned = [line for line in lines if line["seed"] in tuning and line["regime"] == "dense"]
+    if tuned:
+        drift = tuned[0]["points"][0]["drift"]
+        heading = f"## Settings tried on the tuning seeds: gain at a drift of {drift:.0f} (number of seeds)"
+        parts.append(f"{heading}\n\n{tuning_table(tuned)}")
+    reported = [line for line in lines if line["seed"] not in tuning]
+    for key in dict.fromkeys((line["world"], line["regime"], line["score"]) for line in reported):
+        chosen = [line for line in reported if (line["world"], line["regime"], line["score"]) == key]
+        parts.append(f"## {key[0]}, {key[1]} scores, trained on {key[2]}")
+        ours = [name for name in by_method(chosen) if name.split(" (")[0] not in RIVALS]
+        for drift in drifts_of(chosen):
+            parts.append(f"### Drift {drift:g}\n\n{gain_table(chosen, key[2], drift)}")
+            for name in ours:
+                for equal_gain, place in ((False, "at equal drift"), (True, "at equal gain")):
+                    table = difference_table(chosen, key[2], name, drift, equal_gain=equal_gain)
+                    if table.count("\n") > 1:
+                        parts.append(f"{name}, {place}:\n\n{table}")
     text = "\n\n".join(parts) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks_alignment.md").write_text(text)
-    plot(lines, folder / "benchmarks_alignment.png")
     return text

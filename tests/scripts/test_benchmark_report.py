@@ -18,38 +18,15 @@ def report():
     return module
 
 
-def run(points, method="tgo", seed=0, regime="dense"):
-    """A line of a results file with (drift, gain) points; colour gains a tenth less than the trained score."""
-    return {
-        "method": method,
-        "temperature": 0.001,
-        "learning_rate": 2e-4,
-        "score": "dark",
-        "seed": seed,
-        "regime": regime,
-        "points": [
-            {"step": 4 * number + 4, "drift": drift}
-            | {"dark": {"gain": gain}, "colour_faithfulness": {"gain": gain - 0.1}}
-            | {"jpeg_compressibility": {"gain": 0.0}}
-            for number, (drift, gain) in enumerate(points)
-        ],
-    }
-
-
-def test_gain_at_a_drift_is_interpolated_in_its_logarithm_and_grows_with_the_root_of_the_first(report):
-    """Gains 1 at drift 1 and 3 at 100: at 10, halfway in the logarithm, 2; at 0.64 its root, 0.8."""
-    line = run([(100, 3), (1, 1)])
-    assert report.at_drift(line, "dark", 10) == pytest.approx(2)
-    assert report.at_drift(line, "dark", 0.64) == pytest.approx(0.8)
-    assert math.isnan(report.at_drift(line, "dark", 0.4)) and math.isnan(report.at_drift(line, "dark", 101))
-
-
-def test_the_pareto_front_keeps_what_nothing_beats_and_its_area_is_that_of_its_steps(report):
-    """(2, 1), (4, 0.5), (8, 3): the second is beaten. Steps: 1 over ln(8/2), 3 over ln(16/8)."""
-    points = [(8, 3), (4, 0.5), (2, 1)]
-    assert report.pareto(points) == [(2, 1), (8, 3)]
-    assert report.hypervolume(points, 16) == pytest.approx(math.log(4) + 3 * math.log(2))
-    assert report.hypervolume([(2, -1)], 16) == 0
+def run(gains, method="tgo", seed=2, regime="dense", strength=0.1):
+    """A line with {drift: (gain, colour)}."""
+    points = [
+        {"drift": drift, "nats": 3.0, "gains": {name: {"gain": value, "held_out": value / 2} for name, value in pair}}
+        for drift, (gain, colour) in gains.items()
+        for pair in [(("dark", gain), ("colour", colour))]
+    ]
+    settings = {"method": method, "strength": strength, "score": "dark", "seed": seed, "regime": regime}
+    return {**settings, "world": "shapes", "points": points}
 
 
 def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
@@ -59,47 +36,42 @@ def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
     assert (low, high) == pytest.approx((2 - half, 2 + half))
 
 
-def test_the_report_has_a_row_a_setting_and_differences_seed_by_seed(report, tmp_path):
-    """Seeds differ by 10 in both methods alike, which a paired interval must not see."""
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [((0.01, 0.2), "better"), ((-0.04, 0.2), "no worse"), ((-0.06, 0.2), ""), ((-0.3, -0.06), "worse")],
+)
+def test_a_verdict_needs_the_whole_interval(report, bounds, expected):
+    assert report.verdict(*bounds) == expected
+
+
+def test_differences_are_taken_seed_by_seed(report, tmp_path):
+    """Seeds differ by 10 in both methods alike, which a paired interval must not see. Seed 1 is a tuning seed."""
     lines = [
-        run([(1, gain + 10 * seed), (20, gain + 10 * seed)], method, seed)
-        for method, gain in (("centred", 5), ("dpo", 3))
-        for seed in (0, 1, 2)
+        run({5.0: (gain + 10 * seed, -gain)}, method, seed)
+        for method, gain in (("tgo", 5), ("dpo", 3))
+        for seed in (1, 2, 3, 4)
     ]
-    text = report.write_report([*lines, run([(1, 1), (20, 1)], regime="stars")], tmp_path)
-    row = next(row for row in text.splitlines() if row.startswith("| dpo (T 0.001) | "))
-    assert row == "| dpo (T 0.001) | " + "2.00 ± 0.00 | " * 6 + "0.00 ± 0.00 | " * 2 + "0.00 ± 0.00 |"
-    # Both points have the same gain: the mean over seeds, 15, over all of ln(15 / 1), the second point being outside.
-    row = next(row for row in text.splitlines() if row.startswith("| centred | 0.001 | 0.0002 | 3 | 15.00 ± "))
-    assert row.endswith(f"| 8, 8 | {15 * math.log(15):.2f} |")
-    assert "## Star ratings, trained on dark" in text
-    assert (tmp_path / "benchmarks_alignment.png").stat().st_size > 10_000
+    rows = report.write_report(lines, tmp_path).splitlines()
+    assert "| dpo (0.1) | 3 | 2.00 ± 0.00 better | -2.00 ± 0.00 worse |" in rows
+    assert "| dark | tgo | 0.1: 15.00 (1) |" in rows
+    row = next(row for row in rows if row.startswith("| tgo (0.1) | 3 | 35.00 ± "))
+    assert row.split(" | ")[3].startswith("17.50 ± ") and row.endswith("| 3.0 |")
+    assert (tmp_path / "benchmarks_alignment.md").read_text().splitlines() == rows
 
 
-def test_a_mean_over_the_seeds_that_reached_a_drift_says_how_many_they_were(report):
-    """One of two seeds stays below drift 5: a mean over the other one alone must not pass for both."""
-    settings = report.by_setting([run([(1, 1), (20, 1)]), run([(1, 3), (4, 3)], seed=1)], "dark")
-    text = report.table(settings, "dark")
-    assert "| 1.00 (1 of 2) |" in text and "| 8, – |" in text
-
-
-def test_the_best_of_two_methods_are_compared_where_most_seeds_reached_the_drift(report):
+def test_at_equal_gain_the_run_with_more_is_scaled_back_between_its_measured_points(report):
     """
-    At drift 2: T 0.1 gains 1, T 0.2 gains 2 and 0 is DPO's. At drift 5 T 0.2 was reached by one seed in three, so that
-    T 0.1 is left, with a gain of 1 against 3. Two seeds alone are not compared.
+    At a drift of 5 ours gains 4 and the rival 3. Ours passes 3 halfway from (2, 0) to (4, -1), where colour is -0.5;
+    the rival's colour there is measured, -2.
     """
-    far, near = [(1, 1), (10, 1)], [(1, 2), (4, 2)]
-    lines = [run(far, "centred", seed) | {"temperature": 0.1} for seed in range(3)]
-    lines += [run(near if seed else [(1, 2), (10, 2)], "centred", seed) | {"temperature": 0.2} for seed in range(3)]
-    lines += [run([(2, 0), (5, 3)], "dpo", seed) for seed in range(3)]
-    lines += [run(far, "kto", seed) for seed in range(2)]
-    rows = report.best_table(lines, "centred").splitlines()[2:]
-    assert rows == [
-        "| dark | 2 | 0.2 | dpo | 0.001 | 3 | 2.00 ± 0.00 | 2.00 ± 0.00 | 0.00 ± 0.00 |",
-        "| dark | 5 | 0.1 | dpo | 0.001 | 3 | -2.00 ± 0.00 | -2.00 ± 0.00 | 0.00 ± 0.00 |",
-    ]
-    assert report.summary(lines).splitlines()[2:] == [
-        "| dark | centred | 2.00 ± 0.00 (0.2, 3) | 1.00 ± 0.00 (0.1, 3) | 1.00 ± 0.00 (0.1, 3) |",
-        "| dark | dpo | 0.00 ± 0.00 (0.001, 3) | 3.00 ± 0.00 (0.001, 3) | – |",
-    ]
-    assert "| dark | kto | 1.00 ± 0.00 (0.001, 2) |" in report.summary(lines[-2:])
+    mine = run({2.0: (2, 0), 5.0: (4, -1)})
+    theirs = run({2.0: (1, -1), 5.0: (3, -2)}, "dpo")
+    assert report.at_gain(mine, 1, "colour") == 0  # between no change at all and the first point
+    assert report.difference(mine, theirs, "colour", 5.0, True) == pytest.approx(1.5)
+    assert report.difference(mine, theirs, "colour", 5.0, False) == pytest.approx(1.0)
+
+
+def test_a_drift_that_was_not_measured_is_an_error_and_not_an_interpolation(report):
+    with pytest.raises(ValueError, match="nothing was measured at a drift of 10"):
+        report.at(run({5.0: (1, 0)}), 10.0)
+    assert report.drifts_of([run({2.0: (1, 0), 5.0: (1, 0)}), run({5.0: (1, 0)})]) == [5.0]

@@ -1,5 +1,13 @@
 """Loss functions: tensors in, one value per example out. They know no model, no configuration and no log."""
 
+from .anchored import (
+    anchored_loss,
+    dspo_loss,
+    linear_change,
+    soft_label_loss,
+    symmetric_log_ratio,
+    tilted_loss,
+)
 from .base import LossRecord
 from .comparison import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
 from .groups import (
@@ -15,10 +23,13 @@ from .threshold import threshold_guided_loss
 
 __all__ = [
     "LossRecord",
+    "anchored_loss",
     "centred_in_group",
+    "dspo_loss",
     "group_differences",
     "group_mates_mean",
     "kto_loss",
+    "linear_change",
     "nft_loss",
     "ordinal_loss",
     "pair_margins",
@@ -26,6 +37,9 @@ __all__ = [
     "preference_loss",
     "quantile_regression_loss",
     "regression_loss",
+    "soft_label_loss",
     "supervised_loss",
+    "symmetric_log_ratio",
     "threshold_guided_loss",
+    "tilted_loss",
 ]

@@ -112,12 +112,13 @@ def nft_loss(
     score_std: float,
     *,
     beta: float = 1.0,
+    score_range: float = 1.0,
 ) -> LossRecord:
     """
     DiffusionNFT's forward-process loss (arXiv 2509.16117): `r·‖v⁺ - v‖² + (1 - r)·‖v⁻ - v‖²`.
 
-    `r = ½ + ½·clip((s - τ)/Z, -1, 1)`, and `v⁺ = (1 - b)·v_ref + b·v_θ`, `v⁻ = (1 + b)·v_ref - b·v_θ` are made by the
-    caller, who knows the predictions.
+    `r = ½ + ½·clip((s - τ)/(K·Z), -1, 1)`, and `v⁺ = (1 - b)·v_ref + b·v_θ`, `v⁻ = (1 + b)·v_ref - b·v_θ` are made by
+    the caller, who knows the predictions.
 
     Args:
         positive_error (`torch.Tensor`): (B,) mean squared error of v⁺.
@@ -126,11 +127,12 @@ def nft_loss(
         margin (`torch.Tensor`): (B,) s - τ.
         score_std (`float`): Z > 0, the standard deviation of the scores, in their unit.
         beta (`float`, *optional*, defaults to 1.0): β, for the record.
+        score_range (`float`, *optional*, defaults to 1.0): K > 0; the authors' code has 5.
 
     Returns:
         [`LossRecord`]: at a log-ratio of 0 the loss is the reference's error; `weight` is r.
     """
     check_vectors(positive_error=positive_error, negative_error=negative_error, log_ratio=log_ratio, margin=margin)
-    share = 0.5 + 0.5 * (margin.float() / score_std).clip(-1, 1)
+    share = 0.5 + 0.5 * (margin.float() / (score_range * score_std)).clip(-1, 1)
     loss = share * positive_error.float() + (1 - share) * negative_error.float()
     return LossRecord(loss, beta * log_ratio.float(), margin >= 0, share)

@@ -1,0 +1,222 @@
+"""The methods of the alignment benchmark: how a batch becomes a loss, and the settings that are searched for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tgol_trainer import losses, thresholds
+from tgol_trainer.config import MethodArguments
+from tgol_trainer.likelihoods import ErrorProfile, calibrated_log_ratio, relative_log_ratio
+from tgol_trainer.objective import ScoredBatch, training_loss
+
+GROUP = 4
+"""Images of one prompt side by side in a batch, for every method."""
+CSFT_SUFFIXES = [", high quality", ", low quality"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """
+    A batch after both passes, all (B,) but the predictions.
+
+    Args:
+        prediction (`torch.Tensor`): (B, C, h, w) of the policy, with gradient.
+        reference (`torch.Tensor`): (B, C, h, w) of the reference.
+        target (`torch.Tensor`): (B, C, h, w).
+        timesteps (`torch.Tensor`): Times of the draws.
+        rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight`, `group`, and `quantile` where it is asked for.
+        score_std (`float`): Standard deviation of the scores.
+        weighting ([`thresholds.Weighting`]): Margins to weights.
+        profile ([`ErrorProfile`]): The reference's mean error by time.
+    """
+
+    prediction: torch.Tensor
+    reference: torch.Tensor
+    target: torch.Tensor
+    timesteps: torch.Tensor
+    rows: dict[str, torch.Tensor]
+    score_std: float
+    weighting: thresholds.Weighting
+    profile: ErrorProfile
+
+    def error_of(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of a prediction."""
+        return (prediction - self.target).square().flatten(1).mean(1)
+
+    @property
+    def errors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Error of the policy, error of the reference, and the mean squared difference of their predictions."""
+        change = (self.prediction - self.reference).square().flatten(1).mean(1)
+        return self.error_of(self.prediction), self.error_of(self.reference), change
+
+    @property
+    def advantage(self) -> torch.Tensor:
+        """(s - τ)/sd."""
+        return self.rows["margin"] / self.score_std
+
+
+Loss = Callable[[Passed, MethodArguments, float], torch.Tensor]
+"""A batch, the fields of `TGOLConfig` and the strength that is searched, to (B,) losses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """
+    A method of the benchmark.
+
+    Args:
+        loss (`Callable`): The loss of a batch.
+        strengths (`tuple[float, ...]`): Settings that are tried on the tuning seeds: T, b, λ or what the loss has.
+        fields (`dict[str, Any]`): Fields of `TGOLConfig` that make its labels.
+        shared (`bool`): Whether the images of a prompt share noise and time in a batch.
+        rival (`bool`): Whether it is one of the methods that ours are compared with.
+        suffixed (`bool`): Whether the label stands in the prompt.
+    """
+
+    loss: Loss
+    strengths: tuple[float, ...]
+    fields: dict[str, Any]
+    shared: bool = False
+    rival: bool = False
+    suffixed: bool = False
+
+
+def of_library(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """The loss as `TGOLTrainer` computes it; the strength is T."""
+    error, reference_error, _ = passed.errors
+    scored = ScoredBatch((reference_error - error) / strength, error, passed.rows, lambda share: error)
+    return training_loss(scored, args, passed.weighting, passed.score_std).loss
+
+
+def supervised(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Supervised fine-tuning; what is searched is the percentile of the threshold, which the labels have."""
+    positives_only = args.loss_type == "sft"
+    error = passed.error_of(passed.prediction)
+    return losses.supervised_loss(error, passed.rows["margin"], positives_only=positives_only).loss
+
+
+def nft(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """
+    DiffusionNFT with the normalisation of its authors' code; the strength is b.
+
+    Scores are clipped at five standard deviations, errors are divided by their mean absolute value without gradient,
+    the loss by b, and 1e-4 times the squared change holds the policy. The errors here are those of the predicted
+    noise; theirs are of the clean latents of a flow.
+    """
+    divided = []
+    for sign in (strength, -strength):
+        mixed = torch.lerp(passed.reference, passed.prediction, sign)
+        size = (mixed - passed.target).abs().flatten(1).mean(1).detach()
+        divided.append(passed.error_of(mixed) / size)
+    log_ratio = torch.zeros_like(divided[0])
+    loss = losses.nft_loss(*divided, log_ratio, passed.rows["margin"], passed.score_std, score_range=5.0).loss
+    return loss / strength + 1e-4 * passed.errors[2]
+
+
+def dspo(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """DSPO on the pairs of a prompt; the strength is B."""
+    return losses.dspo_loss(*passed.errors, passed.rows["score"], passed.rows["group"], strength=strength).loss
+
+
+def anchored(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """The linear form with a clean anchor; the strength is λ."""
+    return losses.anchored_loss(*passed.errors, passed.advantage, anchor=strength).loss
+
+
+def anchored_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """The same with each draw divided by the square root of the reference's error at its time."""
+    scale = passed.profile.scale(passed.timesteps, 0.5)
+    return anchored(passed, args, strength) / scale
+
+
+def anchored_most_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """The same divided by the reference's error itself."""
+    return anchored(passed, args, strength) / passed.profile.scale(passed.timesteps, 1.0)
+
+
+def anchored_linear_part(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """The linear part over the square root of the reference's error at its time; the plain drift as anchor."""
+    error, reference_error, change = passed.errors
+    scale = passed.profile.scale(passed.timesteps, 0.5) / passed.profile.means.mean()
+    linear = losses.linear_change(error, reference_error, change)
+    return passed.advantage * linear / scale + strength * change
+
+
+def tilted(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Exact regression for samples of the reference, w at most 5; the strength is β_r in standard deviations."""
+    tilt = (passed.rows["margin"] / strength).exp().clamp(max=5.0)
+    return losses.tilted_loss(*passed.errors, tilt).loss
+
+
+def symmetric(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Eq. 10 on the symmetrised log-ratio, with 0.1/T times the squared change as anchor; the strength is T."""
+    error, reference_error, change = passed.errors
+    log_ratio = losses.symmetric_log_ratio(error, reference_error, change, temperature=strength)
+    loss = losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
+    return loss + 0.1 / strength * change
+
+
+def calibrated(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Eq. 10 with errors in units of the square root of the reference's error at that time; the strength is T."""
+    error, reference_error, _ = passed.errors
+    scale = passed.profile.scale(passed.timesteps, 0.5)
+    log_ratio = calibrated_log_ratio(error, reference_error, scale, strength)
+    return losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
+
+
+def relative(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Eq. 10 with the log-ratio of fitted variances; the strength is T."""
+    error, reference_error, _ = passed.errors
+    log_ratio = relative_log_ratio(error, reference_error, strength)
+    return losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
+
+
+def soft(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """Soft labels with b one standard deviation; the strength is T."""
+    error, reference_error, _ = passed.errors
+    log_ratio = (reference_error - error) / strength
+    margin, weight = passed.advantage, torch.ones_like(error)
+    return losses.soft_label_loss(log_ratio, margin, weight).loss
+
+
+MEAN = {"threshold_strategy": "group", "group_statistic": "mean", "score_normalization": "zscore"}
+DISTANCE = {**MEAN, "weight_form": "abs"}
+T = (0.002, 0.004, 0.008, 0.016)
+ANCHORS = (0.05, 0.15, 0.5, 1.5)
+METHODS: dict[str, Method] = {
+    "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
+    "tgo, w=d": Method(of_library, T, DISTANCE),
+    "tgo, w=d, shared noise": Method(of_library, T, DISTANCE, shared=True),
+    "pairs, w=d": Method(of_library, T, {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP}, shared=True),
+    "anchored": Method(anchored, ANCHORS, MEAN),
+    "anchored, even": Method(anchored_evenly, ANCHORS, MEAN),
+    "anchored, most even": Method(anchored_most_evenly, ANCHORS, MEAN),
+    "anchored, even signal": Method(anchored_linear_part, ANCHORS, MEAN),
+    "anchored, even, shared noise": Method(anchored_evenly, ANCHORS, MEAN, shared=True),
+    "tilted": Method(tilted, (0.5, 1.0, 2.0, 4.0), {"threshold_strategy": "oracle", "score_normalization": "zscore"}),
+    "symmetric": Method(symmetric, T, DISTANCE),
+    "calibrated": Method(calibrated, (0.05, 0.1, 0.2, 0.4), DISTANCE),
+    "relative": Method(relative, (0.1, 0.2, 0.4, 0.8), DISTANCE),
+    "soft": Method(soft, T, MEAN),
+    "dpo": Method(of_library, T, {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
+    "kto": Method(of_library, T, {"loss_type": "kto", **MEAN}, rival=True),
+    "nft": Method(nft, (0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
+    "dspo": Method(dspo, (0.001, 0.01, 0.05, 0.2), {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
+    "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0), {"loss_type": "sft"}, rival=True),
+    "csft": Method(supervised, (50.0, 65.0, 80.0, 90.0), {"loss_type": "csft"}, rival=True, suffixed=True),
+}
+"""Name of a method to what it does. Every method has four strengths."""
+
+
+def arguments(method: Method, strength: float) -> MethodArguments:
+    """Return the fields of `TGOLConfig` that a run's labels are made by."""
+    fields = dict(method.fields)
+    if fields.get("loss_type") in ("sft", "csft"):
+        fields |= {"threshold_strategy": "group", "threshold_percentile": strength}
+    if fields.get("threshold_strategy") == "oracle":
+        fields |= {"reference_samples": True, "oracle_beta": strength}
+    return MethodArguments(**fields)

@@ -1,0 +1,77 @@
+"""The alignment benchmark: its runs train as the trainer does, and its drift is set exactly."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests import ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
+    yield importlib.import_module("alignment")
+    sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def folder(benchmark, tmp_path_factory):
+    """Few images a prompt and few steps, so that sampling takes a second."""
+    found = tmp_path_factory.mktemp("alignment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "IMAGES_PER_PROMPT", 4)
+        patch.setattr(benchmark, "EVALUATED_PER_PROMPT", 1)
+        patch.setitem(benchmark.SAMPLING, "num_inference_steps", 2)
+        patch.setattr(benchmark, "METER_ROWS", 16)
+        yield found
+
+
+def of(benchmark, folder, method, **settings):
+    strength = benchmark.METHODS[method].strengths[1]
+    run = benchmark.Run(method, strength, "background_darkness", 0, updates=2, **settings)
+    return benchmark.Training(run, folder)
+
+
+def test_each_method_has_as_many_settings_as_every_other(benchmark):
+    assert {len(set(method.strengths)) for method in benchmark.METHODS.values()} == {4}
+    assert not set(benchmark.TUNING) & set(benchmark.REPORTING)
+
+
+def test_methods_of_a_seed_see_the_same_images_in_the_same_order_and_no_held_out_prompt(benchmark, folder):
+    one, other = of(benchmark, folder, "tgo, w=d"), of(benchmark, folder, "kto")
+    assert np.array_equal(one.order, other.order)
+    assert torch.equal(one.draw(0).inputs, other.draw(0).inputs)
+    assert not set(one.rows.prompts) & set(one.place.held_out) and len(one.place.held_out) == 6
+    for block in one.order.reshape(-1, benchmark.GROUP):
+        assert len({one.rows.prompts[row] for row in block}) == 1
+
+
+def test_the_first_loss_of_tgo_is_the_mean_weight_times_ln_2(benchmark, folder):
+    training = of(benchmark, folder, "tgo, w=d")
+    expected = training.labels.weight[training.order[0]].mean() * np.log(2)
+    assert training.loss(0).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored, even", "tilted"])
+def test_each_kind_of_loss_moves_the_adapter(benchmark, folder, method):
+    training = of(benchmark, folder, method)
+    training.loss(0).backward()
+    norms = [each.grad.norm() for each in training.family.denoiser.parameters() if each.grad is not None]
+    assert torch.isfinite(torch.stack(norms)).all() and torch.stack(norms).max() > 0
+
+
+def test_the_drift_is_set_by_the_scale_of_the_adapter_and_is_zero_without_it(benchmark, folder):
+    """Twice the scale of a small update is about four times the drift."""
+    training = of(benchmark, folder, "tgo, w=d")
+    training.train()
+    meter = benchmark.Meter(training)
+    first = meter()[0]
+    scale, drift, nats = meter.scale_to(2.0)
+    assert drift == pytest.approx(2.0, rel=0.01) and scale > 1 and nats > 0
+    benchmark.scale_adapter(training.family.denoiser, 1.0)
+    assert meter()[0] == pytest.approx(first)
+    benchmark.scale_adapter(training.family.denoiser, 0.0)
+    assert meter()[0] == 0
