@@ -45,7 +45,7 @@ if __name__ == "__main__":
 from alignment_methods import CSFT_SUFFIXES, GROUP, METHODS, Passed, arguments  # noqa: E402
 from alignment_worlds import Pictures, World, encoded, measured, stored, world  # noqa: E402
 
-RATE, WARMUP, UPDATES, BATCH = 2e-4, 10, 256, 16
+RATE, WARMUP, UPDATES, BATCH = 2e-4, 10, 128, 32
 DRIFTS = (2.0, 5.0, 10.0)
 TUNED_AT = 5.0
 TUNING, REPORTING = (0, 1), tuple(range(2, 10))
@@ -131,7 +131,7 @@ class Training:
         adapters.attach(self.family.denoiser, config, seed=run.seed, probe=self.family.probe)
         suffixes = CSFT_SUFFIXES if self.method.suffixed else [""]
         texts = [name + suffix for name in self.place.prompts for suffix in suffixes]
-        embedded = self.family.encode_prompts(texts)["encoder_hidden_states"].detach()
+        embedded = self.family.encode_prompts(texts)["encoder_hidden_states"]
         self.embedded = dict(zip(texts, embedded, strict=True))
 
     def conditioning(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
