@@ -195,26 +195,28 @@ class ModelFamily(abc.ABC):
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        Bring latents (B, C, ...) of the autoencoder to the unit of the denoiser, as the autoencoder's config says.
+        Bring latents (B, C, ...) of the autoencoder to the unit of the denoiser, as the autoencoder says.
 
-        By mean and deviation of each channel (Wan, some of SDXL), shift and scale, whichever the config has.
+        By mean and deviation of each channel (Wan, LTX, some of SDXL), shift and scale, whichever it has.
         """
-        config = self.pipeline.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shape = (-1, *[1] * (latents.dim() - 2))
-            latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
-        return (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
+        config, (mean, std) = self.pipeline.vae.config, self._latent_statistics(latents)
+        return ((latents - mean) / std - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
 
     def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Undo [`~ModelFamily.scale_latents`]."""
-        config = self.pipeline.vae.config
+        config, (mean, std) = self.pipeline.vae.config, self._latent_statistics(latents)
         latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shape = (-1, *[1] * (latents.dim() - 2))
-            latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
-        return latents
+        return latents * std + mean
+
+    def _latent_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Mean and deviation of each channel, from the config or the buffers of the autoencoder; else 0 and 1."""
+        vae, shape = self.pipeline.vae, (-1, *[1] * (latents.dim() - 2))
+        known = {**vae.config, **dict(vae.named_buffers(recurse=False))}
+        mean, std = known.get("latents_mean"), known.get("latents_std")
+        if mean is None or std is None:
+            return 0.0, 1.0
+        mean, std = (torch.as_tensor(each, device=latents.device).to(latents.dtype) for each in (mean, std))
+        return mean.view(shape), std.view(shape)
 
     def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -251,8 +253,12 @@ class ModelFamily(abc.ABC):
         vae = self.pipeline.vae
         with frozen_pass(vae.device):
             latents = self.unscale_latents(latents.to(vae.dtype))
-            pixels = vae.decode(latents.unsqueeze(2) if self.one_frame else latents, return_dict=False)[0]
+            pixels = self.decode_batch(latents.unsqueeze(2) if self.one_frame else latents)
             return pixels.squeeze(2) if self.one_frame else pixels
+
+    def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        """Call the autoencoder's decoder on latents in its own unit."""
+        return self.pipeline.vae.decode(latents, return_dict=False)[0]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's activations in the backward pass; diffusers' own switch."""

@@ -74,3 +74,8 @@ def pad(rows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def real_tokens(embeddings: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Return those of the tokens (L, D) of each of N prompts (N, L, D) that a mask (N, L) says are no padding."""
+    return [tokens[keep] for tokens, keep in zip(embeddings, mask.bool(), strict=True)]

@@ -55,7 +55,7 @@ class PackedFlowFamily(FlowFamily):
     A pipeline whose transformer takes latents as a row of tokens, one for each square of `patch`×`patch` latents.
 
     Latents, noise and velocity are images (B, C, h, w) outside the transformer; cutting them into patches only moves
-    numbers, so the error is the same.
+    numbers, so the error is the same. Videos (B, C, f, h, w) have one token for each latent.
     """
 
     patch = 2
@@ -77,7 +77,7 @@ class PackedFlowFamily(FlowFamily):
         return {}
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
-        """Velocity (B, C, h, w)."""
+        """Velocity in the shape of the latents."""
         inputs, patch = draw.inputs, self.patch
         tokens = model(
             hidden_states=pixel_unshuffle(inputs, patch).flatten(2).transpose(1, 2),
@@ -86,7 +86,7 @@ class PackedFlowFamily(FlowFamily):
             **self.token_arguments(inputs, conditioning),
             **conditioning,
         )[0]
-        grid = (inputs.shape[-2] // patch, inputs.shape[-1] // patch)
+        grid = (*inputs.shape[2:-2], inputs.shape[-2] // patch, inputs.shape[-1] // patch)
         return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
 
     def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:

@@ -6,22 +6,16 @@ import logging
 
 import torch
 
-from tgol_trainer.likelihoods import RowGenerators
-
 from .conditioning import Rows
-from .flow import FlowFamily
+from .video import VideoFlowFamily
 
 logger = logging.getLogger(__name__)
 
 _TOKENS = 512
 """Tokens of a prompt: `WanPipeline.__call__` asks for 512, while `encode_prompt` alone would take 226."""
 
-# What `WanPipeline.__call__` generates by default, at the frame rate of the model's own videos.
-_NUM_FRAMES = 81
-_FRAMES_PER_SECOND = 16
 
-
-class WanFamily(FlowFamily):
+class WanFamily(VideoFlowFamily):
     """
     `WanPipeline` of Wan 2.1: UMT5 text encoder, causal video autoencoder, transformer that predicts the velocity.
 
@@ -39,7 +33,8 @@ class WanFamily(FlowFamily):
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
     token_limits = {"tokenizer": _TOKENS}
-    pipeline_tag = "text-to-video"
+    default_size, default_frames = (480, 832), 81  # of `WanPipeline.__call__`; what the 1.3B model was trained for
+    frames_per_second = 16
     rows_per_image = 1  # the pass with the empty prompt comes after the other
 
     def check_pipeline(self) -> None:
@@ -50,14 +45,6 @@ class WanFamily(FlowFamily):
                 "noise, or a time for each token. Use Wan 2.1, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
             )
         super().check_pipeline()
-        self.num_frames = self.settings.num_frames or _NUM_FRAMES
-        step = self.pipeline.vae_scale_factor_temporal
-        below = (self.num_frames - 1) // step * step + 1
-        if below != self.num_frames:
-            raise ValueError(
-                f"`num_frames` is {self.num_frames}; it must be {step}·k + 1, since the autoencoder joins {step} "
-                f"frames to one and would drop the rest. Nearest are {below} and {below + step}."
-            )
 
     def prepare_pipeline(self) -> None:
         """Freeze every component, bring the autoencoder to float32, and warn of weights that have lost it."""
@@ -85,11 +72,6 @@ class WanFamily(FlowFamily):
             )
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        """480 high, 832 wide: the defaults of `WanPipeline.__call__`, and what the 1.3B model was trained for."""
-        return 480, 832
-
-    @property
     def resolution_multiple(self) -> int:
         """16 pixels: the autoencoder's factor times the transformer's patch."""
         return self.pipeline.vae_scale_factor_spatial * max(self.denoiser.config.patch_size[1:])
@@ -100,21 +82,3 @@ class WanFamily(FlowFamily):
             prompts, do_classifier_free_guidance=False, max_sequence_length=_TOKENS, device=self.device
         )
         return {"encoder_hidden_states": embeddings}
-
-    def probe_pixels(self, rows: RowGenerators) -> torch.Tensor:
-        """Pixels (1, 3, F, H, W) of the smallest clip with more than one latent frame and one token a frame."""
-        frames, side = self.pipeline.vae_scale_factor_temporal + 1, 2 * self.resolution_multiple
-        return rows.normal("probe", torch.empty(1, 3, frames, side, side)).clamp(-1, 1)
-
-    def _image_lines(self, prompt: str) -> list[str]:
-        return [
-            f'frames = pipe({prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
-            "try:",
-            "    from diffusers.utils import export_to_video",
-            "",
-            "    # Needs two more packages: pip install imageio imageio-ffmpeg",
-            f'    export_to_video(frames, "sample.mp4", fps={_FRAMES_PER_SECOND})',
-            "except ImportError:  # without them, an image for each frame",
-            "    for number, frame in enumerate(frames):",
-            '        frame.save(f"sample_{number:03}.png")',
-        ]

@@ -87,7 +87,8 @@ def without_memory() -> Iterator[None]:
     Make every tensor of the block one without memory: shapes, dtypes and graph are real, values do not exist.
 
     They pretend to be on a CPU. There, as on a GPU, attention is one operator that keeps no matrix of tokens by
-    tokens; the meta device would have one. Code that asks for a value gets 1, or an array of zeros.
+    tokens; the meta device would have one. Code that asks for a value gets 1, or an array of zeros; one that
+    picks rows by a mask gets all.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _AnyNumber(), _AnyArray():
         yield
@@ -106,9 +107,11 @@ class _AnyNumber(TorchDispatchMode):
 
 
 class _AnyArray(TorchFunctionMode):
-    """Answer `tensor.numpy()`, such as the positions of Meissonic's tokens."""
+    """Answer `tensor.numpy()`, such as the positions of Meissonic's tokens; a mask lets every row through."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.Tensor.numpy:
             return np.zeros(args[0].shape, dtype=str(args[0].dtype).removeprefix("torch."))
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
+            return args[0].flatten(0, args[1].dim() - 1)
         return func(*args, **(kwargs or {}))
