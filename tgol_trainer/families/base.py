@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ class ModelFamily(abc.ABC):
     """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
 
     _home: torch.device | None = None
-    """Where the denoiser belongs, while it is elsewhere."""
+    """Where the denoiser computes, while its weights, or a part of them, are elsewhere."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, origin: ModelOrigin, settings: FamilySettings | None = None
@@ -246,7 +247,7 @@ class ModelFamily(abc.ABC):
             latents = latents + to_device(encoded["std"], self.device) * rows.normal("latent", latents).to(
                 latents.dtype
             )
-        return self.scale_latents(latents).to(self.denoiser.dtype)
+        return self.scale_latents(latents).to(self.dtype)
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the pixels of scaled latents, in the autoencoder's dtype and range."""
@@ -359,7 +360,12 @@ class ModelFamily(abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes."""
-        return self._home or self.denoiser.device
+        return self._home or next(self.denoiser.parameters()).device  # diffusers' property looks through all modules
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in. Looked up once: each step asks, and the answer takes a look at all modules."""
+        return self.denoiser.dtype
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component."""
@@ -390,7 +396,7 @@ class ModelFamily(abc.ABC):
         index = [unique.index(prompt) for prompt in prompts]
         encoded = (encode_prompts or self.encode_prompts)(unique)
         with frozen_pass(self.device):
-            rows = join(encoded, index, self.device, self.denoiser.dtype, self.list_arguments, self.mask_argument)
+            rows = join(encoded, index, self.device, self.dtype, self.list_arguments, self.mask_argument)
             return {**rows, **self.condition_on_size(geometry, resolution)}
 
     def probe(self) -> torch.Tensor:
