@@ -1,7 +1,7 @@
 """
 Measure what rows cost before the first step and in each step: 1,000 distinct images of a shapes world, repeated.
 
-Each run is a process of its own; the second one finds what the first one wrote. A line of the results file holds one run:
+Each run is a process of its own; the second one finds what the first one wrote. A line of the results is one run:
 
     python scripts/benchmarks/startup.py --rows 1000 100000 1000000
 """
@@ -108,7 +108,7 @@ def main() -> None:
                 make_rows(file, number)
             command = [sys.executable, __file__, "--folder", str(folder), "--rows", str(number), "--child"]
             for start in ("first", "second"):
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this file
                 line = {"start": start, **json.loads(done.stdout.splitlines()[-1]), "machine": platform.machine()}
                 print(json.dumps(line), flush=True)
                 with options.results.open("a", encoding="utf-8") as results:

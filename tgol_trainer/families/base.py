@@ -364,7 +364,7 @@ class ModelFamily(abc.ABC):
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """What the denoiser computes in; looked up once, since each step asks and diffusers looks through all modules."""
+        """What the denoiser computes in. Looked up once: diffusers looks through all modules each time."""
         return self.denoiser.dtype
 
     def to(self, device: torch.device | str) -> ModelFamily:
