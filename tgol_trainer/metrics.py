@@ -52,7 +52,7 @@ class MetricSums:
     Running sums and counts of per-example records, averaged over all processes once, when they are read.
 
     The state is one float64 vector of fixed length plus one maximum, so adding a batch never waits for the device and
-    reading costs one collective whatever the batches held.
+    reading costs one collective whatever the batches held. A row whose loss is not finite counts nowhere.
     """
 
     _CLASSES = ("positive", "negative")
@@ -62,13 +62,16 @@ class MetricSums:
 
     @staticmethod
     def _sums(record: torch.Tensor) -> torch.Tensor:
+        counted = torch.isfinite(record[:, :1])
+        record = torch.where(counted, record, 0)
         column = {name: record[:, index].double() for index, name in enumerate(RECORD)}
         positive = column["label"] > 0.5
         reward = column["implicit_reward"]
         correct = torch.where(positive, reward > 0, reward < 0).double() + 0.5 * (reward == 0).double()
-        values = [torch.ones_like(reward).sum(), correct.sum()]
+        counted = counted[:, 0].double()
+        values = [counted.sum(), (counted * correct).sum()]
         for mask in (positive, ~positive):
-            mask = mask.double()
+            mask = mask.double() * counted
             error, reference_error = column["error"], column["reference_error"]
             values += [
                 mask.sum(),
@@ -98,8 +101,8 @@ class MetricSums:
                 process must call `pop` at the same moment. `None` for one process.
 
         Returns:
-            `dict[str, float]`: empty if nothing was added. A class that no process saw has no keys. A loss without a
-            reference, whose implicit rewards are NaN, has none that need one.
+            `dict[str, float]`: empty if nothing was added that counts. A class that no process saw has no keys. A
+            loss without a reference, whose implicit rewards are NaN, has none that need one.
         """
         if self._state is None:
             return {}
@@ -107,6 +110,8 @@ class MetricSums:
         self._state = None
         rows = (gather(rows) if gather is not None else rows).cpu()
         totals = rows.sum(0).tolist()
+        if not totals[0]:
+            return {}
         count, correct, weight, score = totals[0], totals[1], totals[-3], totals[-2]
         logs = {
             "labels/positive_share": totals[2] / count,

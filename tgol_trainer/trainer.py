@@ -586,6 +586,7 @@ class TGOLTrainer(SavingTrainer):
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
         record = stack_record(**result._asdict(), score=batch["score"], error=error, reference_error=reference_error)
         if training:
+            self._record = record
             self._train_metrics.add(record)
         loss = result.loss.mean()
         return (loss, record) if return_outputs else loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ class EncodingCache:
         Raises:
             OSError: if the disk does not hold what is missing.
             DataError: for an image that can no longer be opened.
+            FloatingPointError: for an image or prompt of which a network makes NaN or infinity.
         """
         family = self.family
         texts = list(dict.fromkeys(prompts))
@@ -111,7 +113,9 @@ class EncodingCache:
         def encode_prompts(wanted: np.ndarray) -> Iterator[EncodedPrompts]:
             with family.present(*family.text_encoder_names, alone=True):
                 for index in wanted:
-                    yield family.encode_prompts([texts[index]])
+                    encoded = family.encode_prompts([texts[index]])
+                    _check_finite(encoded.values(), "A text encoder", f"the prompt {texts[index]!r}")
+                    yield encoded
 
         fill(self.prompts, keys, encode_prompts, "prompt", self.workers)
 
@@ -142,13 +146,28 @@ class EncodingCache:
             with family.present(family.autoencoder_name, alone=True):
                 for batch in loader:
                     pixels = batch["pixel_values"]
-                    yield family.encode(pixels.flip(-1) if mirror else pixels)
+                    encoded = family.encode(pixels.flip(-1) if mirror else pixels)
+                    row = f"the {self.medium} of row {batch['row_id'].item()}"
+                    _check_finite(encoded.values(), "The autoencoder", row)
+                    yield encoded
 
         store = self.images(resolution)
         fill(store, image_keys, encode_images, self.medium, self.workers)
         if mirrored:
             mirror = lambda wanted: encode_images(wanted, mirror=True)  # noqa: E731
             fill(store, image_keys ^ _MIRROR, mirror, f"mirrored {self.medium}", self.workers)
+
+
+def _check_finite(made: Iterable[Iterable[torch.Tensor]], network: str, what: str) -> None:
+    """Refuse what is not finite of that which a network made, row by row: a loss of NaN would not name it."""
+    for values in chain.from_iterable(made):
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            dtype = str(values.dtype).removeprefix("torch.")
+            raise FloatingPointError(
+                f"{network} makes NaN or infinity of {what}, in {dtype}. Load the model in another dtype: float16 "
+                "overflows in some autoencoders and text encoders, bfloat16 and float32 do not. If it is this row "
+                "alone, look at it and leave it out."
+            )
 
 
 def encode_batch(

@@ -167,6 +167,18 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=None, metadata={"help": "Number of processes that check the images before training."}
     )
 
+    # Numbers that are not finite
+    on_nan: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={
+            "help": "A loss or gradient of NaN or infinity: 'raise' stops and names the cause, 'skip' leaves that "
+            "update out."
+        },
+    )
+    max_skipped_updates: int = field(
+        default=10, metadata={"help": "Updates that `on_nan='skip'` may leave out in a run before it stops."}
+    )
+
     # Resuming
     allow_changed: list[str] | None = field(
         default=None,
@@ -265,6 +277,8 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"`max_skipped_updates` must be at least 0, got {self.max_skipped_updates}.")
         check_choices(self, TGOLConfig)
         self.check_method(self.per_device_train_batch_size)
 

@@ -22,7 +22,7 @@ from tgol_trainer._files import move, settle, write_json
 
 from .card import CardImage, DatasetFacts, write_card
 from .checkpoints import DRAFTS, explained_writes, last_good, read_back, rotate, seal
-from .divergence import FiniteWatch, TrainingDivergedError, all_finite
+from .divergence import FiniteWatch, TrainingDivergedError, UpdateFilter, all_finite, norm_overflows
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
 from .hub import Repository, RunPushes, open_repository, resume_command
@@ -70,6 +70,8 @@ class SavingTrainer(Trainer):
     pushes: RunPushes | None = None
     already_saved = False
     _watch: FiniteWatch
+    _filter: UpdateFilter | None = None
+    _record: torch.Tensor
     _settings: dict[str, Any] | None = None
     _drafting = False
 
@@ -79,6 +81,8 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         self.changes: list[Change] = []
+        # By name: sharding replaces the parameters, and switching adapters leaves `requires_grad` off on its shards.
+        self._trained = [name for name, value in self.family.denoiser.named_parameters() if value.requires_grad]
         super().__init__(*args, callbacks=[EveryPassTrains(), *(callbacks or [])], **kwargs)
 
     # ---- Start ----
@@ -107,6 +111,7 @@ class SavingTrainer(Trainer):
             DataError: if a pass over the training data makes no update.
         """
         self._watch, self.already_saved = FiniteWatch(self.args.device), False
+        self._filter = UpdateFilter(self.args.device) if self.args.on_nan == "skip" else None
         checkpoint = self._open(resume_from_checkpoint)
         self._settings = settings = self._decisive_settings()
         self.changes = []
@@ -145,6 +150,8 @@ class SavingTrainer(Trainer):
 
     def _compare_settings(self, checkpoint: Path, step: int, settings: dict[str, Any]) -> None:
         saved = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        if self._filter is not None:
+            self._filter = UpdateFilter(self.args.device, saved["skipped_updates"])
         changes = find_changes(saved["settings"], settings, step)
         check_changes(changes, self.args.allow_changed, str(checkpoint))
         self.changes = [Change(**each) for each in saved["changes"]] + changes
@@ -177,35 +184,61 @@ class SavingTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As `transformers.Trainer.training_step`; the loss is looked at."""
+        """As `transformers.Trainer.training_step`; the loss is looked at, which waits for nothing."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._watch.add(loss, self.state.global_step + 1)
+        step = self.state.global_step + 1
+        self._watch.add(loss, step, self._record, inputs["row_id"])
+        if self._filter is not None:
+            loss = self._filter.add(loss)
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:  # DeepSpeed looks at its own gradients
+            # A gradient scaler meets overflows while it looks for its scale, and leaves them out.
+            broken = None if self.accelerator.scaler is not None else norm_overflows(self._trained_weights())
+            if broken is not None:
+                self._watch.add_gradient(broken, step)
+            if self._filter is not None:
+                self._filter.before_update(self.optimizer.optimizer, broken)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`; stops on a loss that was not finite."""
         if "loss" in logs or "train_loss" in logs:
             self._check_losses()
+            if self._filter is not None:
+                logs["skipped_updates"] = self._filter.known
         super().log(logs, start_time)
 
     def _check_losses(self) -> None:
-        found = self._watch.first(self.accelerator.gather)
-        if found is not None:
-            raise self._diverged(f"The loss is {found[1]} at step {found[0]}.")
+        fault = self._watch.first(self.accelerator.gather, reference=self.args.needs_reference)
+        cause = None if fault is None else fault.cause(self.args, self._computes_in_half)
+        if self._filter is None:
+            if fault is not None:
+                raise self._diverged(f"{fault} {cause}")
+            return
+        before, skipped, limit = self._filter.known, self._filter.count(), self.args.max_skipped_updates
+        what = f"{skipped} updates were left out up to step {self.state.global_step}, since their loss or gradient was"
+        if skipped > limit:
+            raise self._diverged(f"{what} not finite, and `max_skipped_updates` is {limit}. {cause or ''}")
+        if skipped > before:
+            logger.warning("%s not finite (%d are allowed). %s", what, limit, cause or "")
+
+    @property
+    def _computes_in_half(self) -> bool:
+        return self.family.denoiser.dtype == torch.float16 or bool(self.args.fp16)
 
     def _trained_weights(self) -> list[torch.nn.Parameter]:
-        return [value for value in self.family.denoiser.parameters() if value.requires_grad]
+        weights = dict(self.family.denoiser.named_parameters())
+        return [weights[name] for name in self._trained]
 
     def _check_weights(self) -> None:
         """Raise on every process if the weights of one are not finite."""
         if not self.accelerator.gather(all_finite(self._trained_weights()).int()).all():
-            raise self._diverged(f"The trained weights are not finite after step {self.state.global_step}.")
+            raise self._diverged(
+                f"The trained weights are not finite after step {self.state.global_step}, whose loss was finite: the "
+                f"update was too large, so lower `learning_rate` (it is {self.args.learning_rate:g})."
+            )
 
     def _diverged(self, what: str) -> TrainingDivergedError:
-        causes = "a learning rate or temperature that is too large, or a batch with broken images"
-        if self.family.denoiser.dtype == torch.float16 or self.args.fp16:
-            causes = "float16 overflow (use bfloat16 or float32), or " + causes
-        return TrainingDivergedError(f"{what} Usual causes: {causes}. {last_good(self.args.output_dir)}")
+        return TrainingDivergedError(f"{what} {last_good(self.args.output_dir)}")
 
     # ---- Disk ----
 
@@ -264,6 +297,7 @@ class SavingTrainer(Trainer):
                 self._settings = self._decisive_settings()
             changes = [dataclasses.asdict(change) for change in self.changes]
             state |= {"step": self.state.global_step, "settings": self._settings, "changes": changes}
+            state["skipped_updates"] = self._filter.known if self._filter else 0
             write_json(folder / STATE_NAME, state)
             write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
             self._write_card(folder)
