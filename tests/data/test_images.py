@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageCms
 
 from tgol_trainer.data import DataError, ImageError, cropped_share, open_image, open_video, to_pixels
+from tgol_trainer.data.images import readable_formats
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -407,3 +408,27 @@ def test_cropped_share_by_hand():
     assert cropped_share(64, 48, (480, 640)) == 0
     # 4:3 into 16:9: the width stays, 4/3 : 16/9 = 3/4 of the height remains.
     assert cropped_share(400, 300, (90, 160)) == pytest.approx(0.25)
+
+
+# ---- Formats that need a package of their own ----
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [(b"\0\0\0\x18ftypheic\0\0\0\0", "HEIF"), (b"\xff\x0a\xfa\x7f", "JXL"), (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL")],
+)
+def test_a_format_whose_package_is_not_there_is_named_with_what_to_install(monkeypatch, start, name):
+    monkeypatch.setattr("tgol_trainer.data.images._PLUGIN_FORMATS", ())
+    with pytest.raises(ImageError, match=rf"it is {name}, which `pip install 'tgol_trainer\[formats\]'` reads"):
+        open_image(start + bytes(40))
+
+
+@pytest.mark.parametrize(("package", "name"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+def test_images_of_such_a_format_are_read_where_its_package_is_there(package, name):
+    pytest.importorskip(package)
+    readable_formats()  # registers the package
+    file = io.BytesIO()
+    Image.new("RGB", (64, 32), (200, 30, 30)).save(file, name, quality=95)
+    opened = open_image(file.getvalue())
+    assert opened.size == (64, 32)
+    assert np.abs(np.subtract(opened.getpixel((32, 16)), (200, 30, 30))).max() < 6

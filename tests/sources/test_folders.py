@@ -245,5 +245,10 @@ def test_a_webdataset_is_read_with_the_fields_of_its_json_as_columns(tmp_path, s
         rows = list(ScoredStream(loaded, columns)) if streaming else list(prepare_dataset(loaded, columns, SIZE)[0])
         assert [(row["prompt"], row["score"]) for row in rows] == [("p0", 0.5), ("p1", 1.5), ("p2", 2.5)]
         assert [open_image(row["image"]).getpixel((0, 0))[0] for row in rows] == [0, 10, 20]
+        meant = load_scored_dataset(str(source), streaming=streaming)  # columns that are plainly meant
+        assert [(row["prompt"], row["score"]) for row in meant] == [("p0", 0.5), ("p1", 1.5), ("p2", 2.5)]
+        assert "image" in meant.column_names
+        scores = load_columns(str(source), ["score"], streaming=streaming)
+        assert [row["score"] for row in scores] == [0.5, 1.5, 2.5]
         alone = load_columns(str(source), ["json.prompt", "json.score"], streaming=streaming)
         assert [row["json.score"] for row in alone] == [0.5, 1.5, 2.5]

@@ -143,7 +143,7 @@ def survey_rows(
     """
     survey = Survey(columns, list(score_columns or [columns.score]), name, count_long_prompts)
     total = len(dataset) if isinstance(dataset, datasets.Dataset) else None
-    values = _values(dataset, [columns.prompt, columns.visual, *survey.score_columns])
+    values = _values(dataset, columns, survey.score_columns)
     chunks = iter(lambda: list(islice(values, _CHUNK)), [])
     with tqdm(total=total, desc="Checking", unit=columns.medium, disable=not progress) as bar:
         for prompts, found in _examined(chunks, columns.num_frames, num_proc):
@@ -154,17 +154,20 @@ def survey_rows(
     return survey
 
 
-def _values(dataset: datasets.Dataset | datasets.IterableDataset, names: list[str]) -> Iterator[_Values]:
-    prompt, visual, *scores = names
+def _values(
+    dataset: datasets.Dataset | datasets.IterableDataset, columns: Columns, scores: list[str]
+) -> Iterator[_Values]:
+    prompt, visual = columns.prompt, columns.visual
+    names = [prompt, visual, *scores]
     if isinstance(dataset, datasets.IterableDataset):
         for row in undecoded(dataset, names):
-            yield row.get(prompt), row.get(visual), tuple(row.get(score) for score in scores)
+            yield columns.text(row.get(prompt)), row.get(visual), tuple(row.get(score) for score in scores)
         return
     for table in dataset.select_columns(names).with_format("arrow").iter(_CHUNK):
         parts = [table.column(column) for column in names]
         for index in range(table.num_rows):
             first, second, *others = (cell(part, index) for part in parts)
-            yield first, second, tuple(others)
+            yield columns.text(first), second, tuple(others)
 
 
 def _examined(

@@ -41,6 +41,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it first")
     for role in ("prompt", "image", "score"):
         add(f"--{role}_column", default=role, help=f"column of {role}s (default: %(default)s)")
+    add("--prompt_syntax", choices=("keep", "strip"), default="keep", help="as in training (default: %(default)s)")
     add("--score_columns", nargs="+", metavar="COLUMN", help="several columns of scores, in place of --score_column")
     add("--video_column", help="column of videos, to read them instead of images")
     add("--num_frames", type=int, help="frames of a training clip (default: the model's)")
@@ -121,7 +122,14 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
             "with `--model_name_or_path`."
         )
     columns, *_ = [
-        Columns(args.prompt_column, args.image_column, score, video, limits.num_frames)
+        Columns(
+            args.prompt_column,
+            args.image_column,
+            score,
+            video,
+            limits.num_frames,
+            prompt_syntax=args.prompt_syntax,
+        )
         for score in args.score_columns or [args.score_column]
     ]
     hide_local_bars(args.source)
@@ -148,7 +156,7 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
     found = found_in(dataset)
     if found is None:
         return diagnosis
-    return dataclasses.replace(diagnosis, facts={**diagnosis.facts, "found": {k: dict(v) for k, v in found.items()}})
+    return dataclasses.replace(diagnosis, facts={**diagnosis.facts, "found": found})
 
 
 def _report(diagnosis: Diagnosis) -> list[str]:
@@ -177,10 +185,7 @@ def _report(diagnosis: Diagnosis) -> list[str]:
 
 
 def _facts(facts: dict[str, Any]) -> list[str]:
-    from tgol_trainer.sources.image_folder import found_line
-
-    found = facts.get("found", {})
-    lines = [f"  {name:<7}  {found_line(found[name])}" for name in found]
+    lines = [f"  found    {name}: {places}" for name, places in facts.get("found", {}).items()]
     if "scores" not in facts:
         return lines
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]

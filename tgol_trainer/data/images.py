@@ -40,8 +40,9 @@ _ORIENTATION = 0x0112
 
 # Pillow also opens EPS, for which it starts Ghostscript, and formats of films, fonts and measurements.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-_PLUGINS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
-"""Formats that Pillow opens with a package of its own, the extra `formats`."""
+_PLUGIN_FORMATS = ("HEIF", "JXL")
+"""Formats that Pillow opens with a package of their own, the extra `formats`."""
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 NO_VALUE, NO_SUCH_FILE = "there is neither a path nor data", "no such file"
 
 
@@ -122,10 +123,10 @@ def open_image(value: Any) -> Image.Image:
             message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
             # Without Pillow's own ending, the address of a buffer.
-            message = f"cannot identify image file. These formats are read: {', '.join(_formats())}"
-            lacking = [name for name in _PLUGINS if name not in _formats()]
-            if lacking:
-                message += f"; {' and '.join(lacking)} with `pip install 'tgol_trainer[formats]'`"
+            message = f"cannot identify image file. These formats are read: {', '.join(readable_formats())}"
+            format = _plugin_format(content_of(value, ImageError))
+            if format is not None:
+                message = f"it is {format}, which `pip install 'tgol_trainer[formats]'` reads"
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
@@ -144,8 +145,20 @@ def _open(value: Any) -> Image.Image:
             "NumPy array"
         )
     # PIL.ImageFile.LOAD_TRUNCATED_IMAGES stays False, its default: a half grey image would be trained on.
-    with _encoded(value) as file, Image.open(file, formats=_formats()) as image:
+    with _encoded(value) as file, Image.open(file, formats=readable_formats()) as image:
         return _loaded(image)
+
+
+def _plugin_format(value: Any) -> str | None:
+    """Return the name of a file's format if it is one that a package is missing for."""
+    with _encoded(value) as file:
+        start = file.read(16)
+    format = None
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+        format = "HEIF"
+    elif start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        format = "JXL"
+    return None if format in readable_formats() else format
 
 
 def open_header(path: Path) -> ImageFile.ImageFile:
@@ -161,13 +174,14 @@ def open_header(path: Path) -> ImageFile.ImageFile:
     Raises:
         OSError: one of `UNREADABLE` where it cannot be opened.
     """
-    return Image.open(path, formats=_formats())
+    return Image.open(path, formats=readable_formats())
 
 
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
+    """Return Pillow's names of the formats that are read here."""
     _register_plugins()
     Image.init()
-    return [name for name in (*_FORMATS, *_PLUGINS) if name in Image.OPEN]
+    return [name for name in (*_FORMATS, *_PLUGIN_FORMATS) if name in Image.OPEN]
 
 
 @functools.cache
@@ -198,8 +212,14 @@ def not_found(error: OSError) -> str:
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    if image.format not in (None, "MPO", *_formats()):  # an object of the user's, of a format that may run programs
-        raise ImageError(f"its format is {image.format}. Save it as PNG; these are read: {', '.join(_formats())}")
+    if image.format not in (
+        None,
+        "MPO",
+        *readable_formats(),
+    ):  # an object of the user's, of a format that may run programs
+        raise ImageError(
+            f"its format is {image.format}. Save it as PNG; these are read: {', '.join(readable_formats())}"
+        )
     image.load()
     return _to_rgb(to_srgb(_upright(image)))
 
@@ -224,7 +244,7 @@ def stored_form(value: Any) -> Stored | None:
         return Stored(value.mode, value.format, False)
     if isinstance(value, str) and "://" in value:
         return None
-    with _encoded(value) as file, Image.open(file, formats=_formats()) as image:
+    with _encoded(value) as file, Image.open(file, formats=readable_formats()) as image:
         mode = image.mode  # before a second frame is looked at
         try:
             several = bool(getattr(image, "is_animated", False))

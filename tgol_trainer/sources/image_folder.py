@@ -9,17 +9,17 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
-from PIL import Image, ImageFile
+from PIL import ImageFile, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from tgol_trainer import __version__
 from tgol_trainer._files import NotTextError, read_text
-from tgol_trainer.data.images import UNREADABLE, DataError, open_header
+from tgol_trainer.data.images import UNREADABLE, DataError, open_header, readable_formats
 from tgol_trainer.data.rows import Columns
 
 from .folders import IMAGES, VIDEOS, rows_of_split
@@ -39,7 +39,31 @@ _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
+    """
+    Where prompts or scores of a folder were found.
+
+    Args:
+        places (`dict[str, int]`): Place, such as `"EXIF"`, to the number of files.
+        num_lacking (`int`): Files that have none.
+        lacking (`list[str]`): Names of the first of these.
+    """
+
+    places: dict[str, int]
+    num_lacking: int
+    lacking: list[str]
+
+    def __str__(self) -> str:
+        """Return a text such as `3 from EXIF; none in 2 files (a.png, b.png)`."""
+        parts = [", ".join(f"{count} from {place}" for place, count in self.places.items())] if self.places else []
+        if self.num_lacking:
+            names = ", ".join([*self.lacking, *(["..."] if self.num_lacking > len(self.lacking) else [])])
+            parts.append(f"none in {self.num_lacking} file{'s' if self.num_lacking > 1 else ''} ({names})")
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
     """What was found out about one file."""
 
     prompt: str | None = None
@@ -100,9 +124,10 @@ def load_image_folder(
         split=datasets.NamedSplit(split),
     )
     found = found_in(dataset) or {}
-    logger.info("%s: %s", folder, "; ".join(f"{name}: {found_line(counts)}" for name, counts in found.items()))
+    for name, places in found.items():
+        logger.info("%s: %s: %s", folder, name, places)
     _warn_of_unread(folder, names, dataset)
-    if not set(found["scores"]) - {""}:
+    if not found["scores"].places:
         dataset = dataset.remove_columns([columns.score, SCORE_FROM])
     return dataset
 
@@ -135,7 +160,8 @@ def files_below(folder: Path) -> list[str]:
 
 def _stamp(folder: Path) -> str:
     """Return a hash of names, sizes and times below a folder: what was found is read again once one changes."""
-    stamp = hashlib.blake2b(__version__.encode(), digest_size=16)
+    # A format may be read once its package is installed.
+    stamp = hashlib.blake2b(f"{__version__} {readable_formats()}".encode(), digest_size=16)
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
@@ -160,13 +186,15 @@ def _rows(folder: str, files: list[str], stamp: str, settings: dict[str, Any]) -
         yield {settings["visual"]: str(path.absolute()), **row}
 
 
-def _read(path: Path) -> _Found:
+def _read(path: Path) -> _File:
     made, score, score_from = None, None, None
     unread: list[str] = []
     if path.name.lower().endswith(IMAGES):
         try:
             with open_header(path) as image:
                 made, score, score_from = _inside(image, unread)
+        except UnidentifiedImageError:  # the check of the images says more
+            unread.append("its format is not read")
         except UNREADABLE as error:
             unread.append(f"it cannot be opened: {error}")
     beside, stars = _caption(path, unread), _sidecar(path, unread)
@@ -174,10 +202,10 @@ def _read(path: Path) -> _Found:
         score, score_from = stars, "XMP sidecars"
     made = beside or made
     if made is None:
-        return _Found(score=score, score_from=score_from, unread="; ".join(unread) or None)
+        return _File(score=score, score_from=score_from, unread="; ".join(unread) or None)
     if made.prompt is None and made.unread:
         unread.append(made.unread)
-    return _Found(
+    return _File(
         prompt=made.prompt,
         score=score,
         negative_prompt=made.negative_prompt,
@@ -224,7 +252,7 @@ def _has_late_text(file: IO[bytes]) -> bool:
     return late
 
 
-def _texts(image: Image.Image) -> dict[str, str]:
+def _texts(image: ImageFile.ImageFile) -> dict[str, str]:
     return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
 
 
@@ -295,7 +323,7 @@ def _number(text: str) -> float | None:
     return float(text) if plain.isascii() and plain.isdigit() else None
 
 
-def found_in(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Counter[str]] | None:
+def found_in(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Found] | None:
     """
     Count where prompts and scores of a folder were found.
 
@@ -303,24 +331,24 @@ def found_in(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, 
         dataset ([`datasets.Dataset`]): Of [`load_image_folder`].
 
     Returns:
-        `dict`, *optional*: for `"prompts"` and `"scores"`, the number of files by where it was found, and under `""`
-        the files that have none; `None` for another dataset.
+        `dict[str, Found]`, *optional*: of `"prompts"` and of `"scores"`; `None` for another dataset.
     """
     if not isinstance(dataset, datasets.Dataset) or not {PROMPT_FROM, UNREAD} <= set(dataset.column_names):
         return None
-    counts = {}
+    found = {}
     for name, column in (("prompts", PROMPT_FROM), ("scores", SCORE_FROM)):
         values = dataset[column] if column in dataset.column_names else [None] * len(dataset)
-        counts[name] = Counter(value or "" for value in values)
-    return counts
+        lacking = [row for row, value in enumerate(values) if not value]
+        places = Counter(value for value in values if value)
+        found[name] = Found(dict(places.most_common()), len(lacking), _file_names(dataset, lacking[:_SHOWN]))
+    return found
 
 
-def found_line(counts: Mapping[str, int]) -> str:
-    """Return the counts of [`found_in`] as a text: `3 from EXIF, 2 files have none`."""
-    parts = [f"{count} from {place}" for place, count in sorted(counts.items(), key=lambda item: -item[1]) if place]
-    if counts.get(""):
-        parts.append(f"{counts['']} file{'s have' if counts[''] > 1 else ' has'} none")
-    return ", ".join(parts)
+def _file_names(dataset: datasets.Dataset, rows: list[int]) -> list[str]:
+    visual = dataset.column_names[0]
+    feature = dataset.features[visual]
+    files = dataset.cast_column(visual, type(feature)(decode=False)).select(rows)[visual]
+    return [os.path.basename(file["path"]) for file in files]
 
 
 def _warn_of_unread(folder: Path, names: list[str], dataset: datasets.Dataset) -> None:

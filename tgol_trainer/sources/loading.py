@@ -45,6 +45,12 @@ _BUILDERS = {
     ".tar": "webdataset",
 }
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_MEANT = {
+    "prompt": ("json.prompt", "json.caption", "json.text", "txt"),
+    "image": ("png", "jpg", "jpeg", "webp"),
+    "score": ("json.score", "json.rating", "json.stars"),
+}
+"""Columns of a WebDataset that are read as prompt, image and score where there is one of them alone."""
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
@@ -175,7 +181,7 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         "`name` of the configuration and the `split`; for a private or gated dataset, log in with `hf auth login`."
     )
     with _loading(source, hint):
-        dataset = _flattened(_load(wanted, source, name))
+        dataset = _flattened(_load(wanted, source, name), wanted)
     commit = hub_commit(dataset)
     if commit and not dataset.info.download_checksums:  # cards read the Hub id and commit where `datasets` noted them
         dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
@@ -278,7 +284,7 @@ def _as_written(dataset: Any, path: Path, wanted: _Wanted, *, csv: bool) -> Any:
         names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
         if len(set(names.values())) == len(names):
             dataset = dataset.rename_columns(names)
-    dataset = _flattened(dataset)
+    dataset = _flattened(dataset, wanted)
     if wanted.only is not None:
         return dataset
     if isinstance(dataset, datasets.Dataset):
@@ -286,15 +292,29 @@ def _as_written(dataset: Any, path: Path, wanted: _Wanted, *, csv: bool) -> Any:
     return _resolve_files(dataset, path if path.is_dir() else path.parent, wanted.columns)
 
 
-def _flattened(dataset: Any) -> Any:
-    """Return a WebDataset with a column for each field of its JSON files: `json.prompt`, `json.score`."""
+def _flattened(dataset: Any, wanted: _Wanted) -> Any:
+    """
+    Return a WebDataset with a column for each field of its JSON files, such as `json.prompt`. Those that are plainly
+    meant by a column that is wanted and not there get its name.
+    """
     features = getattr(dataset, "features", None) or {}
-    if "__key__" not in features or not isinstance(features.get("json"), dict):
+    if "__key__" not in features:
         return dataset
+    if isinstance(features.get("json"), dict):
+        dataset = _fields(dataset)
+    for role in ("prompt", "image", "score"):
+        name = getattr(wanted.columns, role)
+        found = [each for each in _MEANT[role] if each in dataset.column_names]
+        if name not in dataset.column_names and len(found) == 1 and (wanted.only is None or name in wanted.only):
+            dataset = dataset.rename_column(found[0], name)
+    return dataset
+
+
+def _fields(dataset: Any) -> Any:
     if isinstance(dataset, datasets.Dataset):
         return dataset.flatten()
     dataset = dataset.decode(False)
-    fields = {f"json.{name}": feature for name, feature in features["json"].items()}
+    fields = {f"json.{name}": feature for name, feature in dataset.features["json"].items()}
     kept = {name: feature for name, feature in dataset.features.items() if name != "json"}
     return dataset.map(_json_fields, remove_columns="json", features=datasets.Features({**kept, **fields}))
 
