@@ -63,6 +63,8 @@ def step_without_waiting(trainer, monkeypatch):
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.family.denoiser.to("meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    with torch.no_grad():
+        trainer.compute_loss(model, batch)  # Z-Image copies its table of rotary embeddings once
     with _Copies():
         loss = trainer.compute_loss(model.train(), batch)
         loss.backward()

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny
+from tests import tiny, tiny_language
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -134,24 +134,20 @@ def masked_error(pipe, pixels, side=None):
     return -torch.stack([true[row, masked[row] == 33].mean() for row in range(2)])
 
 
-# ---- The way back from latents, as the pipelines decode ----
+# ---- What else differs ----
 
 
-def kl_round_trip(pipe, latents, pixels):
-    config = pipe.vae.config
-    return pipe.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample, pipe.vae(
-        pixels
-    ).sample
+def kl_reconstruction(pipe, pixels):
+    return pipe.vae(pixels).sample
 
 
-def wan_round_trip(pipe, latents, pixels):
-    mean, std = wan_statistics(pipe)
-    return pipe.vae.decode(latents * std + mean).sample, pipe.vae(pixels).sample
+def code_reconstruction(pipe, pixels):
+    return pipe.vqvae((pixels + 1) / 2).sample
 
 
-def code_round_trip(pipe, ids, pixels):
-    decoded = pipe.vqvae.decode(ids, force_not_quantize=True, shape=(*ids.shape, 8)).sample
-    return decoded, pipe.vqvae((pixels + 1) / 2).sample
+def flux2_unpacked(pipe, tokens, height, width):
+    side = 2 * pipe.vae_scale_factor
+    return tokens.transpose(1, 2).unflatten(2, (height // side, width // side))
 
 
 def load_lora(pipe, folder):
@@ -181,8 +177,8 @@ class Facts:
     """What differs between families."""
 
     build: Callable[[], DiffusionPipeline]
-    error: Callable
-    """Scores two images (or clips) and PROMPTS, (2,), without the code that is tested."""
+    error: Callable | None = None
+    """Scores two images (or clips) and PROMPTS, (2,), from the formula; `test_conformance.py` needs none."""
     pixels: tuple[int, ...] = (3, 16, 16)
     latents: tuple[int, ...] = (4, 8, 8)
     sizes: tuple[tuple[int, int], int] = ((16, 16), 2)
@@ -191,7 +187,8 @@ class Facts:
     """How many of three prompts of 32, 227 and 602 tokens (T5: 61, 301, 801) are cut, and the limit."""
     temperature: float = 0.001
     """1 where T does not apply."""
-    round_trip: Callable = kl_round_trip
+    reconstruct: Callable = kl_reconstruction
+    """The autoencoder's own reconstruction of pixels."""
     load: Callable = load_lora
     dataset: Callable[[], Dataset] = four_images
     settings: dict[str, Any] = field(default_factory=dict)
@@ -208,10 +205,11 @@ _SD3 = {"error": sd3_error, "long_prompts": (2, 256)}
 # Loaded from a folder, the pipeline's own size is what FluxPipeline says, 128 latents.
 _FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4), "settings": {"resolution": 16}}
 _FLUX |= {"unguided": {"guidance_scale": 3.5}, "unpack": flux_unpacked}
+_FLUX2 = {"latents": (16, 4, 4), "sizes": ((16, 16), 4), "settings": {"resolution": 16}, "unpack": flux2_unpacked}
 _MASKED = {
     "latents": (8, 8),
     "temperature": 1.0,
-    "round_trip": code_round_trip,
+    "reconstruct": code_reconstruction,
     "load": load_into_transformer,
     "learning_rate": 3e-2,
 }
@@ -233,11 +231,21 @@ TINY = {
         latents=(16, 2, 2, 4),
         sizes=((480, 832), 16),
         long_prompts=(1, 512),
-        round_trip=wan_round_trip,
         dataset=four_clips,
         settings={"resolution": "16x32", "num_frames": 5},
         call=_WAN_SIZE,
     ),
+    "z-image": Facts(
+        tiny_language.z_image,
+        latents=(4, 8, 8),
+        sizes=((1024, 1024), 4),
+        long_prompts=(1, 493),
+        settings={"resolution": 16},
+        call={"height": 16, "width": 16},
+        unguided={"guidance_scale": 0.0},
+    ),
+    "flux.2": Facts(tiny_language.flux2, long_prompts=(1, 326), **_FLUX2, unguided={"guidance_scale": 3.5}),
+    "flux.2 klein": Facts(tiny_language.flux2_klein, long_prompts=(1, 487), **_FLUX2),
     "amused": Facts(tiny.amused, masked_error, **_MASKED),
     "meissonic": Facts(tiny.meissonic, partial(masked_error, side=8), **_MASKED),
 }

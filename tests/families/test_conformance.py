@@ -17,7 +17,7 @@ NOISED = [name for name in VARIANTS if "amused" not in name and "meissonic" not 
 
 
 def steps_of(name, pipe, prompt):
-    """Call the pipeline for two steps without guidance: what it hands to `scheduler.step`, in the order of steps."""
+    """Call the pipeline for two steps without guidance: what goes into and out of `scheduler.step`, and the images."""
     facts, steps, step = VARIANTS[name], [], pipe.scheduler.step
     height, width = facts.pixels[-2:]
     scale = getattr(pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -26,16 +26,19 @@ def steps_of(name, pipe, prompt):
         given = inspect.signature(step).bind(*args, **kwargs).arguments
         inputs = scale(given["sample"], given["timestep"])
         values = [facts.unpack(pipe, value, height, width) for value in (inputs, given["model_output"])]
-        steps.append(SimpleNamespace(time=given["timestep"], inputs=values[0].clone(), output=values[1].clone()))
-        return step(*args, **kwargs)
+        made = step(*args, **kwargs)
+        after = facts.unpack(pipe, made[0], height, width)
+        values = [value.clone() for value in (*values, after)]
+        steps.append(SimpleNamespace(time=given["timestep"], inputs=values[0], output=values[1], after=values[2]))
+        return made
 
     pipe.scheduler.step = recorded
     pipe.set_progress_bar_config(disable=True)
     options = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "np"}
     generator = torch.Generator().manual_seed(0)
-    pipe(prompt, generator=generator, **{**options, **facts.call, **facts.unguided})
+    made = pipe(prompt=prompt, generator=generator, **{**options, **facts.call, **facts.unguided})
     del pipe.scheduler.step
-    return steps
+    return steps, made.frames if "frames" in made else made.images
 
 
 @every_variant
@@ -44,7 +47,7 @@ def test_the_prediction_is_what_the_pipeline_hands_to_its_scheduler(name):
     family = load_family(VARIANTS[name].build())
     size = VARIANTS[name].pixels[-2:]
     for prompt in ("a cat", "two dogs on a red sofa"):
-        steps = steps_of(name, family.pipeline, prompt)
+        steps, _ = steps_of(name, family.pipeline, prompt)
         assert len(steps) >= 2
         conditioning = family.condition([prompt], torch.tensor([[*size, 0, 0]]), size)
         for step in steps:
@@ -53,6 +56,19 @@ def test_the_prediction_is_what_the_pipeline_hands_to_its_scheduler(name):
             with torch.no_grad():
                 found = family.predict(family.denoiser, Draw(step.inputs, times, step.inputs), conditioning)
             torch.testing.assert_close(found.float(), step.output.float(), rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+def test_latents_are_decoded_as_the_pipeline_decodes_them(name):
+    """With the unit of the latents in the denoiser; encoding undoes it, as `test_families.py` shows."""
+    family = load_family(VARIANTS[name].build())
+    steps, images = steps_of(name, family.pipeline, "a cat")
+    pixels = family.decode_images(steps[-1].after)
+    if family.autoencoder_name == "vae":
+        pixels = pixels / 2 + 0.5
+    last = pixels.clamp(0, 1).movedim(1, -1)
+    torch.testing.assert_close(last, torch.tensor(images), rtol=1e-4, atol=1e-5)
+    assert last.std() > 1e-3
 
 
 def noised_by(scheduler, sample, noise, time):
@@ -98,7 +114,8 @@ def test_a_rows_prediction_does_not_depend_on_the_other_rows(name):
     clean = torch.randn(3, *facts.latents, generator=torch.Generator().manual_seed(2))
     if not family.encode_images(torch.zeros(1, *facts.pixels), KEYS, sample=False).is_floating_point():
         clean = torch.randint(32, clean.shape, generator=torch.Generator().manual_seed(2))
-    times = torch.tensor([0.3, 0.5, 0.9]) * (1 if getattr(family, "time_divisor", 1) > 1 else 1000)
+    times = torch.tensor([300.0, 500.0, 900.0])
+    times = family.network_times(times) if isinstance(family, FlowFamily) else times
 
     def predicted(*rows):
         rows = list(rows)

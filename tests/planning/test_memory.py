@@ -77,10 +77,11 @@ def saved_for_backward(family, size):
     """Bytes of the storages that autograd keeps of a pass, by its own hooks; neither weights nor the batch."""
     pixels = torch.zeros(2, 3, *([family.num_frames] if family.num_frames else []), *size)
     geometry = torch.zeros(2, 4, dtype=torch.int64)
-    conditioning = family.condition(["one", "two"], geometry, size)
+    conditioning = family.condition([f"{number} and so on " * 90 for number in ("one", "two")], geometry, size)
     rows = RowGenerators(0, 0, [0, 1])
     draw = family.likelihood.draw(family.encode_images(pixels, rows, sample=True), rows)
-    given = [*family.denoiser.parameters(), *conditioning.values(), draw.inputs, draw.timesteps, draw.target]
+    conditions = [each for value in conditioning.values() for each in (value if isinstance(value, list) else [value])]
+    given = [*family.denoiser.parameters(), *conditions, draw.inputs, draw.timesteps, draw.target]
     given += [*family.denoiser.buffers()]
     known, kept = {each.untyped_storage()._cdata for each in given}, {}
 
@@ -107,7 +108,10 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     options = {"activation_checkpointing": "checkpointing" in kind, "full_finetuning": full, "bf16": half}
     options |= {"cache": kind == "LoRA", "cache_dir": str(tmp_path) if kind == "LoRA" else None}
     args = config(max_steps=1, per_device_train_batch_size=2, **options, **facts.settings)
-    rows = facts.dataset().map(lambda row, index: {"prompt": f"prompt {index}"}, with_indices=True)
+    # Longer than any limit: the plan is for the longest prompts.
+    rows = facts.dataset().map(
+        lambda row, index: {"prompt": f"prompt {index} " + "and so on " * 90}, with_indices=True
+    )
     trainer = TGOLTrainer(facts.build(), args, rows)
     live, gradients, states = traced_run(trainer)
 

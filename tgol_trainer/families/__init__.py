@@ -18,14 +18,17 @@ from .amused import AmusedFamily
 from .base import FamilySettings, ModelFamily
 from .conditioning import Conditioning
 from .flux import FluxFamily
+from .flux2 import Flux2Family, Flux2KleinFamily
 from .licenses import hub_license
 from .meissonic import MeissonicFamily, load_meissonic
 from .origin import ModelOrigin
+from .prompts import words_of
 from .quantization import denoiser_quantization
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
 from .wan import WanFamily
+from .z_image import ZImageFamily
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,6 +41,9 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLFamily,
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
+    "Flux2Pipeline": Flux2Family,
+    "Flux2KleinPipeline": Flux2KleinFamily,
+    "ZImagePipeline": ZImageFamily,
     "WanPipeline": WanFamily,
     "Pipeline": MeissonicFamily,
 }
@@ -241,7 +247,8 @@ def _check_tokenizers(pipeline: DiffusionPipeline) -> None:
     from transformers import PreTrainedTokenizerBase
 
     for name, part in pipeline.components.items():
-        if isinstance(part, PreTrainedTokenizerBase) and part("cat").input_ids == part("dog").input_ids:
+        words = words_of(part)
+        if isinstance(words, PreTrainedTokenizerBase) and words("cat").input_ids == words("dog").input_ids:
             raise ValueError(
                 f"`{name}` of the pipeline knows no words: its files were not there when it was loaded, so every "
                 "prompt would be the same to the model. Download the model again, or mend its folder."

@@ -460,4 +460,4 @@ class ModelFamily(abc.ABC):
         ]
 
     def _image_lines(self, prompt: str) -> list[str]:
-        return [f"image = pipe({prompt!r}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
+        return [f"image = pipe(prompt={prompt!r}{self.origin.call_text}).images[0]", 'image.save("sample.png")']

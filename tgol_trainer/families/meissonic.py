@@ -137,7 +137,7 @@ class MeissonicFamily(MaskedTokenFamily):
     def _image_lines(self, prompt: str) -> list[str]:
         side, _ = self.native_size
         size = "" if side == 1024 else f", height={side}, width={side}"  # the pipeline's default is 1024
-        return [f"image = pipe({prompt!r}{size}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
+        return [f"image = pipe(prompt={prompt!r}{size}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
 
 
 def set_head_dim(transformer: ModelMixin) -> None:

@@ -31,6 +31,29 @@ def seen_part(prompt: str, limits: Sequence[tuple[Any, int]]) -> str:
     return prompt
 
 
+def words_of(tokenizer: Any) -> Any:
+    """Return the tokenizer inside a processor of text and images, or the tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def template_room(tokenizer: Any, limit: int, messages: Any = None, **options: Any) -> int:
+    """
+    Return how many of `limit` tokens are left to a prompt inside the chat template of a language model.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): What has the template.
+        limit (`int`): Tokens of template and prompt.
+        messages (`list[dict]`, *optional*):
+            The conversation around an empty prompt; by default a user's empty message.
+        options (`dict`): Passed to `apply_chat_template`, as the pipeline does.
+
+    Returns:
+        `int`: tokens of a prompt, which itself is counted without the template.
+    """
+    text = tokenizer.apply_chat_template(messages or [{"role": "user", "content": ""}], tokenize=False, **options)
+    return limit - _num_tokens(words_of(tokenizer), text)
+
+
 def count_cut_prompts(prompts: Sequence[str], limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
     """
     Count the prompts that at least one tokenizer cuts, and return the smallest limit too.

@@ -57,7 +57,7 @@ class VideoFlowFamily(FlowFamily):
 
     def _image_lines(self, prompt: str) -> list[str]:
         return [
-            f'frames = pipe({prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
+            f'frames = pipe(prompt={prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
             "try:",
             "    from diffusers.utils import export_to_video",
             "",
