@@ -3,7 +3,8 @@
 It is a stand-in for the *client contract* of `huggingface_hub`, `hf_xet`, `datasets` and `diffusers`: which requests
 they send, in which order, and which answers and failures they understand. It is never the real Hub: the rules for
 metadata, quotas, rate limits, gating, regions and deduplication are not here, and that a push works against it does
-not prove that one works against huggingface.co. Not built: pull requests, spaces, buckets, paging of trees.
+not prove that one works against huggingface.co. Of spaces there are files and secrets, and nothing runs.
+Not built: pull requests, buckets, paging of trees.
 
 A client process may ask for faults itself: POST `/loopback/fail` with the arguments of `LoopbackHub.fail` as JSON, and
 `/loopback/clear`. `python -m tests.hub` serves for trials by hand.

@@ -23,7 +23,7 @@ from .xet import ContentStore
 LIFE = 600.0
 """Seconds after which a server stops by itself."""
 ID = r"([^/]+/[^/]+)"
-API = rf"/api/(models|datasets)/{ID}"
+API = rf"/api/(models|datasets|spaces)/{ID}"
 
 
 class LoopbackHub:
@@ -180,6 +180,7 @@ class LoopbackHub:
             ("create", "POST", r"/api/repos/create", self._create),
             ("auth-check", "GET", rf"{API}/auth-check(/write)?", self._auth_check),
             ("settings", "PUT", rf"{API}/settings", self._settings),
+            ("secrets", "POST", rf"{API}/secrets", self._secrets),
             ("validate-yaml", "POST", r"/api/validate-yaml", self._validate),
             ("preupload", "POST", rf"{API}/preupload/([^/]+)", self._preupload),
             ("commit", "POST", rf"{API}/commit/([^/]+)", self._commit),
@@ -239,6 +240,12 @@ class LoopbackHub:
         found.gated = wanted.get("gated", found.gated)
         found.private = wanted["visibility"] == "private" if "visibility" in wanted else found.private
         return as_json({"gated": found.gated, "private": found.private})
+
+    def _secrets(self, request: Request) -> Answer:
+        self._may_write(request)
+        found, wanted = self._find(request, *request.groups[:2]), request.json()
+        found.secrets[wanted["key"]] = wanted["value"]
+        return as_json({})
 
     def _validate(self, request: Request) -> Answer:
         text = request.json()["content"]

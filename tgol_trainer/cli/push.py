@@ -21,7 +21,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "the Hub with the local one. Use it also after a failed push: a file that is already there is not sent again. "
         "The token is that of HF_TOKEN or of `hf auth login`.",
     )
-    parser.add_argument("folder", type=Path, help="output folder of a run, or of `tgol generate` or `tgol score`")
+    text = "output folder of a run, or of `tgol generate`, `tgol score` or `tgol rate`"
+    parser.add_argument("folder", type=Path, help=text)
     parser.add_argument("--hub_model_id", help="repository, owner/name (default: yours, named like the folder)")
     parser.add_argument("--hub_dataset_id", help="repository of a dataset, owner/name (default: as above)")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new repository from others")
@@ -62,6 +63,14 @@ def _push(args: argparse.Namespace) -> str:
     folder: Path = args.folder
     message = args.commit_message or f"Push {folder.resolve().name}"
     made = any((folder / name).is_file() for name in ("tgol_generate.json", "tgol_score.json"))
+    from tgol_trainer.sources.ratings import is_rated
+
+    if is_rated(folder) and not args.hub_model_id:
+        from tgol_trainer.rating.publish import push_ratings
+
+        target = _open(args, "dataset")
+        print(f"Pushing {folder} to the dataset {target.id}", flush=True)
+        return push_ratings(target, folder, message).commit_url
     if args.hub_dataset_id or (made and not args.hub_model_id):
         from tgol_trainer.jobs import check_complete, push_dataset
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import counted, hide_local_bars, plain_errors, set_up_logging
+from .console import PUSH_FAILED, add_hub_options, counted, hide_local_bars, open_dataset, plain_errors, set_up_logging
 
 if TYPE_CHECKING:
     import datasets
 
     from tgol_trainer.rating.server import Session
+    from tgol_trainer.saving.hub import Repository
     from tgol_trainer.sources.ratings import RateSettings
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -46,6 +47,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=int, default=7860, help="port; 0 for a free one (default: %(default)s)")
     add("--model_name_or_path", help="model that you will train: put into the commands that are shown at the end")
+    add_hub_options(parser)
+    text = (
+        "make a Space of this name, owner/name, that serves the page of a dataset on the Hub, instead of serving it "
+    )
+    add("--space", metavar="ID", help=f"{text}here; its token, which may write the ratings, is that of SPACE_TOKEN")
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         parser.error("--port must lie between 0 and 65535")
@@ -63,43 +69,91 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Options; by default those of the process.
 
     Returns:
-        `int`: 0.
+        `int`: 0, or 3 if all is saved but not on the Hub.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     set_up_logging()
     with plain_errors():
-        return _rate(args)
+        return _make_space(args) if args.space else _rate(args)
 
 
 def _rate(args: argparse.Namespace) -> int:
     from datasets.utils.logging import disable_progress_bar
 
     from tgol_trainer.data import Columns
+    from tgol_trainer.rating.publish import fetch_ratings, pushing
     from tgol_trainer.rating.server import make_app, serve
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.sources.ratings import Journal
 
+    target = open_dataset(args)
+    if target is not None:
+        fetch_ratings(target, args.output_dir)
     hide_local_bars(args.source)
     columns = Columns(args.prompt_column, args.image_column)
     dataset: Any = load_scored_dataset(args.source, name=args.dataset_config, split=args.split, columns=columns)
     disable_progress_bar()
-    session = _session(args, dataset)
+    session = _session(args, dataset, None if target is None else target.id)
     journal = Journal(args.output_dir)
     app = make_app(session, journal, ("*",) if _is_open(args.host) else LOOPBACK)
     # A terminal that closes and a container that stops end it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
+    pushes = contextlib.nullcontext() if target is None else pushing(target, args.output_dir, journal)
+    with pushes, contextlib.suppress(KeyboardInterrupt):
         serve(app, args.host, args.port, lambda address: _say_where(args, session, address))
     rated = journal.rated()
     people = len({entry["rater"] for entry in rated})
     noun = {"ratings": "rating", "thumbs": "thumb", "pairs": "comparison"}[args.kind]
     print(f"\n{args.output_dir}: {counted(len(rated), noun)} by {'1 person' if people == 1 else f'{people} people'}.")
     if rated:
-        print("Next:\n" + "\n".join(f"  {line}" for line in session.commands))
+        print("Next:\n" + "\n".join(f"  {line}" for line in session.commands), flush=True)
+    return _push(target, args.output_dir, len(rated)) if target is not None and rated else 0
+
+
+def _push(target: Repository, folder: Path, number: int) -> int:
+    from tgol_trainer.rating.publish import push_ratings
+    from tgol_trainer.saving.hub import PushError
+
+    try:
+        commit = push_ratings(target, folder, f"{number} ratings")
+    except PushError as error:
+        _say(f"error: {error}")
+        return PUSH_FAILED
+    print(f"Pushed and compared: {commit.commit_url}")
     return 0
 
 
-def _session(args: argparse.Namespace, dataset: datasets.Dataset) -> Session:
+def _make_space(args: argparse.Namespace) -> int:
+    from tgol_trainer._hub_ids import is_hub_id
+    from tgol_trainer.rating.space import push_space
+    from tgol_trainer.saving.hub import Repository, open_repository
+
+    if Path(args.source).expanduser().exists() or not is_hub_id(args.source):
+        raise ValueError(
+            f"`--space`: a Space reads a dataset on the Hub, and {args.source!r} is not the id of one. Push it first."
+        )
+    ratings = args.hub_dataset_id or f"{args.source.rpartition('/')[2]}_ratings"
+    private = args.hub_private_repo
+    dataset = open_repository(Repository(ratings, "dataset", revision=args.hub_revision), private=private)
+    space = open_repository(Repository(args.space, "space"), private=private)
+    options = [
+        f"--{name}={getattr(args, name)}" for name in ("split", "prompt_column", "image_column", "kind", "seed")
+    ]
+    options += ["--by_prompt"] if args.by_prompt else []
+    for name in ("dataset_config", "model_name_or_path", "hub_revision"):
+        options += [f"--{name}={getattr(args, name)}"] if getattr(args, name) else []
+    secret = os.environ.get("SPACE_TOKEN")
+    commit = push_space(space, args.source, dataset.id, options, secret)
+    print(f"Pushed and compared: {commit.commit_url}\nRatings will go to the dataset {dataset.id}.")
+    if secret is None:
+        print(
+            f"One step is left: in the settings of {space.id}, add a secret HF_TOKEN, a token that may read "
+            f"{args.source} and write to {dataset.id}. (With SPACE_TOKEN set, this command adds it.)"
+        )
+    return 0
+
+
+def _session(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str | None) -> Session:
     from tgol_trainer.rating.server import Session
     from tgol_trainer.rating.tasks import Pictures, make_tasks
     from tgol_trainer.sources.loading import hub_commit
@@ -118,7 +172,8 @@ def _session(args: argparse.Namespace, dataset: datasets.Dataset) -> Session:
     source = os.path.relpath(path.resolve(), args.output_dir.resolve()) if local else args.source
     rows = len(dataset) if pictures.numbered else None
     _open_folder(args.output_dir, RateSettings(args.kind, source, args.split, hub_commit(dataset), rows))
-    return Session(pictures, tasks, args.output_dir, args.kind, args.seed, args.by_prompt, _commands(args, dataset))
+    commands = _commands(args, dataset, ratings or str(args.output_dir))
+    return Session(pictures, tasks, args.output_dir, args.kind, args.seed, args.by_prompt, commands)
 
 
 def _open_folder(folder: Path, settings: RateSettings) -> None:
@@ -141,16 +196,15 @@ def _open_folder(folder: Path, settings: RateSettings) -> None:
             )
 
 
-def _commands(args: argparse.Namespace, dataset: datasets.Dataset) -> tuple[str, str]:
+def _commands(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str) -> tuple[str, str]:
     """Return what to run when all is rated; the model is the one that made the images, where the rows say so."""
     model = args.model_name_or_path
     if model is None and "model" in dataset.column_names:
         made = dataset.unique("model")
         model = made[0] if len(made) == 1 and isinstance(made[0], str) else None
-    folder = args.output_dir
-    label = ["tgol", "label", "--dataset_name", str(folder)]
-    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", str(folder)]
-    adapter = folder.with_name(f"{folder.name.removesuffix('_ratings')}_adapter")
+    label = ["tgol", "label", "--dataset_name", ratings]
+    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", ratings]
+    adapter = args.output_dir.with_name(f"{args.output_dir.name.removesuffix('_ratings')}_adapter")
     return shlex.join(label), shlex.join([*train, "--output_dir", str(adapter)])
 
 

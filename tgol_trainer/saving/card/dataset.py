@@ -63,6 +63,8 @@ class DatasetCardFacts:
         generators (`list[dict[str, Any]]`, *optional*, defaults to `[]`):
             `model`, `revision`, `adapter`, `settings` and `license` of each model that made images.
         video (`bool`, *optional*, defaults to `False`): Whether the rows hold videos.
+        raters (`int`, *optional*): Number of people who gave the scores with `tgol rate`.
+        data_files (`list[str]`, *optional*, defaults to `["data/train-*"]`): Patterns of the files with the rows.
     """
 
     repository: str
@@ -73,16 +75,19 @@ class DatasetCardFacts:
     source_revision: str | None = None
     generators: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     video: bool = False
+    raters: int | None = None
+    data_files: list[str] = dataclasses.field(default_factory=lambda: ["data/train-*"])
 
 
 def _metadata(facts: DatasetCardFacts) -> dict[str, Any]:
     source = hub_id(facts.source, owner=True)
+    paths: Any = facts.data_files[0] if len(facts.data_files) == 1 else facts.data_files
     metadata: dict[str, Any] = {
         "task_categories": ["text-to-video" if facts.video else "text-to-image"],
         "size_categories": [next((name for limit, name in _SIZES if facts.num_rows < limit), "n>1M")],
         "tags": ["tgol", *(["scored"] if facts.scores else []), *(["synthetic"] if facts.generators else [])],
         "source_datasets": [source] if source else None,
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": paths}]}],
     }
     return {name: value for name, value in metadata.items() if value}
 
@@ -101,7 +106,8 @@ def _title(facts: DatasetCardFacts) -> str:
         source = [f"trainer = TGOLTrainer('a base model', {config}, dataset)", "trainer.train()"]
     source = [*imports, "", f"dataset = load_dataset({facts.repository!r}, split='train')", *source]
     name, snippet = running_text(facts.repository.rpartition("/")[2]), fenced("\n".join(source), "python")
-    made = "`tgol generate` and `tgol score` of [tgol_trainer](https://arxiv.org/abs/2605.04653) wrote the files."
+    commands = "`tgol generate` and `tgol score`" if facts.raters is None else "`tgol rate`"
+    made = f"{commands} of [tgol_trainer](https://arxiv.org/abs/2605.04653) wrote the files."
     return f"# {name}\n\n{about}. {made}\n\n{snippet}"
 
 
@@ -144,7 +150,9 @@ def _making(facts: DatasetCardFacts) -> str:
 
 def _limits(facts: DatasetCardFacts) -> str:
     lines = ["* The terms of the model that made the images, and of the source of the prompts, apply to the images."]
-    if facts.scores:
+    if facts.raters is not None:
+        lines.append(f"* The scores come from {facts.raters} {'person' if facts.raters == 1 else 'people'}.")
+    elif facts.scores:
         lines.append("* The scores come from the scorers named above, not from people.")
     return "## Limits\n\n" + "\n".join(lines)
 

@@ -37,14 +37,14 @@ class Repository:
 
     Args:
         id (`str`): `owner/name`.
-        kind (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
+        kind (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"` (of Docker).
         revision (`str`, *optional*): Branch. The default is `main`.
         token (`str`, *optional*): Access token. The default is the one of HF_TOKEN or of `hf auth login`.
         resume (`str`, *optional*): The sentence of an error message that says how to continue.
     """
 
     id: str
-    kind: Literal["model", "dataset"] = "model"
+    kind: Literal["model", "dataset", "space"] = "model"
     revision: str | None = None
     token: str | None = dataclasses.field(default=None, repr=False)
     resume: str | None = None
@@ -88,7 +88,8 @@ def open_repository(target: Repository, *, private: bool | None = None, gated: G
     """
     api = HfApi(token=target.token)
     with target.explained(f"creating the repository {target.id}"):
-        made = api.create_repo(target.id, repo_type=target.kind, private=private, exist_ok=True)
+        sdk = "docker" if target.kind == "space" else None
+        made = api.create_repo(target.id, repo_type=target.kind, private=private, space_sdk=sdk, exist_ok=True)
         target = dataclasses.replace(target, id=made.repo_id)
     with target.explained(f"asking for the right to write to {target.id}"):
         api.auth_check(**target.where, write=True)  # now, so that no long work ends in a push that is refused
@@ -163,7 +164,7 @@ def push_files(
         logger.warning("The Hub's answer to the commit was lost, but %s holds every file.", target.id)
         with target.explained(f"reading {target.id}"):
             info = api.repo_info(**target.where, revision=target.revision)
-            prefix = "" if target.kind == "model" else "datasets/"
+            prefix = "" if target.kind == "model" else f"{target.kind}s/"
             commit = CommitInfo(
                 commit_url=f"{api.endpoint}/{prefix}{target.id}/commit/{info.sha}",
                 commit_message=message,
