@@ -14,6 +14,18 @@ def labeler(threshold=0.0, **options):
     return Labeler(apply_threshold(low_and_high, threshold), **options)
 
 
+def test_quantiles_are_among_the_scores_of_the_rows_group_where_thresholds_are():
+    """Group a holds 1, 2, 3: 2 has 1 + ½ of 3 below. In all six scores, 2 has 1 + ½ below. c was never seen."""
+    scores, groups = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 20.0]), list("aaabbb")
+    settings = LabelSettings(strategy="group", quantiles=True)
+    labeler, labels, _ = fit_labels(scores, settings, groups=groups)
+    assert labels.quantile.tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6, 1 / 6, 2 / 3, 2 / 3])
+    again = labeler(np.array([2.0, 2.0, 2.0]), groups=list("abc"))
+    assert again.quantile.tolist() == pytest.approx([1 / 2, 0, 1.5 / 6])
+    whole = fit_labels(scores, LabelSettings(quantiles=True)).labels
+    assert whole.quantile[1] == pytest.approx(1.5 / 6)
+
+
 def test_scores_are_normalised_before_the_threshold_and_weights_are_those_of_the_paper():
     """(70 - 50) / 10 = 2, 2 - 0.5 = 1.5, 1 + 5·1.5 = 8.5; (45 - 50) / 10 = -0.5, -0.5 - 0.5 = -1, 1 + 5·1 = 6."""
     labels = labeler(0.5, normalization=ScoreNormalization("zscore", 50.0, 10.0))([70, 45])

@@ -301,6 +301,9 @@ def test_frames_are_chosen_at_two_a_second_even_in_number_and_first_to_last(tota
 def test_frames_keep_their_shape_within_the_limits_of_the_area():
     processors = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     assert frame_size(480, 832, 200_704) == (336, 588)  # 340 and 590, cut to multiples of 28
+    for side in (768, 1000, *range(449, 2000, 13)):  # squares shrink to 448 up to rounding: which side of it counts
+        expected = processors.smart_resize(side, side, 28, min_pixels=100_352, max_pixels=200_704)
+        assert frame_size(side, side, 200_704) == expected
     for height, width in np.random.default_rng(0).integers(60, 2000, (200, 2)).tolist():
         found = frame_size(height, width, 200_704)
         assert found == processors.smart_resize(height, width, 28, min_pixels=100_352, max_pixels=200_704)

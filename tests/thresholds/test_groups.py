@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import logsumexp
+from scipy.stats import sem
 
 from tgol_trainer.thresholds import (
     RunningPercentile,
@@ -122,6 +123,24 @@ def test_a_group_whose_percentile_is_its_minimum_still_gets_both_labels():
     assert found.values[1] == pytest.approx(weight * 24.5 + (1 - weight) * found.pooled)
 
 
+def correction(exponents):
+    """Half the squared standard error of a mean of exponentials, relative to it."""
+    powers = np.exp(exponents - exponents.max())
+    return 0.0 if powers.size < 2 else (sem(powers) / powers.mean()) ** 2 / 2
+
+
+def test_the_oracle_of_four_samples_is_less_biased_than_the_log_mean_exp():
+    """
+    Normal scores of variance 1 at β = 1.5: τ* = 1/(2β) = 1/3. The plain estimate from 4 samples is too low by about
+    β·(exp(1/β²) - 1)/(2·4) = 0.105, to first order.
+    """
+    scores, groups = np.random.default_rng(0).normal(size=80_000), np.repeat(np.arange(20_000), 4)
+    found = estimate_oracle_thresholds(scores, groups, beta=1.5).values.mean()
+    plain = 1.5 * np.log(np.exp(scores / 1.5).reshape(-1, 4).mean(1)).mean()
+    assert plain < 1 / 3 - 0.07
+    assert found == pytest.approx(1 / 3, abs=0.03)
+
+
 @pytest.mark.parametrize("beta", [None, 0.001, 0.3, 1e6])
 def test_the_oracle_leaves_each_sample_out_of_its_own_baseline(beta):
     scores, groups = grouped()
@@ -132,11 +151,12 @@ def test_the_oracle_leaves_each_sample_out_of_its_own_baseline(beta):
         assert used == pytest.approx(math.sqrt((residuals**2).sum() / (scores.size - 40)))
     for row, group in enumerate(groups):
         mates = np.delete(scores, row)[np.delete(groups, row) == group]
-        expected = used * (logsumexp(mates / used) - math.log(mates.size))
+        expected = used * (logsumexp(mates / used) - math.log(mates.size) + correction(mates / used))
         assert found.leave_one_out[row] == pytest.approx(expected, rel=1e-9, abs=1e-9 * max(1, used))
     for group in range(40):
         own = scores[groups == group]
-        assert found.values[group] == pytest.approx(used * (logsumexp(own / used) - math.log(own.size)), abs=1e-3)
+        expected = used * (logsumexp(own / used) - math.log(own.size) + correction(own / used))
+        assert found.values[group] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_oracle_falls_back_to_the_pooled_threshold_for_single_and_equal_samples():

@@ -98,7 +98,9 @@ def group_threshold(name, scores):
     if len(set(scores)) == 1:
         return POOLED
     if name == "oracle":
-        return BETA * math.log(statistics.fmean(math.exp(score / BETA) for score in scores))
+        powers = [math.exp(score / BETA) for score in scores]
+        mean = statistics.fmean(powers)
+        return BETA * (math.log(mean) + statistics.variance(powers) / (2 * len(powers) * mean**2))
     if name == "mean":
         return pooled_towards(statistics.fmean(scores), WITHIN, len(scores))
     own = statistics.median(scores)

@@ -368,7 +368,11 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "threshold_window": (lambda args: args.threshold_strategy == "running", "with `threshold_strategy='running'`"),
     "ordinal_percentiles": (lambda args: args.loss_type == "ordinal", "with `loss_type='ordinal'`"),
     "weight_form": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
-    "normalize_weights": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
+    "normalize_weights": (
+        lambda args: args.loss_type in ("tgol", "ordinal") and args.comparing is None,
+        "with the loss types 'tgol' and 'ordinal', and not with `log_ratio_centering`: the weights of images that are "
+        "compared are known only in their batch, and have no mean over the data",
+    ),
     "confidence_scale": (
         lambda args: args.weighting.form in ("linear", "power", "clipped"),
         f"with the loss types {CONFIDENT_LOSSES} and the weight forms 'linear', 'power' and 'clipped'",

@@ -141,7 +141,9 @@ def fit_labels(
     if settings.dead_zone:
         labeler, kept = _without_dead_zone(labeler, normal, settings.dead_zone)
         scores = scores[kept]
-    labels = labeler(scores, labeler.rows)
+    if kept is not None and groups is not None:
+        groups = np.asarray(groups)[kept]
+    labels = labeler(scores, labeler.rows, groups)
     _check_weights(labels.weight, scores, name)
     mean = float(labels.weight.mean(dtype=np.float64))
     if settings.unit_mean_weight and mean > 0:
@@ -210,6 +212,7 @@ def _fit(
         strategy=facts,
         score_std=deviation(source) if source is not None else 1.0,
         source=source if keep_source else None,
+        source_groups=source_groups if settings.quantiles and settings.strategy == "group" else None,
         cut_points=cut_points,
         quantiles=settings.quantiles,
         window=settings.window,

@@ -30,8 +30,8 @@ class RowLabels:
         margin (`numpy.ndarray`): (N,) float32, normalised score − τ; (N, m) for the m cut points of the ordinal loss.
         weight (`numpy.ndarray`): Weight w of each margin, float32, in the shape of `margin`.
         quantile (`numpy.ndarray`, *optional*):
-            (N,) float32 in 0..1, the share of the source scores below the score; ties count one half. Only QRPO
-            reads it.
+            (N,) float32 in 0..1, the share of the source scores below the score; ties count one half. With thresholds
+            of groups, the share among those of the row's group. Only QRPO reads it.
     """
 
     score: np.ndarray
@@ -65,6 +65,8 @@ class Labeler:
         score_std (`float`, *optional*, defaults to 1.0): Standard deviation of the source scores in normalised units.
         source (`numpy.ndarray`, *optional*):
             (M,) source scores in normalised units, in the order they were read. Kept only where they are needed.
+        source_groups (`Sequence[str]` or `numpy.ndarray`, *optional*):
+            Groups of `source`, where quantiles are taken within groups.
         combination ([`thresholds.ScoreCombination`], *optional*):
             Makes one score of several columns, before normalisation.
         cut_points (`Sequence[float]`, *optional*): Thresholds of the ordinal loss in normalised units.
@@ -81,12 +83,18 @@ class Labeler:
     strategy: dict[str, Any] = dataclasses.field(default_factory=dict)
     score_std: float = 1.0
     source: np.ndarray | None = None
+    source_groups: Sequence[str] | np.ndarray | None = None
     combination: thresholds.ScoreCombination | None = None
     cut_points: Sequence[float] = ()
     quantiles: bool = False
     window: int | None = None
 
-    def __call__(self, scores: Sequence[float] | np.ndarray, tau: np.ndarray | float | None = None) -> RowLabels:
+    def __call__(
+        self,
+        scores: Sequence[float] | np.ndarray,
+        tau: np.ndarray | float | None = None,
+        groups: Sequence[str] | np.ndarray | None = None,
+    ) -> RowLabels:
         """
         Label rows.
 
@@ -94,6 +102,8 @@ class Labeler:
             scores (`Sequence[float]`): (N,) raw scores, or (N, K) of the K columns of `combination`.
             tau (`numpy.ndarray` or `float`, *optional*):
                 (N,) τ of the rows in normalised units; by default the global one.
+            groups (`Sequence[str]` or `numpy.ndarray`, *optional*):
+                N groups of the rows, for quantiles within groups. Groups without source scores take the global quantile.
 
         Returns:
             [`RowLabels`]: margins are computed in float64, so that their sign is exact, and stored in float32.
@@ -105,8 +115,10 @@ class Labeler:
             margin = margins(values, self.threshold.value if tau is None else tau)
         quantile = None
         if self.quantiles and self.source is not None:
-            ends = [np.searchsorted(self._ordered_source, values, side=side) for side in ("left", "right")]
-            quantile = ((ends[0] + ends[1]) / (2 * self.source.size)).astype(np.float32)
+            quantile = _quantiles(values, self._ordered_source)
+            for group, rows in _rows_of(groups if self.source_groups is not None else None).items():
+                if group in self._ordered_groups:
+                    quantile[rows] = _quantiles(values[rows], self._ordered_groups[group])
         score = np.clip(values, -_HUGE, _HUGE).astype(np.float32)
         weight = self.weighting(margin).astype(np.float32, copy=False)
         return RowLabels(score, margin, weight, quantile)
@@ -114,6 +126,11 @@ class Labeler:
     @functools.cached_property
     def _ordered_source(self) -> np.ndarray:
         return np.sort(np.empty(0) if self.source is None else self.source)
+
+    @functools.cached_property
+    def _ordered_groups(self) -> dict[Any, np.ndarray]:
+        source = np.empty(0) if self.source is None else self.source
+        return {group: np.sort(source[rows]) for group, rows in _rows_of(self.source_groups).items()}
 
     def normalized(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return (N,) float64 scores in normalised units, of (N,) raw scores or (N, K) of several columns."""
@@ -216,6 +233,22 @@ class Labeler:
                 "change."
             )
         return before
+
+
+def _rows_of(groups: Sequence[str] | np.ndarray | None) -> dict[Any, np.ndarray]:
+    """Return the rows of each group."""
+    if groups is None:
+        return {}
+    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.argsort(numbers, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(numbers))[:-1])
+    return dict(zip(names.tolist(), parts, strict=True))
+
+
+def _quantiles(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Return the float32 share of ascending numbers below each value; ties count one half."""
+    ends = [np.searchsorted(ordered, values, side=side) for side in ("left", "right")]
+    return np.asarray((ends[0] + ends[1]) / (2 * ordered.size), dtype=np.float32)
 
 
 def margins(scores: np.ndarray, tau: np.ndarray | float) -> np.ndarray:

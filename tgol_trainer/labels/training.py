@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from tgol_trainer import data, thresholds
-from tgol_trainer.config import CONFIDENT_LOSSES, MethodArguments
+from tgol_trainer.config import MethodArguments
 from tgol_trainer.data import Columns, DataError
 from tgol_trainer.data.scores import read_scores
 
@@ -125,7 +125,7 @@ def label_settings(args: MethodArguments) -> LabelSettings:
         statistic=args.group_statistic,
         oracle_beta=args.oracle_beta,
         weighting=args.weighting,
-        unit_mean_weight=args.normalize_weights and args.loss_type in CONFIDENT_LOSSES,
+        unit_mean_weight=args.normalize_weights,
         dead_zone=args.dead_zone,
         cut_percentiles=args.ordinal_percentiles if args.loss_type == "ordinal" else (),
         quantiles=args.loss_type == "qrpo",

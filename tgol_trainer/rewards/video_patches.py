@@ -35,8 +35,9 @@ def frame_size(height: int, width: int, max_pixels: int, side: int = 28) -> tupl
     """
     new = [max(side, round(length / side) * side) for length in (height, width)]
     if new[0] * new[1] > max_pixels:
-        factor = math.sqrt(max_pixels / (height * width))
-        new = [math.floor(length * factor / side) * side for length in (height, width)]
+        # Divided as in Qwen2-VL's `smart_resize`: multiplied by the inverse, 768 x 768 would round to 448 instead of 420.
+        factor = math.sqrt(height * width / max_pixels)
+        new = [math.floor(length / factor / side) * side for length in (height, width)]
     elif new[0] * new[1] < _MIN_PIXELS:
         factor = math.sqrt(_MIN_PIXELS / (height * width))
         new = [math.ceil(length * factor / side) * side for length in (height, width)]

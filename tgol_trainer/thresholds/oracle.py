@@ -39,6 +39,9 @@ def estimate_oracle_thresholds(
 
     τ* is the normaliser of the KL-regularised optimum, which the paper replaces by one percentile.
 
+    The logarithm of a mean of K samples is too low on average, by about `β_r·v/(2K)` with v the squared coefficient of
+    variation of `exp(R/β_r)`. That is added, with v estimated from the same samples.
+
     The K samples of a group must come from the reference policy. β_r → ∞ gives their mean, β_r → 0 their maximum.
     A sample's own score is left out of the baseline that it meets, since it would pull τ towards itself. Groups with
     one sample or equal scores take the pooled percentile.
@@ -79,15 +82,36 @@ def estimate_oracle_thresholds(
     largest = values[top_row]
     second = values[order[np.maximum(ends - 1, ends - sizes + 1)]]
     exponentials = np.exp((values - largest[groups]) / temperature)
-    sums = np.bincount(groups, weights=exponentials)
-    full = largest + temperature * np.log(sums / sizes)
+    sums, squares = (np.bincount(groups, weights=exponentials**power) for power in (1, 2))
+    full = largest + temperature * log_mean(sums, squares, sizes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        others = largest[groups] + temperature * np.log((sums[groups] - exponentials) / (count - 1))
+        rests = sums[groups] - exponentials, squares[groups] - exponentials**2
+        others = largest[groups] + temperature * log_mean(*rests, count - 1)
         without_top = np.exp((np.minimum(values, second[groups]) - second[groups]) / temperature)
         without_top[top_row] = 0.0
-        others[top_row] = second + temperature * np.log(np.bincount(groups, weights=without_top) / (sizes - 1))
+        rests = tuple(np.bincount(groups, weights=without_top**power) for power in (1, 2))
+        others[top_row] = second + temperature * log_mean(*rests, sizes - 1)
     lowest = values[order[ends - sizes + 1]]
     silent = largest == lowest
     return OracleThresholds(
         np.where(silent, pooled, full), np.where(silent[groups], pooled, others), pooled, temperature
     )
+
+
+def log_mean(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """
+    Estimate the logarithm of a mean, with the bias of the plain estimate removed to first order in 1/K.
+
+    By Taylor's formula `E[log m] = log μ - var/(2Kμ²) + ...` for the mean m of K samples.
+
+    Args:
+        sums (`numpy.ndarray`): Sum of the K samples, larger than 0.
+        squares (`numpy.ndarray`): Sum of their squares.
+        counts (`numpy.ndarray`): K. One sample has no variance, and no correction.
+
+    Returns:
+        `numpy.ndarray`: in the shape of `sums`.
+    """
+    means = sums / counts
+    spread = np.maximum(squares / counts - means**2, 0.0) / means**2
+    return np.asarray(np.log(means) + spread / (2 * np.maximum(counts - 1, 1)))

@@ -10,6 +10,7 @@ import numpy as np
 
 from .base import checked_scores
 from .groups import GroupStatistic, sampling_variance
+from .oracle import log_mean
 
 _LEVEL = 0.95
 _FEW_SCORES = 100  # up to so many, scores are resampled one by one
@@ -166,7 +167,9 @@ def oracle_draw(pooled: float, beta: float) -> Draw:
 
     def log_mean_exp(resamples: np.ndarray) -> np.ndarray:
         largest = resamples.max(axis=1, keepdims=True)
-        return np.asarray(largest[:, 0] + beta * np.log(np.exp((resamples - largest) / beta).mean(axis=1)))
+        exponentials = np.exp((resamples - largest) / beta)
+        size = np.asarray(exponentials.shape[1])
+        return np.asarray(largest[:, 0] + beta * log_mean(exponentials.sum(1), (exponentials**2).sum(1), size))
 
     def draw(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if values[0] == values[-1]:
