@@ -1,11 +1,12 @@
 """What is logged about a batch, held against plain Python averages."""
 
 import math
+import statistics
 
 import pytest
 import torch
 
-from tgol_trainer.metrics import LOGGED_METRICS, RECORD, MetricSums, stack_record
+from tgol_trainer.metrics import LOGGED_METRICS, RECORD, MetricSums, stack_record, temperature_advice
 
 
 def record(rows):
@@ -13,7 +14,7 @@ def record(rows):
     return stack_record(**columns)
 
 
-def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0):
+def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0, change=0.0):
     return {
         "loss": 0.0,
         "implicit_reward": reward,
@@ -22,6 +23,7 @@ def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0):
         "score": score,
         "error": error,
         "reference_error": reference_error,
+        "change": change,
     }
 
 
@@ -29,7 +31,7 @@ ROWS = [
     row(0.5, True, weight=2.0, score=3.0, error=0.9, reference_error=1.0),
     row(-0.2, True, weight=1.0, score=1.0, error=1.2, reference_error=1.1),
     row(0.0, False, weight=4.0, score=-1.0, error=1.0, reference_error=1.0),
-    row(-1.0, False, weight=1.0, score=-2.0, error=2.0, reference_error=1.5),
+    row(-3.0, False, weight=1.0, score=-2.0, error=2.0, reference_error=1.5, change=0.4),
 ]
 
 
@@ -39,9 +41,12 @@ def test_averages_by_hand_with_a_zero_reward_counted_one_half():
     logs = sums.pop()
     expected = {
         "rewards/positive": 0.15,
-        "rewards/negative": -0.5,
-        "rewards/margins": 0.65,
+        "rewards/negative": -1.5,
+        "rewards/margins": 1.65,
         "rewards/accuracies": (1 + 0 + 0.5 + 1) / 4,
+        "rewards/std": statistics.pstdev([0.5, -0.2, 0.0, -3.0]),
+        "rewards/large_share": 0.25,
+        "drift": 0.1,
         "errors/positive": 1.05,
         "errors/negative": 1.5,
         "errors/positive_change": 0.0,
@@ -88,3 +93,26 @@ def test_two_processes_of_which_each_saw_one_class_give_the_averages_of_all_rows
     alone = MetricSums()
     alone.add(record(ROWS))
     assert ranks[0].pop(lambda rows: gathered) == pytest.approx(alone.pop())
+
+
+@pytest.mark.parametrize(
+    ("std", "large", "last", "expected"),
+    [
+        (8.0, 0.6, False, "about 0.008"),
+        (1.0, 0.05, True, None),
+        (0.01, 0.0, False, None),  # every run begins so
+        (0.01, 0.0, True, "towards 1e-05"),
+        (0.0, 0.0, True, None),
+    ],
+)
+def test_a_temperature_that_does_not_suit_is_named_with_one_that_does(std, large, last, expected):
+    """Rewards go as 1/T: at T·std their standard deviation is 1."""
+    found = temperature_advice({"rewards/std": std, "rewards/large_share": large}, 0.001, last=last)
+    assert found is None if expected is None else expected in found
+    assert temperature_advice({"loss": 1.0}, 0.001, last=last) is None
+
+
+def test_without_the_references_predictions_there_is_no_drift():
+    sums = MetricSums()
+    sums.add(record([row(0.5, True, change=math.nan), row(0.5, False)]))
+    assert "drift" not in sums.pop()

@@ -8,20 +8,23 @@ together. A ratio whose count is 0 on every process is left out of the log.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error")
-"""Columns of the (B, 7) float32 matrix that [`stack_record`] makes and [`MetricSums`] adds up."""
+RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error", "change")
+"""Columns of the (B, 8) float32 matrix that [`stack_record`] makes and [`MetricSums`] adds up."""
 
 LOGGED_METRICS: dict[str, str] = {
     "rewards/positive": "mean implicit reward β·log(π_θ/π_ref) of samples labelled positive; rises",
     "rewards/negative": "the same for samples labelled negative; falls",
     "rewards/margins": "rewards/positive - rewards/negative",
     "rewards/accuracies": "share of samples whose implicit reward has the sign of their label; 0 counts one half",
+    "rewards/std": "standard deviation of the implicit rewards; near 1 by the end where T suits the model",
+    "rewards/large_share": "share of samples whose implicit reward is beyond ±2, where the sigmoid is nearly flat",
+    "drift": "distance of predictions from the reference's on the same draws: mean square, or KL of tokens",
     "errors/positive": "mean denoising error of the policy on positive samples, in squared network-output units",
     "errors/negative": "the same on negative samples",
     "errors/positive_change": "errors/positive minus the reference's error on the same draws; falls",
@@ -79,6 +82,7 @@ class MetricSums:
                 (mask * error).sum(),
                 (mask * (error - reference_error)).sum(),
             ]
+        values += [reward.square().sum(), (reward.abs() > 2).double().sum(), column["change"].sum()]
         values += [column["weight"].sum(), column["score"].sum(), column["weight"].max()]
         return torch.stack(values)
 
@@ -122,6 +126,11 @@ class MetricSums:
         without_reference = math.isnan(totals[3]) or math.isnan(totals[7])
         if not without_reference:
             logs["rewards/accuracies"] = correct / count
+            mean, square = (totals[3] + totals[7]) / count, totals[10] / count
+            logs["rewards/std"] = math.sqrt(max(square - mean**2, 0.0))
+            logs["rewards/large_share"] = totals[11] / count
+        if not math.isnan(totals[12]):
+            logs["drift"] = totals[12] / count
         for index, name in enumerate(self._CLASSES):
             members, reward, error, change = totals[2 + 4 * index : 6 + 4 * index]
             if members:
@@ -150,3 +159,37 @@ def summarize_records(records: Any, row_ids: Any) -> dict[str, float]:
     sums = MetricSums()
     sums.add(record)
     return {"loss": record[:, RECORD.index("loss")].double().mean().item(), **sums.pop()}
+
+
+def temperature_advice(logs: Mapping[str, float], temperature: float, *, last: bool) -> str | None:
+    """
+    Say that T does not suit the model, and which one would.
+
+    Implicit rewards are differences of errors over T. Where most of them lie beyond ±2, the sigmoid no longer says how
+    far to go; where they end near 0, it is straight and the loss holds the policy nowhere.
+
+    Args:
+        logs (`Mapping[str, float]`): What training logged of some steps.
+        temperature (`float`): T of the run.
+        last (`bool`): Whether the run ends with these steps. Small rewards are normal before.
+
+    Returns:
+        `str`: the text of a warning, or `None`.
+    """
+    spread = logs.get("rewards/std")
+    if spread is None:
+        return None
+    fitting = float(f"{temperature * spread:.1g}")
+    if logs["rewards/large_share"] > 0.5:
+        return (
+            f"{logs['rewards/large_share']:.0%} of the implicit rewards lie beyond ±2 (standard deviation "
+            f"{spread:.2g}): T = {temperature:g} is small for this model and learning rate, and the loss no longer "
+            f"sees how far to go. Set `temperature` to about {fitting:g}, or lower the learning rate."
+        )
+    if last and 0 < spread < 0.05:
+        return (
+            f"The implicit rewards ended with a standard deviation of {spread:.2g}: at T = {temperature:g} the loss "
+            f"did not hold the policy to the reference. Train longer or at a higher learning rate, or set "
+            f"`temperature` towards {fitting:g}."
+        )
+    return None

@@ -1,15 +1,24 @@
-"""Compute the loss of a batch from what policy and reference say about it: one loss function per loss type."""
+"""Compute the loss of a batch from what policy and reference say about it, and watch whether its temperature suits."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from . import losses, thresholds
-from .config import MethodArguments
+from .config import MethodArguments, TGOLConfig
+from .likelihoods import Likelihood
 from .losses import LossRecord
+from .metrics import temperature_advice
+
+logger = logging.getLogger(__name__)
+
+SIGMOID_LOSSES = ("tgol", "tgol_pairs", "ordinal", "kto", "dpo")
+"""Losses of a sigmoid of the implicit reward, which T must bring to about 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +84,31 @@ def training_loss(
         towards, away = scored.mixed_error(args.nft_mix), scored.mixed_error(-args.nft_mix)
         return losses.nft_loss(towards, away, log_ratio, margin, score_std, beta=beta)
     return losses.supervised_loss(scored.error, margin, positives_only=args.loss_type == "sft")
+
+
+class TemperatureWatch(TrainerCallback):
+    """
+    Warn once where T does not suit the model, by the implicit rewards that training logs.
+
+    Args:
+        likelihood ([`likelihoods.Likelihood`]): That of the model; nothing is said where T does not apply.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.watching = likelihood.temperature_applies
+
+    def on_log(
+        self,
+        args: TGOLConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Look at a log line of training."""
+        if not self.watching or args.loss_type not in SIGMOID_LOSSES or logs is None or "loss" not in logs:
+            return
+        advice = temperature_advice(logs, args.temperature, last=state.global_step >= state.max_steps)
+        if advice is not None:
+            self.watching = False
+            logger.warning(advice)

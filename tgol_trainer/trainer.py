@@ -51,7 +51,7 @@ from .labels.training import (
 )
 from .likelihoods import Draw, log_likelihood, to_device
 from .metrics import MetricSums, stack_record, summarize_records
-from .objective import ScoredBatch, training_loss
+from .objective import ScoredBatch, TemperatureWatch, training_loss
 from .run import Run, RunCallback
 from .saving.facts import dataset_facts
 from .saving.files import STATE_NAME, ReportedConfig
@@ -165,7 +165,7 @@ class TGOLTrainer(SavingTrainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             compute_metrics=self._evaluation_metrics,
-            callbacks=[_EpochStart(self), *(callbacks or [])],
+            callbacks=[_EpochStart(self), TemperatureWatch(self.family.likelihood), *(callbacks or [])],
             optimizers=optimizers,
         )
         check_sharding(args, self.is_fsdp_enabled)
@@ -570,8 +570,12 @@ class TGOLTrainer(SavingTrainer):
             reference_prediction, reference_error = self._reference_pass(draw, conditioning, model)
         prediction = self.family.predict(model, draw, conditioning)
         error = likelihood.error(prediction, draw)
+        unknown = torch.full_like(error, math.nan, requires_grad=False)
+        change = unknown
+        if reference_prediction is not None:
+            change = likelihood.change(prediction.detach(), reference_prediction, draw)
         if reference_error is None:
-            reference_error = torch.full_like(error, math.nan, requires_grad=False)
+            reference_error = unknown
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
             likelihood, reference_error, args.temperature
         )
@@ -584,7 +588,8 @@ class TGOLTrainer(SavingTrainer):
         labeler = self.labeler
         weighting = labeler.weighting if labeler else args.weighting
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
-        record = stack_record(**result._asdict(), score=batch["score"], error=error, reference_error=reference_error)
+        errors = {"error": error, "reference_error": reference_error, "change": change}
+        record = stack_record(**result._asdict(), **errors, score=batch["score"])
         if training:
             self._record = record
             self._train_metrics.add(record)

@@ -86,3 +86,13 @@ def test_a_masking_rate_that_is_no_share_is_refused(rate):
 def test_a_draw_of_another_likelihood_is_refused():
     with pytest.raises(ValueError, match="no mask"):
         LIKELIHOOD.error(LOGITS, Draw(IDS, torch.zeros(3), IDS))
+
+
+def test_the_change_is_the_mean_divergence_of_the_references_codes_at_masked_positions():
+    drawn = LIKELIHOOD.draw(IDS, rows())
+    reference = LOGITS.flip(0)
+    codes = [torch.distributions.Categorical(logits=each.movedim(1, -1)) for each in (reference, LOGITS)]
+    divergence = torch.distributions.kl_divergence(*codes)
+    expected = [divergence[row][drawn.mask[row]].mean().item() for row in range(3)]
+    assert LIKELIHOOD.change(LOGITS, reference, drawn).tolist() == pytest.approx(expected, rel=1e-5)
+    assert LIKELIHOOD.change(LOGITS, LOGITS, drawn).tolist() == [0, 0, 0]

@@ -370,8 +370,7 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "weight_form": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
     "normalize_weights": (
         lambda args: args.loss_type in ("tgol", "ordinal") and args.comparing is None,
-        "with the loss types 'tgol' and 'ordinal', and not with `log_ratio_centering`: the weights of images that are "
-        "compared are known only in their batch, and have no mean over the data",
+        "with 'tgol' and 'ordinal' without centring: weights of compared images are known only in their batch",
     ),
     "confidence_scale": (
         lambda args: args.weighting.form in ("linear", "power", "clipped"),

@@ -103,7 +103,7 @@ class Labeler:
             tau (`numpy.ndarray` or `float`, *optional*):
                 (N,) τ of the rows in normalised units; by default the global one.
             groups (`Sequence[str]` or `numpy.ndarray`, *optional*):
-                N groups of the rows, for quantiles within groups. Groups without source scores take the global quantile.
+                N groups of the rows, for quantiles within groups. A group without source scores takes the global one.
 
         Returns:
             [`RowLabels`]: margins are computed in float64, so that their sign is exact, and stored in float32.

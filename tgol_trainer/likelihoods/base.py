@@ -94,6 +94,10 @@ class Likelihood(Protocol):
         """Return the (B,) float32 error of a prediction (B, ...) of any dtype."""
         ...
 
+    def change(self, prediction: torch.Tensor, reference: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Return how far a prediction is from the reference's on the same draw: (B,) float32, 0 where they agree."""
+        ...
+
 
 class SquaredError:
     """The error of models that predict noise, velocity or clean latents."""
@@ -103,6 +107,10 @@ class SquaredError:
     def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Mean squared error over all dimensions but the first: (B,) float32, computed in float32."""
         return ((prediction.float() - draw.target) ** 2).flatten(1).mean(1)
+
+    def change(self, prediction: torch.Tensor, reference: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mean squared difference of two predictions: (B,) float32."""
+        return ((prediction.float() - reference.float()) ** 2).flatten(1).mean(1)
 
 
 def per_row(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

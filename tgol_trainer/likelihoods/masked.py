@@ -55,3 +55,12 @@ class MaskedTokenLikelihood:
         surprise = torch.nn.functional.cross_entropy(prediction.float(), draw.target, reduction="none")
         mask = draw.mask.flatten(1)
         return torch.where(mask, surprise.flatten(1), 0.0).sum(1) / mask.sum(1)
+
+    def change(self, prediction: torch.Tensor, reference: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """KL(reference, policy) of the codes, mean over the masked positions: (B,) in nats."""
+        if draw.mask is None:
+            raise ValueError("The draw has no mask: make it with `MaskedTokenLikelihood.draw`.")
+        policy, base = prediction.float().log_softmax(1), reference.float().log_softmax(1)
+        divergence = torch.nn.functional.kl_div(policy, base, reduction="none", log_target=True).sum(1).flatten(1)
+        mask = draw.mask.flatten(1)
+        return torch.where(mask, divergence, 0.0).sum(1) / mask.sum(1)

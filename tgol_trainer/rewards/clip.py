@@ -125,8 +125,8 @@ class ClipScore(ClipReward):
     CLIP score: 100 times the cosine between an image and its prompt, not clamped at 0.
 
     Source: Hessel et al., 2021, "CLIPScore" (arXiv 2104.08718), without its factor 2.5 and its prefix. The backbone is
-    that of the evaluations of Diffusion-DPO and its successors (OpenCLIP ViT-H/14 trained on LAION-2B). Diffusion-DPO's
-    code returns the cosine without the factor 100. Scores of different backbones are not comparable.
+    that of the evaluations of Diffusion-DPO and its successors (OpenCLIP ViT-H/14 trained on LAION-2B). The code of
+    Diffusion-DPO returns the cosine without the factor 100. Scores of different backbones are not comparable.
     """
 
     default_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

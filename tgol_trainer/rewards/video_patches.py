@@ -35,7 +35,7 @@ def frame_size(height: int, width: int, max_pixels: int, side: int = 28) -> tupl
     """
     new = [max(side, round(length / side) * side) for length in (height, width)]
     if new[0] * new[1] > max_pixels:
-        # Divided as in Qwen2-VL's `smart_resize`: multiplied by the inverse, 768 x 768 would round to 448 instead of 420.
+        # Divided as in Qwen2-VL's `smart_resize`: times the inverse, 768 x 768 would round to 448 instead of 420.
         factor = math.sqrt(height * width / max_pixels)
         new = [math.floor(length / factor / side) * side for length in (height, width)]
     elif new[0] * new[1] < _MIN_PIXELS:
