@@ -204,6 +204,14 @@ def sync_reference(model: ModelMixin) -> None:
     _freeze_reference(model)
 
 
+def scale_policy(model: ModelMixin, factor: float) -> None:
+    """Multiply the update of the policy's LoRA by a factor, in its weights, so that every loader sees it."""
+    with torch.no_grad():
+        for name, parameter in _parameters_of(model, POLICY).items():
+            if ".lora_B" in name or ".lora_embedding_B" in name:
+                parameter.mul_(factor)
+
+
 def reference_name(weight: str) -> str | None:
     """Return the name of a weight of the denoiser as the reference has it, `None` for one of the policy's adapter."""
     parts = weight.split(".")

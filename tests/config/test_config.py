@@ -162,6 +162,7 @@ CONDITIONAL = {
     "centering_strength": (0.5, {"loss_type": "tgol_pairs", "group_size": 4}),
     "reference_update": ("epoch", {}),
     "precompute_ref_log_probs": (True, {}),
+    "target_drift": (0.01, {}),
     "num_ref_draws": (2, {"precompute_ref_log_probs": True}),
     "csft_suffixes": (["a", "b"], {"loss_type": "csft"}),
     "nft_mix": (0.5, {"loss_type": "nft"}),

@@ -36,6 +36,7 @@ LAYERS = {
     "config": 3,
     "shapes": 3,
     "families": 4,
+    "scaling": 4,
     "labels": 4,
     "converters": 4,
     "caching": 5,
@@ -81,6 +82,7 @@ CORE |= {
     "labels",
     "objective",
     "saving",
+    "scaling",
     "run",
     "trainer",
 }

@@ -310,6 +310,16 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                     raise ValueError(f"`score_columns` names {getattr(self, role)!r}, which is the `{role}`.")
         if self.full_finetuning and self.adapter_name_or_path:
             raise ValueError("`full_finetuning=True` trains no adapter: leave out `adapter_name_or_path`.")
+        if self.target_drift is not None and (self.full_finetuning or self.reference == "initial"):
+            raise ValueError(
+                "`target_drift` scales an adapter whose scale 0 is the reference: leave `full_finetuning` False and "
+                "`reference` 'base'."
+            )
+        if self.target_drift is not None and self.reference_update == "epoch":
+            raise ValueError(
+                "`target_drift` is counted from the base model, and `reference_update='epoch'` moves the reference: "
+                "leave one out."
+            )
         if self.reference == "initial" and not self.adapter_name_or_path:
             raise ValueError("`reference='initial'` means the adapter of `adapter_name_or_path`, which is not given.")
         if self.reference == "initial" and self.reference_update == "epoch":

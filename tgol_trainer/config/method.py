@@ -190,6 +190,12 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             "per image. A step then needs one forward pass."
         },
     )
+    target_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the trained adapter by the number at which its `drift` is this. None: as trained."
+        },
+    )
     num_ref_draws: int = field(
         default=4,
         metadata={"help": "Fixed draws per image. Passes over the data take them in turn, from the first again."},
@@ -332,6 +338,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             )
 
     def _check_reference(self) -> None:
+        if self.target_drift is not None and not (math.isfinite(self.target_drift) and self.target_drift > 0):
+            raise ValueError(f"`target_drift` must be larger than 0 and finite, got {self.target_drift}.")
         if not self.precompute_ref_log_probs:
             return
         if self.reference_update == "epoch":
@@ -392,6 +400,10 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     ),
     "reference_update": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
     "precompute_ref_log_probs": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
+    "target_drift": (
+        lambda args: args.needs_reference and not args.precompute_ref_log_probs,
+        "where the reference runs: not with 'sft', 'csft' or `precompute_ref_log_probs=True`",
+    ),
     "num_ref_draws": (lambda args: args.precompute_ref_log_probs, "with `precompute_ref_log_probs=True`"),
     "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),
     "nft_mix": (lambda args: args.loss_type == "nft", "with `loss_type='nft'`"),

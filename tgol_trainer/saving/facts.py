@@ -14,6 +14,7 @@ from tgol_trainer.adapters import POLICY, adapter_metadata
 from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodArguments, TGOLConfig, default_of
 from tgol_trainer.families import hub_license
 from tgol_trainer.labels import Labeler
+from tgol_trainer.scaling import Scaling
 from tgol_trainer.thresholds import ScoreCombination
 
 from .card import CardFacts, DatasetFacts, Hyperparameter
@@ -46,6 +47,7 @@ class CardSource(Protocol):
     example_prompt: str | None
     card_extras: dict[str, Any]
     changes: list[Change]
+    scaling: Scaling | None
     hub_model_id: str | None
 
 
@@ -151,6 +153,11 @@ def harvest_facts(trainer: CardSource) -> CardFacts:
         prompt += args.csft_suffixes[0]
     threshold, weights = _label_facts(trainer.labeler)
     limits = ["It inherits the limits, the biases and the terms of use of its base model."]
+    if trainer.scaling is not None:
+        limits.append(
+            "The adapter was multiplied by {:.4g} after training, to a chosen drift: {:.4g} as trained, {:.4g} as "
+            "saved (mean squared change of the denoiser's output).".format(*trainer.scaling)
+        )
     limits += [f"Training was resumed at step {change.step} with a change of {change}." for change in trainer.changes]
     adapter = {} if args.full_finetuning else adapter_metadata(family.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -19,6 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from tgol_trainer import adapters
 from tgol_trainer._files import move, settle, write_json
+from tgol_trainer.data import ScoredDataset
+from tgol_trainer.metrics import RECORD
+from tgol_trainer.scaling import Scaling, drift_of_rows, scale_to_drift
 
 from .card import CardImage, DatasetFacts, write_card
 from .checkpoints import DRAFTS, explained_writes, last_good, read_back, rotate, seal
@@ -57,6 +60,7 @@ class SavingTrainer(Trainer):
         example_prompt (`str`, *optional*): Prompt of the card's snippet.
         card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
         changes (`list[settings.Change]`): Settings that changed where the run was resumed.
+        scaling ([`scaling.Scaling`], *optional*): What the policy was multiplied by after training.
         already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
     """
 
@@ -69,6 +73,7 @@ class SavingTrainer(Trainer):
     card_extras: dict[str, Any]
     pushes: RunPushes | None = None
     already_saved = False
+    scaling: Scaling | None = None
     _watch: FiniteWatch
     _filter: UpdateFilter | None = None
     _record: torch.Tensor
@@ -112,6 +117,7 @@ class SavingTrainer(Trainer):
         """
         self._watch, self.already_saved = FiniteWatch(self.args.device), False
         self._filter = UpdateFilter(self.args.device) if self.args.on_nan == "skip" else None
+        self._check_scaling()
         checkpoint = self._open(resume_from_checkpoint)
         self._settings = settings = self._decisive_settings()
         self.changes = []
@@ -121,12 +127,53 @@ class SavingTrainer(Trainer):
             if is_finished(state, self.args, checkpoint):
                 return self._end_again(checkpoint, state)
         try:
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StopOnSignal):
                     callback.restore()
             self._finish_current_push()
+        self._scale_to_drift()
+        return output
+
+    def _check_scaling(self) -> None:
+        """Refuse `target_drift` before training, where it would fail after it."""
+        if self.args.target_drift is None:
+            return
+        if not isinstance(self.train_dataset, ScoredDataset):
+            raise ValueError(
+                "`target_drift` is measured on rows of a dataset with a length: load it without streaming."
+            )
+        if self.family.denoiser.peft_config[adapters.POLICY].use_dora:
+            raise ValueError(
+                "`target_drift` scales the update of a LoRA; that of DoRA does not scale: set `use_dora=False`."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`target_drift` needs the whole adapter on each process: leave it out with FSDP or DeepSpeed."
+            )
+
+    def _scale_to_drift(self) -> None:
+        """Scale the policy to `target_drift`. Checkpoints hold it as it was trained, so that training can go on."""
+        if self.args.target_drift is None:
+            return
+        index, size = RECORD.index("change"), self.args.per_device_eval_batch_size
+
+        def changes(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.compute_loss(self.model, batch, return_outputs=True)[1][:, index]
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            self.scaling = scale_to_drift(
+                self.family.denoiser,
+                self.args.target_drift,
+                lambda: drift_of_rows(self.train_dataset, self.data_collator, size, changes),
+            )
+        finally:
+            self.model.train(training)
+        logger.warning("The adapter was multiplied by %.4g: its drift was %.4g and is %.4g.", *self.scaling)
 
     def _open(self, asked: str | bool | None) -> Path | None:
         """Open the output folder; return the checkpoint to start at."""
@@ -173,6 +220,7 @@ class SavingTrainer(Trainer):
         saved = Path(self.args.output_dir, STATE_NAME)
         self.already_saved = saved.is_file() and json.loads(saved.read_text())["step"] == state.global_step
         logger.warning("The run is finished: %s is its last step. Nothing is trained.", checkpoint)
+        self._scale_to_drift()
         losses = [line["loss"] for line in state.log_history if "loss" in line]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
 
@@ -296,6 +344,8 @@ class SavingTrainer(Trainer):
             if self._settings is None:  # saved without training
                 self._settings = self._decisive_settings()
             changes = [dataclasses.asdict(change) for change in self.changes]
+            if self.scaling is not None and not checkpoint:
+                state["scaling"] = self.scaling._asdict()
             state |= {"step": self.state.global_step, "settings": self._settings, "changes": changes}
             state["skipped_updates"] = self._filter.known if self._filter else 0
             write_json(folder / STATE_NAME, state)
