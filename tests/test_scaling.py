@@ -61,8 +61,8 @@ def test_a_run_saves_its_adapter_at_the_drift_that_was_asked_for_and_says_so(con
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"loss_type": "sft"}, "where the reference runs"),
-        ({"precompute_ref_log_probs": True}, "where the reference runs"),
+        ({"loss_type": "sft"}, "has no effect here"),
+        ({"precompute_ref_log_probs": True}, "has no effect here"),
         ({"full_finetuning": True}, "whose scale 0 is the reference"),
         ({"reference_update": "epoch"}, "moves the reference"),
     ],

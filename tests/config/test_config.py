@@ -178,7 +178,7 @@ def test_every_conditional_field_is_listed_here():
 def test_a_field_without_effect_is_refused_and_taken_where_it_acts(make, name):
     value, beside = CONDITIONAL[name]
     assert getattr(make(**{name: value}, **beside), name) == value
-    with_sft = ("weight_form", "normalize", "desirable", "undesirable", "reference", "precompute")
+    with_sft = ("weight_form", "normalize", "desirable", "undesirable", "reference", "precompute", "target")
     unweighted = {"loss_type": "sft"} if name.startswith(with_sft) and name != "reference_samples" else {}
     with pytest.raises(ValueError, match=f"^`{name}=.*` has no effect here: it acts only with"):
         make(**{name: value}, **WITHOUT_EFFECT.get(name, unweighted))

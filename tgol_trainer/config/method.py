@@ -402,7 +402,7 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "precompute_ref_log_probs": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
     "target_drift": (
         lambda args: args.needs_reference and not args.precompute_ref_log_probs,
-        "where the reference runs: not with 'sft', 'csft' or `precompute_ref_log_probs=True`",
+        "with other loss types than 'sft' and 'csft', and without `precompute_ref_log_probs`",
     ),
     "num_ref_draws": (lambda args: args.precompute_ref_log_probs, "with `precompute_ref_log_probs=True`"),
     "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),

@@ -85,12 +85,12 @@ def estimate_oracle_thresholds(
     sums, squares = (np.bincount(groups, weights=exponentials**power) for power in (1, 2))
     full = largest + temperature * log_mean(sums, squares, sizes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rests = sums[groups] - exponentials, squares[groups] - exponentials**2
-        others = largest[groups] + temperature * log_mean(*rests, count - 1)
+        rests = log_mean(sums[groups] - exponentials, squares[groups] - exponentials**2, count - 1)
+        others = largest[groups] + temperature * rests
         without_top = np.exp((np.minimum(values, second[groups]) - second[groups]) / temperature)
         without_top[top_row] = 0.0
-        rests = tuple(np.bincount(groups, weights=without_top**power) for power in (1, 2))
-        others[top_row] = second + temperature * log_mean(*rests, sizes - 1)
+        sums, squares = (np.bincount(groups, weights=without_top**power) for power in (1, 2))
+        others[top_row] = second + temperature * log_mean(sums, squares, sizes - 1)
     lowest = values[order[ends - sizes + 1]]
     silent = largest == lowest
     return OracleThresholds(
