@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Subset
 from tgol_trainer.data import Collator, ScoredDataset, decode_prompts
 
 from .filling import Encoded, Workers, fill
-from .store import TensorStore, key_of, keys_of
+from .store import TensorStore, key_of
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when the same reference and draw give another error."""
 
 
@@ -50,10 +50,9 @@ class ReferenceErrors:
             `torch.Tensor`: (B,) float32, on the CPU.
         """
         prompts = decode_prompts(inputs["prompt_bytes"], inputs["prompt_length"])
-        images = inputs["image_key"].cpu().numpy().view(np.uint64)
-        groups = inputs["group"].tolist() if "group" in inputs else [0] * len(prompts)
-        rows = zip(images.tolist(), inputs["resolution"].tolist(), inputs["row_id"].tolist(), groups, strict=True)
-        return self.store.read(_keys(rows, prompts, step))["error"]
+        facts = [inputs[name] for name in ("image_key", "resolution", "row_id", "group") if name in inputs]
+        rows = _row_keys(np.column_stack([fact.cpu().numpy() for fact in facts]), prompts)
+        return self.store.read(rows ^ _step_key(step))["error"]
 
     def add(
         self,
@@ -72,11 +71,12 @@ class ReferenceErrors:
                 Returns the reference's (B,) float32 errors of a batch on the draw of a step.
             batch_size (`int`): Rows of a batch.
         """
-        prompts, number_of_rows = rows.prompts, len(rows)
-        groups = rows.group_ids or [0] * number_of_rows
-        sizes = [self.collator.resolution] * number_of_rows if rows.resolutions is None else rows.resolutions.tolist()
-        facts = list(zip(rows.image_keys.tolist(), map(list, sizes), rows.row_ids.tolist(), groups, strict=True))
-        _, size = np.unique(np.array(sizes), axis=0, return_inverse=True)
+        sizes = np.full((len(rows), 2), self.collator.resolution)
+        if rows.resolutions is not None:
+            sizes = rows.resolutions
+        groups = [] if rows.group_ids is None else [np.array(rows.group_ids)]
+        keys = _row_keys(np.column_stack([rows.image_keys.view(np.int64), sizes, rows.row_ids, *groups]), rows.prompts)
+        _, size = np.unique(sizes, axis=0, return_inverse=True)
         parts = [np.flatnonzero(size.reshape(-1) == number) for number in range(int(size.max()) + 1)]
         for number, step in enumerate(steps, 1):
             for part in parts:  # a batch holds images of one size
@@ -92,11 +92,20 @@ class ReferenceErrors:
                     for inputs in loader:
                         yield from ({"error": value[None]} for value in error(inputs, step))
 
-                keys = _keys([facts[row] for row in part], [prompts[row] for row in part], step)
                 verb = f"Draw {number} of {len(steps)}: computing"
-                fill(self.store, keys, make, "reference error", self.workers, verb)
+                fill(self.store, keys[part] ^ _step_key(step), make, "reference error", self.workers, verb)
 
 
-def _keys(rows: Iterable[tuple[Any, ...]], prompts: Sequence[str], step: int) -> np.ndarray:
-    """Return (N, 2) keys of rows, each its image's key, size, number and group."""
-    return keys_of([f"{step}|{row}|{prompt}" for row, prompt in zip(rows, prompts, strict=True)])
+def _row_keys(facts: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """Return (N, 2) uint64 keys of (N, M) int64 facts about rows, and their prompts."""
+    keys = bytearray()
+    for fact, prompt in zip(np.ascontiguousarray(facts, dtype=np.int64), prompts, strict=True):
+        digest = hashlib.blake2b(fact.tobytes(), digest_size=16)
+        digest.update(prompt.encode("utf-8", "surrogatepass"))
+        keys += digest.digest()
+    return np.frombuffer(keys, dtype=np.uint64).reshape(-1, 2)
+
+
+def _step_key(step: int) -> np.ndarray:
+    """Return (2,) uint64, which makes the keys of a step of those of rows."""
+    return np.frombuffer(key_of("step", step), dtype=np.uint64)
