@@ -1,10 +1,13 @@
 """Batches of tensors: images, prompts, labels, sizes."""
 
+import os
+
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
-from tgol_trainer.data import Collator, DataError, decode_prompts
+from tgol_trainer.data import Collator, Columns, DataError, decode_prompts, prepare_dataset
 from tgol_trainer.labels import Labeler
 from tgol_trainer.thresholds import apply_threshold
 
@@ -54,3 +57,24 @@ def test_an_image_that_breaks_after_the_check_names_its_row(tmp_path):
     path = tmp_path / "gone.png"
     with pytest.raises(DataError, match=r"(?s)row 41 .*gone\.png.*image file not found.*Put the file back"):
         Collator((4, 4))([row(), row(row_id=41, image=str(path))])
+
+
+def test_a_file_that_was_replaced_after_the_check_is_an_error_and_never_trained_on(tmp_path, clips):
+    """With the name, the size and the date of the one that was checked."""
+    paths = [tmp_path / f"{number}.bmp" for number in range(3)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    columns = {"prompt": ["a"] * 3, "image": list(map(str, paths)), "score": [0.0, 1.0, 2.0]}
+    rows, _ = prepare_dataset(Dataset.from_dict(columns), Columns(), (8, 8))
+    collate = Collator((8, 8))
+    whole, status = collate([rows[0], rows[1], rows[2]]), paths[1].stat()
+    assert whole["pixel_values"].shape == (3, 3, 8, 8)
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(paths[1])
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=r"(?s)row 1 .*1\.bmp.*is another one than the check.*Start again"):
+        collate([rows[0], rows[1]])
+    films, _ = prepare_dataset(clips, Columns(video="video", num_frames=5), (16, 32))
+    collate, film = Collator((16, 32), num_frames=5), films[0]
+    assert collate([film])["pixel_values"].shape == (1, 3, 5, 16, 32)
+    with pytest.raises(DataError, match=r"video of row 0 .*is another one"):
+        collate([{**film, "video": films[1]["video"]}])

@@ -126,7 +126,7 @@ def test_other_column_names_and_unreadable_extra_columns_do_not_matter():
     dataset = Dataset.from_list(rows_of(3)).rename_columns({"prompt": "p", "image": "i", "score": "s"})
     dataset = dataset.add_column("sound", [b"not a sound"] * 3).cast_column("sound", datasets.Image())
     scored, _ = prepare_dataset(dataset, Columns("p", "i", "s"), SIZE)
-    assert scored[1]["score"] == 1.0 and set(scored[1]) == {"prompt", "image", "score", "row_id"}
+    assert scored[1]["score"] == 1.0 and set(scored[1]) == {"prompt", "image", "score", "row_id", "image_key"}
 
 
 def test_the_second_check_of_a_dataset_on_disk_opens_no_image(tmp_path, monkeypatch):

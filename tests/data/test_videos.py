@@ -90,7 +90,7 @@ def test_every_form_of_a_clip_gives_the_same_pixels(tmp_path):
         "paths": [str(tmp_path / f"{number}.png") for number in range(9)],
         "nested lists": pixels.tolist(),
     }
-    expected, geometry = video_pixels(pixels, 5, SIZE)
+    expected, geometry, _ = video_pixels(pixels, 5, SIZE)
     assert (expected.shape, expected.dtype, geometry) == ((3, 5, *SIZE), torch.float32, (HEIGHT, WIDTH, 0, 0))
     assert expected.is_contiguous()
     assert -1 <= expected.min() < expected.max() <= 1

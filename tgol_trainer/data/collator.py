@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .images import DataError, ImageError, crop_offset, describe, open_image, to_pixels
+from .images import DataError, ImageError, content_key, crop_offset, describe, open_image, to_pixels
 from .videos import VideoError, video_pixels
 
 LABELS = ("score", "margin", "weight", "quantile")
@@ -68,8 +68,8 @@ class Collator:
         if others:
             raise ValueError(f"A batch holds images of one size, and this one has {[resolution, *others]}.")
         batch = {"resolution": torch.tensor([resolution] * len(rows))}
-        if "image_key" in rows[0]:
-            keys = np.stack([row["image_key"] for row in rows]).view(np.int64)
+        if "size" in rows[0]:
+            keys = np.frombuffer(bytearray(b"".join(row["image_key"] for row in rows)), dtype=np.int64).reshape(-1, 2)
             sizes = [row["size"] for row in rows]
             geometry = [(height, width, *crop_offset(width, height, resolution)) for width, height in sizes]
             return {**batch, "image_key": torch.from_numpy(keys), "geometry": torch.tensor(geometry)}
@@ -82,15 +82,25 @@ class Collator:
         medium = "image" if self.num_frames is None else "video"
         try:
             if self.num_frames is not None:
-                return video_pixels(row[medium], self.num_frames, resolution)
-            image = open_image(row[medium])
-            return to_pixels(image, resolution), (image.height, image.width, *crop_offset(*image.size, resolution))
+                pixels, geometry, digest = video_pixels(row[medium], self.num_frames, resolution)
+                key = content_key((geometry[1], geometry[0]), digest)
+            else:
+                image = open_image(row[medium])
+                pixels, key = to_pixels(image, resolution), content_key(image.size, image.tobytes())
+                geometry = (image.height, image.width, *crop_offset(*image.size, resolution))
         except (ImageError, VideoError) as error:
             raise DataError(
                 f"The {medium} of row {row['row_id']} ({describe(row[medium])}), which the check before training "
                 f"opened, cannot be opened now: {error.cause}, {error}. Put the file back; {medium}s must stay in "
                 "place and unchanged while a run reads them."
             ) from error
+        if row.get("image_key", key) != key:
+            raise DataError(
+                f"The {medium} of row {row['row_id']} ({describe(row[medium])}) is another one than the check before "
+                "training saw, and the score may not be this one's. Start again: what changed is checked anew. A file "
+                "must stay as it is while a run reads it."
+            )
+        return pixels, geometry
 
 
 def decode_prompts(prompt_bytes: torch.Tensor, prompt_length: torch.Tensor) -> list[str]:

@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import xxhash
 
 from .buckets import Buckets
 from .checks import check_class, check_columns
-from .images import DataError, cropped_share
+from .images import DataError, content_key, cropped_share
 from .prompts import PromptSyntax, apply_syntax
 from .rows import BadRows, Columns, OnBadSample, check_policy, read_row
 from .scores import read_columns
@@ -115,7 +114,7 @@ def _check_batch(
         width, height = row.visual.size if row.visual else (0, 0)
         digest = b""
         if row.visual:
-            digest = xxhash.xxh3_128(b"%d %d " % row.visual.size + row.visual.tobytes()).digest()
+            digest = content_key(row.visual.size, row.visual.tobytes())
         causes, details = zip(*row.problems, strict=True) if row.problems else ((), ())
         facts = {"score": row.score, "width": width, "height": height, "digest": digest, "stamp": _stamp(visual)}
         found.append({**facts, "causes": causes, "details": details})
@@ -294,9 +293,10 @@ class ScoredDataset(torch.utils.data.Dataset):
 
     `dataset[i]` is `{"prompt": str, "image": undecoded value, "score": raw score, "row_id": int}`, with `"video"`
     instead of `"image"` for videos. `row_id` is the row's number in the user's dataset, whatever rows were left out.
-    Where `columns` name a group there is `"group"`, a 63-bit hash of its name. Where `labels` are set, the values of
-    [`labels.RowLabels.row`] are added, and `"score"` is the normalised score. Where `encoded` is set, `"image_key"`
-    and `"size"` stand in for the image, which is not read. Where `resolutions` are set there is `"resolution"`.
+    `"image_key"` (16 bytes) is a hash of its pixels. Where `columns` name a group, `"group"` is a 63-bit hash of it.
+    Where `labels` are set, the values of [`labels.RowLabels.row`] are added, and `"score"` is the normalised score.
+    Where `encoded` is set, `"size"` stands in for the image, which is not read. Where `resolutions` are set there is
+    `"resolution"`.
 
     Args:
         rows ([`datasets.Dataset`]): The user's dataset.
@@ -343,9 +343,10 @@ class ScoredDataset(torch.utils.data.Dataset):
             "prompt": self._columns.text(row.column(self._columns.prompt)[0].as_py()),
             "score": self.scores[index].tolist(),
             "row_id": row_id,
+            "image_key": self.image_keys[index].tobytes(),
         }
         if self.encoded:
-            sample |= {"image_key": self.image_keys[index], "size": tuple(self.sizes[index].tolist())}
+            sample["size"] = tuple(self.sizes[index].tolist())
         else:
             sample[self._columns.medium] = cell(row.column(self._columns.visual), 0)
         if self.resolutions is not None:

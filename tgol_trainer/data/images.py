@@ -304,6 +304,13 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
 
 
+def content_key(size: tuple[int, int], content: bytes) -> bytes:
+    """Return a 16-byte hash of an image's (width, height) and pixels, or of a video's and its frames' digest."""
+    import xxhash
+
+    return xxhash.xxh3_128(b"%d %d " % size + content).digest()
+
+
 def to_pixels(image: Image.Image, resolution: tuple[int, int]) -> torch.Tensor:
     """
     Resize an image until it covers the resolution, cut out the centre and scale to -1..1.

@@ -183,7 +183,7 @@ def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
 
 def video_pixels(
     value: Any, num_frames: int, resolution: tuple[int, int]
-) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+) -> tuple[torch.Tensor, tuple[int, int, int, int], bytes]:
     """
     Return a clip's training pixels, each frame resized and cut as [`to_pixels`] does with an image.
 
@@ -193,20 +193,23 @@ def video_pixels(
         resolution (`tuple[int, int]`): (height, width) in pixels.
 
     Returns:
-        `tuple[torch.Tensor, tuple]`: (3, num_frames, height, width) float32 in -1..1; and height, width, top and left
-        of the crop as in [`Collator`]'s `geometry`.
+        `tuple[torch.Tensor, tuple, bytes]`: (3, num_frames, height, width) float32 in -1..1; height, width, top and
+        left of the crop as in [`Collator`]'s `geometry`; and the digest of [`Video`].
     """
     import torch
 
     sizes: list[tuple[int, int]] = []
+    digest = hashlib.blake2b(digest_size=16)
 
     def pixels(frame: Image.Image) -> torch.Tensor:
         sizes.append(frame.size)
+        digest.update(frame.tobytes())
         return to_pixels(frame, resolution)
 
     frames = read_video(value, num_frames, pixels)
     width, height = sizes[0]
-    return torch.stack(frames, dim=1), (height, width, *crop_offset(width, height, resolution))
+    geometry = (height, width, *crop_offset(width, height, resolution))
+    return torch.stack(frames, dim=1), geometry, digest.digest()
 
 
 def _content(value: Any) -> Any:
