@@ -35,7 +35,8 @@ def test_a_small_run_leaves_every_file_and_reports_every_score(tmp_path, capfd):
     card = (tmp_path / "README.md").read_text()
     assert ModelCard(card).data.eval_results
     assert "before_after.png" in card and "shapes model embedded" in card
-    assert "48 positive, 48 negative" in printed.out and "Next, train on a dataset of your own" in printed.out
+    assert "48 positive, 48 negative" in printed.out and "Or train on a dataset of your own" in printed.out
+    assert f"rate {tmp_path / 'dataset'} --model_name_or_path shapes" in printed.out
     for noise in ("torchvision", "gemm_4bit", "peft_config", "Traceback", "FutureWarning", "UserWarning"):
         assert noise not in printed.out + printed.err
 

@@ -366,7 +366,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         print(f"  {folder / name}  {text}")
     print(
-        f"Next, train on a dataset of your own; on this one: {_program()} train --model_name_or_path shapes "
+        f"Next, rate its pictures by your own taste, and train on that: {_program()} rate {folder / 'dataset'} "
+        f"--model_name_or_path shapes --output_dir {folder / 'ratings'}"
+    )
+    print(
+        f"Or train on a dataset of your own; on this one: {_program()} train --model_name_or_path shapes "
         f"--dataset_name {folder / 'dataset'} --score_column colour_faithfulness --score_normalization zscore "
         "--per_device_train_batch_size 64 --num_train_epochs 8 --learning_rate 2e-4 --output_dir my_adapter"
     )
