@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny, tiny_language
+from tests import tiny, tiny_language, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -150,6 +150,18 @@ def flux2_unpacked(pipe, tokens, height, width):
     return tokens.transpose(1, 2).unflatten(2, (height // side, width // side))
 
 
+def qwen_unpacked(pipe, tokens, height, width):
+    return pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor).squeeze(2)
+
+
+def clip_reconstruction(pipe, pixels):
+    return pipe.vae(pixels.unsqueeze(2)).sample.squeeze(2)
+
+
+def opaque_reconstruction(pipe, pixels):
+    return clip_reconstruction(pipe, torch.cat([pixels, torch.ones(2, 1, *pixels.shape[-2:])], 1))
+
+
 def load_lora(pipe, folder):
     pipe.load_lora_weights(folder)
 
@@ -214,7 +226,14 @@ _MASKED = {
     "learning_rate": 3e-2,
 }
 _HALVED = {**_MASKED, "sizes": ((16, 16), 4)}
-_WAN_SIZE = {"height": 16, "width": 32, "num_frames": 5}
+_WAN = {
+    "pixels": (3, 5, 16, 32),
+    "latents": (16, 2, 2, 4),
+    "long_prompts": (1, 512),
+    "dataset": four_clips,
+    "settings": {"resolution": "16x32", "num_frames": 5},
+    "call": {"height": 16, "width": 32, "num_frames": 5},
+}
 
 TINY = {
     "sd": Facts(tiny.stable_diffusion, sd_error),
@@ -224,17 +243,9 @@ TINY = {
     "sd3.5": Facts(partial(tiny.stable_diffusion_3, "3.5"), **_SD3),
     "flux": Facts(tiny.flux, **_FLUX),
     "flux without guidance": Facts(partial(tiny.flux, guidance_embeds=False), **_FLUX),
-    "wan": Facts(
-        tiny.wan,
-        wan_error,
-        pixels=(3, 5, 16, 32),
-        latents=(16, 2, 2, 4),
-        sizes=((480, 832), 16),
-        long_prompts=(1, 512),
-        dataset=four_clips,
-        settings={"resolution": "16x32", "num_frames": 5},
-        call=_WAN_SIZE,
-    ),
+    "wan": Facts(tiny.wan, wan_error, sizes=((480, 832), 16), **_WAN),
+    "wan 2.2 a14b": Facts(tiny_video.wan_22_a14b, sizes=((480, 832), 16), **_WAN),
+    "wan 2.2 5b": Facts(tiny_video.wan_22_5b, sizes=((704, 1280), 16), **_WAN),
     "z-image": Facts(
         tiny_language.z_image,
         latents=(4, 8, 8),
@@ -246,6 +257,28 @@ TINY = {
     ),
     "flux.2": Facts(tiny_language.flux2, long_prompts=(1, 326), **_FLUX2, unguided={"guidance_scale": 3.5}),
     "flux.2 klein": Facts(tiny_language.flux2_klein, long_prompts=(1, 487), **_FLUX2),
+    "qwen-image": Facts(
+        tiny_qwen.qwen_image,
+        latents=(16, 8, 8),
+        sizes=((16, 16), 4),
+        long_prompts=(1, 397),
+        reconstruct=clip_reconstruction,
+        settings={"resolution": 16},
+        unguided={"true_cfg_scale": 1.0},
+        unpack=qwen_unpacked,
+    ),
+    "qwen-image 2.1": Facts(
+        tiny_qwen.qwen_image_21,
+        pixels=(3, 32, 64),
+        latents=(8, 2, 4),
+        sizes=((1024, 1024), 32),
+        long_prompts=(0, 1024),
+        reconstruct=opaque_reconstruction,
+        settings={"resolution": 32},
+        call={"height": 32, "width": 64},
+        unguided={},
+        unpack=qwen_unpacked,
+    ),
     "amused": Facts(tiny.amused, masked_error, **_MASKED),
     "meissonic": Facts(tiny.meissonic, partial(masked_error, side=8), **_MASKED),
 }

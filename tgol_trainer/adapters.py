@@ -242,6 +242,22 @@ def _freeze_reference(model: ModelMixin) -> None:
         parameter.data = parameter.data.float()
 
 
+# ---- Files of a second denoiser ----
+
+# Wan 2.2 has a second transformer. diffusers has one name for adapters of both and an option for where they go.
+_SECOND = "transformer_2"
+
+
+def file_prefix(denoiser: str) -> str:
+    """Return the name that the file of an adapter has for a component."""
+    return "transformer" if denoiser == _SECOND else denoiser
+
+
+def loading_options(denoiser: str) -> dict[str, Any]:
+    """Return the options with which `pipe.load_lora_weights` brings a file to a component."""
+    return {"load_into_transformer_2": True} if denoiser == _SECOND else {}
+
+
 # ---- Load into a pipeline ----
 #
 # The pipeline is changed in place. `denoiser` is the name of the component that carries the adapter, `source` a folder
@@ -278,7 +294,8 @@ def load_weights(
     ]
     try:
         if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(place, adapter_name=adapter, **({"weight_name": name} if name else {}))
+            options = loading_options(denoiser) | ({"weight_name": name} if name else {})
+            pipeline.load_lora_weights(place, adapter_name=adapter, **options)
         else:  # aMUSEd, Meissonic: the denoiser has a method, the pipeline has none
             options = {"prefix": denoiser, "adapter_name": adapter, "low_cpu_mem_usage": True}
             getattr(pipeline, denoiser).load_lora_adapter(place, weight_name=name or WEIGHTS_NAME, **options)
@@ -406,6 +423,7 @@ def save_adapter(
         state_dict = {plain_name(name): tensor for name, tensor in state_dict.items()}
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
     weights = {plain_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    denoiser = file_prefix(denoiser)
     tensors = {f"{denoiser}.{name}": tensor for name, tensor in weights.items()}
     metadata = adapter_metadata(model.peft_config[adapter])
     directory.mkdir(parents=True, exist_ok=True)
@@ -425,12 +443,12 @@ def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str =
     """
     Put the weights of a file that [`save_adapter`] wrote into an adapter that is already attached to the model.
 
-    `denoiser` is the prefix of the file's keys. Raises `ValueError` if its keys and shapes are not the adapter's.
+    `denoiser` is the name of the component. Raises `ValueError` if its keys and shapes are not the adapter's.
     """
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     model = unwrapped(model)
-    weights = {name.removeprefix(f"{denoiser}."): tensor for name, tensor in read_tensors(file).items()}
+    weights = {name.removeprefix(f"{file_prefix(denoiser)}."): tensor for name, tensor in read_tensors(file).items()}
     own = get_peft_model_state_dict(model, adapter_name=adapter)
     names = {plain_name(name): name for name in own}
     expected = {name: own[names[name]] for name in names}

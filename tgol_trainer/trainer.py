@@ -207,7 +207,7 @@ class TGOLTrainer(SavingTrainer):
                 raise ValueError("`quantization_config` freezes the weights that `full_finetuning=True` would train.")
             options["quantization_config"] = quantization_config
         timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
-        settings = FamilySettings(timesteps, args.train_guidance, args.num_frames)
+        settings = FamilySettings(timesteps, args.train_guidance, args.num_frames, args.expert)
         family = load_family(model, options, settings, None if args.full_finetuning else args.device)
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)

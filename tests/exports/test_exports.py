@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import tiny, tiny_qwen
 from tests.helpers import quick, randomize
 from tests.meissonic_standin import as_published
 from tgol_trainer import adapters
@@ -23,6 +23,7 @@ from tgol_trainer.cli import main
 from tgol_trainer.exports import ExportError, export
 from tgol_trainer.exports.comfyui import LAYOUTS, apply_as_comfyui, from_comfyui
 from tgol_trainer.families import FluxFamily, ModelOrigin, load_family, wrap_pipeline
+from tgol_trainer.families.qwen_image import QwenImageFamily
 from tgol_trainer.saving.card import CardFacts, CardImage, EvaluationRow, read_facts, write_card
 from tgol_trainer.shapes import EMBEDDED, load_pipeline
 
@@ -31,6 +32,7 @@ FAMILIES = {
     "sdxl": tiny.stable_diffusion_xl,
     "sd3": lambda: tiny.stable_diffusion_3("3.5"),
     "flux": tiny.flux,
+    "qwen-image": tiny_qwen.qwen_image,
     "wan": tiny.wan,
     "amused": tiny.amused,
 }
@@ -45,8 +47,9 @@ CASES = [("sd", name) for name in VARIANTS] + [(family, "DoRA") for family in FA
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    # A pipeline that was loaded from a folder forgets the size that `tests.tiny.flux` set.
-    monkeypatch.setattr(FluxFamily, "native_size", (16, 16))
+    # A pipeline that was loaded from a folder forgets the size that `tests.tiny.flux` and `tiny_qwen` set.
+    for family in (FluxFamily, QwenImageFamily):
+        monkeypatch.setattr(family, "native_size", (16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,7 @@ COMFYUI_NAMES = {
         "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
         "transformer.transformer_blocks.0.ff_context.net.0.proj.alpha",
     ],
+    "qwen-image": ["transformer.transformer_blocks.1.attn.to_out.0.lora_A.weight"],
     "wan": ["diffusion_model.blocks.1.cross_attn.o.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.alpha"],
 }
 
@@ -363,7 +367,15 @@ def test_a_module_that_comfyuis_loader_has_no_name_for_is_named(bases, tmp_path)
 def test_every_family_that_is_supported_has_a_layout_or_is_known_to_have_none():
     from tgol_trainer.families import FAMILIES
 
-    assert set(FAMILIES) - set(LAYOUTS) == {"AmusedPipeline", "Pipeline"}
+    none = {
+        "AmusedPipeline",
+        "Pipeline",
+        "QwenImage21Pipeline",
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+        "ZImagePipeline",
+    }
+    assert set(FAMILIES) - set(LAYOUTS) == none
 
 
 # ---- The card of an export, and the command ----

@@ -53,6 +53,8 @@ def test_the_prediction_is_what_the_pipeline_hands_to_its_scheduler(name):
         for step in steps:
             time = torch.as_tensor(step.time).reshape(1)
             times = family.network_times(time) if isinstance(family, FlowFamily) else time
+            if name == "wan 2.2 a14b" and time < 875:  # the other expert's
+                continue
             with torch.no_grad():
                 found = family.predict(family.denoiser, Draw(step.inputs, times, step.inputs), conditioning)
             torch.testing.assert_close(found.float(), step.output.float(), rtol=1e-5, atol=1e-5)

@@ -72,17 +72,6 @@ def test_a_number_of_frames_that_would_be_cut_is_refused_with_the_nearest(wrong,
         wrap_pipeline(wan(), settings=FamilySettings(num_frames=wrong))
 
 
-def test_wan_2_2_is_refused():
-    pipe = wan()
-    pipe.transformer_2 = wan(seed=1).transformer
-    with pytest.raises(ValueError, match=r"Wan 2\.2, which is not supported"):
-        wrap_pipeline(pipe)
-    pipe = wan()
-    pipe.register_to_config(expand_timesteps=True)
-    with pytest.raises(ValueError, match=r"Wan 2\.2, which is not supported"):
-        wrap_pipeline(pipe)
-
-
 def test_a_number_of_frames_means_nothing_to_a_model_of_images():
     with pytest.raises(ValueError, match="`num_frames` means nothing to StableDiffusionPipeline"):
         wrap_pipeline(stable_diffusion(), settings=FamilySettings(num_frames=5))

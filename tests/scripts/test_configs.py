@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests import ROOT, tiny, tiny_language
+from tests import ROOT, tiny, tiny_language, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tests.helpers import quick
 from tgol_trainer.cli import main
@@ -19,10 +19,14 @@ TWINS = {
     "sd15_paper": tiny.stable_diffusion,
     "sd35_medium": lambda: tiny.stable_diffusion_3("3.5"),
     "sdxl": tiny.stable_diffusion_xl,
+    "qwen_image": tiny_qwen.qwen_image,
+    "qwen_image_21": tiny_qwen.qwen_image_21,
     "wan21_1_3b": tiny.wan,
+    "wan22_5b": tiny_video.wan_22_5b,
+    "wan22_a14b": tiny_video.wan_22_a14b,
     "z_image": tiny_language.z_image,
 }
-TODAY = ("flux2_dev", "z_image")
+TODAY = ("flux2_dev", "z_image", "qwen_image", "qwen_image_21", "wan22_5b")
 """Read by the code that reads flux2_klein.yaml; slow tests."""
 # Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
 SMALL = {
@@ -56,7 +60,7 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "data"),
         "output_dir": str(tmp_path / "out"),
-        "resolution": "16x32" if name.startswith("wan") else 16,
+        "resolution": "16x32" if name.startswith("wan") else 32 if name == "qwen_image_21" else 16,
     }
     if name.startswith("wan"):
         settings["num_frames"] = 5

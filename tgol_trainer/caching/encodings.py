@@ -51,7 +51,7 @@ class EncodingCache:
         parts = [
             component_fingerprint(component)
             for name, component in pipeline.components.items()
-            if name.startswith(("text_encoder", "tokenizer")) and component is not None
+            if name.startswith(("text_encoder", "tokenizer", "processor")) and component is not None
         ]
         # Settings of the pipeline itself, such as how SDXL encodes an empty prompt.
         settings = {

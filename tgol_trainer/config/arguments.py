@@ -126,6 +126,13 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             "as the pipeline generates by default (Wan 2.1: 81)."
         },
     )
+    expert: Literal["high_noise", "low_noise"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which of the two transformers of Wan 2.2 A14B is trained: 'high_noise' (default there) or "
+            "'low_noise'. A run trains one."
+        },
+    )
     random_flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
     caption_dropout: float = field(
         default=0.0,

@@ -80,6 +80,11 @@ LAYOUTS: dict[str, Layout] = {
         r"|x_embedder|context_embedder|proj_out|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]",
         prefix="transformer.",
     ),
+    "QwenImagePipeline": Layout(
+        r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        rf"|(?:img|txt)_mlp\.{_FEED_FORWARD})",
+        prefix="transformer.",
+    ),
     "WanPipeline": Layout(
         rf"blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ffn\.{_FEED_FORWARD})"
         r"|condition_embedder\.(?:time_proj|(?:time|text)_embedder\.linear_[12])|proj_out",

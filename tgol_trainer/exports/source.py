@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from tgol_trainer import adapters
-from tgol_trainer.families import ModelFamily, ModelOrigin, load_family
+from tgol_trainer.families import FamilySettings, ModelFamily, ModelOrigin, load_family
 from tgol_trainer.saving.card import FACTS_NAME, CardFacts, read_facts
+from tgol_trainer.saving.files import recorded_expert
 from tgol_trainer.shapes import EMBEDDED
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class Source:
         """Whether the folder holds an adapter."""
         return _has_adapter(self.directory)
 
+    @property
+    def settings(self) -> FamilySettings:
+        """Choices of the run on which depends what was trained."""
+        return FamilySettings(expert=recorded_expert(str(self.directory)))
+
     def load_base(self, *, compute: bool = True) -> ModelFamily:
         """
         Load a fresh base model, in float32 on the device unless `compute` is false.
@@ -56,13 +62,13 @@ class Source:
         training.
         """
         dtype = self.dtype if self.rounds_base else torch.float32
-        family = load_family(self.model, {**self.options, "dtype": dtype})
+        family = load_family(self.model, {**self.options, "dtype": dtype}, self.settings)
         return in_float32(family).to(self.device) if compute else family
 
     def load_exported(self, folder: Path, origin: ModelOrigin) -> ModelFamily:
         """Load a complete pipeline that was exported, in float32 on the device."""
         kept = {name: value for name, value in self.options.items() if name in _KEPT_OPTIONS}
-        exported = load_family(str(folder), {**kept, "dtype": self.dtype})
+        exported = load_family(str(folder), {**kept, "dtype": self.dtype}, self.settings)
         return in_float32(type(exported)(exported.pipeline, origin, exported.settings)).to(self.device)
 
 
@@ -125,7 +131,7 @@ def check_fits(source: Source, family: ModelFamily) -> None:
     from safetensors import safe_open
 
     modules = dict(family.denoiser.named_modules())
-    prefix, suffix = f"{family.denoiser_name}.", ".lora_A.weight"
+    prefix, suffix = f"{adapters.file_prefix(family.denoiser_name)}.", ".lora_A.weight"
     with safe_open(source.directory / adapters.WEIGHTS_NAME, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             if not (name.startswith(prefix) and name.endswith(suffix)):

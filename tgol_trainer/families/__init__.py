@@ -24,6 +24,7 @@ from .meissonic import MeissonicFamily, load_meissonic
 from .origin import ModelOrigin
 from .prompts import words_of
 from .quantization import denoiser_quantization
+from .qwen_image import QwenImage21Family, QwenImageFamily
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
@@ -44,6 +45,8 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "Flux2Pipeline": Flux2Family,
     "Flux2KleinPipeline": Flux2KleinFamily,
     "ZImagePipeline": ZImageFamily,
+    "QwenImagePipeline": QwenImageFamily,
+    "QwenImage21Pipeline": QwenImage21Family,
     "WanPipeline": WanFamily,
     "Pipeline": MeissonicFamily,
 }
@@ -222,6 +225,8 @@ def wrap_pipeline(
     family = FAMILIES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if family.num_frames is None and family.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
+    if family.settings.expert is not None and not isinstance(family, WanFamily):
+        raise ValueError(f"`expert` means nothing to {name}, which has one transformer: leave it out.")
     unused = []
     if family.settings.timestep_sampling and not isinstance(family.likelihood, FlowLikelihood):
         unused.append("`timestep_sampling` is for models of flow matching")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tgol_trainer import adapters
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators, to_device
 
 from .compiling import uncompiled
@@ -34,11 +35,14 @@ class FamilySettings:
             Guidance value given to guidance-distilled models, the same for policy and reference.
         num_frames (`int`, *optional*):
             Frames of a training clip; by default as many as the pipeline generates. Models of videos only.
+        expert (`str`, *optional*):
+            `"high_noise"` (by default) or `"low_noise"`: which of two transformers is trained. Wan 2.2 A14B only.
     """
 
     timestep_sampling: str | None = None
     guidance: float = 3.5
     num_frames: int | None = None
+    expert: str | None = None
 
 
 @contextmanager
@@ -109,6 +113,9 @@ class ModelFamily(abc.ABC):
 
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
+
+    traceable = True
+    """Whether shapes in the denoiser follow from shapes alone, without which `tgol plan` cannot run it."""
 
     rows_per_image = 2
     """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
@@ -423,7 +430,10 @@ class ModelFamily(abc.ABC):
         Returns:
             `str`: source code.
         """
-        return self._snippet(prompt, *self._loading_lines(), f"pipe.load_lora_weights({location!r})")
+        options = "".join(
+            f", {name}={value!r}" for name, value in adapters.loading_options(self.denoiser_name).items()
+        )
+        return self._snippet(prompt, *self._loading_lines(), f"pipe.load_lora_weights({location!r}{options})")
 
     def full_usage(self, location: str, prompt: str) -> str:
         """The same for a fully fine-tuned denoiser saved under `location`."""

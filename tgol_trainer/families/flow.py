@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,14 +80,14 @@ class PackedFlowFamily(FlowFamily):
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity in the shape of the latents."""
         inputs, patch = draw.inputs, self.patch
+        grid = (*inputs.shape[2:-2], inputs.shape[-2] // patch, inputs.shape[-1] // patch)
         tokens = model(
             hidden_states=pixel_unshuffle(inputs, patch).flatten(2).transpose(1, 2),
             timestep=draw.timesteps,
             return_dict=False,
             **self.token_arguments(inputs, conditioning),
             **conditioning,
-        )[0]
-        grid = (*inputs.shape[2:-2], inputs.shape[-2] // patch, inputs.shape[-1] // patch)
+        )[0][:, -math.prod(grid) :]  # after the text, where that comes out too
         return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
 
     def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:

@@ -12,9 +12,9 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
     """
     Apply a quantisation config of diffusers, such as `BitsAndBytesConfig`, to a pipeline's denoiser alone.
 
-    `index` is the pipeline's `model_index.json`, which says whether the denoiser is a `transformer` or a `unet`. A
-    `PipelineQuantizationConfig` is returned as it is. Raises `ValueError` where bitsandbytes is asked for and cannot
-    run here: no GPU, or bitsandbytes missing or too old.
+    `index` is the pipeline's `model_index.json`, which says whether the denoiser is a `transformer`, two of them, or
+    a `unet`. A `PipelineQuantizationConfig` is returned as it is. Raises `ValueError` where bitsandbytes is asked for
+    and cannot run here: no GPU, or bitsandbytes missing or too old.
     """
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
     from diffusers.quantizers import DiffusersAutoQuantizer
@@ -31,4 +31,5 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
                 "(`pip install 'tgol_trainer[quantization]'`) on a machine with a GPU. Without one leave it out; "
                 "`dtype='bfloat16'` halves the memory that the base model takes."
             ) from error
-    return PipelineQuantizationConfig(quant_mapping={"transformer" if "transformer" in index else "unet": config})
+    denoisers = [name for name in ("transformer", "transformer_2", "unet") if (index.get(name) or [None])[-1]]
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(denoisers, config))

@@ -1,12 +1,16 @@
-"""Wan 2.1, text to video."""
+"""Wan 2.1 and 2.2, text to video."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 
 import torch
 
-from .conditioning import Rows
+from tgol_trainer.likelihoods import Draw
+
+from .conditioning import Conditioning, Rows
 from .video import VideoFlowFamily
 
 logger = logging.getLogger(__name__)
@@ -17,39 +21,69 @@ _TOKENS = 512
 
 class WanFamily(VideoFlowFamily):
     """
-    `WanPipeline` of Wan 2.1: UMT5 text encoder, causal video autoencoder, transformer that predicts the velocity.
+    `WanPipeline`: UMT5 text encoder, causal video autoencoder, transformer that predicts the velocity.
 
-    Times are uniform by default: neither the paper nor diffusers says how to train this model, so that is an untested
-    default. The noise levels are those of `FlowMatchEulerDiscreteScheduler` with the shift of the pipeline's scheduler
-    (`flow_shift`: 3 for 480p, 5 for 720p).
+    Wan 2.2 A14B has two transformers, one for times from `boundary_ratio`·1000 on and one for those below. A run
+    trains `settings.expert` on its own times. Wan 2.2 5B (`expand_timesteps`) takes a time for each token.
+
+    Times are uniform by default: neither the paper nor diffusers says how to train these models, so that is an
+    untested default. The noise levels are those of `FlowMatchEulerDiscreteScheduler` with the shift of the pipeline's
+    scheduler (`flow_shift`: 3 for 480p, 5 for 720p).
 
     The autoencoder is kept in float32, in which the model's authors run it. Some modules of the transformer must stay
     float32 as well: `from_pretrained(dtype=torch.bfloat16)` keeps them, `.to(torch.bfloat16)` does not.
 
     Raises:
-        ValueError: for Wan 2.2, and for a number of frames that the autoencoder would cut.
+        ValueError: for an expert of a model without experts, and for a number of frames that the autoencoder would
+            cut.
     """
 
+    denoiser_name = "transformer"
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    required_components = ("tokenizer", "text_encoder", "vae", "transformer")
+    required_components: tuple[str, ...] = ("tokenizer", "text_encoder", "vae")
     token_limits = {"tokenizer": _TOKENS}
     default_size, default_frames = (480, 832), 81  # of `WanPipeline.__call__`; what the 1.3B model was trained for
     frames_per_second = 16
     rows_per_image = 1  # the pass with the empty prompt comes after the other
 
     def check_pipeline(self) -> None:
-        """Refuse Wan 2.2, a missing component, and a number of frames that the autoencoder would cut."""
-        if getattr(self.pipeline, "transformer_2", None) is not None or self.pipeline.config.get("expand_timesteps"):
+        """Choose the expert, and what suits Wan 2.2 5B; refuse what cannot be trained."""
+        expert, experts = self.settings.expert, self.pipeline.config.get("boundary_ratio") is not None
+        if expert is not None and not experts:
             raise ValueError(
-                "This is Wan 2.2, which is not supported: it has a second transformer (`transformer_2`) for low "
-                "noise, or a time for each token. Use Wan 2.1, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+                f"`expert` is {expert!r}, but this {type(self.pipeline).__name__} has no `boundary_ratio`, and so one "
+                "transformer for all times: leave it out."
             )
+        self.denoiser_name = "transformer_2" if expert == "low_noise" else "transformer"
+        self.required_components = (*type(self).required_components, self.denoiser_name)
+        if self.pipeline.config.get("expand_timesteps"):
+            # As its authors generate (README of Wan-Video/Wan2.2), and not as `WanPipeline.__call__` does by default.
+            self.default_size, self.default_frames, self.frames_per_second = (704, 1280), 121, 24
+            suited = {"height": 704, "width": 1280, "num_frames": 121, **self.origin.call_arguments}
+            self.origin = dataclasses.replace(self.origin, call_arguments=suited)
         super().check_pipeline()
+
+    def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the noise levels and times of the transformer that is trained."""
+        sigmas, times = super().schedule()
+        ratio = self.pipeline.config.get("boundary_ratio")
+        if ratio is None:
+            return sigmas, times
+        boundary = ratio * self.pipeline.scheduler.config.num_train_timesteps
+        own = (times >= boundary) == (self.denoiser_name == "transformer")
+        return sigmas[: len(times)][own], times[own]
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+        """Velocity (B, C, f, h, w)."""
+        if self.pipeline.config.get("expand_timesteps"):
+            tokens = draw.inputs[0, 0].numel() // math.prod(self.denoiser.config.patch_size)
+            draw = dataclasses.replace(draw, timesteps=draw.timesteps[:, None].expand(-1, tokens))
+        return super().predict(model, draw, conditioning)
 
     def prepare_pipeline(self) -> None:
         """Freeze every component, bring the autoencoder to float32, and warn of weights that have lost it."""
         super().prepare_pipeline()
-        vae, transformer = self.pipeline.vae, self.pipeline.transformer
+        vae, transformer = self.pipeline.vae, self.denoiser
         if vae.dtype != torch.float32:
             logger.warning(
                 "The autoencoder was loaded in %s and is used in float32, with weights that are rounded already. Load "
@@ -73,7 +107,7 @@ class WanFamily(VideoFlowFamily):
 
     @property
     def resolution_multiple(self) -> int:
-        """16 pixels: the autoencoder's factor times the transformer's patch."""
+        """16 pixels, 32 for Wan 2.2 5B: the autoencoder's factor times the transformer's patch."""
         return self.pipeline.vae_scale_factor_spatial * max(self.denoiser.config.patch_size[1:])
 
     def encode_unique_prompts(self, prompts: list[str]) -> Rows:

@@ -10,6 +10,7 @@ import torch
 from tgol_trainer import adapters
 from tgol_trainer.families import FamilySettings, load_family
 from tgol_trainer.rewards import REWARDS, load_reward
+from tgol_trainer.saving.files import recorded_expert
 
 
 def load_adapted_pipeline(
@@ -47,7 +48,8 @@ def load_adapted_pipeline(
     if twice:
         raise ValueError(f"`model_init_kwargs`: {min(twice)!r} is also given on its own. Give it once.")
     options |= model_init_kwargs or {}
-    family = load_family(model, options, FamilySettings(num_frames=num_frames))
+    expert = None if adapter is None else recorded_expert(adapter)
+    family = load_family(model, options, FamilySettings(num_frames=num_frames, expert=expert))
     if adapter is not None:
         adapters.load_trained(family.pipeline, family.denoiser_name, adapter)
     return family.to(process_device(use_cpu)).pipeline, family.origin.revision

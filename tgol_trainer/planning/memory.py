@@ -275,7 +275,7 @@ def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
     """Encode one prompt and one image."""
     geometry = torch.empty(1, 4, dtype=torch.int64)
     with LiveBytes() as live:
-        encoded = family.encode_prompts(["a prompt"])
+        encoded = family.encode_prompts(_prompts(family, 1))
         prompts = live.peak
         live.restart()
         kept = live.now
@@ -286,7 +286,7 @@ def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
         images=images,
         bytes_per_prompt=sum(_bytes(value[0]) for value in encoded.values()),
         bytes_per_image=sum(map(_bytes, image.values())),
-        conditioning=family.condition(["a prompt"], geometry, size, lambda texts: encoded),
+        conditioning=family.condition(_prompts(family, 1), geometry, size, lambda texts: encoded),
         latents=family.latents(image, RowGenerators(0, 0, [0]), sample=True),
     )
 
@@ -310,7 +310,7 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
             latents = _of_batch(encoding.latents, batch)
         else:
             pixels = _pixels(family, batch, size)
-            conditioning = family.condition([f"prompt {index}" for index in range(batch)], geometry, size)
+            conditioning = family.condition(_prompts(family, batch), geometry, size)
             encoding_peaks[0] = live.peak
             live.restart()
             latents = family.encode_images(pixels, rows, sample=True)
@@ -345,9 +345,8 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
     rows = family.rows_per_image * batch
     geometry = torch.empty(batch, 4, dtype=torch.int64)
     with LiveBytes() as live, torch.no_grad():
-        prompts = [f"prompt {index}" for index in range(batch)]
         # All at once, as pipelines do.
-        conditioning = family.condition(prompts, geometry, size, family.encode_unique_prompts)
+        conditioning = family.condition(_prompts(family, batch), geometry, size, family.encode_unique_prompts)
         conditioning = _conditioning_of_batch(conditioning, rows)
         latents = _of_batch(encoding.latents, rows)
         draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))
@@ -361,6 +360,12 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
 def _autocast(setup: Setup) -> Iterator[None]:
     with torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None):
         yield
+
+
+def _prompts(family: ModelFamily, batch: int) -> list[str]:
+    """Return different prompts, longer than any limit where a prompt has its own length in the denoiser."""
+    own_length = family.mask_argument is not None or family.list_arguments
+    return [f"prompt {index}" + " and so on" * (400 if own_length else 0) for index in range(batch)]
 
 
 def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Setup:
         reference_adapter (`bool`, *optional*, defaults to `False`): The reference is a second adapter.
         resolution (`tuple[int, int]`, *optional*): Height and width in pixels; by default the model's own.
         num_frames (`int`, *optional*): Frames of a clip; by default the model's own number.
+        expert (`str`, *optional*): Which of two transformers is trained, as in [`FamilySettings`].
         batch_size (`int`, *optional*, defaults to 8): Rows of one pass.
         accumulation (`int`, *optional*, defaults to 1): Passes of one update.
         checkpointing (`bool`, *optional*, defaults to `False`): Recompute activations in the backward pass.
@@ -53,6 +54,7 @@ class Setup:
     reference_adapter: bool = False
     resolution: tuple[int, int] | None = None
     num_frames: int | None = None
+    expert: str | None = None
     batch_size: int = 8
     accumulation: int = 1
     checkpointing: bool = False
@@ -68,6 +70,10 @@ class Setup:
         return str(dtype).removeprefix("torch.")
 
 
+class NotPlannableError(ValueError):
+    """The memory of a model's denoiser depends on more than shapes."""
+
+
 def build(setup: Setup) -> ModelFamily:
     """
     Return the family with its networks on the meta device, the denoiser ready to train.
@@ -80,6 +86,7 @@ def build(setup: Setup) -> ModelFamily:
 
     Raises:
         ValueError: for what [`load_skeleton`] refuses, and for a combination that training refuses.
+        NotPlannableError: for a family that cannot be planned for.
     """
     if setup.quantization is not None and (setup.lora is None or setup.lora.use_dora):
         reason = "training every weight" if setup.lora is None else "`use_dora`"
@@ -88,8 +95,13 @@ def build(setup: Setup) -> ModelFamily:
         setup.model,
         revision=setup.revision,
         dtype=setup.dtype,
-        settings=FamilySettings(num_frames=setup.num_frames),
+        settings=FamilySettings(num_frames=setup.num_frames, expert=setup.expert),
     )
+    if not family.traceable:
+        raise NotPlannableError(
+            f"{type(family.pipeline).__name__} cannot be planned for: its transformer reads numbers, and a plan has "
+            "only shapes. Try a run of two steps (`max_steps=2`) and watch the memory."
+        )
     prepare(family, setup)
     return family
 

@@ -107,11 +107,17 @@ class _AnyNumber(TorchDispatchMode):
 
 
 class _AnyArray(TorchFunctionMode):
-    """Answer `tensor.numpy()`, such as the positions of Meissonic's tokens; a mask lets every row through."""
+    """
+    Answer `tensor.numpy()`, such as Meissonic's positions, and `torch.split` by the lengths of Qwen's prompts.
+
+    A mask lets every row through.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.Tensor.numpy:
             return np.zeros(args[0].shape, dtype=str(args[0].dtype).removeprefix("torch."))
         if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
             return args[0].flatten(0, args[1].dim() - 1)
+        if func is torch.split and isinstance(args[1], list):
+            return args[0].chunk(len(args[1]), **(kwargs or {}))
         return func(*args, **(kwargs or {}))
