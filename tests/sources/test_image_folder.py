@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 import struct
+import unicodedata
 import zipfile
 import zlib
 
@@ -405,6 +406,28 @@ def test_a_caption_that_is_no_text_is_named_with_its_line_and_character(tmp_path
     assert [row["prompt"] for row in rows(tmp_path).values()] == [None, None]
     assert "line 1, character 6 is the byte 0xe4" in said.text and "Save the file as UTF-8" in said.text
     assert "b.txt has 200000 bytes" in said.text
+
+
+def test_what_lies_beside_an_image_is_found_in_another_unicode_form_and_with_capital_endings(tmp_path):
+    name = "caf\u00e9"
+    image(tmp_path / f"{unicodedata.normalize('NFD', name)}.png")
+    (tmp_path / f"{unicodedata.normalize('NFC', name)}.TXT").write_text("a cup")
+    (tmp_path / f"{unicodedata.normalize('NFC', name)}.xmp").write_text(stars(3))
+    (row,) = rows(tmp_path).values()
+    assert (row["prompt"], row["score"]) == ("a cup", 3.0)
+
+
+def test_captions_that_are_links_out_of_the_folder_and_pipes_are_not_read(tmp_path, said):
+    (tmp_path / "secret").write_text("root:x:0")
+    for name in ("a", "b"):
+        image(tmp_path / f"mine/{name}.png")
+    (tmp_path / "mine/a.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "mine/a.xmp").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / "mine/b.txt")
+    os.mkfifo(tmp_path / "mine/c.png")
+    assert [row["prompt"] for row in rows(tmp_path / "mine").values()] == [None, None]
+    assert "a.txt is a link that leads out of the folder" in said.text
+    assert "root:x" not in said.text
 
 
 def zipped(path, **files):

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tgol_trainer import __version__
 from tgol_trainer._files import NotTextError, read_text
+from tgol_trainer.data.files import same_name
 from tgol_trainer.data.images import UNREADABLE, DataError, open_header, readable_formats
 from tgol_trainer.data.rows import Columns
 
@@ -148,7 +149,7 @@ def files_below(folder: Path) -> list[str]:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 outside.append(path.relative_to(folder).as_posix())
-            elif name in media:
+            elif name in media and path.is_file():  # not a pipe, which would be waited for
                 found.append(path.relative_to(folder).as_posix())
     if outside:
         logger.warning(
@@ -178,7 +179,7 @@ def _rows(folder: str, files: list[str], stamp: str, settings: dict[str, Any]) -
     names, scores = settings["names"], settings["folder_scores"]
     for name in tqdm(files, desc=f"Reading {Path(folder).name}", unit="file", disable=len(files) < 500):
         path = Path(folder, name)
-        found = _read(path)
+        found = _read(path, Path(folder))
         if scores is not None:
             score = scores.get(name)
             found = dataclasses.replace(found, score=score, score_from=None if score is None else "names of folders")
@@ -186,7 +187,7 @@ def _rows(folder: str, files: list[str], stamp: str, settings: dict[str, Any]) -
         yield {settings["visual"]: str(path.absolute()), **row}
 
 
-def _read(path: Path) -> _File:
+def _read(path: Path, folder: Path) -> _File:
     made, score, score_from = None, None, None
     unread: list[str] = []
     if path.name.lower().endswith(IMAGES):
@@ -197,7 +198,7 @@ def _read(path: Path) -> _File:
             unread.append("its format is not read")
         except UNREADABLE as error:
             unread.append(f"it cannot be opened: {error}")
-    beside, stars = _caption(path, unread), _sidecar(path, unread)
+    beside, stars = _caption(path, folder, unread), _sidecar(path, folder, unread)
     if stars is not None:
         score, score_from = stars, "XMP sidecars"
     made = beside or made
@@ -256,10 +257,24 @@ def _texts(image: ImageFile.ImageFile) -> dict[str, str]:
     return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
 
 
-def _caption(path: Path, unread: list[str]) -> Generation | None:
+def _beside(path: Path, ending: str, folder: Path, unread: list[str]) -> Path | None:
+    """Return the file beside an image that has its name, also where Unicode spells the name otherwise."""
+    for name in (path.with_suffix(ending), Path(f"{path}{ending}")):
+        for each in (name, name.with_suffix(ending.upper())):
+            file = Path(same_name(str(each)) or each)
+            if not file.is_file():
+                continue
+            if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+                unread.append(f"{file.name} is a link that leads out of the folder")
+                continue
+            return file
+    return None
+
+
+def _caption(path: Path, folder: Path, unread: list[str]) -> Generation | None:
     """Return the prompt of a text file beside an image; A1111 writes its parameters into such files too."""
     for ending in _CAPTIONS:
-        file = next((each for each in (path.with_suffix(ending), Path(f"{path}{ending}")) if each.is_file()), None)
+        file = _beside(path, ending, folder, unread)
         if file is None:
             continue
         if file.stat().st_size > _MOST_CAPTION_BYTES:
@@ -280,14 +295,15 @@ def _caption(path: Path, unread: list[str]) -> Generation | None:
     return None
 
 
-def _sidecar(path: Path, unread: list[str]) -> float | None:
-    for file in (Path(f"{path}.xmp"), path.with_suffix(".xmp"), Path(f"{path}.XMP"), path.with_suffix(".XMP")):
-        if file.is_file():
-            try:
-                return xmp_stars(file.read_bytes())
-            except StarsError as error:
-                unread.append(f"{file.name}: {error}")
-    return None
+def _sidecar(path: Path, folder: Path, unread: list[str]) -> float | None:
+    file = _beside(path, ".xmp", folder, unread)
+    if file is None:
+        return None
+    try:
+        return xmp_stars(file.read_bytes())
+    except StarsError as error:
+        unread.append(f"{file.name}: {error}")
+        return None
 
 
 def _folder_scores(folder: Path, names: list[str]) -> dict[str, float]:
