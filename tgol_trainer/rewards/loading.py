@@ -21,6 +21,7 @@ REWARDS: dict[str, str] = {
     "clip": "tgol_trainer.rewards.clip:ClipScore",
     "aesthetic": "tgol_trainer.rewards.aesthetic:AestheticScore",
     "videoreward": "tgol_trainer.rewards.videoreward:VideoReward",
+    "regression": "tgol_trainer.rewards.regression:Regression",
     "judge": "tgol_trainer.rewards.served:Judge",
     "http": "tgol_trainer.rewards.served:ServedScorer",
     "jpeg_compressibility": "tgol_trainer.rewards.jpeg:jpeg_compressibility",
