@@ -43,7 +43,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
 
 from alignment_methods import CSFT_SUFFIXES, GROUP, METHODS, Passed, arguments  # noqa: E402
-from alignment_worlds import Pictures, World, encoded, measured, stored, world  # noqa: E402
+from alignment_worlds import WORLDS, Pictures, World, encoded, measured, stored, world  # noqa: E402
 
 RATE, WARMUP, UPDATES, BATCH = 2e-4, 10, 128, 32
 DRIFTS = (2.0, 5.0, 10.0)
@@ -430,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scores", nargs="+", help="only these scores")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--regime", choices=REGIMES, default="dense", help="kind of scores (default: %(default)s)")
-    parser.add_argument("--world", default="shapes", help="model and scores (default: %(default)s)")
+    parser.add_argument("--world", choices=WORLDS, default="shapes", help="model and scores (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="results file (default: results/alignment.jsonl here)")
     parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="folder of images and references")
     parser.add_argument("--workers", type=int, default=2, help="number of one-thread processes (default: %(default)s)")
