@@ -21,10 +21,10 @@ from tests.meissonic_standin import as_published
 from tgol_trainer import adapters
 from tgol_trainer.cli import main
 from tgol_trainer.exports import ExportError, export
-from tgol_trainer.exports.comfyui import LAYOUTS, apply_as_comfyui, from_comfyui
 from tgol_trainer.families import FluxFamily, ModelOrigin, load_family, wrap_pipeline
 from tgol_trainer.families.qwen_image import QwenImageFamily
 from tgol_trainer.saving.card import CardFacts, CardImage, EvaluationRow, read_facts, write_card
+from tgol_trainer.saving.comfyui import LAYOUTS, apply_as_comfyui, from_comfyui
 from tgol_trainer.shapes import EMBEDDED, load_pipeline
 
 FAMILIES = {
@@ -320,11 +320,11 @@ def test_an_update_that_half_precision_swallows_is_reported(bases, tmp_path, cap
     ids=["alpha", "a module less", "names"],
 )
 def test_a_wrong_file_is_found_and_leaves_nothing_behind(broken, message, bases, tmp_path, monkeypatch):
-    from tgol_trainer.exports import formats
+    from tgol_trainer.saving import sharing
 
     adapter_run(tmp_path / "run", bases("sd"))
-    right = formats.to_comfyui
-    monkeypatch.setattr(formats, "to_comfyui", lambda *arguments: broken(right(*arguments)))
+    right = sharing.to_comfyui
+    monkeypatch.setattr(sharing, "to_comfyui", lambda *arguments: broken(right(*arguments)))
     with pytest.raises(ValueError, match=message) as error:
         export(tmp_path / "run", tmp_path / "out", "comfyui", model_name_or_path=str(bases("sd")))
     assert message == "match no module" or isinstance(error.value, ExportError)

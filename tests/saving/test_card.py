@@ -26,6 +26,7 @@ from tgol_trainer.saving.card import (
     EvaluationRow,
     ExportRow,
     Hyperparameter,
+    SharedFile,
     read_facts,
     render_card,
     update_card,
@@ -109,6 +110,10 @@ def full_facts() -> CardFacts:
         pictures=[CardImage("images/grid.png", "Before on the left, after on the right", "a red circle")],
         example_prompt="a red circle",
         usage=USAGE,
+        files=[
+            SharedFile("pytorch_lora_weights.safetensors", "diffusers", "ComfyUI loads nothing."),
+            SharedFile("a_comfyui.safetensors", "ComfyUI", "diffusers reads it.", "read back"),
+        ],
         exports=[
             ExportRow("comfyui", ["a.safetensors"], "float32", 0.5, 96, True, 0.00000018, 0.132, 0.0, "Copy it.")
         ],
@@ -141,6 +146,7 @@ def hostile_facts(text: str) -> CardFacts:
         evaluation_note=text,
         pictures=[CardImage("images/a b(1).png", text, text)],
         example_prompt=text,
+        files=[SharedFile(text, text, text), SharedFile(text, "ComfyUI", text, text)],
         exports=[ExportRow(text, [text, text], text, 0.5, 3, False, 0.1, 0.2, 0.3, text), ExportRow(text)],
         usage=f"prompt = {text!r}\n" + text.replace("\ud800", ""),
         hardware=text,

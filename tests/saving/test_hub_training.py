@@ -74,7 +74,8 @@ def results(hub, folder, pushed):
 def test_every_family_is_pushed_with_card_image_metrics_and_settings(results, pushed):
     assert {type(TINY[name].build()).__name__ for name in PUSHED["all families"]} == set(FAMILIES)
     for name in pushed:
-        assert set(results["families"][name]["files"]) == RUN | {"before_after.png", "metrics.json"}
+        twin = set() if name in ("amused", "meissonic") else {f"{name}_comfyui.safetensors"}
+        assert set(results["families"][name]["files"]) == RUN | twin | {"before_after.png", "metrics.json"}
         assert results["families"][name]["commits"] == ["End of training", "initial commit"]
 
 
@@ -113,7 +114,8 @@ def test_each_strategy_pushes_its_saves_also_of_checkpoints_that_were_deleted_me
     for strategy, (titles, checkpoints) in wanted.items():
         found = results["strategies"][strategy]
         assert found["commits"] == ["The end", *titles, "initial commit"]
-        assert set(found["files"]) == RUN | {f"{part}/{file}" for part in checkpoints for file in RUN | STATE}
+        inside = {f"{part}/{file}" for part in checkpoints for file in RUN | STATE}
+        assert set(found["files"]) == RUN | inside | {f"{strategy}_comfyui.safetensors"}
         assert [name for name in found["left"] if name.startswith(("_", "checkpoint"))] == ["checkpoint-3"]
 
 
@@ -133,7 +135,8 @@ def test_pushes_that_failed_are_said_and_the_command_sends_the_run_without_train
     for text in (said, found["said"]):
         assert "(403)" in text and command in text
     assert found["code"] == 0
-    assert RUN | {f"last-checkpoint/{file}" for file in RUN | STATE} == set(found["after"]["files"])
+    inside = {f"last-checkpoint/{file}" for file in RUN | STATE}
+    assert set(found["after"]["files"]) == RUN | inside | {"refused_comfyui.safetensors"}
 
 
 def test_visibility_access_branch_and_title_are_as_chosen_and_full_weights_go_as_a_folder(results):

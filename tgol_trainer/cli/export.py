@@ -93,4 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{row.difference:.2g} (training moved it by {row.effect:.2g}). Mean difference of an image: "
         f"{row.image_difference:.2g} of 255."
     )
+    if row.note:
+        print(row.note[0].upper() + row.note[1:])
     return 0

@@ -195,7 +195,14 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         },
     )
 
-    # Hub
+    # Sharing
+    share_formats: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Programs for which the adapter is saved at the end, and pushed: 'diffusers', and 'comfyui' for a "
+            "second file beside it. None: both where the model has names in ComfyUI."
+        },
+    )
     hub_gated: Literal["auto", "manual"] | None = field(
         default=None,
         metadata={
@@ -286,6 +293,13 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.max_skipped_updates < 0:
             raise ValueError(f"`max_skipped_updates` must be at least 0, got {self.max_skipped_updates}.")
+        if self.share_formats is not None and (
+            "diffusers" not in self.share_formats or set(self.share_formats) - {"diffusers", "comfyui"}
+        ):
+            raise ValueError(
+                f"`share_formats` must be diffusers, or diffusers and comfyui, got {self.share_formats!r}. The run "
+                "goes on from the file of diffusers."
+            )
         check_choices(self, TGOLConfig)
         self.check_method(self.per_device_train_batch_size)
 

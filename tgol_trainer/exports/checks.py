@@ -15,8 +15,8 @@ from tgol_trainer.evaluation import generate_images, generate_videos
 from tgol_trainer.families import ModelFamily
 from tgol_trainer.likelihoods import RowGenerators
 from tgol_trainer.saving.card import ExportRow
+from tgol_trainer.saving.comfyui import LoraModule, lora_modules
 
-from .comfyui import LoraModule, lora_modules
 from .formats import adapter_state
 
 logger = logging.getLogger(__name__)

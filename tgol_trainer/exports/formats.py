@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tgol_trainer import adapters
 from tgol_trainer._files import write_json
 from tgol_trainer.families import ModelFamily
+from tgol_trainer.saving.comfyui import LoraModule, apply_as_comfyui, from_comfyui, layout_of
+from tgol_trainer.saving.sharing import comfyui_tensors
 
-from .comfyui import LoraModule, apply_as_comfyui, from_comfyui, layout_of, lora_modules, to_comfyui
 from .source import Source
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -90,23 +90,9 @@ def read_peft(source: Source, folder: Path) -> tuple[ModelFamily, dict[str, torc
     return family, {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def comfyui_name(title: str) -> str:
-    """Return a file name that says which model this is, because ComfyUI lists files by name alone."""
-    return f"{re.sub(r'[^0-9A-Za-z._-]+', '-', title).strip('.-') or 'adapter'}_comfyui.safetensors"
-
-
 def write_comfyui(family: ModelFamily, file: Path) -> None:
     """Write one file for ComfyUI's `models/loras`."""
-    known = re.compile(r"lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)$")
-    strange = [name for name in adapter_state(family) if not known.search(name)]
-    if strange:
-        raise ValueError(
-            f"`format` is 'comfyui', and its loader does not read {len(strange)} tensors of the adapter (such as "
-            f"{strange[0]}). Use 'diffusers', 'peft' or 'merged'."
-        )
-    modules = lora_modules(family.denoiser, adapters.POLICY)
-    tensors = to_comfyui(modules, family.denoiser, layout_of(type(family.pipeline).__name__))
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(comfyui_tensors(family), file, metadata={"format": "pt"})
 
 
 def read_comfyui(source: Source, file: Path) -> tuple[ModelFamily, dict[str, LoraModule], int]:

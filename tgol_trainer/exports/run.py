@@ -17,11 +17,11 @@ from tgol_trainer import adapters
 from tgol_trainer._files import settle
 from tgol_trainer.families import ModelFamily, ModelOrigin
 from tgol_trainer.saving.card import CardFacts, ExportRow, write_card
+from tgol_trainer.saving.comfyui import layout_of
+from tgol_trainer.saving.sharing import comfyui_name, in_other_program
 
 from .checks import TOLERANCE, Trained, check_modules, check_state, measure_and_round, observe, record_differences
-from .comfyui import layout_of
 from .formats import (
-    comfyui_name,
     read_comfyui,
     read_diffusers,
     read_peft,
@@ -130,6 +130,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         write_merged(family, folder, source)
     else:
         (write_diffusers if export_format == "diffusers" else write_peft)(family, folder, weight)
+    note = _note(family, export_format, name)
     del family
     gc.collect()
     row = ExportRow(
@@ -137,7 +138,7 @@ def _export(source: Source, folder: Path, export_format: str, weight: float) -> 
         files=sorted(path.name for path in folder.iterdir()),
         dtype=str(source.dtype).removeprefix("torch."),
         weight=weight,
-        note=_comfyui_note(name) if export_format == "comfyui" else None,
+        note=note,
     )
     fresh = _read_back(row, source, folder, origin, trained)
     record_differences(row, observe(fresh, prompt), trained, source.dtype, rounds_base=source.rounds_base)
@@ -176,11 +177,17 @@ def _read_back(row: ExportRow, source: Source, folder: Path, origin: ModelOrigin
     return in_float32(family)
 
 
-def _comfyui_note(name: str) -> str:
+def _note(family: ModelFamily, export_format: str, name: str) -> str | None:
+    """Return what the card says of an export: how it is used, and what the other program would make of it."""
+    if export_format == "diffusers":
+        return in_other_program(family, "diffusers")
+    if export_format != "comfyui":
+        return None
     return (
         f"copy {name} into ComfyUI's folder models/loras and load it onto the base model with the node "
         "LoraLoaderModelOnly at strength 1. Its names were compared with those of ComfyUI's loader, converted back, "
-        "and applied by the formulas of that loader. ComfyUI itself was not run."
+        "and applied by the formulas of that loader. ComfyUI itself was not run. "
+        + in_other_program(family, "comfyui")
     )
 
 
@@ -196,6 +203,7 @@ def _facts(source: Source, family: ModelFamily, export_format: str, prompt: str)
         pipeline_class=type(family.pipeline).__name__,
         pipeline_tag=family.pipeline_tag,
         merged=export_format == "merged",
+        files=[],
         usage=snippets[export_format](".", prompt) if export_format in snippets else "",
         pictures=[image for image in facts.pictures if (source.directory / image.path).is_file()],
         created=datetime.date.today().isoformat(),

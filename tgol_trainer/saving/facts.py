@@ -17,7 +17,7 @@ from tgol_trainer.labels import Labeler
 from tgol_trainer.scaling import Scaling
 from tgol_trainer.thresholds import ScoreCombination
 
-from .card import CardFacts, DatasetFacts, Hyperparameter
+from .card import CardFacts, DatasetFacts, Hyperparameter, SharedFile
 from .settings import TRAINING_FIELDS, Change
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _TRAINING_FIELDS = (*TRAINING_FIELDS, "num_train_epochs", "max_steps", "torch_co
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 # Where the data lie and how they are checked says nothing about the result.
 _NOT_SHOWN = {"dataset_num_proc", "allow_changed", "adapter_name_or_path", "hub_gated", "activation_checkpointing"}
-_NOT_SHOWN |= {"cache", "cache_dir"}
+_NOT_SHOWN |= {"cache", "cache_dir", "share_formats"}
 
 
 class CardSource(Protocol):
@@ -48,6 +48,7 @@ class CardSource(Protocol):
     card_extras: dict[str, Any]
     changes: list[Change]
     scaling: Scaling | None
+    shared_files: list[SharedFile]
     hub_model_id: str | None
 
 
@@ -182,6 +183,7 @@ def harvest_facts(trainer: CardSource) -> CardFacts:
         training=_training(trainer.state),
         example_prompt=trainer.example_prompt,
         usage=usage(hub_id or ".", prompt),
+        files=trainer.shared_files,
         hardware=_hardware(args.world_size),
         versions=_versions(),
         limits=limits,

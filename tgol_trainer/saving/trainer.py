@@ -23,7 +23,7 @@ from tgol_trainer.data import ScoredDataset
 from tgol_trainer.metrics import RECORD
 from tgol_trainer.scaling import Scaling, drift_of_rows, scale_to_drift
 
-from .card import CardImage, DatasetFacts, write_card
+from .card import CardImage, DatasetFacts, SharedFile, write_card
 from .checkpoints import DRAFTS, explained_writes, last_good, read_back, rotate, seal
 from .divergence import FiniteWatch, TrainingDivergedError, UpdateFilter, all_finite, norm_overflows
 from .facts import harvest_facts
@@ -32,6 +32,7 @@ from .hub import Repository, RunPushes, open_repository, resume_command
 from .progress import EveryPassTrains
 from .resuming import is_finished, open_output, starting_point
 from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
+from .sharing import check_share_formats, shared_files
 from .stopping import StopOnSignal
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class SavingTrainer(Trainer):
         dataset_facts (`list[card.DatasetFacts]`): What the card says of the training data.
         example_prompt (`str`, *optional*): Prompt of the card's snippet.
         card_extras (`dict[str, Any]`): Fields of [`card.CardFacts`] that were given by hand.
+        shared_files (`list[card.SharedFile]`): The adapter's files in `args.output_dir`, where there is a twin.
         changes (`list[settings.Change]`): Settings that changed where the run was resumed.
         scaling ([`scaling.Scaling`], *optional*): What the policy was multiplied by after training.
         already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
@@ -74,6 +76,7 @@ class SavingTrainer(Trainer):
     pushes: RunPushes | None = None
     already_saved = False
     scaling: Scaling | None = None
+    shared_files: list[SharedFile] = []  # replaced, never changed
     _watch: FiniteWatch
     _filter: UpdateFilter | None = None
     _record: torch.Tensor
@@ -178,6 +181,7 @@ class SavingTrainer(Trainer):
     def _open(self, asked: str | bool | None) -> Path | None:
         """Open the output folder; return the checkpoint to start at."""
         args = self.args
+        check_share_formats(args, self.family)
         checkpoint = starting_point(args.output_dir, asked)
         found = {str(each) for each in gather_object([checkpoint])}
         if len(found) > 1:
@@ -350,7 +354,8 @@ class SavingTrainer(Trainer):
             state["skipped_updates"] = self._filter.known if self._filter else 0
             write_json(folder / STATE_NAME, state)
             write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
-            self._write_card(folder)
+            self.shared_files = shared_files(self, folder, sharded=state_dict is not None)
+            write_card(harvest_facts(self), folder)
 
     def _write_weights(self, folder: Path, epoch: int | None, state_dict: dict[str, torch.Tensor] | None) -> list[str]:
         """
@@ -403,23 +408,19 @@ class SavingTrainer(Trainer):
 
     # ---- Card ----
 
-    def _write_card(self, folder: Path) -> None:
-        write_card(harvest_facts(self), folder)
-
     def create_model_card(self, model_name: str | None = None, **extras: Any) -> None:
         """
         Write `README.md` in `args.output_dir`, keeping what a person edited.
 
         Args:
             model_name (`str`, *optional*): Title; by default the name of the Hub repository or output folder.
-            extras:
-                Further fields of [`card.CardFacts`] (`evaluations`, `pictures`, `license`, ...), kept for later saves.
+            extras (`Any`): Further fields of [`card.CardFacts`] (`evaluations`, `license`, ...), kept for later saves.
         """
         if not self.args.should_save:
             return
         extras["model_name"] = model_name
         self.card_extras.update({name: value for name, value in extras.items() if value is not None})
-        self._write_card(Path(self.args.output_dir))
+        write_card(harvest_facts(self), self.args.output_dir)
 
     def _add_card_image(self, image: CardImage) -> None:
         """Show an image on the card, unless images were given by hand."""
@@ -449,7 +450,7 @@ class SavingTrainer(Trainer):
             return
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._write_card(Path(args.output_dir))
+        write_card(harvest_facts(self), args.output_dir)
         epochs = args.save_strategy == SaveStrategy.EPOCH
         position = f"epoch {int(self.state.epoch)}" if epochs else f"step {self.state.global_step}"
         self.pushes.checkpoint(Path(checkpoint_folder), f"Training in progress, {position}")

@@ -1,7 +1,7 @@
 """Write model and dataset cards from facts. Values are escaped and a person's edits are kept. Imports no torch."""
 
 from .dataset import DatasetCardFacts, ScoreFacts, write_dataset_card
-from .facts import CardFacts, CardImage, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter
+from .facts import CardFacts, CardImage, DatasetFacts, EvaluationRow, ExportRow, Hyperparameter, SharedFile
 from .rendering import SECTIONS
 from .writing import FACTS_NAME, read_facts, render_card, update_card, write_card
 
@@ -16,6 +16,7 @@ __all__ = [
     "ExportRow",
     "Hyperparameter",
     "ScoreFacts",
+    "SharedFile",
     "read_facts",
     "render_card",
     "update_card",

@@ -122,6 +122,24 @@ class ExportRow:
 
 
 @dataclasses.dataclass
+class SharedFile:
+    """
+    One file of a run's weights, for one program.
+
+    Args:
+        file (`str`): Its name.
+        program (`str`): The program that reads it as trained: `diffusers` or `ComfyUI`.
+        elsewhere (`str`): What the other program makes of it, one sentence.
+        check (`str`, *optional*): How the file was compared with what was trained.
+    """
+
+    file: str
+    program: str
+    elsewhere: str
+    check: str | None = None
+
+
+@dataclasses.dataclass
 class CardFacts:
     """
     What a model card states. Every field is optional. The card leaves out a section without facts.
@@ -157,6 +175,7 @@ class CardFacts:
         pictures (`list[CardImage]`, *optional*, defaults to `[]`): Before-and-after images.
         example_prompt (`str`, *optional*): A prompt of the training data, used in examples.
         usage (`str`, *optional*, defaults to `""`): Python source that loads the model and makes an image.
+        files (`list[SharedFile]`, *optional*, defaults to `[]`): The adapter's files, where there are several.
         exports (`list[ExportRow]`, *optional*, defaults to `[]`): Exports with the results of their checks.
         hardware (`str`, *optional*): Device of the training run.
         versions (`dict[str, str]`, *optional*, defaults to `{}`): Package name to version.
@@ -187,6 +206,7 @@ class CardFacts:
     pictures: list[CardImage] = dataclasses.field(default_factory=list)
     example_prompt: str | None = None
     usage: str = ""
+    files: list[SharedFile] = dataclasses.field(default_factory=list)
     exports: list[ExportRow] = dataclasses.field(default_factory=list)
     hardware: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -234,6 +254,7 @@ _PARTS: dict[str, Any] = {
     "hyperparameters": Hyperparameter,
     "evaluations": EvaluationRow,
     "pictures": CardImage,
+    "files": SharedFile,
     "exports": ExportRow,
 }
 

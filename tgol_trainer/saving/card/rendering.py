@@ -20,8 +20,8 @@ from tgol_trainer._secrets import TOKEN
 
 from .facts import CardFacts
 
-SECTIONS: tuple[str, ...] = ("title", "pictures", "usage", "exports", "threshold", "evaluation", "hyperparameters")
-SECTIONS += ("training", "limits", "citation")
+SECTIONS: tuple[str, ...] = ("title", "pictures", "usage", "files", "exports", "threshold", "evaluation")
+SECTIONS += ("hyperparameters", "training", "limits", "citation")
 TEMPLATE_NAME = "model_card_template.md"
 
 _LOCAL_PATH = re.compile(r"[/~]|\.{1,2}([/\\]|$)|[A-Za-z]:[\\/]|\\\\|file:|(?!\w+://)[^\s/]+/[^\s/]+/", re.IGNORECASE)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tgol_trainer.adapter_files import unwrapped
+
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
@@ -129,13 +131,19 @@ class LoraModule:
         product = self.second.flatten(1).to(weight) @ self.first.flatten(1).to(weight)
         return self.scaling * product.reshape(weight.shape)
 
+    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a float32 weight as ComfyUI's loader changes it at strength 1; `magnitude` is a `dora_scale`."""
+        updated = weight + self.update(weight)
+        if self.magnitude is not None:
+            updated *= self.magnitude.to(weight) / _row_norms(weight, floor=True).reshape(self.magnitude.shape)
+        return updated
+
 
 def layout_of(pipeline_class: str) -> Layout:
     """Return the layout of a pipeline class, such as `"FluxPipeline"`, or raise a `ValueError` if it has none."""
     if pipeline_class not in LAYOUTS:
         raise ValueError(
-            f"`format` is 'comfyui', and ComfyUI has no loader for {pipeline_class}. Use 'diffusers', 'peft' or "
-            "'merged'."
+            f"ComfyUI has no loader for {pipeline_class}, so there is no 'comfyui' file of it. Use another format."
         )
     return LAYOUTS[pipeline_class]
 
@@ -143,7 +151,7 @@ def layout_of(pipeline_class: str) -> Layout:
 def lora_modules(denoiser: ModelMixin, adapter: str) -> dict[str, LoraModule]:
     """Return an adapter's update of each module by its path, with the strength that is set."""
     found = {}
-    for path, layer in denoiser.named_modules():
+    for path, layer in unwrapped(denoiser).named_modules():
         if adapter in getattr(layer, "lora_A", {}):
             magnitudes = getattr(layer, "lora_magnitude_vector", {})
             found[path] = LoraModule(
@@ -173,9 +181,9 @@ def to_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin, layout: Lay
     unnamed = [path for path in modules if layout.name(path) is None]
     if unnamed:
         raise ValueError(
-            f"`format` is 'comfyui', and {len(unnamed)} of {len(modules)} trained modules (such as {unnamed[0]}) have "
-            "no name in the known layout of its loader. Use 'diffusers', 'peft' or 'merged', or train only attention "
-            "and feed-forward layers."
+            f"{len(unnamed)} of {len(modules)} trained modules (such as {unnamed[0]}) have no name in the known "
+            "layout of ComfyUI's loader, so there is no 'comfyui' file of them. Use another format, or train only "
+            "attention and feed-forward layers."
         )
     tensors = {}
     for path, module in modules.items():
@@ -228,11 +236,7 @@ def apply_as_comfyui(modules: dict[str, LoraModule], denoiser: ModelMixin) -> No
     with torch.no_grad():
         for path, module in modules.items():
             parameter = denoiser.get_parameter(f"{path}.weight")
-            weight = parameter.detach().float()
-            updated = weight + module.update(weight)
-            if module.magnitude is not None:
-                updated *= module.magnitude.to(weight) / _row_norms(weight, floor=True).reshape(module.magnitude.shape)
-            parameter.copy_(updated)
+            parameter.copy_(module.applied(parameter.detach().float()))
 
 
 def _exact(value: Any) -> torch.Tensor:
