@@ -217,7 +217,13 @@ _SD3 = {"error": sd3_error, "long_prompts": (2, 256)}
 # Loaded from a folder, the pipeline's own size is what FluxPipeline says, 128 latents.
 _FLUX = {"error": flux_error, "long_prompts": (1, 512), "sizes": ((16, 16), 4), "settings": {"resolution": 16}}
 _FLUX |= {"unguided": {"guidance_scale": 3.5}, "unpack": flux_unpacked}
-_FLUX2 = {"latents": (16, 4, 4), "sizes": ((16, 16), 4), "settings": {"resolution": 16}, "unpack": flux2_unpacked}
+_FLUX2 = {
+    "latents": (16, 4, 4),
+    "sizes": ((16, 16), 4),
+    "settings": {"resolution": 16},
+    "unpack": flux2_unpacked,
+    "learning_rate": 1e-2,
+}
 _MASKED = {
     "latents": (8, 8),
     "temperature": 1.0,

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import over
 from tests.pipelines import KEYS, VARIANTS
-from tgol_trainer.families import load_family
+from tgol_trainer.families import FamilySettings, load_family
 from tgol_trainer.families.flow import FlowFamily
 from tgol_trainer.likelihoods import DiffusionLikelihood, Draw
 
@@ -135,3 +135,22 @@ def test_prompts_of_different_lengths_without_a_mask_are_refused():
     rows = {"encoder_hidden_states": [torch.zeros(length, 32) for length in (3, 5)]}
     with pytest.raises(ValueError, match=r"different lengths \(3, 5 tokens\), and no mask"):
         family.condition(["a", "b"], torch.zeros(2, 4), (16, 16), lambda prompts: rows)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux.2", "flux.2 klein", "z-image"])
+def test_shifted_times_are_those_that_the_pipeline_samples_with_at_this_size(name, monkeypatch):
+    """The two levels of its schedule at the places 1 and 1/2, as it shifts them for 16 or 8 tokens."""
+    monkeypatch.setattr("tgol_trainer.families.flux2._STEPS", 2)
+    family = load_family(VARIANTS[name].build(), settings=FamilySettings("shifted"))
+    steps_of(name, family.pipeline, "a cat")
+    sampler = family.pipeline.scheduler
+    sigmas, times = family.likelihood.sampled_levels(torch.zeros(1, *VARIANTS[name].latents))
+    assert len(sigmas) == len(times) == 1000
+    torch.testing.assert_close(sigmas[[0, 500]], sampler.sigmas[:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(times[[0, 500]], family.network_times(sampler.timesteps), rtol=1e-5, atol=1e-6)
+    latents = torch.randn(2, *VARIANTS[name].latents)
+    draw = family.likelihood.draw(latents, KEYS)
+    index = KEYS.uniform("timestep").mul(1000).long()
+    assert torch.equal(draw.timesteps, times[index])
+    sigma = sigmas[index].view(2, 1, 1, 1)
+    torch.testing.assert_close(draw.inputs, (1 - sigma) * latents + sigma * KEYS.normal("noise", latents))

@@ -144,11 +144,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             "help": "Latents of an image: 'sample' draws from the posterior at each step, 'mode' takes its mode."
         },
     )
-    timestep_sampling: Literal["family", "uniform", "logit_normal"] = field(
+    timestep_sampling: Literal["family", "uniform", "logit_normal", "shifted"] = field(
         default="family",
         metadata={
-            "help": "How flow-matching models draw times. 'family': SD3 logit-normal, FLUX and Wan uniform. Other "
-            "models do not use it."
+            "help": "How flow-matching models draw times. 'family': SD3 logit-normal, others uniform. 'shifted': "
+            "uniform on the noise levels that the pipeline samples with at the size of the image, more of them high "
+            "for large images. Other models do not use it."
         },
     )
     train_guidance: float = field(

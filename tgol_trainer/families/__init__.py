@@ -17,8 +17,10 @@ from tgol_trainer.shapes import EmbeddedModel, embedded_model
 from .amused import AmusedFamily
 from .base import FamilySettings, ModelFamily
 from .conditioning import Conditioning
+from .distilled import warn_of_distillation
 from .flux import FluxFamily
 from .flux2 import Flux2Family, Flux2KleinFamily
+from .inspection import inspect_pipeline, parts_of_index
 from .licenses import hub_license
 from .meissonic import MeissonicFamily, load_meissonic
 from .origin import ModelOrigin
@@ -196,7 +198,7 @@ def read_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
             "(docs/meissonic.md); else load the pipeline yourself and pass the object."
         )
     if isinstance(name, str) and "custom_pipeline" not in options:
-        _check_supported(name)
+        _check_supported(name, parts_of_index(index))
     return index
 
 
@@ -219,7 +221,8 @@ def wrap_pipeline(
             NaN or infinite.
     """
     name = type(pipeline).__name__
-    _check_supported(name)
+    components = pipeline.components.items()
+    _check_supported(name, {part: type(each).__name__ for part, each in components if each is not None})
     _check_tokenizers(pipeline)
     _check_weights(pipeline)
     family = FAMILIES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
@@ -232,18 +235,20 @@ def wrap_pipeline(
         unused.append("`timestep_sampling` is for models of flow matching")
     if family.settings.guidance != FamilySettings.guidance and not family.denoiser.config.get("guidance_embeds"):
         unused.append("`train_guidance` is for models distilled with guidance")
+    if warning := warn_of_distillation(pipeline):
+        logger.warning("%s", warning)
     for reason in unused:
         logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return family
 
 
-def _check_supported(name: str) -> None:
+def _check_supported(name: str, parts: dict[str, str]) -> None:
     if name not in FAMILIES:
         supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
         raise ValueError(
-            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a model family: "
-            "how it encodes prompts and images, what its denoiser is called with, and its likelihood "
-            "(CONTRIBUTING.md, 'A new model family')."
+            f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a model family, "
+            f"a file of a page. {inspect_pipeline(name, parts)} CONTRIBUTING.md, 'A new model family', says what to "
+            "write."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,8 @@ class FamilySettings:
 
     Args:
         timestep_sampling (`str`, *optional*):
-            `"uniform"` or `"logit_normal"`, the density of times of flow-matching models; by default the family's own.
+            `"uniform"`, `"logit_normal"` or `"shifted"`, the density of times of flow-matching models; by default the
+            family's own.
         guidance (`float`, *optional*, defaults to 3.5):
             Guidance value given to guidance-distilled models, the same for policy and reference.
         num_frames (`int`, *optional*):
@@ -129,6 +129,9 @@ class ModelFamily(abc.ABC):
         self.pipeline, self.origin, self.settings = pipeline, origin, settings or FamilySettings()
         self.check_pipeline()
         self.prepare_pipeline()
+        # What the denoiser computes in, before it has an adapter: diffusers takes the first weight that is no integer,
+        # which on a quantised FLUX.2 is then the adapter's. It also looks through all modules each time.
+        self.dtype: torch.dtype = self.denoiser.dtype
         self.likelihood = self.make_likelihood()
 
     # ---- What a family says of itself ----
@@ -368,11 +371,6 @@ class ModelFamily(abc.ABC):
     def device(self) -> torch.device:
         """Where the denoiser computes."""
         return self._home or next(self.denoiser.parameters()).device  # diffusers' property looks through all modules
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        """What the denoiser computes in. Looked up once: diffusers looks through all modules each time."""
-        return self.denoiser.dtype
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component."""

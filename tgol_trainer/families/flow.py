@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from tgol_trainer.likelihoods import Draw, FlowLikelihood
+from tgol_trainer.likelihoods import Draw, FlowLikelihood, Levels
 
 from .base import ModelFamily
 from .conditioning import Conditioning
@@ -35,7 +35,7 @@ class FlowFamily(ModelFamily):
         """Return the likelihood on the pipeline's own noise levels."""
         sigmas, timesteps = self.schedule()
         density = self.settings.timestep_sampling or self.default_density
-        return FlowLikelihood(sigmas, self.network_times(timesteps), density)
+        return FlowLikelihood(sigmas, self.network_times(timesteps), density, self.sampled_levels)
 
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noise levels (N,) to train on, falling, and the scheduler's times (N,); see [`flow_schedule`]."""
@@ -44,6 +44,35 @@ class FlowFamily(ModelFamily):
     def network_times(self, times: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's times, 1000·σ, as the transformer takes them."""
         return times / self.time_divisor
+
+    def num_tokens(self, latents: torch.Tensor) -> int:
+        """Return how many tokens the transformer makes of an image's or clip's latents (B, C, ...)."""
+        patch = self.denoiser.config.get("patch_size") or 1
+        sides = latents.shape[2:]
+        patches = patch if isinstance(patch, (list, tuple)) else [1] * (len(sides) - 2) + [patch, patch]
+        return math.prod(side // part for side, part in zip(sides, patches, strict=True))
+
+    def resolution_shift(self, num_tokens: int) -> float:
+        """Return the pipeline's shift μ for an image of so many tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipeline.scheduler.config
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(num_tokens, *(config[name] for name in names))
+
+    def sampled_levels(self, latents: torch.Tensor) -> Levels:
+        """Return the noise levels on which the pipeline samples an image of the size of latents, and their times."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        sigmas, times = self.schedule()
+        config = self.pipeline.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+            shift = self.resolution_shift(self.num_tokens(latents))
+            sigmas = scheduler.time_shift(shift, 1.0, sigmas)
+            sigmas = scheduler.stretch_shift_to_terminal(sigmas) if config.get("shift_terminal") else sigmas
+            times = sigmas * config["num_train_timesteps"]
+        return sigmas, self.network_times(times)
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity in the shape of the latents."""
@@ -72,6 +101,10 @@ class PackedFlowFamily(FlowFamily):
     def resolution_multiple(self) -> int:
         """The autoencoder's factor times the side of two latents, which the autoencoder or a patch joins."""
         return self.pipeline.vae_scale_factor * 2
+
+    def num_tokens(self, latents: torch.Tensor) -> int:
+        """Return how many tokens the transformer gets of an image's latents (B, C, h, w)."""
+        return math.prod(side // self.patch for side in latents.shape[2:])
 
     def token_arguments(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Return further arguments of the transformer for latents (B, C, h, w): positions of tokens, guidance."""

@@ -15,6 +15,9 @@ from .prompts import template_room, words_of
 _TOKENS = 512
 """Default of the pipelines' `max_sequence_length`, the chat template included."""
 
+_STEPS = 50
+"""Default of the pipelines' `num_inference_steps`."""
+
 
 class Flux2Family(PackedFlowFamily):
     """
@@ -70,6 +73,12 @@ class Flux2Family(PackedFlowFamily):
         """Undo [`~Flux2Family.scale_latents`]."""
         mean, std = self._statistics(latents)
         return self.pipeline._unpatchify_latents(latents * std + mean)
+
+    def resolution_shift(self, num_tokens: int) -> float:
+        """Return the pipelines' shift at their default number of steps, on which it depends here."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(num_tokens, _STEPS)
 
     def token_arguments(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Return positions of image and text, and guidance."""

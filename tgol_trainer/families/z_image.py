@@ -56,6 +56,11 @@ class ZImageFamily(FlowFamily):
         """Return 1 − σ."""
         return (1000 - times) / 1000
 
+    def num_tokens(self, latents: torch.Tensor) -> int:
+        """Return the number of patches of latents (B, C, h, w)."""
+        height, width = (side // self.denoiser.config.all_patch_size[0] for side in latents.shape[2:])
+        return height * width
+
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity (B, C, h, w)."""
         images = list(draw.inputs.unsqueeze(2))  # of one frame

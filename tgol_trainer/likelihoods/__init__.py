@@ -3,7 +3,7 @@
 from .base import Draw, Likelihood, RowGenerators, log_likelihood, to_device
 from .calibration import ErrorProfile, calibrated_log_ratio, relative_log_ratio
 from .diffusion import DiffusionLikelihood
-from .flow import FlowLikelihood
+from .flow import FlowLikelihood, Levels
 from .masked import MaskedTokenLikelihood
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Draw",
     "ErrorProfile",
     "FlowLikelihood",
+    "Levels",
     "Likelihood",
     "MaskedTokenLikelihood",
     "RowGenerators",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 
 from .base import Draw, RowGenerators, SquaredError, per_row, to_device
 
-DENSITIES = ("uniform", "logit_normal")
+DENSITIES = ("uniform", "logit_normal", "shifted")
+
+Levels: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Noise levels σ (N,) in [0, 1], falling, and the same times as the network takes them."""
 
 
 class FlowLikelihood(SquaredError):
@@ -23,16 +29,26 @@ class FlowLikelihood(SquaredError):
         timesteps (`torch.Tensor`): (N,) the same times as the network takes them.
         density (`str`, *optional*, defaults to `"uniform"`):
             How a place u in [0, 1) of the schedule is drawn: `"uniform"`, or `"logit_normal"`, the sigmoid of a
-            standard normal number (arXiv 2403.03206, Sec. 3.1).
+            standard normal number (arXiv 2403.03206, Sec. 3.1). `"shifted"` draws it uniformly on the levels that the
+            sampler takes at the size of the latents.
+        sampled_levels (`Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+            Returns those levels and times for latents (B, ...); by default `sigmas` and `timesteps` at every size.
 
     Raises:
         ValueError: for an unknown density.
     """
 
-    def __init__(self, sigmas: torch.Tensor, timesteps: torch.Tensor, density: str = "uniform") -> None:
+    def __init__(
+        self,
+        sigmas: torch.Tensor,
+        timesteps: torch.Tensor,
+        density: str = "uniform",
+        sampled_levels: Callable[[torch.Tensor], Levels] | None = None,
+    ) -> None:
         if density not in DENSITIES:
             raise ValueError(f"`timestep_sampling` is {density!r}. Supported: {', '.join(DENSITIES)}")
         self.sigmas, self.timesteps, self.density = sigmas.float(), timesteps.float(), density
+        self.sampled_levels = sampled_levels if density == "shifted" else None
 
     def draw(self, latents: torch.Tensor, rows: RowGenerators) -> Draw:
         """
@@ -40,13 +56,14 @@ class FlowLikelihood(SquaredError):
 
         The `inputs` are `(1-σ)·x0 + σ·ε`, the `target` is `ε - x0`.
         """
-        if self.density == "uniform":
-            places = rows.uniform("timestep")
-        else:
+        sigmas, timesteps = self.sampled_levels(latents) if self.sampled_levels else (self.sigmas, self.timesteps)
+        if self.density == "logit_normal":
             places = torch.sigmoid(rows.normal("timestep", torch.empty(len(rows.row_ids))))
-        index = places.mul(len(self.sigmas)).long().clamp_(max=len(self.sigmas) - 1)
+        else:
+            places = rows.uniform("timestep")
+        index = places.mul(len(sigmas)).long().clamp_(max=len(sigmas) - 1)
         noise = rows.normal("noise", latents)
         clean = latents.float()
-        sigma = per_row(self.sigmas[index], latents)
+        sigma = per_row(sigmas[index], latents)
         noised = (1 - sigma) * clean + sigma * noise
-        return Draw(noised.to(latents.dtype), to_device(self.timesteps[index], latents.device), noise - clean)
+        return Draw(noised.to(latents.dtype), to_device(timesteps[index], latents.device), noise - clean)

@@ -1,0 +1,81 @@
+"""What is said of pipelines without a family, and of bases that are distilled to few steps."""
+
+import json
+import logging
+
+import pytest
+
+from tests.tiny import flux, stable_diffusion, stable_diffusion_xl
+from tests.tiny_language import flux2_klein, z_image
+from tgol_trainer.families import read_index, wrap_pipeline
+from tgol_trainer.families.inspection import inspect_pipeline, parts_of_index
+
+DISTILLED = {
+    "Z-Image-Turbo": (z_image, "Tongyi-MAI/Z-Image"),
+    "FLUX.1-schnell": (flux, "black-forest-labs/FLUX.1-dev"),
+    "FLUX.2-klein-4B": (flux2_klein, "black-forest-labs/FLUX.2-klein-base-4B"),
+    "sdxl-turbo": (stable_diffusion_xl, "stabilityai/stable-diffusion-xl-base-1.0"),
+    "SDXL-Lightning": (stable_diffusion_xl, "stabilityai/stable-diffusion-xl-base-1.0"),
+    "my-model-4-step": (stable_diffusion, "the model that it was distilled from"),
+    "LCM_Dreamshaper_v7": (stable_diffusion, "the model that it was distilled from"),
+}
+WHOLE = {
+    "Z-Image": z_image,
+    "FLUX.2-klein-base-4B": flux2_klein,
+    "stable-diffusion-v1-5": stable_diffusion,
+    "sprinting-dogs": stable_diffusion,
+    "FLUX.1-dev": flux,
+    "flux-dev-de-distill": lambda: flux(guidance_embeds=False),
+}
+
+
+def warnings_of(pipeline, name, caplog):
+    pipeline.register_to_config(_name_or_path=f"/models/{name}")
+    with caplog.at_level(logging.WARNING, "tgol_trainer"):
+        wrap_pipeline(pipeline)
+    return caplog.text
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_base_distilled_to_few_steps_is_named_with_the_model_to_train_instead(name, caplog):
+    build, base = DISTILLED[name]
+    text = warnings_of(build(), name, caplog)
+    assert "distilled to few steps, as its name or config says. Training undoes that" in text
+    assert f"Train {base} instead" in caplog.text
+
+
+def test_a_config_that_says_it_is_distilled_is_believed(caplog):
+    klein = flux2_klein()
+    klein.register_to_config(is_distilled=True)
+    assert "Train the `FLUX.2-klein-base` model of its size instead" in warnings_of(klein, "mine", caplog)
+    schnell = flux(guidance_embeds=False)
+    schnell.scheduler.register_to_config(use_dynamic_shifting=False, shift=1.0)
+    assert "Train black-forest-labs/FLUX.1-dev instead" in warnings_of(schnell, "mine", caplog)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_bases_are_not_called_distilled(name, caplog):
+    assert "distilled to few steps" not in warnings_of(WHOLE[name](), name, caplog)
+
+
+def test_the_error_for_an_unknown_pipeline_says_what_was_found_and_what_was_not(tmp_path):
+    parts = {
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "transformer": ["diffusers", "HunyuanDiT2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanDiTPipeline", **parts}))
+    with pytest.raises(ValueError, match="HunyuanDiTPipeline is not supported yet") as error:
+        read_index(str(tmp_path), {})
+    text = str(error.value)
+    found, missing = text.split("Not found")
+    assert all(fact in found for fact in ("levels of DDPM", "AutoencoderKL: scaling_factor", "encode_prompt"))
+    assert all(fact in missing for fact in ("HunyuanDiT2DModel has no `add_adapter`", "load_lora_weights"))
+    assert "CONTRIBUTING.md, 'A new model family'" in text
+    assert parts_of_index({"_class_name": "x", **parts}).keys() == {"scheduler", "transformer", "vae"}
+
+
+def test_pipelines_that_cannot_be_inspected_say_why():
+    assert "modular pipeline has no components" in inspect_pipeline("AnimaModularPipeline", {})
+    assert "has no such class" in inspect_pipeline("NoSuchPipeline", {})
