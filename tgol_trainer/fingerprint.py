@@ -38,7 +38,8 @@ def component_fingerprint(component: Any, rename: Callable[[str], str | None] | 
         weights.pop(None, None)
         for name, tensor in sorted(weights.items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            for plain in _plain(tensor.detach()):
+                digest.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:
         with tempfile.TemporaryDirectory() as folder:
             component.save_pretrained(folder)
@@ -46,6 +47,13 @@ def component_fingerprint(component: Any, rename: Callable[[str], str | None] | 
                 if file.is_file():
                     digest.update(file.name.encode() + b"|" + _content(file))
     return digest.hexdigest()
+
+
+def _plain(tensor: Any) -> list[Any]:
+    """Return the tensors that a quantised one of torchao is made of, or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
 
 
 def _adapter_state(network: torch.nn.Module) -> list[Any]:

@@ -37,7 +37,7 @@ from .data import (
 )
 from .data.prompts import warn_of_syntax
 from .draws import EVALUATION_STEP, BatchDraws
-from .families import Conditioning, FamilySettings, ModelFamily, load_family
+from .families import Conditioning, FamilySettings, ModelFamily, StoredBlocks, load_family
 from .families.compiling import compile_blocks
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -212,6 +212,8 @@ class TGOLTrainer(SavingTrainer):
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1
+        if args.group_offload or args.storage_dtype:
+            family.blocks = StoredBlocks(family.denoiser, args.device, args.group_offload, args.storage_dtype)
         family.place_denoiser(args.device)
         return family
 
@@ -256,6 +258,8 @@ class TGOLTrainer(SavingTrainer):
 
         config = copy.deepcopy(peft_config) or LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian")
         adapters.check_peft_config(config)
+        if config.use_dora and self.family.blocks is not None:
+            raise ValueError("`use_dora` reads the weights that `group_offload` and `storage_dtype` keep elsewhere.")
         if config.target_modules is None:
             config.target_modules = set(self.family.default_target_modules)
         return config

@@ -14,11 +14,16 @@ LORA = LoraConfig(r=16)
 
 
 def made_up(setup):
-    """Weights of 4 GiB in float32, 2 in bfloat16, 1 in 4 bits; 1 GiB a row of 512x512, a quarter of it recomputed."""
+    """
+    Weights of 4 GiB in float32, 2 in bfloat16, 1.5 stored in 8 bits, 1 in 4 bits, 0.5 on the CPU.
+
+    A row of 512x512 is 1 GiB, a quarter of it recomputed.
+    """
     size = setup.resolution or (512, 512)
-    weights = 1 if setup.quantization else 4 if setup.dtype == "float32" else 2
+    weights = 1 if setup.quantization else 1.5 if setup.storage_dtype else 4 if setup.dtype == "float32" else 2
+    weights = 0.5 if setup.group_offload else weights
     working = setup.batch_size * size[0] * size[1] / 512**2 * (0.25 if setup.checkpointing else 1)
-    training = Phase({"denoiser": weights * GIB}, int(working * GIB))
+    training = Phase({"denoiser": int(weights * GIB)}, int(working * GIB))
     step, empty = Step(training.working, 0, 0, 0), Phase({}, 0)
     return Prediction(setup, "X", size, 8, None, 1, empty, training, empty, step, 0, 0)
 
@@ -37,6 +42,8 @@ def needs(weights, working):
 CHECKPOINTING = {"activation_checkpointing": "true"}
 TWO = {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "12"}
 ONE = {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "24"}
+EIGHT_BITS = {"storage_dtype": "float8_e4m3fn"}
+OFFLOAD = {"group_offload": "true"}
 FOUR_BITS = {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
 
 
@@ -50,11 +57,15 @@ FOUR_BITS = {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nest
         (needs(4, 0.25), CHECKPOINTING | ONE),
         (needs(2, 2), CHECKPOINTING | {"dtype": "bfloat16"}),  # less than needs(4, 0.25)
         (needs(2, 0.25), CHECKPOINTING | ONE | {"dtype": "bfloat16"}),
+        (needs(1.5, 0.5), CHECKPOINTING | TWO | {"dtype": "bfloat16"} | EIGHT_BITS),
         (needs(1, 0.25), CHECKPOINTING | ONE | {"dtype": "bfloat16"} | FOUR_BITS),
-        (needs(1, 0.25 / 4), CHECKPOINTING | ONE | {"dtype": "bfloat16"} | FOUR_BITS | {"resolution": "256"}),
+        (needs(0.5, 0.25), CHECKPOINTING | ONE | {"dtype": "bfloat16"} | OFFLOAD),
+        (needs(0.5, 0.25 / 4), CHECKPOINTING | ONE | {"dtype": "bfloat16"} | OFFLOAD | {"resolution": "256"}),
     ],
 )
-def test_checkpointing_comes_first_then_smaller_batches_then_bfloat16_then_4_bits_then_resolution(memory, flags):
+def test_checkpointing_comes_first_then_smaller_batches_bfloat16_8_bits_4_bits_the_cpu_and_the_resolution(
+    memory, flags
+):
     first = made_up(Setup("x", lora=LORA, batch_size=8, accumulation=3))
     found = fit(first, memory)
     assert found.fits
@@ -68,7 +79,7 @@ def test_where_nothing_fits_the_least_that_was_found_is_returned():
     first = made_up(Setup("x", lora=LORA, batch_size=8))
     found = fit(first, GIB)
     assert not found.fits
-    assert found.prediction.needed == needs(1, 0.25 / 4)
+    assert found.prediction.needed == needs(0.5, 0.25 / 4)
     assert found.flags["resolution"] == "256"
 
 
@@ -76,6 +87,16 @@ def test_batches_that_training_refuses_are_not_tried():
     """With batches of 2 it would fit in float32; 4 rows do not, and with the lighter weights all 8 do."""
     found = fit(made_up(Setup("x", lora=LORA, batch_size=8)), needs(4, 0.5), accepts=lambda size: size % 4 == 0)
     assert found.flags == CHECKPOINTING | {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags"),
+    [({"storage_dtype": "float8_e5m2"}, OFFLOAD), ({"group_offload": True}, {"resolution": "256"})],
+)
+def test_stored_blocks_are_not_quantised(stored, flags):
+    found = fit(made_up(Setup("x", lora=LORA, batch_size=1, dtype="bfloat16", **stored)), needs(0.5, 0.1))
+    assert found.flags.items() >= flags.items()
+    assert "load_in_4bit" not in found.flags
 
 
 def test_all_weights_stay_float32_and_whole():

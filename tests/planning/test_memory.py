@@ -20,7 +20,7 @@ from tgol_trainer.planning.quantized import QuantizedLinear, quantize
 from tgol_trainer.planning.tracing import LiveBytes
 
 FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance", "qwen-image 2.1")]
-KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16")
+KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16", "offload", "8 bits")
 # Of Qwen-Image a plan also counts weights that no gradient reaches, and the mask of a prompt, large beside so small a
 # text encoder, which a real pass leaves out where it hides nothing.
 CASES = [(name, kind) for name in FAMILIES for kind in KINDS if name != "qwen-image" or kind == "LoRA"]
@@ -103,7 +103,15 @@ def saved_for_backward(family, size):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    quick(CASES, ("sd", "LoRA"), ("flux", "LoRA, checkpointing"), ("amused", "LoRA"), ("wan", "all weights")),
+    quick(
+        CASES,
+        ("sd", "LoRA"),
+        ("flux", "LoRA, checkpointing"),
+        ("amused", "LoRA"),
+        ("wan", "all weights"),
+        ("flux", "offload"),
+        ("sd", "8 bits"),
+    ),
 )
 def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_run(
     name, kind, config, predicted, tmp_path
@@ -111,7 +119,9 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     facts, full, half = TINY[name], kind == "all weights", kind == "bfloat16"
     options = {"activation_checkpointing": "checkpointing" in kind, "full_finetuning": full, "bf16": half}
     options |= {"cache": kind == "LoRA", "cache_dir": str(tmp_path) if kind == "LoRA" else None}
-    args = config(max_steps=1, per_device_train_batch_size=2, **options, **facts.settings)
+    stored = {"offload": {"group_offload": True}, "8 bits": {"storage_dtype": "float8_e4m3fn"}}.get(kind, {})
+    options |= {**stored, "activation_checkpointing": None} if stored else {}
+    args = config(max_steps=2 if stored else 1, per_device_train_batch_size=2, **options, **facts.settings)
     # Longer than any limit: the plan is for the longest prompts.
     rows = facts.dataset().map(
         lambda row, index: {"prompt": f"prompt {index} " + "and so on " * 90}, with_indices=True
@@ -122,11 +132,13 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     changes = {"lora": None} if full else {}
     changes |= {"checkpointing": True} if options["activation_checkpointing"] else {}
     changes |= {"autocast": torch.bfloat16} if half else {}
+    changes |= {**stored, "checkpointing": True} if stored else {}
     size = trainer.collator.resolution
     prediction = predicted(name, resolution=size, cache=options["cache"], **changes)
     step, denoiser = prediction.step, weight_bytes(trainer.family.denoiser)
     if name != "meissonic":  # taking weights away unties those that are tied
         whole = sum(weight_bytes(network) for network in networks(trainer.family).values())
+        whole -= trainer.family.blocks.bytes_saved if stored else 0
         assert sum(prediction.sampling.resident.values()) == whole + (denoiser if full else 0)
     assert prediction.training.resident["optimizer"] == states
     assert step.gradients == gradients

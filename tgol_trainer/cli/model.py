@@ -153,6 +153,8 @@ def planned_setup(script: Any, training: TGOLConfig, model: ModelArguments) -> S
         batch_size=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
+        group_offload=training.group_offload,
+        storage_dtype=training.storage_dtype,
         autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
         optimizer=str(getattr(training.optim, "value", training.optim)),
         cache=training.cache and not script.dataset_streaming,

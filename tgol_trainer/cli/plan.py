@@ -186,6 +186,8 @@ def _table(prediction: Prediction, card: Card | None) -> list[str]:
     kind = f"LoRA r {setup.lora.r}" if setup.lora else "all weights"
     batch = f"batch {setup.batch_size}" + (f" x {setup.accumulation}" if setup.accumulation > 1 else "")
     bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
+    bits += f", blocks in {setup.storage_dtype}" if setup.storage_dtype else ""
+    bits += ", blocks on the CPU" if setup.group_offload else ""
     saving = ", gradient checkpointing" if setup.checkpointing else ""
     phases = {name: phase for name, phase in _phases(prediction).items() if phase is not None}
     names = [name for name in _ROWS if any(name in phase.resident for phase in phases.values())]

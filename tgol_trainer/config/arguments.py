@@ -89,6 +89,21 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         },
     )
 
+    group_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the weights of the frozen denoiser's blocks on the CPU; each is copied to the device while "
+            "it runs, the next one ahead of time. Changes no number; one process, LoRA, recomputed activations."
+        },
+    )
+    storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the matrices of those blocks in 8 bits and cast them to their own dtype while the block "
+            "runs (diffusers' layerwise casting). The reference is then the rounded base model."
+        },
+    )
+
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
     prompt_syntax: Literal["keep", "strip"] = field(
@@ -229,6 +244,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.resolution = _read_resolution(self.resolution)
         self._check_ranges()
         self._check_combinations()
+        self._check_storage()
 
     def to_dict(self) -> dict[str, Any]:
         """Like `TrainingArguments.to_dict`, with secrets in `model_init_kwargs` masked and dtypes as text."""
@@ -288,6 +304,10 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             raise ValueError(f"`caption_dropout` must be at least 0 and at most 1, got {self.caption_dropout}.")
         if self.hub_gated not in (None, "auto", "manual"):
             raise ValueError(f"`hub_gated` must be auto or manual, or left out, got {self.hub_gated!r}.")
+        if self.storage_dtype not in (None, "float8_e4m3fn", "float8_e5m2"):
+            raise ValueError(
+                f"`storage_dtype` must be float8_e4m3fn or float8_e5m2, or left out, got {self.storage_dtype!r}."
+            )
         for name in ("num_frames", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -348,6 +368,29 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             raise ValueError(
                 "`reference='initial'` and `reference_update='epoch'` both set the reference: choose one."
             )
+
+    def _check_storage(self) -> None:
+        """Refuse what does not go with stored blocks, and recompute activations with them."""
+        name = "group_offload" if self.group_offload else "storage_dtype"
+        if not (self.group_offload or self.storage_dtype):
+            return
+        for other, reason in (
+            ("full_finetuning", "which trains the weights that would be stored"),
+            ("torch_compile", "which does not see that weights come and go"),
+            ("fsdp", "which shards them"),
+            ("deepspeed", "which shards them"),
+        ):
+            if getattr(self, other):
+                raise ValueError(f"`{name}` does not go with `{other}`, {reason}: leave one out.")
+        if self.world_size > 1:
+            raise ValueError(f"`{name}` works in one process, and this run has {self.world_size}: leave it out.")
+        if self.checkpointing_given and not self.activation_checkpointing:
+            raise ValueError(
+                f"`{name}` needs `activation_checkpointing`: without it every block's weights stay on the device "
+                "until the backward pass. Leave out `activation_checkpointing=False`."
+            )
+        self.activation_checkpointing = True
+        self.gradient_checkpointing: bool | None = True
 
 
 def _read_resolution(value: int | str | None) -> int | str | None:

@@ -16,6 +16,7 @@ from tgol_trainer.shapes import EmbeddedModel, embedded_model
 
 from .amused import AmusedFamily
 from .base import FamilySettings, ModelFamily
+from .blocks import StoredBlocks
 from .conditioning import Conditioning
 from .distilled import warn_of_distillation
 from .flux import FluxFamily
@@ -67,6 +68,7 @@ __all__ = [
     "FamilySettings",
     "ModelFamily",
     "ModelOrigin",
+    "StoredBlocks",
     "hub_license",
     "load_family",
     "load_meissonic",
@@ -271,7 +273,8 @@ def _check_weights(pipeline: DiffusionPipeline) -> None:
         if not isinstance(part, torch.nn.Module):
             continue
         for key, weight in part.named_parameters():
-            if weight.device.type == "meta" or weight.dtype not in _FLOATS:  # a skeleton; a quantised layer
+            quantised = weight.dtype not in _FLOATS or type(weight) is not torch.nn.Parameter
+            if weight.device.type == "meta" or quantised:  # a skeleton, or what its own library checks
                 continue
             # A sum is read once, and is finite unless a weight is not or float16 overflows.
             if not torch.isfinite(weight.detach().sum()) and not torch.isfinite(weight.detach()).all():

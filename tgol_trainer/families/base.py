@@ -13,6 +13,7 @@ import torch
 from tgol_trainer import adapters
 from tgol_trainer.likelihoods import Draw, Likelihood, RowGenerators, to_device
 
+from .blocks import StoredBlocks
 from .compiling import uncompiled
 from .conditioning import Conditioning, Rows, join
 from .origin import ModelOrigin
@@ -119,6 +120,9 @@ class ModelFamily(abc.ABC):
 
     rows_per_image = 2
     """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
+
+    blocks: StoredBlocks | None = None
+    """The blocks of the denoiser, where their weights are swapped in and out."""
 
     _home: torch.device | None = None
     """Where the denoiser computes, while its weights, or a part of them, are elsewhere."""
@@ -331,11 +335,12 @@ class ModelFamily(abc.ABC):
             names (`str`): Names of components of the pipeline.
             alone (`bool`, *optional*, defaults to `False`):
                 Move the denoiser off a GPU for the block, so that encoders and denoiser need not fit together. A
-                quantised denoiser stays: not every kind of quantisation can be moved.
+                quantised denoiser stays: not every kind of quantisation can be moved. So does one with `blocks`.
         """
         device, components = self.device, [getattr(self.pipeline, name) for name in names]
         places = [component.device for component in components]
-        away = alone and device.type != "cpu" and getattr(self.denoiser, "hf_quantizer", None) is None
+        stays = self.blocks is not None or getattr(self.denoiser, "hf_quantizer", None) is not None
+        away = alone and device.type != "cpu" and not stays
         try:
             if away:
                 self._home = device

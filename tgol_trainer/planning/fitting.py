@@ -41,8 +41,9 @@ def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lamb
     """
     Find settings that fit, in this order: as asked for; gradient checkpointing; smaller batches with accumulation.
 
-    Where the smallest batch does not fit either, the same again with weights in bfloat16, then with the denoiser in 4
-    bits, then at three quarters and at half of the resolution. Sampling is left out of what is tried.
+    Where the smallest batch does not fit either, the same again with weights in bfloat16, then with the blocks stored
+    in 8 bits, then with the denoiser in 4 bits, then with its blocks on the CPU, then at three quarters and at half of
+    the resolution. Sampling is left out of what is tried.
 
     Args:
         first ([`Prediction`]): What was asked for.
@@ -108,7 +109,11 @@ def _bases(first: Prediction) -> Iterator[Setup]:
             half = base.dtype if base.dtype in ("bfloat16", "float16") else "bfloat16"  # what 4-bit layers compute in
             quantization = Quantization(4, double=True, compute_dtype=getattr(torch, half))
             dtype = half if base.dtype == FROZEN_DTYPE else base.dtype
-            yield dataclasses.replace(base, dtype=dtype, quantization=quantization)
+            if not (asked.group_offload or asked.storage_dtype):  # neither goes with 4 bits
+                yield dataclasses.replace(base, storage_dtype="float8_e4m3fn")
+                yield dataclasses.replace(base, dtype=dtype, quantization=quantization)
+            if not asked.group_offload:
+                yield dataclasses.replace(base, group_offload=True)
 
 
 def _with_batch(base: Setup, size: int) -> Setup:
@@ -117,6 +122,8 @@ def _with_batch(base: Setup, size: int) -> Setup:
 
 def _predict(setup: Setup) -> Prediction:
     bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
+    bits += f", blocks in {setup.storage_dtype}" if setup.storage_dtype else ""
+    bits += ", blocks on the CPU" if setup.group_offload else ""
     height, width = setup.resolution or (0, 0)
     logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.main_dtype, bits)
     return predict(setup)
@@ -132,6 +139,10 @@ def _flags(first: Prediction, found: Prediction) -> dict[str, str]:
     quantised = setup.quantization != asked.quantization
     if setup.dtype != asked.dtype or (quantised and not isinstance(asked.dtype, str)):
         flags["dtype"] = setup.main_dtype if isinstance(setup.dtype, str) else "bfloat16"
+    if setup.storage_dtype != asked.storage_dtype:
+        flags["storage_dtype"] = str(setup.storage_dtype)
+    if setup.group_offload != asked.group_offload:
+        flags["group_offload"] = "true"
     if quantised:
         flags |= {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
     if found.size != first.size:

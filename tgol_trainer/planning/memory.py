@@ -182,11 +182,14 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     with without_memory():
         for network in networks(family).values():
             forget_weights(network)
+        if family.blocks is not None:
+            family.blocks.replace_kept(lambda kept: torch.empty_like(kept, device="cpu"), torch.device("cpu"))
         encoding = trace_encoding(family, size)
         step = trace_step(family, setup, size, encoding)
         sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else 0
-    # What cannot leave the device while a cache is filled: a quantised denoiser, and a frozen copy.
-    staying = at_denoiser if setup.quantization else {"reference": at_denoiser["reference"]} if not setup.lora else {}
+    # What cannot leave the device while a cache is filled: a quantised or stored denoiser, and a frozen copy.
+    stays = setup.quantization or family.blocks is not None
+    staying = at_denoiser if stays else {"reference": at_denoiser["reference"]} if not setup.lora else {}
     training = Phase(with_optimizer, step.peak)
     if not setup.cache:
         training = Phase({**with_optimizer, **encoders}, max(step.peak, step.prompts, step.images))
@@ -228,6 +231,8 @@ def weights_alone(setup: Setup) -> int:
 def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of weights that training needs in any case, and of the encoders."""
     sizes = {name: weight_bytes(network) for name, network in networks(family).items()}
+    if family.blocks is not None:
+        sizes[family.denoiser_name] -= family.blocks.bytes_saved
     denoiser = sizes[family.denoiser_name]
     if setup.lora is None:
         at_denoiser = {"denoiser": denoiser, "reference": denoiser}
@@ -336,7 +341,8 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     gradients = sum(_bytes(each.grad) for each in trained if each.grad is not None)
     for each in trained:
         each.grad = None
-    return Step(live.peak, kept, gradients, live.flops, *encoding_peaks)
+    ahead = family.blocks.bytes_ahead if family.blocks is not None else 0  # from the second step on
+    return Step(live.peak + ahead, kept, gradients, live.flops, *encoding_peaks)
 
 
 def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> int:

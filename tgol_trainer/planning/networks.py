@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tgol_trainer import adapters
-from tgol_trainer.families import FamilySettings, ModelFamily
+from tgol_trainer.families import FamilySettings, ModelFamily, StoredBlocks
 from tgol_trainer.families.skeleton import load_skeleton
 
 from .quantized import Quantization, quantize
@@ -38,6 +38,8 @@ class Setup:
         batch_size (`int`, *optional*, defaults to 8): Rows of one pass.
         accumulation (`int`, *optional*, defaults to 1): Passes of one update.
         checkpointing (`bool`, *optional*, defaults to `False`): Recompute activations in the backward pass.
+        group_offload (`bool`, *optional*, defaults to `False`): Keep the blocks' weights on the CPU.
+        storage_dtype (`str`, *optional*): Dtype that the blocks' matrices are kept in.
         autocast (`torch.dtype`, *optional*): What `bf16=True` or `fp16=True` computes in.
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): `TrainingArguments.optim`.
         cache (`bool`, *optional*, defaults to `True`):
@@ -58,6 +60,8 @@ class Setup:
     batch_size: int = 8
     accumulation: int = 1
     checkpointing: bool = False
+    group_offload: bool = False
+    storage_dtype: str | None = None
     autocast: torch.dtype | None = None
     optimizer: str = "adamw_torch_fused"
     cache: bool = True
@@ -88,6 +92,10 @@ def build(setup: Setup) -> ModelFamily:
         ValueError: for what [`load_skeleton`] refuses, and for a combination that training refuses.
         NotPlannableError: for a family that cannot be planned for.
     """
+    stored = "group_offload" if setup.group_offload else "storage_dtype" if setup.storage_dtype else None
+    if stored and (setup.lora is None or setup.lora.use_dora or setup.quantization is not None):
+        reason = "training every weight" if setup.lora is None else "`use_dora` or a quantised denoiser"
+        raise ValueError(f"`{stored}` does not go with {reason}: leave one out.")
     if setup.quantization is not None and (setup.lora is None or setup.lora.use_dora):
         reason = "training every weight" if setup.lora is None else "`use_dora`"
         raise ValueError(f"A quantised denoiser is not planned for together with {reason}: leave one out.")
@@ -111,6 +119,8 @@ def prepare(family: ModelFamily, setup: Setup) -> None:
     denoiser = family.denoiser
     if setup.quantization is not None:
         quantize(denoiser, setup.quantization)
+    if setup.group_offload or setup.storage_dtype:
+        family.blocks = StoredBlocks(denoiser, torch.device("meta"), setup.group_offload, setup.storage_dtype)
     if setup.lora is None:
         denoiser.requires_grad_(True)
     else:
