@@ -252,6 +252,13 @@ TINY = {
     "wan": Facts(tiny.wan, wan_error, sizes=((480, 832), 16), **_WAN),
     "wan 2.2 a14b": Facts(tiny_video.wan_22_a14b, sizes=((480, 832), 16), **_WAN),
     "wan 2.2 5b": Facts(tiny_video.wan_22_5b, sizes=((704, 1280), 16), **_WAN),
+    "skyreels v2": Facts(tiny_video.skyreels_v2, sizes=((544, 960), 16), **_WAN),
+    "hunyuan video": Facts(
+        tiny_video.hunyuan_video,
+        sizes=((720, 1280), 16),
+        **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (2, 253)},
+        unguided={"guidance_scale": 3.5},
+    ),
     "z-image": Facts(
         tiny_language.z_image,
         latents=(4, 8, 8),

@@ -1,8 +1,23 @@
 """Random pipelines of videos, as in `tests/tiny.py`."""
 
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+import itertools
 
-from tests.tiny import seeded, wan
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from transformers import CLIPTextModel, LlamaConfig, LlamaModel
+
+from tests.tiny import assembled, clip_config, clip_tokenizer, seeded, wan
+from tests.tiny_language import SIZES, chat_tokenizer
 
 
 def wan_22_a14b(seed: int = 0) -> WanPipeline:
@@ -32,3 +47,46 @@ def wan_22_5b(seed: int = 0) -> WanPipeline:
     pipeline.register_to_config(expand_timesteps=True)
     parts = {**pipeline.components, "vae": vae.eval()}
     return WanPipeline(**parts, expand_timesteps=True)
+
+
+def skyreels_v2(seed: int = 0) -> SkyReelsV2Pipeline:
+    """A random SkyReels V2 pipeline with the other parts of [`wan`]."""
+    parts = wan(seed, flow_shift=8.0).components
+    known = {name: parts[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16, "text_dim": 32}
+    sizes |= {"freq_dim": 32, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32}
+    with seeded(seed):
+        transformer = SkyReelsV2Transformer3DModel(patch_size=(1, 2, 2), **sizes)
+    return assembled(SkyReelsV2Pipeline, **known, transformer=transformer)
+
+
+def hunyuan_video(seed: int = 0) -> HunyuanVideoPipeline:
+    """A random HunyuanVideo pipeline whose sizes are multiples of 16 pixels and whose frames are 4·k + 1."""
+    tokenizer, tokenizer_2 = chat_tokenizer(), clip_tokenizer()
+    before = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
+    ends = [len(before) * part // 95 for part in range(96)]  # as many tokens as the pipeline takes away
+    tokenizer.add_tokens(sorted({before[start:end] for start, end in itertools.pairwise(ends)}))
+    with seeded(seed):
+        networks = {
+            "text_encoder": LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, **SIZES)),
+            "text_encoder_2": CLIPTextModel(clip_config(tokenizer_2)),
+            "transformer": HunyuanVideoTransformer3DModel(
+                in_channels=4,
+                out_channels=4,
+                num_attention_heads=2,
+                attention_head_dim=16,
+                num_layers=1,
+                num_single_layers=1,
+                num_refiner_layers=1,
+                text_embed_dim=SIZES["hidden_size"],
+                pooled_projection_dim=32,
+                rope_axes_dim=(4, 6, 6),
+            ),
+            "vae": AutoencoderKLHunyuanVideo(
+                latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+            ),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return assembled(
+        HunyuanVideoPipeline, **networks, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=scheduler
+    )

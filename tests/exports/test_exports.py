@@ -375,7 +375,7 @@ def test_every_family_that_is_supported_has_a_layout_or_is_known_to_have_none():
         "Flux2KleinPipeline",
         "ZImagePipeline",
     }
-    assert set(FAMILIES) - set(LAYOUTS) == none
+    assert set(FAMILIES) - set(LAYOUTS) == none | {"SkyReelsV2Pipeline", "HunyuanVideoPipeline"}
 
 
 # ---- The card of an export, and the command ----

@@ -26,20 +26,8 @@ REPRESENTATIVES = ("sd", "flux", "wan", "amused")
 
 
 PIPELINES = (
-    *(
-        "sd",
-        "sdxl",
-        "sd3.5",
-        "flux",
-        "wan",
-        "wan 2.2 a14b",
-        "wan 2.2 5b",
-        "z-image",
-        "flux.2",
-        "flux.2 klein",
-        "qwen-image",
-        "qwen-image 2.1",
-    ),
+    *("sd", "sdxl", "sd3.5", "flux", "z-image", "flux.2", "flux.2 klein", "qwen-image", "qwen-image 2.1"),
+    *("wan", "wan 2.2 a14b", "wan 2.2 5b", "skyreels v2", "hunyuan video"),
     *("amused", "meissonic"),
 )
 """One for each class: the others of `TINY` are loaded and saved by the same code."""

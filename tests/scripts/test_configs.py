@@ -24,10 +24,13 @@ TWINS = {
     "wan21_1_3b": tiny.wan,
     "wan22_5b": tiny_video.wan_22_5b,
     "wan22_a14b": tiny_video.wan_22_a14b,
+    "skyreels_v2": tiny_video.skyreels_v2,
+    "hunyuan_video": tiny_video.hunyuan_video,
     "z_image": tiny_language.z_image,
 }
-TODAY = ("flux2_dev", "z_image", "qwen_image", "qwen_image_21", "wan22_5b")
+TODAY = ("flux2_dev", "z_image", "qwen_image", "qwen_image_21", "wan22_5b", "skyreels_v2", "hunyuan_video")
 """Read by the code that reads flux2_klein.yaml; slow tests."""
+VIDEO = ("wan", "skyreels", "hunyuan")
 # Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
 SMALL = {
     "max_steps": 1,
@@ -54,15 +57,15 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
     quantised = settings.get("load_in_4bit")
     TWINS[name]().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
-    rows = clips if name.startswith("wan") else scored_dataset(8)
+    rows = clips if name.startswith(VIDEO) else scored_dataset(8)
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     settings |= SMALL | {
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "data"),
         "output_dir": str(tmp_path / "out"),
-        "resolution": "16x32" if name.startswith("wan") else 32 if name == "qwen_image_21" else 16,
+        "resolution": "16x32" if name.startswith(VIDEO) else 32 if name == "qwen_image_21" else 16,
     }
-    if name.startswith("wan"):
+    if name.startswith(VIDEO):
         settings["num_frames"] = 5
     if quantised:
         del settings["bnb_4bit_quant_type"], settings["use_bnb_nested_quant"]  # mean nothing without it

@@ -21,6 +21,7 @@ from .conditioning import Conditioning
 from .distilled import warn_of_distillation
 from .flux import FluxFamily
 from .flux2 import Flux2Family, Flux2KleinFamily
+from .hunyuan_video import HunyuanVideoFamily
 from .inspection import inspect_pipeline, parts_of_index
 from .licenses import hub_license
 from .meissonic import MeissonicFamily, load_meissonic
@@ -28,6 +29,7 @@ from .origin import ModelOrigin
 from .prompts import words_of
 from .quantization import denoiser_quantization
 from .qwen_image import QwenImage21Family, QwenImageFamily
+from .skyreels_v2 import SkyReelsV2Family
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
@@ -51,6 +53,8 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "QwenImagePipeline": QwenImageFamily,
     "QwenImage21Pipeline": QwenImage21Family,
     "WanPipeline": WanFamily,
+    "SkyReelsV2Pipeline": SkyReelsV2Family,
+    "HunyuanVideoPipeline": HunyuanVideoFamily,
     "Pipeline": MeissonicFamily,
 }
 """Model families by the name of the pipeline's class. A new family is one file and one entry here."""
