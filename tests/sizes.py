@@ -14,6 +14,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -34,9 +36,9 @@ from transformers import (
 from tests.tiny import STABLE_DIFFUSION_NOISE, WITHOUT_QUANT_CONV, clip_tokenizer, t5_tokenizer
 
 
-def clip_l(**options):
+def clip_l(model=CLIPTextModel, **options):
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=49408, projection_dim=768, **sizes, **options))
+    return model(CLIPTextConfig(vocab_size=49408, projection_dim=768, **sizes, **options))
 
 
 def clip_g():
@@ -100,6 +102,29 @@ def stable_diffusion_xl():
     return StableDiffusionXLPipeline(**networks, **tokenizers, scheduler=scheduler, add_watermarker=False)
 
 
+def stable_diffusion_3():
+    """Stable Diffusion 3.5, medium."""
+    sizes = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536}
+    sizes |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384}
+    with torch.device("meta"):
+        networks = {
+            "text_encoder": clip_l(CLIPTextModelWithProjection),
+            "text_encoder_2": clip_g(),
+            "text_encoder_3": t5_xxl(),
+            "transformer": SD3Transformer2DModel(
+                sample_size=128,
+                in_channels=16,
+                out_channels=16,
+                qk_norm="rms_norm",
+                dual_attention_layers=tuple(range(13)),
+                **sizes,
+            ),
+            "vae": autoencoder(16, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, **WITHOUT_QUANT_CONV),
+        }
+    tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer(), "tokenizer_3": t5_tokenizer()}
+    return StableDiffusion3Pipeline(**networks, **tokenizers, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
 def flux():
     """FLUX.1-dev; the transformer's sizes are diffusers' defaults."""
     with torch.device("meta"):
@@ -127,7 +152,7 @@ def wan():
     return WanPipeline(**networks, tokenizer=t5_tokenizer(), scheduler=scheduler)
 
 
-SIZES = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux, "wan": wan}
+SIZES = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "sd35": stable_diffusion_3, "flux": flux, "wan": wan}
 
 COUNTS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
