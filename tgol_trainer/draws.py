@@ -112,8 +112,13 @@ class BatchDraws:
         return to_device(self.references.read(inputs, step), self.family.device)
 
     def __call__(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[Draw, Conditioning]:
+        """Return one draw of a batch, and the conditioning; arguments as those of [`latents`]."""
+        latents, rows, conditioning = self.latents(inputs, step)
+        return self.family.likelihood.draw(latents, rows), conditioning
+
+    def latents(self, inputs: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, RowGenerators, Conditioning]:
         """
-        Return one draw of a batch, and the conditioning as keyword arguments of the denoiser.
+        Return the latents of a batch, the keys of its noise, and the conditioning: keyword arguments of the denoiser.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): A batch of [`data.Collator`], on the CPU.
@@ -135,7 +140,7 @@ class BatchDraws:
         latents = self.family.latents(encoded, rows, sample=args.latent_sampling == "sample")
         if args.share_group_noise:
             rows = RowGenerators(args.seed, step, inputs["group"].tolist())
-        return self.family.likelihood.draw(latents, rows), conditioning
+        return latents, rows, conditioning
 
     def _reference_key(self, cache: EncodingCache, network: torch.nn.Module) -> list[str]:
         """Return what the reference's errors depend on, beside rows and steps."""

@@ -16,7 +16,7 @@ import datasets
 import torch
 from accelerate.utils import DynamoBackend, gather_object
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback
 
 from . import adapters, thresholds
 from .caching import Workers
@@ -57,6 +57,7 @@ from .saving.facts import dataset_facts
 from .saving.files import STATE_NAME, ReportedConfig
 from .saving.resuming import open_output
 from .saving.trainer import SavingTrainer
+from .starts import Starts, check_base
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -165,7 +166,11 @@ class TGOLTrainer(SavingTrainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             compute_metrics=self._evaluation_metrics,
-            callbacks=[_EpochStart(self), TemperatureWatch(self.family.likelihood), *(callbacks or [])],
+            callbacks=[
+                Starts(self._check_base, self._on_epoch_begin),
+                TemperatureWatch(self.family.likelihood),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         check_sharding(args, self.is_fsdp_enabled)
@@ -296,6 +301,14 @@ class TGOLTrainer(SavingTrainer):
         # The denoiser is not wrapped yet, and only its wrapper brings the autocast of `bf16` and `fp16`.
         with torch.no_grad(), self.accelerator.autocast():
             return self._reference_pass(draw, conditioning)[1]
+
+    def _check_base(self) -> None:
+        def predict(draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self._reference_pass(draw, conditioning)[0]
+
+        if not self.args.allow_bad_base:
+            check_base(self.train_dataset, self.draws, self.args.per_device_train_batch_size, predict)
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -662,25 +675,6 @@ class TGOLTrainer(SavingTrainer):
             self.train_dataset.follower = self.labeler.follower
         for rows in self._evaluation_rows():
             self._label_evaluation(rows)
-
-
-class _EpochStart(TrainerCallback):
-    """Tell the trainer that an epoch starts, and whether it is the first since `train()` was called."""
-
-    def __init__(self, trainer: TGOLTrainer) -> None:
-        self.trainer = trainer
-        self.first = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.first = True
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._on_epoch_begin(state.epoch or 0.0, self.first)
-        self.first = False
 
 
 def _switched_on_already(**kwargs: Any) -> None:

@@ -48,6 +48,7 @@ LAYERS = {
     "planning": 5,
     "draws": 6,
     "run": 6,
+    "starts": 6,
     "exports": 6,
     "rating": 6,
     "jobs": 6,
@@ -84,6 +85,7 @@ CORE |= {
     "saving",
     "scaling",
     "run",
+    "starts",
     "trainer",
 }
 # The package's own `__init__` stands beside the table. It names classes of any layer and imports them when asked; what

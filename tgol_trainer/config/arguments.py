@@ -104,6 +104,14 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         },
     )
 
+    allow_bad_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a base model that predicts something else than its scheduler says, such as noise where "
+            "`prediction_type` is 'v_prediction'. False: that is an error before the first step."
+        },
+    )
+
     # Data
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts (str)."})
     prompt_syntax: Literal["keep", "strip"] = field(

@@ -77,6 +77,7 @@ def in_float32(family: ModelFamily) -> ModelFamily:
     for component in family.pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.float()
+    family.dtype = torch.float32
     return family
 
 

@@ -230,7 +230,7 @@ class ModelFamily(abc.ABC):
         mean, std = known.get("latents_mean"), known.get("latents_std")
         if mean is None or std is None:
             return 0.0, 1.0
-        mean, std = (torch.as_tensor(each, device=latents.device).to(latents.dtype) for each in (mean, std))
+        mean, std = (to_device(torch.as_tensor(each), latents.device).to(latents.dtype) for each in (mean, std))
         return mean.view(shape), std.view(shape)
 
     def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:

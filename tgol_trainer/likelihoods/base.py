@@ -94,6 +94,14 @@ class Likelihood(Protocol):
         """Return the (B,) float32 error of a prediction (B, ...) of any dtype."""
         ...
 
+    def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
+        """
+        Return what networks of this kind predict on the draw of the same arguments, this one's own target first.
+
+        Each (B, ...) float32, by a name for a message. Empty where there is one kind of target only.
+        """
+        ...
+
     def change(self, prediction: torch.Tensor, reference: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Return how far a prediction is from the reference's on the same draw: (B,) float32, 0 where they agree."""
         ...

@@ -41,15 +41,28 @@ class DiffusionLikelihood(SquaredError):
 
         The `inputs` are `√ā·x0 + √(1-ā)·ε`, the `target` is ε, `√ā·ε - √(1-ā)·x0` or x0.
         """
-        timesteps = rows.integers("timestep", len(self.alphas_cumprod))
-        noise = rows.normal("noise", latents)
-        clean = latents.float()
+        timesteps, noise = rows.integers("timestep", len(self.alphas_cumprod)), rows.normal("noise", latents)
+        signal, sigma = self._levels(timesteps, latents)
+        noised = (signal * latents.float() + sigma * noise).to(latents.dtype)
+        target = self._target(self.prediction_type, latents, noise, signal, sigma)
+        return Draw(noised, to_device(timesteps, latents.device), target)
+
+    def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
+        """Return ε, v, x0 and their opposites, by the names of `prediction_type`."""
+        timesteps, noise = rows.integers("timestep", len(self.alphas_cumprod)), rows.normal("noise", latents)
+        levels = self._levels(timesteps, latents)
+        kinds = sorted(PREDICTION_TYPES, key=lambda kind: kind != self.prediction_type)
+        found = {kind: self._target(kind, latents, noise, *levels) for kind in kinds}
+        return found | {f"minus {kind}": -target for kind, target in found.items()}
+
+    def _levels(self, timesteps: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = per_row(self.alphas_cumprod[timesteps], latents)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.prediction_type == "epsilon":
-            target = noise
-        elif self.prediction_type == "v_prediction":
-            target = signal * noise - sigma * clean
-        else:
-            target = clean
-        return Draw((signal * clean + sigma * noise).to(latents.dtype), to_device(timesteps, latents.device), target)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    @staticmethod
+    def _target(
+        kind: str, latents: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        if kind == "epsilon":
+            return noise
+        return signal * noise - sigma * latents.float() if kind == "v_prediction" else latents.float()

@@ -67,3 +67,13 @@ class FlowLikelihood(SquaredError):
         sigma = per_row(sigmas[index], latents)
         noised = (1 - sigma) * clean + sigma * noise
         return Draw(noised.to(latents.dtype), to_device(timesteps[index], latents.device), noise - clean)
+
+    def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
+        """Return `ε - x0`, its opposite, ε and x0."""
+        noise, clean = rows.normal("noise", latents), latents.float()
+        return {
+            "noise - latents": noise - clean,
+            "latents - noise": clean - noise,
+            "the noise": noise,
+            "the clean latents": clean,
+        }

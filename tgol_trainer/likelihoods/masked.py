@@ -44,6 +44,10 @@ class MaskedTokenLikelihood:
         inputs = torch.where(mask, self.mask_token_id, latents)
         return Draw(inputs, to_device(ratio * 1000, latents.device), latents, mask)
 
+    def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
+        """Return nothing: every such network predicts the tokens."""
+        return {}
+
     def error(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
         """
         Mean over the masked positions of the negative log-probability of the true code: (B,) float32.
