@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .data import ScoredDataset
-from .draws import EVALUATION_STEP, BatchDraws
+from .data import Collator, ScoredDataset
 from .families.conditioning import Conditioning
-from .likelihoods import Draw
+from .likelihoods import Draw, Likelihood, RowGenerators
 
 _ROWS = 8
 _BAD, _GOOD = 0.5, 0.2
@@ -50,7 +49,12 @@ class Starts(TrainerCallback):
 
 
 def check_base(
-    rows: Any, draws: BatchDraws, batch_size: int, predict: Callable[[Draw, Conditioning], torch.Tensor]
+    rows: Any,
+    collator: Collator,
+    batch_size: int,
+    likelihood: Likelihood,
+    latents: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, RowGenerators, Conditioning]],
+    predict: Callable[[Draw, Conditioning], torch.Tensor],
 ) -> None:
     """
     Refuse a base model that predicts another target than its likelihood takes it to predict.
@@ -60,8 +64,10 @@ def check_base(
 
     Args:
         rows (`Any`): Training rows; those of a stream are not looked at.
-        draws ([`BatchDraws`]): Makes the draws.
+        collator ([`Collator`]): Makes batches of rows.
         batch_size (`int`): Rows of a pass.
+        likelihood ([`Likelihood`]): What the model is taken to predict.
+        latents (`Callable[[dict], tuple]`): Returns latents, keys of the noise and conditioning of a batch.
         predict (`Callable[[Draw, dict], torch.Tensor]`): Returns the reference's prediction (B, ...) on a draw.
 
     Raises:
@@ -69,17 +75,17 @@ def check_base(
     """
     if not isinstance(rows, ScoredDataset):
         return
-    chosen, likelihood = np.arange(len(rows)), draws.family.likelihood
+    chosen = np.arange(len(rows))
     if rows.resolutions is not None:  # a batch holds images of one size
         chosen = np.flatnonzero((rows.resolutions == rows.resolutions[0]).all(axis=1))
     chosen, sums = chosen[:_ROWS], dict[str, torch.Tensor]()
     for start in range(0, len(chosen), batch_size):
-        batch = draws.collator([rows[int(index)] for index in chosen[start : start + batch_size]])
-        latents, keys, conditioning = draws.latents(batch, EVALUATION_STEP)
-        targets = likelihood.targets(latents, keys)
+        batch = collator([rows[int(index)] for index in chosen[start : start + batch_size]])
+        clean, keys, conditioning = latents(batch)
+        targets = likelihood.targets(clean, keys)
         if not targets:
             return
-        prediction = predict(likelihood.draw(latents, keys), conditioning).float()
+        prediction = predict(likelihood.draw(clean, keys), conditioning).float()
         for name, target in targets.items():
             both = torch.stack([((prediction - target) ** 2).sum(), (target**2).sum()])
             sums[name] = sums.get(name, 0) + both

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -308,7 +309,9 @@ class TGOLTrainer(SavingTrainer):
                 return self._reference_pass(draw, conditioning)[0]
 
         if not self.args.allow_bad_base:
-            check_base(self.train_dataset, self.draws, self.args.per_device_train_batch_size, predict)
+            latents = partial(self.draws.latents, step=EVALUATION_STEP)
+            size = self.args.per_device_train_batch_size
+            check_base(self.train_dataset, self.collator, size, self.family.likelihood, latents, predict)
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
