@@ -176,10 +176,7 @@ class TGOLTrainer(SavingTrainer):
         )
         check_sharding(args, self.is_fsdp_enabled)
         if args.torch_compile:
-            networks = [network for network in (self.family.denoiser, self.reference_model) if network is not None]
-            options = (args.torch_compile_backend, args.torch_compile_mode)
-            if all(compile_blocks(network, *options) for network in networks):
-                self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile all in one
+            self._compile()
         for callback in run_callbacks:
             callback.start(self._run())
         # Evaluation returns a record matrix and row ids, which Trainer calls predictions and labels.
@@ -302,6 +299,12 @@ class TGOLTrainer(SavingTrainer):
         # The denoiser is not wrapped yet, and only its wrapper brings the autocast of `bf16` and `fp16`.
         with torch.no_grad(), self.accelerator.autocast():
             return self._reference_pass(draw, conditioning)[1]
+
+    def _compile(self) -> None:
+        networks = [network for network in (self.family.denoiser, self.reference_model) if network is not None]
+        options = (self.args.torch_compile_backend, self.args.torch_compile_mode)
+        if all(compile_blocks(network, *options) for network in networks):
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile all in one
 
     def _check_base(self) -> None:
         def predict(draw: Draw, conditioning: Conditioning) -> torch.Tensor:
