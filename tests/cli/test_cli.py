@@ -279,6 +279,26 @@ def test_a_settings_file_that_is_none_is_refused_with_line_and_column(capsys, tm
     assert re.match(f"error: --config: .*{message}", said) and "\n" not in said and code == 1
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize("seed", ["-1", "0.5"])
+def test_a_seed_that_names_no_images_is_refused_in_one_line(capsys, tmp_path, command, seed):
+    given = {"generate": [], "evaluate": ["--adapters", "x", "--rewards", "y"]}[command]
+    flags = ["--prompts", "p.txt", "--output_dir", str(tmp_path / "run"), "--seed", seed, *given]
+    said, code = refused(capsys, command, "--model_name_or_path", "shapes", *flags)
+    assert f"argument --seed: must be a whole number of at least 0, got '{seed}'" in said
+    assert code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conversion_into_its_own_source_is_refused_and_leaves_it_as_it_was(capsys, tmp_path):
+    (tmp_path / "metadata.csv").write_text("image,prompt,rating\n0.png,a,1\n")
+    said, code = refused(
+        capsys, "convert", "ratings", str(tmp_path), "--rating_column", "rating", "--output_dir", f"{tmp_path}/."
+    )
+    assert "is the source" in said and code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["metadata.csv"]
+
+
 def test_every_flag_of_trl_is_either_used_or_refused():
     module = importlib.import_module("tgol_trainer.cli.train")
     source = inspect.getsource(module)

@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tgol_trainer.data import DataError
 
     with plain_errors():
+        if Path(args.source).expanduser().resolve() == args.output_dir.expanduser().resolve():
+            raise DataError(
+                f"`output_dir`: {args.output_dir} is the source, which the result would then be a part of. Give "
+                "another `--output_dir`."
+            )
         data = args.output_dir / "data"
         if data.is_dir() and any(data.iterdir()):
             raise DataError(f"`output_dir`: {data} holds files already. Give another `--output_dir`.")
