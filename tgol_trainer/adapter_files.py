@@ -206,3 +206,42 @@ def check_saved(file: Path, written: Mapping[str, torch.Tensor]) -> None:
             f"{file} is not the adapter that was trained: {len(wrong)} of {len(written)} tensors are missing, "
             f"unknown, different, empty or not finite (such as {wrong[0]}). Check the disk, and the loss for NaN."
         )
+
+
+# ---- Weights that FSDP2 shards ----
+
+
+def sharded_modules(model: torch.nn.Module) -> list[Any]:
+    """Return the modules whose weights FSDP2 shards over processes; an empty list where it does not run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def gathered_adapters(model: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """
+    Return the whole weights of all adapters of a sharded model, by name, on the CPU. Every process must call it.
+
+    Args:
+        model (`torch.nn.Module`): The denoiser.
+        keep (`bool`): Whether this process wants them; the others get an empty dictionary.
+    """
+    found = {}
+    for name, value in model.state_dict().items():
+        if "lora_" in name:
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if keep:
+                found[name] = whole.detach().cpu()
+    return found
+
+
+def load_shards(held: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """Put whole weights into the sharded ones of equal names; every process keeps its part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            shard: Any = held[name]
+            shard.copy_(distribute_tensor(tensor.to(shard), shard.device_mesh, shard.placements))

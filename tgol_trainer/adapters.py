@@ -19,8 +19,10 @@ from .adapter_files import (
     check_components,
     check_fit,
     check_saved,
+    load_shards,
     plain_name,
     read_tensors,
+    sharded_modules,
     unwrapped,
 )
 
@@ -185,21 +187,30 @@ def reference_policy(model: ModelMixin) -> Iterator[None]:
         _freeze_reference(model)
 
 
+def add_reference(model: ModelMixin) -> None:
+    """Attach a second, frozen adapter for the reference, which changes nothing until the first sync."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second is meant
+        model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
+    _activate_policy(model)
+    _freeze_reference(model)
+
+
 def sync_reference(model: ModelMixin) -> None:
     """
     Make the policy of this moment the reference (paper, Algorithm 1, line 15).
 
-    The reference becomes a second, frozen adapter, absent until the first call. What is published stays relative to
-    the true base model.
+    The reference becomes a second, frozen adapter, absent until the first call unless [`add_reference`] made it. What
+    is published stays relative to the true base model.
     """
     if REFERENCE not in model.peft_config:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # a second is meant
-            model.add_adapter(copy.deepcopy(model.peft_config[POLICY]), REFERENCE)
+        add_reference(model)
+    for module in sharded_modules(model):
+        module.reshard()  # a pass without gradient leaves whole weights, which the next one would not read
     policy = _parameters_of(model, POLICY)
     with torch.no_grad():
         for name, parameter in _parameters_of(model, REFERENCE).items():
-            parameter.data = policy[name].detach().clone()
+            parameter.copy_(policy[name])
     _activate_policy(model)
     _freeze_reference(model)
 
@@ -239,7 +250,8 @@ def _activate_policy(model: ModelMixin) -> None:
 def _freeze_reference(model: ModelMixin) -> None:
     for parameter in _parameters_of(model, REFERENCE).values():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.float()
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 # ---- Files of a second denoiser ----
@@ -459,5 +471,8 @@ def load_adapter(model: ModelMixin, denoiser: str, file: Path, *, adapter: str =
             f"{file} does not fit the adapter of this run: {len(wrong)} tensors are missing, unknown or of another "
             f"shape (such as {sorted(wrong)[0]}). Resume with the `peft_config` that the checkpoint was trained with."
         )
+    if sharded_modules(model):
+        load_shards(expected, weights)
+        return
     renamed = {names[name]: tensor for name, tensor in weights.items()}
     set_peft_model_state_dict(model, renamed, adapter_name=adapter)

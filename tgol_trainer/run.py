@@ -34,6 +34,9 @@ class Run:
         gather (`Callable[[list], list]`): Joins the lists of all processes.
         log (`Callable[[dict], None]`): Writes a line of the training log.
         add_card_image (`Callable[[CardImage], None]`): Shows an image on the model card.
+        add_limit (`Callable[[str], None]`): Says a sentence among the limits of the model card.
+        keep_policy (`Callable[[], Callable[[], None]]`):
+            Copies the trained weights; what it returns puts them back.
         callbacks (`Callable[[], list]`): Returns the trainer's callbacks, its trackers among them.
         sharded (`bool`, *optional*, defaults to `False`):
             Whether the network is sharded, so that all processes must call it together.
@@ -48,6 +51,8 @@ class Run:
     gather: Callable[[list[Any]], list[Any]]
     log: Callable[[dict[str, float]], None]
     add_card_image: Callable[[CardImage], None]
+    add_limit: Callable[[str], None]
+    keep_policy: Callable[[], Callable[[], None]]
     callbacks: Callable[[], list[TrainerCallback]]
     sharded: bool = False
 

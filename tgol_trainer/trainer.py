@@ -36,7 +36,7 @@ from .data import (
     innermost_sampler,
     prepare_dataset,
 )
-from .data.prompts import warn_of_syntax
+from .data.prompts import warn_of_prompts
 from .draws import EVALUATION_STEP, BatchDraws
 from .families import Conditioning, FamilySettings, ModelFamily, StoredBlocks, load_family
 from .families.compiling import compile_blocks
@@ -279,6 +279,8 @@ class TGOLTrainer(SavingTrainer):
             gather=gather_object,
             log=self.log,
             add_card_image=self._add_card_image,
+            add_limit=self.limits.append,
+            keep_policy=self._keep_policy,
             callbacks=lambda: self.callback_handler.callbacks,
             sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
@@ -334,7 +336,7 @@ class TGOLTrainer(SavingTrainer):
                 buckets=self.draws.buckets,
             )
         self.data_reports[name] = report
-        warn_of_syntax(name, dict.fromkeys(rows.written_prompts), self.args.prompt_syntax)
+        warn_of_prompts(name, dict.fromkeys(rows.written_prompts), self.args.prompt_syntax)
         suffix = max(self.args.csft_suffixes, key=len) if self.args.loss_type == "csft" else ""
         prompts = [prompt + suffix for prompt in dict.fromkeys(rows.prompts)]
         long, limit = self.family.count_long_prompts(prompts)
@@ -616,8 +618,7 @@ class TGOLTrainer(SavingTrainer):
         if training:
             self._record = record
             self._train_metrics.add(record)
-        loss = result.loss.mean()
-        return (loss, record) if return_outputs else loss
+        return (result.loss.mean(), record) if return_outputs else result.loss.mean()
 
     def _reference_pass(
         self, draw: Draw, conditioning: Conditioning, model: torch.nn.Module | None = None

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tgol_trainer.data import Columns, DataError, ScoredStream, prepare_dataset
-from tgol_trainer.data.prompts import foreign_syntax, strip_syntax
+from tgol_trainer.data.prompts import foreign_syntax, strip_syntax, warn_of_prompts
 from tgol_trainer.data.scores import read_scores
 from tgol_trainer.sources import load_prompts
 
@@ -125,3 +125,11 @@ def test_prompts_to_generate_from_are_stripped_on_request(tmp_path):
     file.write_text("<lora:x:1>\n")
     with pytest.raises(DataError, match="without instructions for other programs"):
         load_prompts(str(file), prompt_syntax="strip")
+
+
+def test_prompts_with_blanks_around_them_are_counted(caplog):
+    warn_of_prompts("train_dataset", ["a cat", " a cat", "a dog\n", "a  dog"])
+    assert "train_dataset: 2 of 4 different prompts begin or end with blanks, such as ' a cat'" in caplog.text
+    caplog.clear()
+    warn_of_prompts("train_dataset", ["a cat", "a  dog"])
+    assert not caplog.text

@@ -5,7 +5,7 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
 
 RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
 must end with an exit code other than 0, and leaves no file. So must one that follows `stopped`, whose second process
-gets a SIGTERM in its second step.
+gets a SIGTERM in its second step. One that follows `sharded` shards with FSDP2.
 """
 
 import contextlib
@@ -96,11 +96,51 @@ def main():
             groups[-1].append(flag)
     for number, group in enumerate(groups):
         gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
-        if group[0] in ("refused", "stopped"):
+        if group[0] == "sharded":
+            with sharded():
+                run(records, int(world_size), group[1:], number)
+        elif group[0] in ("refused", "stopped"):
             with terminated() if group[0] == "stopped" else contextlib.nullcontext():
                 must_be_refused(records, int(world_size), group[1:], number)
         else:
             run(records, int(world_size), group, number)
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+SHARDED |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock"}
+"""What `accelerate launch` makes of scripts/accelerate_configs/fsdp2.yaml."""
+
+
+@contextlib.contextmanager
+def sharded():
+    """Shard as on GPUs: accelerate takes FSDP for a setting of GPUs, while PyTorch's own runs on CPUs too."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    from tgol_trainer.trainer import TGOLTrainer
+
+    initialize, step = state.AcceleratorState.__init__, TGOLTrainer.training_step
+
+    def initialized(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    def checked(self, *args):
+        if not all(isinstance(value, DTensor) for value in self.model.parameters()):
+            raise RuntimeError("weights are whole: this tests nothing")
+        return step(self, *args)
+
+    state.AcceleratorState.__init__, TGOLTrainer.training_step = initialized, checked
+    os.environ.update(SHARDED)
+    try:
+        yield
+    finally:
+        state.AcceleratorState.__init__, TGOLTrainer.training_step = initialize, step
+        for name in SHARDED:
+            del os.environ[name]
 
 
 @contextlib.contextmanager

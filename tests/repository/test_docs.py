@@ -10,7 +10,7 @@ from tgol_trainer.cli import COMMANDS
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.families import FAMILIES
 from tgol_trainer.metrics import LOGGED_METRICS
-from tgol_trainer.sampling import SAMPLE_METRICS
+from tgol_trainer.sampling import DRIFT_METRICS, SAMPLE_METRICS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -19,7 +19,7 @@ SETTINGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
 def test_the_page_of_metrics_lists_exactly_the_logged_keys_with_their_meaning():
     text = (ROOT / "docs" / "metrics.md").read_text()
     rows = dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", text, re.MULTILINE))
-    assert rows == {**LOGGED_METRICS, **SAMPLE_METRICS}
+    assert rows == {**LOGGED_METRICS, **SAMPLE_METRICS, **DRIFT_METRICS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

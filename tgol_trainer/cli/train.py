@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trl import ScriptArguments, TrlParser
 
@@ -96,13 +96,20 @@ class SampleArguments:
         default=None,
         metadata={"help": "Denoising steps of --sample_prompts and --rounds. None: the pipeline's own default."},
     )
+    on_drift: Literal["warn", "stop", "ignore"] = field(
+        default="warn",
+        metadata={
+            "help": "Images of --sample_prompts that drift from the base model's: 'warn', 'stop' and keep the weights "
+            "of the last sampling before, or 'ignore'."
+        },
+    )
 
 
 _RESUME: dict[str | None, bool] = {"true": True, "True": True, "last": True, "false": False, "False": False}
 
 
 def _sample_callback(sample: SampleArguments, script: TrainArguments) -> Any:
-    from tgol_trainer.sampling import SampleCallback, SampleSettings
+    from tgol_trainer.sampling import DriftAlarm, SampleCallback, SampleSettings
 
     return SampleCallback(
         sample.sample_prompts or [],
@@ -110,6 +117,7 @@ def _sample_callback(sample: SampleArguments, script: TrainArguments) -> Any:
         steps=sample.sample_steps,
         seeds=sample.sample_seeds,
         settings=SampleSettings(sample.sample_guidance_scale, sample.sample_num_inference_steps),
+        drift=DriftAlarm(sample.on_drift),
     )
 
 
@@ -126,6 +134,8 @@ def _check_arguments(
         if sample.sample_steps is not None or sample.sample_seeds != [0]:
             name = "sample_seeds" if sample.sample_steps is None else "sample_steps"
             raise SystemExit(f"error: --{name}: has no effect without --sample_prompts.")
+        if sample.on_drift != "warn":
+            raise SystemExit("error: --on_drift: has no effect without --sample_prompts.")
         if "samples/" in (training.metric_for_best_model or ""):
             raise SystemExit(
                 f"error: --metric_for_best_model: {training.metric_for_best_model} is only logged with "

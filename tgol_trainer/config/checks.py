@@ -103,6 +103,11 @@ def check_processes(args: TrainingArguments) -> None:
     version = (args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 2
     if int(version) != 2:
         raise ValueError(f"`fsdp` is of version {version}, which is not supported. Use version 2, the default.")
+    if getattr(args, "full_finetuning", False):
+        raise ValueError(
+            "`full_finetuning=True` keeps a frozen copy of the denoiser whole in each process, so `fsdp` would save "
+            "little. Train an adapter, or leave `fsdp` out."
+        )
     if args.world_size == 1:
         raise ValueError("`fsdp` shards a model over several processes, and there is one. Leave it out.")
 

@@ -87,9 +87,9 @@ def apply_syntax(prompt: str, syntax: PromptSyntax) -> str:
     return strip_syntax(prompt) if syntax == "strip" else prompt
 
 
-def warn_of_syntax(name: str, prompts: Iterable[str], syntax: PromptSyntax = "keep") -> None:
+def warn_of_prompts(name: str, prompts: Iterable[str], syntax: PromptSyntax = "keep") -> None:
     """
-    Warn of prompts that hold instructions for other programs, or say that they were taken out.
+    Warn of prompts that begin or end with blanks, and of instructions for other programs, or say that these are out.
 
     Args:
         name (`str`): The argument that the dataset was given as.
@@ -97,6 +97,13 @@ def warn_of_syntax(name: str, prompts: Iterable[str], syntax: PromptSyntax = "ke
         syntax (`str`, *optional*, defaults to `"keep"`): `"strip"` where the instructions are taken out.
     """
     texts, found = list(prompts), Counter[str]()
+    blank = [prompt for prompt in texts if prompt != prompt.strip()]
+    if blank:
+        logger.warning(
+            "%s: %d of %d different prompts begin or end with blanks, such as %r. They are trained as they are, and "
+            "groups and the cache keep them apart from the same words alone. Strip them unless that is meant.",
+            *(name, len(blank), len(texts), blank[0][:_SHOWN]),
+        )
     shown: dict[str, str] = {}
     for prompt in texts:
         kind = foreign_syntax(prompt)

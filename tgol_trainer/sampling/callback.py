@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,8 +34,10 @@ from tgol_trainer.rewards import (
 )
 from tgol_trainer.run import Run, RunCallback
 from tgol_trainer.saving.card import CardImage
+from tgol_trainer.saving.divergence import TrainingDivergedError
 from tgol_trainer.sources import load_prompts, prompt_set
 
+from .drift import DriftAlarm, compare, measure
 from .files import FOLDER, MAX_ROWS, STRIP_NAME, SampleColumn, SampleFiles
 from .trackers import log_images
 
@@ -79,6 +81,7 @@ class SampleCallback(RunCallback):
             Updates between two samplings; by default one at each evaluation. The start and the end are always sampled.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each prompt gets one image per seed.
         settings ([`SampleSettings`], *optional*): Guidance and denoising steps of the images.
+        drift ([`DriftAlarm`], *optional*): When to warn, or to stop, because images drift from the base model's.
 
     Raises:
         ValueError: for settings out of range; when the trainer is set up, for an unknown reward, two of one name, one
@@ -94,8 +97,10 @@ class SampleCallback(RunCallback):
         steps: int | None = None,
         seeds: Sequence[int] = (0,),
         settings: SampleSettings | None = None,
+        drift: DriftAlarm | None = None,
     ) -> None:
         settings = settings or SampleSettings()
+        self.alarm = drift or DriftAlarm()
         for name, value in (("steps", steps), ("num_inference_steps", settings.num_inference_steps)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -108,9 +113,16 @@ class SampleCallback(RunCallback):
         self.base: SampleColumn | None = None
         self.latest: tuple[int, dict[str, float]] | None = None
         self.moved = False
+        self._kept: tuple[int, Callable[[], None]] | None = None
+        self._drifted: tuple[int, str] | None = None
 
     def prepare(self, args: TGOLConfig, num_frames: int | None) -> None:
         """Load the rewards, and check the settings against those of the run."""
+        if self.alarm.action == "stop" and args.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` and a `DriftAlarm` that stops both choose the weights at the end: "
+                "leave one out."
+            )
         self.makes_videos = num_frames is not None
         plain = [apply_syntax(prompt, args.prompt_syntax) for prompt, _ in self.rows]
         if not all(plain):
@@ -127,6 +139,11 @@ class SampleCallback(RunCallback):
         """Begin with a run, and forget an earlier one."""
         self.run, args = run, run.args
         self.columns, self.base, self.latest = [], None, None
+        self._kept = self._drifted = None
+        if self.alarm.action == "stop" and run.sharded:
+            raise ValueError(
+                "A `DriftAlarm` that stops keeps a copy of the weights, which are sharded here: let it warn."
+            )
         own = run.call_arguments
         height, width = run.size
         steps, guidance = self.settings.num_inference_steps, self.settings.guidance_scale
@@ -178,7 +195,8 @@ class SampleCallback(RunCallback):
         self.columns, self.latest = self.run.gather(found)[0], None
         self.moved = self.moved or state.global_step > 0
         self.base = next((column for column in self.columns if column.step is None), None)
-        with _kept(control):
+        self._keep_policy(state.global_step)
+        with _undelayed(control):
             if self.base is None:
                 self._sample_base()
             if state.global_step == 0:
@@ -191,15 +209,35 @@ class SampleCallback(RunCallback):
         self.moved = True
         due = self.steps is not None and state.global_step % self.steps == 0
         if due or state.global_step >= state.max_steps:
-            with _kept(control):
+            with _undelayed(control):
                 self._sample(state.global_step)
+        if self._drifted is not None:
+            # A checkpoint of this step would be the first that a resumed run takes.
+            control.should_training_stop, control.should_save = True, False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the last weights before a drift back, where it stopped the run."""
+        if self._drifted is None or self._kept is None:
+            return
+        (step, found), (kept, put_back) = self._drifted, self._kept
+        if kept == 0:
+            raise TrainingDivergedError(
+                f"Training stopped at step {step}, the first that was sampled: its images had drifted from the base "
+                f"model's ({found}). No weights before it were kept. Lower `learning_rate`, or sample more often."
+            )
+        put_back()
+        said = f"Training stopped at step {step}, where images had drifted from the base model's ({found})."
+        self.run.add_limit(f"{said} The weights are those of step {kept}.")
+        logger.warning("%s The weights of step %d are put back.", said, kept)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sample where training stops before its last step; later, in `on_train_end`, trackers are closed."""
         if control.should_training_stop:
-            with _kept(control):
+            with _undelayed(control):
                 self._sample(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -219,11 +257,12 @@ class SampleCallback(RunCallback):
         if not (self.rewards and self.at_evaluation):
             return {}
         if in_train:
-            with _kept(control):
+            with _undelayed(control):
                 return self._sample(state.global_step)
         if self.base is None:
             self._sample_base(keep=False)
-        return self._compare(self._make("Sampling")[1])
+        images, scores = self._make("Sampling")
+        return self._compare(scores, measure(images))
 
     # ---- What ----
 
@@ -231,12 +270,14 @@ class SampleCallback(RunCallback):
         if self.latest is not None and self.latest[0] == step:
             return self.latest[1]
         if self.base is not None and not self.moved:
-            scores = self.base.scores
+            scores, measures = self.base.scores, self.base.measures
         else:
             images, scores = self._make(f"Sampling (step {step})")
-            self._keep(SampleColumn(step, scores), images)
-        metrics = self._compare(scores)
+            measures = measure(images)
+            self._keep(SampleColumn(step, scores, measures), images)
+        metrics = self._compare(scores, measures)
         self.latest = (step, metrics)
+        self._raise_alarm(step, metrics)
         if metrics:
             self.run.log(dict(metrics))
         return metrics
@@ -251,7 +292,7 @@ class SampleCallback(RunCallback):
                 )
                 return
             images, scores = self._make("Sampling (base)")
-        self.base = SampleColumn(None, scores)
+        self.base = SampleColumn(None, scores, measure(images))
         if keep:
             self._keep(self.base, images, first=True)
 
@@ -294,8 +335,27 @@ class SampleCallback(RunCallback):
     def _score(self, made: Sequence[Any], prompts: list[str]) -> dict[str, list[float | None]]:
         return {name: score_images(reward, made, prompts) for name, reward in self.rewards.items()}
 
-    def _compare(self, scores: dict[str, list[float | None]]) -> dict[str, float]:
+    def _raise_alarm(self, step: int, metrics: dict[str, float]) -> None:
+        found = ", ".join(self.alarm.findings({key: value for key, value in metrics.items() if key[:6] == "drift/"}))
+        if not found:
+            self._keep_policy(step)
+        elif self.alarm.action == "stop":
+            self._drifted = (step, found)
+        elif self.alarm.action == "warn":
+            logger.warning(
+                "Step %d: images have drifted from the base model's (%s). Look at %s; a lower `learning_rate` or an "
+                "earlier checkpoint may be better.",
+                *(step, found, self.files.folder / STRIP_NAME),
+            )
+
+    def _keep_policy(self, step: int) -> None:
+        if self.alarm.action == "stop" and self._drifted is None:
+            self._kept = (step, self.run.keep_policy())
+
+    def _compare(self, scores: dict[str, list[float | None]], measures: dict[str, float]) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        if self.base is not None:
+            metrics = compare(self.base.measures, measures, self.base.scores, scores)
         prompts = [prompt for prompt, _ in self.rows]
         for name, values in scores.items():
             base = self.base.scores[name] if self.base is not None else values
@@ -369,7 +429,7 @@ def _shown(value: float | None) -> str:
 
 
 @contextlib.contextmanager
-def _kept(control: TrainerControl) -> Iterator[None]:
+def _undelayed(control: TrainerControl) -> Iterator[None]:
     """Keep a log line that is due: writing one of ours would tell Trainer that it was written."""
     due = control.should_log
     try:

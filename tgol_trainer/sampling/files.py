@@ -32,10 +32,12 @@ class SampleColumn:
     Args:
         step (`int`, *optional*): Number of updates made before; `None` for the base model.
         scores (`dict[str, list[float | None]]`): Name of a reward to one score per image.
+        measures (`dict[str, float]`): What [`drift.measure`] returns of the images.
     """
 
     step: int | None
     scores: dict[str, list[float | None]]
+    measures: dict[str, float]
 
     @property
     def folder(self) -> str:

@@ -49,6 +49,7 @@ class CardSource(Protocol):
     changes: list[Change]
     scaling: Scaling | None
     shared_files: list[SharedFile]
+    limits: list[str]
     hub_model_id: str | None
 
 
@@ -159,6 +160,7 @@ def harvest_facts(trainer: CardSource) -> CardFacts:
             "The adapter was multiplied by {:.4g} after training, to a chosen drift: {:.4g} as trained, {:.4g} as "
             "saved (mean squared change of the denoiser's output).".format(*trainer.scaling)
         )
+    limits += trainer.limits
     limits += [f"Training was resumed at step {change.step} with a change of {change}." for change in trainer.changes]
     adapter = {} if args.full_finetuning else adapter_metadata(family.denoiser.peft_config[POLICY])
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate.utils import gather_object, save_fsdp_optimizer
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from tgol_trainer import adapters
 from tgol_trainer._files import move, settle, write_json
+from tgol_trainer.adapter_files import gathered_adapters
 from tgol_trainer.data import ScoredDataset
 from tgol_trainer.metrics import RECORD
 from tgol_trainer.scaling import Scaling, drift_of_rows, scale_to_drift
 
 from .card import CardImage, DatasetFacts, SharedFile, write_card
-from .checkpoints import DRAFTS, explained_writes, last_good, read_back, rotate, seal
-from .divergence import FiniteWatch, TrainingDivergedError, UpdateFilter, all_finite, norm_overflows
+from .checkpoints import DRAFTS, explained_writes, read_back, rotate, seal
+from .divergence import FiniteWatch, UpdateFilter, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
+from .finite import FiniteTrainer
+from .heartbeat import Heartbeat
 from .hub import Repository, RunPushes, open_repository, resume_command
 from .progress import EveryPassTrains
 from .resuming import is_finished, open_output, starting_point
@@ -48,7 +51,7 @@ _BYTES_PER_WEIGHT = 12
 """Of a checkpoint: a weight and AdamW's two moments, in float32."""
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(FiniteTrainer):
     """
     The part of the trainer that saves, loads, writes cards and pushes.
 
@@ -63,6 +66,7 @@ class SavingTrainer(Trainer):
         shared_files (`list[card.SharedFile]`): The adapter's files in `args.output_dir`, where there is a twin.
         changes (`list[settings.Change]`): Settings that changed where the run was resumed.
         scaling ([`scaling.Scaling`], *optional*): What the policy was multiplied by after training.
+        limits (`list[str]`): Sentences that callbacks add to the limits on the card.
         already_saved (`bool`): Whether `train` found a finished run whose weights lie in `args.output_dir`.
     """
 
@@ -77,9 +81,6 @@ class SavingTrainer(Trainer):
     already_saved = False
     scaling: Scaling | None = None
     shared_files: list[SharedFile] = []  # replaced, never changed
-    _watch: FiniteWatch
-    _filter: UpdateFilter | None = None
-    _record: torch.Tensor
     _settings: dict[str, Any] | None = None
     _drafting = False
 
@@ -89,9 +90,8 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         self.changes: list[Change] = []
-        # By name: sharding replaces the parameters, and switching adapters leaves `requires_grad` off on its shards.
-        self._trained = [name for name, value in self.family.denoiser.named_parameters() if value.requires_grad]
-        super().__init__(*args, callbacks=[EveryPassTrains(), *(callbacks or [])], **kwargs)
+        self.limits: list[str] = []
+        super().__init__(*args, callbacks=[EveryPassTrains(), Heartbeat(), *(callbacks or [])], **kwargs)
 
     # ---- Start ----
 
@@ -129,12 +129,16 @@ class SavingTrainer(Trainer):
             self._compare_settings(checkpoint, state.global_step, settings)
             if is_finished(state, self.args, checkpoint):
                 return self._end_again(checkpoint, state)
+        if self.is_fsdp_enabled and self.args.reference_update == "epoch":
+            adapters.add_reference(self.family.denoiser)  # no adapter can join once the weights are sharded
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StopOnSignal):
                     callback.restore()
+                elif isinstance(callback, Heartbeat):
+                    callback.stop()
             self._finish_current_push()
         self._scale_to_drift()
         return output
@@ -228,70 +232,6 @@ class SavingTrainer(Trainer):
         losses = [line["loss"] for line in state.log_history if "loss" in line]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
 
-    # ---- Numbers that are not finite ----
-
-    def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """As `transformers.Trainer.training_step`; the loss is looked at, which waits for nothing."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        step = self.state.global_step + 1
-        self._watch.add(loss, step, self._record, inputs["row_id"])
-        if self._filter is not None:
-            loss = self._filter.add(loss)
-        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:  # DeepSpeed looks at its own gradients
-            # A gradient scaler meets overflows while it looks for its scale, and leaves them out.
-            broken = None if self.accelerator.scaler is not None else norm_overflows(self._trained_weights())
-            if broken is not None:
-                self._watch.add_gradient(broken, step)
-            if self._filter is not None:
-                self._filter.before_update(self.optimizer.optimizer, broken)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `transformers.Trainer.log`; stops on a loss that was not finite."""
-        if "loss" in logs or "train_loss" in logs:
-            self._check_losses()
-            if self._filter is not None:
-                logs["skipped_updates"] = self._filter.known
-        super().log(logs, start_time)
-
-    def _check_losses(self) -> None:
-        fault = self._watch.first(self.accelerator.gather, reference=self.args.needs_reference)
-        cause = None if fault is None else fault.cause(self.args, self._computes_in_half)
-        if self._filter is None:
-            if fault is not None:
-                raise self._diverged(f"{fault} {cause}")
-            return
-        before, skipped, limit = self._filter.known, self._filter.count(), self.args.max_skipped_updates
-        what = f"{skipped} updates were left out up to step {self.state.global_step}, since their loss or gradient was"
-        if skipped > limit:
-            raise self._diverged(f"{what} not finite, and `max_skipped_updates` is {limit}. {cause or ''}")
-        if skipped > before:
-            logger.warning("%s not finite (%d are allowed). %s", what, limit, cause or "")
-
-    @property
-    def _computes_in_half(self) -> bool:
-        return self.family.denoiser.dtype == torch.float16 or bool(self.args.fp16)
-
-    def _trained_weights(self) -> list[torch.nn.Parameter]:
-        weights = dict(self.family.denoiser.named_parameters())
-        return [weights[name] for name in self._trained]
-
-    def _check_weights(self) -> None:
-        """Raise on every process if the weights of one are not finite."""
-        if not self.accelerator.gather(all_finite(self._trained_weights()).int()).all():
-            raise self._diverged(
-                f"The trained weights are not finite after step {self.state.global_step}, whose loss was finite: the "
-                f"update was too large, so lower `learning_rate` (it is {self.args.learning_rate:g})."
-            )
-
-    def _diverged(self, what: str) -> TrainingDivergedError:
-        return TrainingDivergedError(f"{what} {last_good(self.args.output_dir)}")
-
     # ---- Disk ----
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -327,6 +267,28 @@ class SavingTrainer(Trainer):
             rotate(place, args.save_total_limit, self.state.best_model_checkpoint)
         if args.push_to_hub:
             self._push_from_checkpoint(str(place))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`, which saves no adapter of a sharded model. Every process must call."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._check_weights()
+        denoiser = self.family.denoiser
+        self._save(output_dir, gathered_adapters(denoiser, keep=self.args.should_save))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer's own also writes the whole model, with the frozen base.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
