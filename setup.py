@@ -28,7 +28,15 @@ RATE = ["starlette>=0.47", "uvicorn>=0.35"]
 QUANTIZATION = ["bitsandbytes>=0.50"]
 VIDEO = ["av>=14.1"]
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10", "nbformat>=5.10"]
-DEVELOPMENT = ["build>=1.2", "mypy>=1.18", "pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "ruff>=0.14"]
+DEVELOPMENT = [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.18",
+    "pytest>=8.4",
+    "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
+    "ruff>=0.14",
+]
 DEVELOPMENT += ["scipy>=1.13", "tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
 
 setup(

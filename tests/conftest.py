@@ -19,6 +19,7 @@ if "TGOL_TESTS" not in os.environ:  # the first process: its workers share the f
     os.environ["TGOL_TESTS"] = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tgol-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,10 @@ from tests.clips import encoded
 from tgol_trainer import TGOLConfig
 
 torch.set_num_threads(1)
+
+# The same examples at each run: no test fails by chance, and a slow machine is no failure.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

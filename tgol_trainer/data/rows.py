@@ -169,6 +169,8 @@ def read_score(value: Any) -> tuple[float, str | None]:
         score = float(value)
     except OverflowError:  # an integer of more than 308 digits
         return math.nan, "infinite score"
+    except ValueError:  # a Decimal that signals
+        return math.nan, "NaN score"
     if math.isnan(score):
         return math.nan, "NaN score"
     return (score, None) if math.isfinite(score) else (math.nan, "infinite score")
