@@ -183,8 +183,9 @@ def _note(family: ModelFamily, export_format: str, name: str) -> str | None:
         return in_other_program(family, "diffusers")
     if export_format != "comfyui":
         return None
+    base = "the base model's file for low noise" if family.denoiser_name == "transformer_2" else "the base model"
     return (
-        f"copy {name} into ComfyUI's folder models/loras and load it onto the base model with the node "
+        f"copy {name} into ComfyUI's folder models/loras and load it onto {base} with the node "
         "LoraLoaderModelOnly at strength 1. Its names were compared with those of ComfyUI's loader, converted back, "
         "and applied by the formulas of that loader. ComfyUI itself was not run. "
         + in_other_program(family, "comfyui")

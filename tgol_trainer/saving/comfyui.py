@@ -106,7 +106,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
 }
-"""Layout of each pipeline class. ComfyUI loads neither aMUSEd nor Meissonic."""
+"""Layout of each pipeline class. ComfyUI loads neither aMUSEd nor Meissonic; other names are not known here."""
 
 
 @dataclasses.dataclass
