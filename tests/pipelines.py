@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny, tiny_language, tiny_qwen, tiny_video
+from tests import tiny, tiny_images, tiny_language, tiny_ltx, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -162,6 +162,10 @@ def opaque_reconstruction(pipe, pixels):
     return clip_reconstruction(pipe, torch.cat([pixels, torch.ones(2, 1, *pixels.shape[-2:])], 1))
 
 
+def ltx_unpacked(pipe, tokens, height, width):
+    return pipe._unpack_latents(tokens, 2, height // 32, width // 32)
+
+
 def load_lora(pipe, folder):
     pipe.load_lora_weights(folder)
 
@@ -176,10 +180,10 @@ def four_images() -> Dataset:
     return scored_dataset(num_rows=4)
 
 
-def four_clips() -> Dataset:
-    """Four random clips of six frames, 16 high and 32 wide, as arrays."""
+def four_clips(height: int = 16, width: int = 32) -> Dataset:
+    """Four random clips of six frames as arrays."""
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (4, 6, 16, 32, 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (4, 6, height, width, 3), dtype=np.uint8)
     columns = {"prompt": [f"clip {i % 3}" for i in range(4)], "score": rng.normal(size=4)}
     return Dataset.from_dict({**columns, "video": list(frames)})
 
@@ -199,6 +203,8 @@ class Facts:
     """How many of three prompts of 32, 227 and 602 tokens (T5: 61, 301, 801) are cut, and the limit."""
     temperature: float = 0.001
     """1 where T does not apply."""
+    sampled: bool = True
+    """Whether the autoencoder's latents are a distribution."""
     reconstruct: Callable = kl_reconstruction
     """The autoencoder's own reconstruction of pixels."""
     load: Callable = load_lora
@@ -240,6 +246,12 @@ _WAN = {
     "settings": {"resolution": "16x32", "num_frames": 5},
     "call": {"height": 16, "width": 32, "num_frames": 5},
 }
+_LTX = {"pixels": (3, 5, 32, 64), "latents": (8, 2, 1, 2), "dataset": partial(four_clips, 32, 64)}
+_LTX |= {"settings": {"resolution": "32x64", "num_frames": 5}, "unpack": ltx_unpacked}
+_LTX |= {"call": {"height": 32, "width": 64, "num_frames": 5}}
+# Modality guidance of 0 leaves what the transformer predicts of the video without the sound.
+_LTX2 = {**_LTX, "sizes": ((512, 768), 32), "long_prompts": (0, 1024)}
+_LTX2["unguided"] = {"guidance_scale": 1.0, "stg_scale": 0, "modality_scale": 0.0, "guidance_rescale": 0.0}
 
 TINY = {
     "sd": Facts(tiny.stable_diffusion, sd_error),
@@ -259,6 +271,54 @@ TINY = {
         **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (2, 253)},
         unguided={"guidance_scale": 3.5},
     ),
+    "ltx": Facts(tiny_ltx.ltx, sizes=((512, 704), 32), long_prompts=(2, 128), **_LTX),
+    "ltx-2": Facts(tiny_ltx.ltx2, **_LTX2),
+    "krea-2": Facts(
+        tiny_images.krea2,
+        latents=(16, 8, 8),
+        sizes=((1024, 1024), 4),
+        long_prompts=(1, 392),
+        settings={"resolution": 16},
+        call={"height": 16, "width": 16},
+        unguided={"guidance_scale": 0.0},
+        unpack=lambda pipe, tokens, height, width: pipe._unpack_latents(tokens, height, width).squeeze(2),
+        reconstruct=lambda pipe, pixels: pipe.vae(pixels.unsqueeze(2)).sample.squeeze(2),
+    ),
+    "ernie-image": Facts(
+        tiny_images.ernie_image,
+        latents=(16, 4, 4),
+        sizes=((1024, 1024), 4),
+        long_prompts=(0, 1024),
+        settings={"resolution": 16},
+        call={"height": 16, "width": 16},
+    ),
+    "sana": Facts(
+        tiny_images.sana,
+        pixels=(3, 32, 32),
+        sizes=((32, 32), 4),
+        long_prompts=(2, 299),
+        dataset=partial(scored_dataset, 4, side=32),
+        call={"height": 32, "width": 32, "use_resolution_binning": False},
+        sampled=False,
+    ),
+    "lumina-2": Facts(
+        tiny_images.lumina2,
+        pixels=(3, 32, 32),
+        latents=(4, 4, 4),
+        sizes=((32, 32), 16),
+        long_prompts=(2, 92),
+        dataset=partial(scored_dataset, 4, side=32),
+        call={"height": 32, "width": 32},
+    ),
+    "auraflow": Facts(
+        tiny_images.aura_flow,
+        sizes=((1024, 1024), 4),
+        long_prompts=(2, 256),
+        settings={"resolution": 16},
+        call={"height": 16, "width": 16},
+        learning_rate=1e-2,
+    ),
+    "chroma": Facts(tiny_images.chroma, **{**_FLUX, "error": None, "unguided": {"guidance_scale": 1.0}}),
     "z-image": Facts(
         tiny_language.z_image,
         latents=(4, 8, 8),
@@ -298,6 +358,10 @@ TINY = {
 """One entry a family: every test of `test_families.py` and `test_quantization.py` runs on it."""
 
 VARIANTS = TINY | {
+    "ltx with a time for the decoder": Facts(
+        partial(tiny_ltx.ltx, True), sizes=((512, 704), 32), long_prompts=(2, 128), **_LTX
+    ),
+    "ltx-2.3": Facts(partial(tiny_ltx.ltx2, "2.3"), **_LTX2),
     "sd3 without T5": Facts(partial(tiny.stable_diffusion_3, t5=False), sd3_error),
     "amused, halved grid": Facts(partial(tiny.amused, True), masked_error, **_HALVED),
     "meissonic, halved grid": Facts(partial(tiny.meissonic, True), partial(masked_error, side=4), **_HALVED),

@@ -106,12 +106,12 @@ def t5_encoder(
     return model(config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes, **options))
 
 
-def kl_autoencoder(scaling_factor: float, **options: Any) -> AutoencoderKL:
-    """A random KL autoencoder with four channels and half the image's side."""
+def kl_autoencoder(scaling_factor: float, halvings: int = 1, **options: Any) -> AutoencoderKL:
+    """A random KL autoencoder with four channels that halves each side, once by default."""
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, *[16] * halvings),
+        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,

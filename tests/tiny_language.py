@@ -104,6 +104,22 @@ def flux2_klein(seed: int = 0) -> Flux2KleinPipeline:
     return pipeline
 
 
+def flux2_autoencoder() -> AutoencoderKLFlux2:
+    """A random autoencoder of FLUX.2 with four channels and half the image's side, whose norm does something."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        layers_per_block=1,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
 def _flux2(
     kind: type[Flux2Pipeline | Flux2KleinPipeline], encoder: torch.nn.Module, guidance_embeds: bool
 ) -> Flux2Pipeline | Flux2KleinPipeline:
@@ -118,20 +134,14 @@ def _flux2(
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        layers_per_block=1,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipeline = assembled(
-        kind, text_encoder=encoder, transformer=transformer, vae=vae, tokenizer=None, scheduler=scheduler
+        kind,
+        text_encoder=encoder,
+        transformer=transformer,
+        vae=flux2_autoencoder(),
+        tokenizer=None,
+        scheduler=scheduler,
     )
     pipeline.default_sample_size = 8  # 128, and so a megapixel, by default
     return pipeline

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests import tiny, tiny_qwen
+from tests import tiny, tiny_ltx, tiny_qwen
 from tests.helpers import quick, randomize
 from tests.meissonic_standin import as_published
 from tgol_trainer import adapters
@@ -34,6 +34,8 @@ FAMILIES = {
     "flux": tiny.flux,
     "qwen-image": tiny_qwen.qwen_image,
     "wan": tiny.wan,
+    "ltx": tiny_ltx.ltx,
+    "ltx-2": tiny_ltx.ltx2,
     "amused": tiny.amused,
 }
 VARIANTS = {
@@ -140,6 +142,8 @@ COMFYUI_NAMES = {
         "transformer.transformer_blocks.0.ff_context.net.0.proj.alpha",
     ],
     "qwen-image": ["transformer.transformer_blocks.1.attn.to_out.0.lora_A.weight"],
+    "ltx": ["diffusion_model.transformer_blocks.1.attn2.to_out.0.lora_A.weight"],
+    "ltx-2": ["diffusion_model.transformer_blocks.0.attn1.to_q.alpha"],
     "wan": ["diffusion_model.blocks.1.cross_attn.o.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.alpha"],
 }
 

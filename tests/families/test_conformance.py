@@ -1,7 +1,9 @@
 """What a family hands to the denoiser, and noises, is what the diffusers pipeline itself does."""
 
+import functools
 import inspect
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,26 +20,27 @@ NOISED = [name for name in VARIANTS if "amused" not in name and "meissonic" not 
 
 def steps_of(name, pipe, prompt):
     """Call the pipeline for two steps without guidance: what goes into and out of `scheduler.step`, and the images."""
-    facts, steps, step = VARIANTS[name], [], pipe.scheduler.step
+    facts, steps, kind = VARIANTS[name], [], type(pipe.scheduler)
     height, width = facts.pixels[-2:]
-    scale = getattr(pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
+    step = kind.step
 
-    def recorded(*args, **kwargs):
-        given = inspect.signature(step).bind(*args, **kwargs).arguments
-        inputs = scale(given["sample"], given["timestep"])
-        values = [facts.unpack(pipe, value, height, width) for value in (inputs, given["model_output"])]
-        made = step(*args, **kwargs)
-        after = facts.unpack(pipe, made[0], height, width)
-        values = [value.clone() for value in (*values, after)]
-        steps.append(SimpleNamespace(time=given["timestep"], inputs=values[0], output=values[1], after=values[2]))
+    @functools.wraps(step)
+    def recorded(scheduler, *args, **kwargs):
+        if scheduler is not pipe.scheduler:  # LTX-2's copy, for the sound
+            return step(scheduler, *args, **kwargs)
+        given = inspect.signature(step).bind(scheduler, *args, **kwargs).arguments
+        scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+        values = [scale(given["sample"], given["timestep"]).clone(), given["model_output"].clone()]
+        made = step(scheduler, *args, **kwargs)
+        inputs, output, after = (facts.unpack(pipe, value, height, width) for value in (*values, made[0].clone()))
+        steps.append(SimpleNamespace(time=given["timestep"], inputs=inputs, output=output, after=after))
         return made
 
-    pipe.scheduler.step = recorded
     pipe.set_progress_bar_config(disable=True)
     options = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "np"}
     generator = torch.Generator().manual_seed(0)
-    made = pipe(prompt=prompt, generator=generator, **{**options, **facts.call, **facts.unguided})
-    del pipe.scheduler.step
+    with patch.object(kind, "step", recorded):
+        made = pipe(prompt=prompt, generator=generator, **{**options, **facts.call, **facts.unguided})
     return steps, made.frames if "frames" in made else made.images
 
 

@@ -28,6 +28,7 @@ REPRESENTATIVES = ("sd", "flux", "wan", "amused")
 PIPELINES = (
     *("sd", "sdxl", "sd3.5", "flux", "z-image", "flux.2", "flux.2 klein", "qwen-image", "qwen-image 2.1"),
     *("wan", "wan 2.2 a14b", "wan 2.2 5b", "skyreels v2", "hunyuan video"),
+    *("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma"),
     *("amused", "meissonic"),
 )
 """One for each class: the others of `TINY` are loaded and saved by the same code."""
@@ -37,6 +38,8 @@ ROW_BY_ROW = ("qwen-image 2.1",)
 every_family, every_variant = over(TINY, TINY), over(VARIANTS, VARIANTS)
 FORMULAS = [name for name, facts in VARIANTS.items() if facts.error is not None]
 every_pipeline, shared_code = over(TINY, PIPELINES), over(TINY, REPRESENTATIVES)
+WAITING = ("lumina-2", "chroma", "ernie-image")
+"""Their transformers themselves read lengths of prompts back, or copy a constant to the device, at each pass."""
 
 
 def test_every_family_is_tested_here():
@@ -91,7 +94,7 @@ def test_latents_have_the_denoisers_shape_and_are_sampled_by_row_or_the_mode_or_
     assert mode.shape == (2, *VARIANTS[name].latents)
     sampled = family.encode_images(pixels, KEYS, sample=True)
     alone = family.encode_images(pixels[1:], RowGenerators(0, 0, [6]), sample=True)
-    assert torch.equal(sampled, mode) != mode.is_floating_point()
+    assert torch.equal(sampled, mode) != (mode.is_floating_point() and VARIANTS[name].sampled)
     torch.testing.assert_close(sampled[1:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -349,7 +352,7 @@ def test_the_blocks_are_compiled_and_switching_the_adapter_compiles_none_again(n
     assert drawn > graphs[-1] and counts["stats"]["unique_graphs"] == drawn
 
 
-@every_pipeline
+@over([name for name in TINY if name not in WAITING], [name for name in PIPELINES if name not in WAITING])
 def test_a_step_reads_nothing_back_from_the_device_and_copies_to_it_without_waiting(name, tmp_path, monkeypatch):
     if name in ROW_BY_ROW:
         pytest.skip("its transformer reads the places of text and image")

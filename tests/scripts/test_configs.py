@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests import ROOT, tiny, tiny_language, tiny_qwen, tiny_video
+from tests import ROOT, tiny, tiny_language, tiny_ltx, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tests.helpers import quick
 from tgol_trainer.cli import main
@@ -15,6 +15,8 @@ TWINS = {
     "flux_dev": tiny.flux,
     "flux2_dev": tiny_language.flux2,
     "flux2_klein": tiny_language.flux2_klein,
+    "ltx2": tiny_ltx.ltx2,
+    "ltx_video_2b": tiny_ltx.ltx,
     "meissonic": tiny.meissonic,
     "sd15_paper": tiny.stable_diffusion,
     "sd35_medium": lambda: tiny.stable_diffusion_3("3.5"),
@@ -28,9 +30,20 @@ TWINS = {
     "hunyuan_video": tiny_video.hunyuan_video,
     "z_image": tiny_language.z_image,
 }
-TODAY = ("flux2_dev", "z_image", "qwen_image", "qwen_image_21", "wan22_5b", "skyreels_v2", "hunyuan_video")
+TODAY = (
+    "ltx2",
+    "ltx_video_2b",
+    "flux2_dev",
+    "z_image",
+    "qwen_image",
+    "qwen_image_21",
+    "wan22_5b",
+    "skyreels_v2",
+    "hunyuan_video",
+)
 """Read by the code that reads flux2_klein.yaml; slow tests."""
-VIDEO = ("wan", "skyreels", "hunyuan")
+VIDEO = ("ltx", "wan", "skyreels", "hunyuan")
+SIZES = {"qwen_image_21": 32, "ltx2": "32x64", "ltx_video_2b": "32x64"}
 # Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
 SMALL = {
     "max_steps": 1,
@@ -63,7 +76,7 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "data"),
         "output_dir": str(tmp_path / "out"),
-        "resolution": "16x32" if name.startswith(VIDEO) else 32 if name == "qwen_image_21" else 16,
+        "resolution": SIZES.get(name, "16x32" if name.startswith(VIDEO) else 16),
     }
     if name.startswith(VIDEO):
         settings["num_frames"] = 5

@@ -15,20 +15,27 @@ from tgol_trainer.likelihoods import FlowLikelihood
 from tgol_trainer.shapes import EmbeddedModel, embedded_model
 
 from .amused import AmusedFamily
+from .aura_flow import AuraFlowFamily
 from .base import FamilySettings, ModelFamily
 from .blocks import StoredBlocks
+from .chroma import ChromaFamily
 from .conditioning import Conditioning
 from .distilled import warn_of_distillation
+from .ernie_image import ErnieImageFamily
 from .flux import FluxFamily
 from .flux2 import Flux2Family, Flux2KleinFamily
 from .hunyuan_video import HunyuanVideoFamily
 from .inspection import inspect_pipeline, parts_of_index
+from .krea2 import Krea2Family
 from .licenses import hub_license
+from .ltx import LTX2Family, LTXFamily
+from .lumina2 import Lumina2Family
 from .meissonic import MeissonicFamily, load_meissonic
 from .origin import ModelOrigin
 from .prompts import words_of
 from .quantization import denoiser_quantization
 from .qwen_image import QwenImage21Family, QwenImageFamily
+from .sana import SanaFamily
 from .skyreels_v2 import SkyReelsV2Family
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
@@ -55,6 +62,14 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "WanPipeline": WanFamily,
     "SkyReelsV2Pipeline": SkyReelsV2Family,
     "HunyuanVideoPipeline": HunyuanVideoFamily,
+    "Krea2Pipeline": Krea2Family,
+    "ErnieImagePipeline": ErnieImageFamily,
+    "SanaPipeline": SanaFamily,
+    "Lumina2Pipeline": Lumina2Family,
+    "AuraFlowPipeline": AuraFlowFamily,
+    "ChromaPipeline": ChromaFamily,
+    "LTXPipeline": LTXFamily,
+    "LTX2Pipeline": LTX2Family,
     "Pipeline": MeissonicFamily,
 }
 """Model families by the name of the pipeline's class. A new family is one file and one entry here."""

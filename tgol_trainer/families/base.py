@@ -257,7 +257,7 @@ class ModelFamily(abc.ABC):
             `torch.Tensor`: (B, C, h, w) or (B, C, f, h, w) in the denoiser's dtype and on its device.
         """
         latents = to_device(encoded["mean"], self.device)
-        if sample:
+        if sample and "std" in encoded:
             latents = latents + to_device(encoded["std"], self.device) * rows.normal("latent", latents).to(
                 latents.dtype
             )

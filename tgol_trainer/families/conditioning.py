@@ -79,3 +79,9 @@ def pad(rows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 def real_tokens(embeddings: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     """Return those of the tokens (L, D) of each of N prompts (N, L, D) that a mask (N, L) says are no padding."""
     return [tokens[keep] for tokens, keep in zip(embeddings, mask.bool(), strict=True)]
+
+
+def tensor_of(conditioning: Conditioning, name: str) -> torch.Tensor:
+    """Return a keyword argument that is one tensor (B, ...)."""
+    value = conditioning[name]
+    return torch.stack(value) if isinstance(value, list) else value

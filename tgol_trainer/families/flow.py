@@ -121,11 +121,11 @@ class PackedFlowFamily(FlowFamily):
             **self.token_arguments(inputs, conditioning),
             **conditioning,
         )[0][:, -math.prod(grid) :]  # after the text, where that comes out too
-        return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
+        return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).contiguous().unflatten(2, grid), patch)
 
     def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:
         """Return the run's guidance (B,) for a transformer distilled with guidance, `None` for others."""
-        if not self.denoiser.config.guidance_embeds:
+        if not self.denoiser.config.get("guidance_embeds"):
             return None
         return torch.full((len(latents),), self.settings.guidance, device=latents.device)
 

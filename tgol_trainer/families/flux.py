@@ -29,7 +29,9 @@ class FluxFamily(PackedFlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
-    required_components = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    required_components: tuple[str, ...] = (
+        *("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    )
     token_limits = {"tokenizer_2": _T5_TOKENS}  # CLIP, cut at 77 tokens, only adds one pooled vector
     time_divisor = 1000
     rows_per_image = 1  # guidance is an input

@@ -8,6 +8,7 @@ import torch
 
 from tgol_trainer.likelihoods import to_device
 
+from .base import ModelFamily
 from .conditioning import Conditioning, Rows
 from .flow import PackedFlowFamily
 from .prompts import template_room, words_of
@@ -19,7 +20,34 @@ _STEPS = 50
 """Default of the pipelines' `num_inference_steps`."""
 
 
-class Flux2Family(PackedFlowFamily):
+class NormedLatents(ModelFamily):
+    """A family with the autoencoder of FLUX.2, whose latents are joined 2×2 and then normed by its batch norm."""
+
+    @property
+    def norm_epsilon(self) -> float:
+        """What is added to the variance."""
+        return self.pipeline.vae.config.batch_norm_eps
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of each channel of joined latents, as the pipeline takes them from the batch norm."""
+        norm, epsilon = self.pipeline.vae.bn, self.norm_epsilon
+        moved = [to_device(each, latents.device).view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var)]
+        mean, std = moved[0], (moved[1] + epsilon).sqrt()
+        return mean.to(latents.dtype), std.to(latents.dtype)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Join latents (B, C, h, w) to (B, 4·C, h/2, w/2) and bring them to the unit of the transformer."""
+        latents = self.pipeline._patchify_latents(latents)
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo [`~NormedLatents.scale_latents`]."""
+        mean, std = self._statistics(latents)
+        return self.pipeline._unpatchify_latents(latents * std + mean)
+
+
+class Flux2Family(NormedLatents, PackedFlowFamily):
     """
     `Flux2Pipeline`: a Mistral language model as text encoder, a transformer over tokens of 2×2 latents.
 
@@ -55,24 +83,6 @@ class Flux2Family(PackedFlowFamily):
         """`encoder_hidden_states` (N, 512, D), three layers of the language model side by side."""
         embeddings, _ = self.pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=_TOKENS)
         return {"encoder_hidden_states": embeddings}
-
-    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of each channel of joined latents, as the pipeline takes them from the batch norm."""
-        norm, epsilon = self.pipeline.vae.bn, self.pipeline.vae.config.batch_norm_eps
-        moved = [to_device(each, latents.device).view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var)]
-        mean, std = moved[0], (moved[1] + epsilon).sqrt()
-        return mean.to(latents.dtype), std.to(latents.dtype)
-
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Join latents (B, C, h, w) to (B, 4·C, h/2, w/2) and bring them to the unit of the transformer."""
-        latents = self.pipeline._patchify_latents(latents)
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
-
-    def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Undo [`~Flux2Family.scale_latents`]."""
-        mean, std = self._statistics(latents)
-        return self.pipeline._unpatchify_latents(latents * std + mean)
 
     def resolution_shift(self, num_tokens: int) -> float:
         """Return the pipelines' shift at their default number of steps, on which it depends here."""

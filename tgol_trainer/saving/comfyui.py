@@ -2,7 +2,8 @@
 Convert a LoRA adapter to the tensors that ComfyUI's loader reads, and back.
 
 The names come from `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers` and
-`flux_to_diffusers` (comfy/utils.py), and for Wan from the modules of comfy/ldm/wan/model.py. The suffixes, alpha and
+`flux_to_diffusers` (comfy/utils.py), for Wan from the modules of comfy/ldm/wan/model.py, and for LTX from those of
+comfy/ldm/lightricks/model.py and av_model.py, which have diffusers' names. The suffixes, alpha and
 `dora_scale` come from comfy/weight_adapter/lora.py and base.py. All are of https://github.com/Comfy-Org/ComfyUI as of
 2026. diffusers' `convert_state_dict_to_kohya` is not used: it always writes the rank as alpha, and leaves the
 magnitudes of DoRA under a name that no loader knows.
@@ -86,6 +87,13 @@ LAYOUTS: dict[str, Layout] = {
         r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         rf"|(?:img|txt)_mlp\.{_FEED_FORWARD})",
         prefix="transformer.",
+    ),
+    **dict.fromkeys(
+        ("LTXPipeline", "LTX2Pipeline"),
+        Layout(
+            r"transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))",
+            prefix="diffusion_model.",
+        ),
     ),
     "WanPipeline": Layout(
         rf"blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ffn\.{_FEED_FORWARD})"
