@@ -188,6 +188,17 @@ def said(tmp_path, caplog):
     return load
 
 
+@pytest.mark.parametrize("climbs", [True, False], ids=["above", "absolute"])
+def test_rows_that_name_files_outside_of_the_folder_are_said(tmp_path, said, climbs):
+    images(tmp_path / "data", "a.png", "sub/b.png")
+    images(tmp_path, "secret.png")
+    other = "../secret.png" if climbs else str(tmp_path / "secret.png")
+    metadata(tmp_path / "data", "a.png", "sub/../sub/b.png", other)
+    assert f"1 of 3 rows name files outside of its folder, such as {other!r}" in said(tmp_path / "data")
+    metadata(tmp_path / "data", "a.png", "sub/../sub/b.png")
+    assert "outside" not in said(tmp_path / "data")
+
+
 def test_images_that_no_row_names_a_second_metadata_file_and_an_archive_are_said(tmp_path, said):
     images(tmp_path, "a.png", "sub/b.png", "c.png")
     metadata(tmp_path, "a.png", "sub/b.png")

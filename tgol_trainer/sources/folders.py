@@ -75,8 +75,17 @@ def _first_folder(name: Any) -> str:
 
 
 def tell_of_files(names: Sequence[Any], table: Path) -> None:
-    """Warn of images that no row of a metadata file names, and of archives that hold what the rows name."""
+    """Warn of files outside of the folder, of images that no row names, and of archives that hold what rows name."""
     folder = table.parent
+    paths = [name for name in names if isinstance(name, str) and "://" not in name]
+    inside = os.path.normpath(_comparable(folder, "")) + os.sep
+    outside = [name for name in paths if not os.path.normpath(_comparable(folder, name)).startswith(inside)]
+    if outside:
+        logger.warning(
+            "%s: %d of %d rows name files outside of its folder, such as %r, and these are read. Look through a table "
+            "that somebody else made.",
+            *(table, len(outside), len(names), outside[0]),
+        )
     named = {_comparable(folder, name) for name in names if isinstance(name, str)}
     unused = [path for path in _media(folder) if _comparable(folder, path) not in named]
     if unused:
