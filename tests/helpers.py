@@ -63,10 +63,11 @@ def step_without_waiting(trainer, monkeypatch):
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.family.denoiser.to("meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    model.train()
     with torch.no_grad():
         trainer.compute_loss(model, batch)  # Z-Image copies its table of rotary embeddings once
     with _Copies():
-        loss = trainer.compute_loss(model.train(), batch)
+        loss = trainer.compute_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

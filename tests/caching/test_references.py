@@ -64,7 +64,7 @@ def test_training_runs_one_forward_pass_and_the_next_run_no_pass_of_the_referenc
     dataset, evaluated = scored_dataset(8), scored_dataset(4, seed=1)
 
     def run(**overrides):
-        args = config(**{**SETTINGS, "cache_dir": str(tmp_path / "cache"), **overrides})
+        args = config(**{**SETTINGS, "cache_dir": str(tmp_path / "cache"), "allow_bad_base": True, **overrides})
         build = overrides.pop("build", stable_diffusion)
         trainer = TGOLTrainer(build(), args, dataset, evaluated, peft_config=LoraConfig(r=overrides.get("seed", 4)))
         seen = counted(trainer, monkeypatch)
@@ -123,7 +123,9 @@ def test_images_of_several_sizes_have_the_errors_of_their_own_size_and_autocast_
 
 @pytest.mark.parametrize("loss_type", ["sft", "csft"])
 def test_supervised_losses_never_run_the_reference_and_log_what_needs_none(config, dataset, monkeypatch, loss_type):
-    trainer = TGOLTrainer(stable_diffusion(), config(loss_type=loss_type), dataset, eval_dataset=scored_dataset(4))
+    trainer = TGOLTrainer(
+        stable_diffusion(), config(loss_type=loss_type, allow_bad_base=True), dataset, scored_dataset(4)
+    )
     seen = counted(trainer, monkeypatch)
     trainer.train()
     assert seen["reference"] == 0

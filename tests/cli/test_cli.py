@@ -82,6 +82,7 @@ def test_help_lists_every_command_and_each_has_a_module_with_a_main(capsys):
         "__main__",
         "console",
         "label_text",
+        "model",
     }
     assert modules == set(COMMANDS)
 
@@ -300,14 +301,14 @@ def test_a_conversion_into_its_own_source_is_refused_and_leaves_it_as_it_was(cap
 
 
 def test_every_flag_of_trl_is_either_used_or_refused():
-    module = importlib.import_module("tgol_trainer.cli.train")
-    source = inspect.getsource(module)
+    module, model = (importlib.import_module(f"tgol_trainer.cli.{name}") for name in ("train", "model"))
+    source = inspect.getsource(module) + inspect.getsource(model)
     no_effect = {"use_peft"}  # said in its class: a LoRA is trained unless `full_finetuning`
     dropped = []
     for kind, variable in ((module.ModelArguments, "model"), (module.TrainArguments, "script")):
         for item in dataclasses.fields(kind):
             used = re.search(rf"\b{variable}\.{item.name}\b", source)
-            if not used and item.name not in module._UNUSED and item.name not in no_effect:
+            if not used and item.name not in module.UNUSED and item.name not in no_effect:
                 dropped.append(item.name)
     assert not dropped
 

@@ -103,8 +103,8 @@ def test_an_unknown_route_and_a_token_at_the_storage_are_loud(tmp_path):
     hub = LoopbackHub()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with pytest.raises(urllib.error.HTTPError, match="501"):
-        opener.open(f"{hub.endpoint}/api/spaces/a/b", timeout=10)
-    with pytest.raises(RuntimeError, match=r"no routes for .'GET /api/spaces/a/b'"):
+        opener.open(f"{hub.endpoint}/api/collections/a/b", timeout=10)
+    with pytest.raises(RuntimeError, match=r"no routes for .'GET /api/collections/a/b'"):
         hub.check()
     hub.requests.clear()
     with pytest.raises(urllib.error.HTTPError):

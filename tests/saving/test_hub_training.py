@@ -16,8 +16,6 @@ import yaml
 from tests import ROOT
 from tests.helpers import quick
 from tests.hub import LoopbackHub
-from tests.pipelines import TINY
-from tgol_trainer.families import FAMILIES
 
 pytestmark = pytest.mark.xdist_group("hub training")
 
@@ -72,7 +70,6 @@ def results(hub, folder, pushed):
 
 
 def test_every_family_is_pushed_with_card_image_metrics_and_settings(results, pushed):
-    assert {type(TINY[name].build()).__name__ for name in PUSHED["all families"]} == set(FAMILIES)
     for name in pushed:
         twin = set() if name in ("amused", "meissonic") else {f"{name}_comfyui.safetensors"}
         assert set(results["families"][name]["files"]) == RUN | twin | {"before_after.png", "metrics.json"}
@@ -116,7 +113,8 @@ def test_each_strategy_pushes_its_saves_also_of_checkpoints_that_were_deleted_me
         assert found["commits"] == ["The end", *titles, "initial commit"]
         inside = {f"{part}/{file}" for part in checkpoints for file in RUN | STATE}
         assert set(found["files"]) == RUN | inside | {f"{strategy}_comfyui.safetensors"}
-        assert [name for name in found["left"] if name.startswith(("_", "checkpoint"))] == ["checkpoint-3"]
+        left = [name for name in found["left"] if name.startswith(("_", "checkpoint"))]
+        assert left == ["checkpoint-3"] + ["checkpoint_comfyui.safetensors"] * (strategy == "checkpoint")
 
 
 def test_a_save_that_was_left_out_is_said_and_sent_by_the_last_push(results):

@@ -64,7 +64,9 @@ class MaskedTokenLikelihood:
         """KL(reference, policy) of the codes, mean over the masked positions: (B,) in nats."""
         if draw.mask is None:
             raise ValueError("The draw has no mask: make it with `MaskedTokenLikelihood.draw`.")
-        policy, base = prediction.float().log_softmax(1), reference.float().log_softmax(1)
-        divergence = torch.nn.functional.kl_div(policy, base, reduction="none", log_target=True).sum(1).flatten(1)
-        mask = draw.mask.flatten(1)
-        return torch.where(mask, divergence, 0.0).sum(1) / mask.sum(1)
+        found = []
+        for new, old, mask in zip(prediction, reference, draw.mask, strict=True):  # logits of a row are large already
+            policy, base = new.float().log_softmax(0), old.float().log_softmax(0)
+            divergence = torch.nn.functional.kl_div(policy, base, reduction="none", log_target=True).sum(0)
+            found.append(torch.where(mask, divergence, 0.0).sum() / mask.sum())
+        return torch.stack(found)

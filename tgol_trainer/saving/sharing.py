@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tgol_trainer._files import replacing
 from tgol_trainer.adapter_files import WEIGHTS_NAME, unwrapped
 from tgol_trainer.adapters import POLICY
 
@@ -142,16 +143,13 @@ def write_twin(args: TGOLConfig, family: ModelFamily, file: Path, *, sharded: bo
     if sharded:
         logger.warning("No file for ComfyUI: the weights are spread over processes. %s.", _LATER)
         return None
-    draft = file.with_name(f".{file.name}.tmp")
     try:
-        save_file(comfyui_tensors(family), draft, metadata={"format": "pt"})
-        found = _compare(family, draft)
-        draft.replace(file)
+        with replacing(file) as draft:
+            save_file(comfyui_tensors(family), draft, metadata={"format": "pt"})
+            found = _compare(family, draft)
     except ValueError as error:
         logger.warning("No file for ComfyUI: %s The adapter itself is saved.", error)
         return None
-    finally:
-        draft.unlink(missing_ok=True)
     return SharedFile(file.name, "ComfyUI", in_other_program(family, "comfyui"), found)
 
 
