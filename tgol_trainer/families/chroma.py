@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tgol_trainer.likelihoods import Draw
 
@@ -43,4 +44,20 @@ class ChromaFamily(FluxFamily):
         rows, _, height, width = draw.inputs.shape
         mask = tensor_of(conditioning, "attention_mask")
         image = mask.new_ones(rows, height * width // self.patch**2)
-        return super().predict(model, draw, {**conditioning, "attention_mask": torch.cat([mask, image], 1)})
+        self._mask = torch.cat([mask, image], 1)
+        return super().predict(model, draw, {**conditioning, "attention_mask": self._mask})
+
+    def enable_gradient_checkpointing(self) -> None:
+        """
+        Recompute activations, with the mask in every block.
+
+        diffusers 0.42 leaves it out of the single-stream blocks when it recomputes them. The policy, which has a
+        gradient, would then be another network than the reference, which has none.
+        """
+
+        def recomputed(block: torch.nn.Module, *arguments: Any) -> Any:
+            if type(block).__name__ == "ChromaSingleTransformerBlock" and len(arguments) == 3:
+                arguments = (*arguments, self._mask)
+            return checkpoint(block, *arguments, use_reentrant=False)
+
+        self.denoiser.enable_gradient_checkpointing(recomputed)
