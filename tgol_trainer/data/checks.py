@@ -170,9 +170,9 @@ def _missing_columns(present: list[str], roles: dict[str, str], missing: list[st
     needed = [f"{'an' if role == 'image' else 'a'} {role}" for role in roles]
     if "prompt_from" in present and missing == ["score"]:
         return DataError(
-            f"{name}: no image of the folder has a score. Give them stars in a photo program, sort them into folders "
-            "called by numbers or `good` and `bad` and set `--folder_scores`, or let a reward function score them: "
-            "`tgol score`."
+            f"{name}: no image of the folder has a score. Rate them in the browser (`tgol rate`), give them stars in "
+            "a photo program, sort them into folders called by numbers or `good` and `bad` and set `--folder_scores`, "
+            "or let a reward function score them (`tgol score`)."
         )
     return DataError(
         f"{name}: no column {named}; the columns are {present}. Every row needs "
