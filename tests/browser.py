@@ -79,6 +79,13 @@ class Browser:
             raise RuntimeError(result["exceptionDetails"])
         return result["result"].get("value")
 
+    def becomes_true(self, expression):
+        """Whether an expression is true within ten seconds: events such as `close` come after the call that closes."""
+        return self.run(
+            "new Promise(done => { const end = performance.now() + 10000; const look = () => "
+            f"({expression}) ? done(true) : performance.now() > end ? done(false) : requestAnimationFrame(look); look(); }})"
+        )
+
     def key(self, name, code=0):
         text = {"Enter": "\r"}.get(name)
         for kind in ("keyDown", "keyUp"):

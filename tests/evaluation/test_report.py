@@ -158,9 +158,9 @@ def test_images_enlarge_by_mouse_and_by_keyboard(browser, report):
     assert texts(browser, "#viewer-prompt") == [HOSTILE]
     browser.key("Escape", 27)
     assert not browser.run("document.querySelector('#viewer').open")
-    assert browser.run("document.activeElement.closest('article') === document.querySelector('article')")
+    assert browser.becomes_true("document.activeElement.closest('article') === document.querySelector('article')")
     browser.key("Enter", 13)
-    assert browser.run("document.querySelector('#viewer').open")
+    assert browser.becomes_true("document.querySelector('#viewer').open")
     browser.key("Escape", 27)
     alternatives = browser.run("[...document.querySelectorAll('#cards img')].map(node => node.alt)")
     assert alternatives[:3] == [f"{model}: {HOSTILE}, image 1" for model in ("base", "x", "y")]
