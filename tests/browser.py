@@ -83,7 +83,8 @@ class Browser:
         """Whether an expression is true within ten seconds: events such as `close` come after the call that closes."""
         return self.run(
             "new Promise(done => { const end = performance.now() + 10000; const look = () => "
-            f"({expression}) ? done(true) : performance.now() > end ? done(false) : requestAnimationFrame(look); look(); }})"
+            f"({expression}) ? done(true) : performance.now() > end ? done(false) : requestAnimationFrame(look); "
+            "look(); })"
         )
 
     def key(self, name, code=0):
