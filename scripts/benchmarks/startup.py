@@ -1,5 +1,5 @@
 """
-Measure what rows cost before the first step and in each step: 1,000 distinct images of a shapes world, repeated.
+Measure what rows cost before the first step and in each step: 1,000 distinct random images, repeated.
 
 Each run is a process of its own; the second one finds what the first one wrote. A line of the results is one run:
 
