@@ -8,51 +8,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn.functional import gelu, silu
-from transformers import PreTrainedTokenizerFast
 
-from tests.rewards.published import (
-    MEAN,
-    STD,
-    Weights,
-    attention,
-    linear_shapes,
-    noise,
-    norm_shapes,
-    shrunk,
-    weights_of,
+from tests.rewards.published import MEAN, STD, Weights, noise, weights_of
+from tests.rewards.tiny_qwen2_vl import (
+    WIDTH,
+    qwen_shapes,
+    text_features,
+    tiny_config,
+    tokenizer,
+    vision_features,
 )
 from tgol_trainer.rewards import Clip, RewardFacts, load_reward, score_columns
 from tgol_trainer.rewards.video_patches import chosen_frames, frame_size, patches_of
 from tgol_trainer.rewards.videoreward import VideoReward, VideoRewardModel, qwen2_vl_2b, read_template
 
-WIDTH, HEADS, KEYS, HIDDEN, LAYERS = 24, 2, 1, 40, 2
-VISION, VISION_HEADS, DEPTH = 16, 2, 2
-HEAD, RANK, ALPHA = WIDTH // HEADS, 3, 7.0
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+RANK, ALPHA = 3, 7.0
 SCORES = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
 QUESTION = "\nRate looks: <|VQ_reward|>\nRate moves: <|MQ_reward|>\nText - {text_prompt}\nRate it: <|TA_reward|>\n"
+LIMITS = (100_352, 200_704)
 STATISTICS = {"VQ_mean": 0.5, "VQ_std": 2.0, "MQ_mean": -0.25, "MQ_std": 0.5, "TA_mean": 0.1, "TA_std": 4.0}
-
-
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made = PreTrainedTokenizerFast(tokenizer_object=plain)
-    made.add_tokens(SPECIAL, special_tokens=True)
-    return made
-
-
-def tiny_config(vocab_size):
-    config = qwen2_vl_2b(264)
-    text, vision = config.text_config, config.vision_config
-    shrunk(text, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS)
-    shrunk(text, num_attention_heads=HEADS, num_key_value_heads=KEYS)
-    shrunk(text, rope_parameters={**text.rope_parameters, "mrope_section": [2, 2, 2]})
-    shrunk(vision, depth=DEPTH, embed_dim=VISION, hidden_size=WIDTH, num_heads=VISION_HEADS, mlp_ratio=2)
-    return config
 
 
 def lora_shapes(name, inside, out, bias):
@@ -63,82 +37,8 @@ def lora_shapes(name, inside, out, bias):
 
 def published_weights(outputs=1):
     """The layout of `model.pth`: PEFT around Qwen2-VL of transformers 4.45, with the unused language head."""
-    visual, text = "base_model.model.visual.", "base_model.model.model."
-    shapes = {f"{visual}patch_embed.proj.weight": ("", VISION, 3, 2, 14, 14), f"{text}norm.weight": ("n", WIDTH)}
-    shapes |= {f"{text}embed_tokens.weight": ("", 264, WIDTH), "base_model.model.lm_head.weight": ("", 264, WIDTH)}
-    shapes |= {"base_model.model.rm_head.weight": ("", outputs, WIDTH)}
-    for layer in range(DEPTH):
-        block = f"{visual}blocks.{layer}."
-        shapes |= {**norm_shapes(block + "norm1", VISION), **norm_shapes(block + "norm2", VISION)}
-        shapes |= linear_shapes(block + "attn.qkv", VISION, 3 * VISION)
-        shapes |= linear_shapes(block + "attn.proj", VISION, VISION)
-        shapes |= linear_shapes(block + "mlp.fc1", VISION, 2 * VISION)
-        shapes |= linear_shapes(block + "mlp.fc2", 2 * VISION, VISION)
-    shapes |= norm_shapes(visual + "merger.ln_q", VISION)
-    shapes |= linear_shapes(visual + "merger.mlp.0", 4 * VISION, 4 * VISION)
-    shapes |= linear_shapes(visual + "merger.mlp.2", 4 * VISION, WIDTH)
-    for layer in range(LAYERS):
-        block = f"{text}layers.{layer}."
-        shapes |= {f"{block}input_layernorm.weight": ("n", WIDTH)}
-        shapes |= {f"{block}post_attention_layernorm.weight": ("n", WIDTH)}
-        shapes |= lora_shapes(block + "self_attn.q_proj", WIDTH, WIDTH, True)
-        shapes |= lora_shapes(block + "self_attn.k_proj", WIDTH, KEYS * HEAD, True)
-        shapes |= lora_shapes(block + "self_attn.v_proj", WIDTH, KEYS * HEAD, True)
-        shapes |= lora_shapes(block + "self_attn.o_proj", WIDTH, WIDTH, False)
-        shapes |= lora_shapes(block + "mlp.gate_proj", WIDTH, HIDDEN, False)
-        shapes |= lora_shapes(block + "mlp.up_proj", WIDTH, HIDDEN, False)
-        shapes |= lora_shapes(block + "mlp.down_proj", HIDDEN, WIDTH, False)
-    return weights_of(shapes, seed=3, spread=0.3)
-
-
-def turned(x, angles):
-    """Rotate pairs (i, i + half) of the last axis by angles (length, half)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def rounded(frequencies):
-    return frequencies.bfloat16().double()
-
-
-def vision_features(weights, frames):
-    """Frames (T, 3, H, W) in CLIP's units, T even, to one feature for each 28 pixels square of two frames."""
-    tower = Weights(weights, "base_model.model.visual.")
-    rows, columns = frames.shape[2] // 14, frames.shape[3] // 14
-    # Neighbours that are merged follow each other.
-    order = [
-        (2 * y + dy, 2 * x + dx)
-        for y in range(rows // 2)
-        for x in range(columns // 2)
-        for dy in (0, 1)
-        for dx in (0, 1)
-    ]
-    half = VISION // VISION_HEADS // 2
-    frequencies = rounded(1 / 10000 ** (torch.arange(half // 2) * 2 / half))
-    angles = torch.stack([torch.cat([y * frequencies, x * frequencies]) for y, x in order])
-    features = []
-    for pair in frames.view(-1, 2, *frames.shape[1:]):
-        filters = tower["patch_embed.proj.weight"]
-        x = torch.nn.functional.conv3d(pair.transpose(0, 1)[None], filters, stride=(2, 14, 14))[0, :, 0]
-        x = torch.stack([x[:, y, column] for y, column in order])
-        for layer in range(DEPTH):
-            block = tower.under(f"blocks.{layer}.")
-            q, k, v = block.linear("attn.qkv", block.norm("norm1", x, 1e-6)).chunk(3, dim=-1)
-            q, k = (
-                turned(part.view(-1, VISION_HEADS, 2 * half).transpose(0, 1), angles).transpose(0, 1).flatten(1)
-                for part in (q, k)
-            )
-            x = x + block.linear("attn.proj", attention(q[None], k[None], v[None], VISION_HEADS)[0])
-            inner = block.linear("mlp.fc1", block.norm("norm2", x, 1e-6))
-            x = x + block.linear("mlp.fc2", inner * torch.sigmoid(1.702 * inner))
-        merged = tower.norm("merger.ln_q", x, 1e-6).view(-1, 4 * VISION)
-        features.append(tower.linear("merger.mlp.2", gelu(tower.linear("merger.mlp.0", merged))))
-    return torch.cat(features)
-
-
-def rms(x, weight):
-    return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    shapes = qwen_shapes(265, "base_model.model.", lora_shapes)
+    return weights_of(shapes | {"base_model.model.rm_head.weight": ("", outputs, WIDTH)}, seed=3, spread=0.3)
 
 
 def raw_scores(weights, frames, prompt, rslora=False):
@@ -151,30 +51,11 @@ def raw_scores(weights, frames, prompt, rslora=False):
         bias = f"{name}.base_layer.bias"
         return y + text[bias] if text.prefix + bias in weights else y
 
-    features = vision_features(weights, frames)
-    words = tokenizer()
-    words.add_tokens(SCORES, special_tokens=True)
-    question = QUESTION.replace("{text_prompt}", prompt)
-    before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-    after = f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-    table = text["embed_tokens.weight"]
-    ids = [*words(before)["input_ids"], *[-1] * len(features), *words(after)["input_ids"]]
-    x = torch.cat([table[words(before)["input_ids"]], features, table[words(after)["input_ids"]]])
-    angles = torch.arange(len(x)).double()[:, None] * rounded(1 / 1e6 ** (torch.arange(HEAD // 2) * 2 / HEAD))
-    mask = torch.full((len(x), len(x)), -math.inf).double().triu(1)
-    for layer in range(LAYERS):
-        name = f"layers.{layer}."
-        normed = rms(x, text[name + "input_layernorm.weight"])
-        q, k, v = (projected(f"{name}self_attn.{part}_proj", normed).view(len(x), -1, HEAD) for part in "qkv")
-        q, k = (turned(part.transpose(0, 1), angles).transpose(0, 1) for part in (q, k))
-        k, v = (part.repeat_interleave(HEADS // KEYS, dim=1) for part in (k, v))
-        mixed = attention(q.flatten(1)[None], k.flatten(1)[None], v.flatten(1)[None], HEADS, mask)[0]
-        x = x + projected(name + "self_attn.o_proj", mixed)
-        normed = rms(x, text[name + "post_attention_layernorm.weight"])
-        gated = silu(projected(name + "mlp.gate_proj", normed)) * projected(name + "mlp.up_proj", normed)
-        x = x + projected(name + "mlp.down_proj", gated)
+    features = vision_features(Weights(weights, "base_model.model.visual."), frames)
+    words = tokenizer(*SCORES)
+    found, ids = text_features(text, features, words, QUESTION.replace("{text_prompt}", prompt), projected)
     head = weights["base_model.model.rm_head.weight"].double()
-    numbers = rms(x, text["norm.weight"]) @ head.T
+    numbers = found @ head.T
     places = [ids.index(words.convert_tokens_to_ids(token)) for token in SCORES]
     return [numbers[place, min(i, len(head) - 1)].item() for i, place in enumerate(places)]
 
@@ -208,7 +89,7 @@ def write(folder, weights=None, **changes):
 
 
 class TinyVideoReward(VideoReward):
-    default_config = staticmethod(tiny_config)
+    default_config = staticmethod(lambda vocab_size: tiny_config(qwen2_vl_2b(vocab_size)))
 
 
 def load(folder, **options):
@@ -223,7 +104,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def any_size(monkeypatch):
     """Frames as small as the tests need them, where the model itself takes 100,352 pixels at least."""
-    monkeypatch.setattr("tgol_trainer.rewards.video_patches._MIN_PIXELS", 1)
+    monkeypatch.setattr("tgol_trainer.rewards.videoreward._MIN_PIXELS", 1)
 
 
 @pytest.mark.parametrize(("outputs", "rslora"), [(1, False), (3, True)])
@@ -300,12 +181,12 @@ def test_frames_are_chosen_at_two_a_second_even_in_number_and_first_to_last(tota
 
 def test_frames_keep_their_shape_within_the_limits_of_the_area():
     processors = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    assert frame_size(480, 832, 200_704) == (336, 588)  # 340 and 590, cut to multiples of 28
+    assert frame_size(480, 832, LIMITS) == (336, 588)  # 340 and 590, cut to multiples of 28
     for side in (768, 1000, *range(449, 2000, 13)):  # squares shrink to 448 up to rounding: which side of it counts
         expected = processors.smart_resize(side, side, 28, min_pixels=100_352, max_pixels=200_704)
-        assert frame_size(side, side, 200_704) == expected
+        assert frame_size(side, side, LIMITS) == expected
     for height, width in np.random.default_rng(0).integers(60, 2000, (200, 2)).tolist():
-        found = frame_size(height, width, 200_704)
+        found = frame_size(height, width, LIMITS)
         assert found == processors.smart_resize(height, width, 28, min_pixels=100_352, max_pixels=200_704)
         assert 100_352 <= found[0] * found[1] <= 200_704
 
@@ -397,7 +278,7 @@ def test_without_a_network_the_question_is_asked_for_by_its_address(folder, tmp_
     write(tmp_path / "weights")
     template = tmp_path / "weights" / "prompt_template.py"
     template.rename(tmp_path / "moved.py")
-    with pytest.raises(OSError, match=r"put this file beside model_config\.json or pass its path"):
+    with pytest.raises(OSError, match=r"put this file beside the weights or pass its path"):
         load(tmp_path / "weights")
     assert load(tmp_path / "weights", template=tmp_path / "moved.py").template == QUESTION
     (tmp_path / "page.py").write_text("<html>Log in</html>")
@@ -414,6 +295,6 @@ def test_without_a_network_the_question_is_asked_for_by_its_address(folder, tmp_
 
 
 def test_it_is_loaded_by_name_with_its_facts(folder, monkeypatch):
-    monkeypatch.setattr(VideoReward, "default_config", staticmethod(tiny_config))
+    monkeypatch.setattr(VideoReward, "default_config", TinyVideoReward.default_config)
     made = load_reward("videoreward", source=folder, tokenizer=folder / "tokenizer", dtype=torch.bfloat16)
     assert made.facts == RewardFacts("videoreward", str(folder), None, made.scale) and made.takes == "videos"

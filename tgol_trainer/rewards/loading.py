@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REWARDS: dict[str, str] = {
     "hpsv2.1": "tgol_trainer.rewards.hpsv2:HPSv2",
+    "hpsv3": "tgol_trainer.rewards.hpsv3:HPSv3",
     "pickscore": "tgol_trainer.rewards.clip:PickScore",
     "imagereward": "tgol_trainer.rewards.imagereward:ImageReward",
     "clip": "tgol_trainer.rewards.clip:ClipScore",

@@ -11,7 +11,6 @@ from PIL import Image
 from .frames import spread_frames
 from .pixels import colour_values, normalised, resized
 
-_MIN_PIXELS = 100_352
 _MIN_FRAMES, _MAX_FRAMES = 4, 768
 
 
@@ -27,19 +26,21 @@ def chosen_frames(total: int, fps: float, sampling_fps: float = 2.0) -> list[int
     return spread_frames(total, round(wanted / 2) * 2)
 
 
-def frame_size(height: int, width: int, max_pixels: int, side: int = 28) -> tuple[int, int]:
+def frame_size(height: int, width: int, limits: tuple[int, int], side: int = 28) -> tuple[int, int]:
     """
-    Return the (height, width) to which frames are resized: about their shape, 100,352 to `max_pixels` pixels.
+    Return the (height, width) to which frames are resized: about their shape, with the least and the most pixels of
+    `limits`.
 
     Both are multiples of `side`, the pixels per side of a patch times the patches per side that are merged.
     """
+    min_pixels, max_pixels = limits
     new = [max(side, round(length / side) * side) for length in (height, width)]
     if new[0] * new[1] > max_pixels:
         # Divided as in Qwen2-VL's `smart_resize`: times the inverse, 768 x 768 would round to 448 instead of 420.
         factor = math.sqrt(height * width / max_pixels)
         new = [math.floor(length / factor / side) * side for length in (height, width)]
-    elif new[0] * new[1] < _MIN_PIXELS:
-        factor = math.sqrt(_MIN_PIXELS / (height * width))
+    elif new[0] * new[1] < min_pixels:
+        factor = math.sqrt(min_pixels / (height * width))
         new = [math.ceil(length * factor / side) * side for length in (height, width)]
     return new[0], new[1]
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import math
 import re
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
-from tgol_trainer._files import replacing
-
 from .base import Medium, RewardFacts, check_prompts
 from .checkpoints import build, find_file, load_part, read_weights
 from .model import ModelReward
 from .pixels import rgb
+from .qwen2_vl import MAX_RATIO, Qwen2VLWithHead, as_named_here, authors_file, conversation, qwen2_vl, read_texts
 from .video_patches import chosen_frames, frame_size, patches_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +28,7 @@ _VIDEO = "<|video_pad|>"
 # Mean and standard deviation of each score on the authors' data; those in `model_config.json` come first.
 _STATISTICS = {"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811}
 _STATISTICS |= {"TA_mean": 2.8105, "TA_std": 2.5121}
-_MAX_RATIO = 200
+_MIN_PIXELS = 100_352
 _TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 _TEMPLATE_FILE = "prompt_template.py"
 _TEMPLATE_URL = (
@@ -58,38 +55,19 @@ def merged_weights(
             down, rise = merged.pop(name).float(), merged.pop(up).float()
             factor = alpha / (math.sqrt(down.shape[0]) if rslora else down.shape[0])
             merged[base] = merged[base].float() + factor * (rise @ down)
-    renamed = {}
-    for name, tensor in merged.items():
-        new = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if new == "lm_head.weight":
-            continue
-        if new.startswith("visual."):
-            new = "model." + new
-        elif new.startswith("model."):
-            new = "model.language_model." + new.removeprefix("model.")
-        renamed[new] = tensor.to(torch.float32 if new == "rm_head.weight" else dtype)
-    return renamed
+    plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): merged[name] for name in merged}
+    return as_named_here(plain, dtype)
 
 
 def qwen2_vl_2b(vocab_size: int) -> Any:
     """Return the `Qwen2VLConfig` of Qwen2-VL-2B with the number of tokens of the tokenizer, as the authors set it."""
-    from transformers import Qwen2VLConfig
-
-    text: dict[str, Any] = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6}
-    text |= {"vocab_size": vocab_size, "bos_token_id": 151643, "eos_token_id": 151645}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    text |= {"max_position_embeddings": 32768}
-    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
-    return Qwen2VLConfig(text_config=text, vision_config=vision)
+    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+    return qwen2_vl(vocab_size, text)
 
 
-class VideoRewardModel(torch.nn.Module):
+class VideoRewardModel(Qwen2VLWithHead):
     """
-    Qwen2-VL without its language head, and the head that reads the scores.
-
-    Positions are those of the authors' code: 0, 1, 2, ... in all three axes, unlike Qwen2-VL's own, and with rotary
-    frequencies rounded to bfloat16, since the authors cast the whole model.
+    Qwen2-VL with the linear head that reads the scores.
 
     Args:
         config (`Qwen2VLConfig`): Sizes.
@@ -97,34 +75,7 @@ class VideoRewardModel(torch.nn.Module):
     """
 
     def __init__(self, config: Any, output_dim: int) -> None:
-        super().__init__()
-        from transformers import Qwen2VLModel
-
-        self.model = Qwen2VLModel(config)
-        self.rm_head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
-        theta = config.text_config.rope_parameters["rope_theta"]
-        for module, base in ((self.model.language_model.rotary_emb, theta), (self.model.visual.rotary_pos_emb, 1e4)):
-            for name, buffer in list(module.named_buffers()):
-                size = buffer.shape[0]
-                exponents = torch.arange(size, dtype=torch.float32, device="cpu") / size
-                setattr(module, name, (1 / base**exponents).bfloat16().float())
-
-    def forward(
-        self, ids: torch.Tensor, patches: torch.Tensor, grid: torch.Tensor, video_id: int, score_ids: Sequence[int]
-    ) -> torch.Tensor:
-        """
-        Return the head's numbers for one video at the tokens `score_ids`: (len(score_ids),), fp32.
-
-        `ids` are (length,) token ids, with `video_id` once for each patch that is left after merging; `patches`
-        (number, values) and `grid` (1, 3) are those of [`patches_of`].
-        """
-        embeddings = self.model.language_model.embed_tokens(ids)
-        embeddings[ids == video_id] = self.model.visual(patches, grid_thw=grid).pooler_output.to(embeddings.dtype)
-        # Without `position_ids` the language model counts 0, 1, 2, ...; Qwen2VLModel would compute its own positions.
-        hidden = self.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
-        places = torch.cat([(ids == score_id).nonzero()[:, 0] for score_id in score_ids])
-        numbers = self.rm_head(hidden[places].float())
-        return numbers[:, 0] if numbers.shape[1] == 1 else numbers.diagonal()
+        super().__init__(config, torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False))
 
 
 def read_template(path: str | Path) -> str:
@@ -133,41 +84,10 @@ def read_template(path: str | Path) -> str:
 
     `{text_prompt}` stands in the place of the prompt. A file without such a question raises a `ValueError`.
     """
-    try:
-        statements = ast.parse(Path(path).read_text(encoding="utf-8")).body
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as Python source: {error}. Use {_TEMPLATE_URL}.") from error
-    for statement in statements:
-        names = [target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)]
-        if isinstance(statement, ast.Assign) and _TEMPLATE_NAME in names and isinstance(statement.value, ast.Constant):
-            text = str(statement.value.value)
-            if all(text.count(part) == 1 for part in (*_TOKENS, "{text_prompt}")):
-                return text
-    raise ValueError(f"{path} holds no text {_TEMPLATE_NAME} with {', '.join(_TOKENS)}. Use {_TEMPLATE_URL}.")
-
-
-def _find_template(folder: str | Path) -> Path:
-    """Return the file beside the weights, or a copy that is downloaded once."""
-    beside = Path(folder).expanduser() / _TEMPLATE_FILE
-    if beside.is_file():
-        return beside
-    from huggingface_hub import cached_assets_path
-
-    cached = cached_assets_path("tgol_trainer", namespace="videoreward") / _TEMPLATE_FILE
-    if not cached.is_file():
-        try:
-            with urllib.request.urlopen(_TEMPLATE_URL, timeout=60) as answer:
-                content = answer.read()
-        except OSError as error:
-            raise OSError(
-                f"The question to VideoReward could not be downloaded from {_TEMPLATE_URL} "
-                f"({type(error).__name__}: {error}). Where there is no network, put this file beside "
-                "model_config.json or pass its path: template=..."
-            ) from error
-        with replacing(cached) as draft:
-            draft.write_bytes(content)
-            read_template(draft)  # an error keeps a proxy's page out of the cache
-    return cached
+    text = read_texts(path, _TEMPLATE_URL).get(_TEMPLATE_NAME, "")
+    if not all(text.count(part) == 1 for part in (*_TOKENS, "{text_prompt}")):
+        raise ValueError(f"{path} holds no text {_TEMPLATE_NAME} with {', '.join(_TOKENS)}. Use {_TEMPLATE_URL}.")
+    return text
 
 
 class VideoReward(ModelReward):
@@ -263,7 +183,9 @@ class VideoReward(ModelReward):
         path, commit = find_file(source, filename, revision=revision)
         words = load_part(AutoTokenizer, str(tokenizer), argument="tokenizer")
         words.add_tokens(list(_TOKENS), special_tokens=True)
-        question = read_template(template or _find_template(source))
+        question = read_template(
+            template or authors_file(source, _TEMPLATE_FILE, _TEMPLATE_URL, "VideoReward", read_template)
+        )
         lora = settings["peft_lora_config"]
         weights = merged_weights(
             read_weights(path),
@@ -310,19 +232,19 @@ class VideoReward(ModelReward):
     @torch.no_grad()
     def _three_scores(self, video: list[Image.Image], prompt: str) -> list[float] | None:
         chosen = chosen_frames(len(video), getattr(video, "fps", None) or self.fps, self.sampling_fps)
-        if not chosen or max(video[0].size) > _MAX_RATIO * min(video[0].size):
+        if not chosen or max(video[0].size) > MAX_RATIO * min(video[0].size):
             return None
         vision = self.model.model.config.vision_config
         side = vision.patch_size * vision.spatial_merge_size
         patches, grid = patches_of(
             rgb([video[index] for index in chosen]),
-            frame_size(video[0].height, video[0].width, self.max_pixels, side),
+            frame_size(video[0].height, video[0].width, (_MIN_PIXELS, self.max_pixels), side),
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
         )
         places = len(patches) // vision.spatial_merge_size**2
-        text = self._question(prompt, places)
+        text = conversation(_VIDEO * places, self.template.replace("{text_prompt}", prompt))
         ids = torch.tensor(self.tokenizer(text)["input_ids"])
         video_id, *score_ids = self.tokenizer.convert_tokens_to_ids([_VIDEO, *_TOKENS])
         counts = [int((ids == token).sum()) for token in (video_id, *score_ids)]
@@ -330,22 +252,14 @@ class VideoReward(ModelReward):
             logger.warning("No VideoReward for the prompt %r: it holds tokens that the model reserves.", prompt[:80])
             return None
         like = self.model.model.visual.patch_embed.proj.weight
-        raw = self.model(
+        numbers = self.model(
             ids.to(like.device), patches.to(like.device, like.dtype), grid.to(like.device), video_id, score_ids
         )
+        raw = numbers[:, 0] if numbers.shape[1] == 1 else numbers.diagonal()
         return [
             (value - self.statistics[f"{name}_mean"]) / self.statistics[f"{name}_std"]
             for name, value in zip(NAMES, raw.double().tolist(), strict=True)
         ]
-
-    def _question(self, prompt: str, places: int) -> str:
-        """Return the conversation in the form of Qwen2-VL, with one token for each merged patch of the video."""
-        question = self.template.replace("{text_prompt}", prompt)
-        return (
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n<|vision_start|>{_VIDEO * places}<|vision_end|>{question}<|im_end|>\n"
-            "<|im_start|>assistant\n"
-        )
 
 
 def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
