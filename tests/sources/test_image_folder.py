@@ -1,7 +1,6 @@
 """Folders without a table: prompts that programs wrote into images, captions, stars, names of folders, archives."""
 
 import json
-import logging
 import os
 import stat
 import struct
@@ -14,69 +13,16 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.sources.pictures import PARAMETERS, RATED, SIZE, comment, image, rated, rows, stars
 from tgol_trainer.data import Columns, DataError, prepare_dataset
 from tgol_trainer.sources import load_scored_dataset
 from tgol_trainer.sources.comfyui import read_graph
+from tgol_trainer.sources.found import found_in
 from tgol_trainer.sources.generation import read_parameters
-from tgol_trainer.sources.image_folder import found_in
 from tgol_trainer.sources.loading import load_columns
 from tgol_trainer.sources.stars import StarsError, xmp_stars
 
-SIZE = (8, 8)
-PARAMETERS = (
-    "a fox, (red:1.2)\nin the snow\nNegative prompt: blurry,\nugly\nSteps: 20, Sampler: Euler a, CFG scale: 7, "
-    'Seed: 18446744073709551615, Size: 8x8, Lora hashes: "one: 1f, two: 2e", Version: v1.10'
-)
-RATED = (
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description xmlns:{prefix}="http://ns.adobe.com/xap/1.0/" {attribute}>{element}</rdf:Description>'
-    "</rdf:RDF></x:xmpmeta>"
-)
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>'
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def said(caplog):
-    caplog.set_level(logging.INFO, logger="tgol_trainer.sources")
-    return caplog
-
-
-def stars(number, prefix="xmp"):
-    return RATED.format(prefix=prefix, attribute=f'{prefix}:Rating="{number}"', element="")
-
-
-def image(path, texts=None, **saved):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if texts is not None:
-        saved["pnginfo"] = PngInfo()
-        for name, text in texts.items():
-            saved["pnginfo"].add_itxt(name, text)
-    Image.new("RGB", SIZE, (len(path.name) * 7 % 255, 80, 80)).save(path, **saved)
-
-
-def comment(text):
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
-    return exif
-
-
-def rated(number):
-    exif = Image.Exif()
-    exif[0x4746] = number
-    return exif
-
-
-def rows(folder, **options):
-    dataset = load_scored_dataset(str(folder), **options)
-    visual = "image" if "image" in dataset.column_names else "video"
-    return {
-        os.path.basename(row[visual]["path"]): row for row in dataset.cast_column(visual, datasets.Image(decode=False))
-    }
 
 
 def node(kind, **inputs):

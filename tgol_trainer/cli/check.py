@@ -110,7 +110,7 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
     from tgol_trainer.checking.limits import load_limits, refuse_unnamed_videos
     from tgol_trainer.data import Columns, DataError
     from tgol_trainer.sources import load_scored_dataset
-    from tgol_trainer.sources.image_folder import found_in
+    from tgol_trainer.sources.found import found_in
 
     limits = load_limits(args.model_name_or_path, revision=args.model_revision, num_frames=args.num_frames)
     if args.resolution is not None:

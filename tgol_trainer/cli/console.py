@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PATH_ERRORS = (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError)
 
-FOLDER_SCORES = "take scores from names of folders, numbers or words such as good and bad, where there is no table"
+FOLDER_SCORES = "take scores from names of folders, numbers or words such as good and bad, where no table has any"
 PUSH_FAILED = 3
 """Exit code of a command whose work is done and saved, but not on the Hub."""
 

@@ -41,7 +41,7 @@ class TrainArguments(ScriptArguments):
     folder_scores: bool = field(
         default=False,
         metadata={
-            "help": "Take the scores of a folder without a table from names of folders: numbers, or words such "
+            "help": "Take the scores of a folder whose table has none from names of folders: numbers, or words such "
             "as good and bad."
         },
     )

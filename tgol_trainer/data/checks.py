@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _FILE_NAMES = ["file_name", "filename"]
 _VIDEO_NAMES = ["video", "clip", "mp4", "webm"]
-_SYNONYMS = {
+SYNONYMS = {
     "prompt": ["prompt", "caption", "text", "prompts", "captions", "instruction"],
     "image": [
         "image",
@@ -35,6 +35,7 @@ _SYNONYMS = {
     "video": [*_VIDEO_NAMES, "file_name", "filename", "video_path", "path", "file", "videos", "frames"],
     "score": ["score", "rating", "reward", "stars", "aesthetic_score", "scores", "preference", "label"],
 }
+"""Names that columns go by which are meant as prompt, image and score."""
 _TEXTS = ("string", "large_string", "string_view")
 _NUMBERS = ("int", "uint", "float", "bool")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
@@ -161,7 +162,7 @@ def _missing_columns(present: list[str], roles: dict[str, str], missing: list[st
     lowered = {column.lower(): column for column in reversed(free)}
     lines, fields, flags = [], [], []
     for role in missing:
-        known = [lowered[synonym] for synonym in _SYNONYMS[role] if synonym in lowered]
+        known = [lowered[synonym] for synonym in SYNONYMS[role] if synonym in lowered]
         guesses = [*known, *difflib.get_close_matches(roles[role], free, n=1), f"your_{role}_column"]
         fields.append(f"{role}_column={guesses[0]!r}")
         flags.append(f"--{role}_column {guesses[0]}")
@@ -186,7 +187,7 @@ def _refuse_pairs(present: list[str], columns: Columns, name: str, missing: list
     pair = next(((first, second) for first, second in _PAIRS if {first, second} <= set(present)), None)
     if pair is None:
         return
-    text = next((column for column in (columns.prompt, *_SYNONYMS["prompt"]) if column in present), columns.prompt)
+    text = next((column for column in (columns.prompt, *SYNONYMS["prompt"]) if column in present), columns.prompt)
     label = next((column for column in ("label_0", "label", "preference") if column in present), "your_label_column")
     named, options = f'"{text}", "{pair[0]}", "{pair[1]}"', ""
     if pair[0] != "chosen":

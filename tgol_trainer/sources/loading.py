@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -20,21 +20,22 @@ from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from tgol_trainer._hub_ids import is_hub_id
-from tgol_trainer.data.files import absolute_path
 from tgol_trainer.data.images import DataError
 from tgol_trainer.data.parquet import ParquetColumns
 from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
 from .archives import unpacked
-from .folders import VIDEOS, file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
+from .filling import fill, lacking
+from .folders import file_names, rows_of_split, tell_of_copies, tell_of_files, words_of
 from .image_folder import files_below, load_image_folder
+from .paths import AnyDataset, resolve_files
 from .ratings import JOURNAL, is_rated, load_rated
 from .shards import incomplete
 from .tables import check_table, csv_options
+from .webdataset import flattened
 
 logger = logging.getLogger(__name__)
 
-AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 _BUILDERS = {
     ".csv": "csv",
@@ -45,12 +46,6 @@ _BUILDERS = {
     ".tar": "webdataset",
 }
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_MEANT = {
-    "prompt": ("json.prompt", "json.caption", "json.text", "txt"),
-    "image": ("png", "jpg", "jpeg", "webp"),
-    "score": ("json.score", "json.rating", "json.stars"),
-}
-"""Columns of a WebDataset that are read as prompt, image and score where there is one of them alone."""
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
@@ -82,8 +77,8 @@ def load_scored_dataset(
         columns ([`Columns`], *optional*):
             The paths in its image column and in its video column, by default `"video"`, are resolved.
         folder_scores (`bool`, *optional*, defaults to `False`):
-            Take the scores of a folder without a table from the names of its folders: numbers, or words such as
-            `good` and `bad`.
+            Take the scores of a folder whose table has none, or that has no table, from the names of its folders:
+            numbers, or words such as `good` and `bad`.
 
     Returns:
         [`datasets.Dataset`], or [`datasets.IterableDataset`] with `streaming`.
@@ -181,7 +176,7 @@ def _find(source: str, name: str | None, wanted: _Wanted) -> Any:
         "`name` of the configuration and the `split`; for a private or gated dataset, log in with `hf auth login`."
     )
     with _loading(source, hint):
-        dataset = _flattened(_load(wanted, source, name), wanted)
+        dataset = flattened(_load(wanted, source, name), wanted.columns, wanted.only)
     commit = hub_commit(dataset)
     if commit and not dataset.info.download_checksums:  # cards read the Hub id and commit where `datasets` noted them
         dataset.info.download_checksums = {f"hf://datasets/{source}@{commit}/": {}}
@@ -237,7 +232,19 @@ def _load_file(path: Path, wanted: _Wanted) -> Any:
 def _load_metadata(path: Path, wanted: _Wanted, *, own_split: bool) -> Any:
     """Load the metadata of a folder: of one split, or with `own_split` false the rows of one of several."""
     whole = dataclasses.replace(wanted, split=wanted.base_split, streaming=False, only=None)
-    names = file_names(_read_table(path, whole), wanted.columns)
+    table = _read_table(path, whole)
+    roles = lacking(table, wanted.columns, wanted.only)
+    if wanted.folder_scores and "score" not in roles:
+        logger.warning("%s: its scores are used, and not the names of folders (`folder_scores`).", path)
+    if not roles:
+        return _rows_of_table(path, table, wanted, own_split=own_split)
+    full = dataclasses.replace(wanted, streaming=False, only=None)
+    rows = _rows_of_table(path, table, full, own_split=own_split)
+    return _as_wanted(fill(rows, path, wanted.columns, roles, folder_scores=wanted.folder_scores), wanted)
+
+
+def _rows_of_table(path: Path, table: datasets.Dataset, wanted: _Wanted, *, own_split: bool) -> Any:
+    names = file_names(table, wanted.columns)
     tell_of_files(names, path)
     chosen = [True] * len(names) if own_split else rows_of_split(names, path, wanted.base_split)
     if all(chosen):
@@ -284,43 +291,12 @@ def _as_written(dataset: Any, path: Path, wanted: _Wanted, *, csv: bool) -> Any:
         names = {name: name.strip() for name in known if name != name.strip() and name.strip() not in known}
         if len(set(names.values())) == len(names):
             dataset = dataset.rename_columns(names)
-    dataset = _flattened(dataset, wanted)
+    dataset = flattened(dataset, wanted.columns, wanted.only)
     if wanted.only is not None:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         tell_of_copies(dataset, path, wanted.columns)
-    return _resolve_files(dataset, path if path.is_dir() else path.parent, wanted.columns)
-
-
-def _flattened(dataset: Any, wanted: _Wanted) -> Any:
-    """
-    Return a WebDataset with a column for each field of its JSON files, such as `json.prompt`. Those that are plainly
-    meant by a column that is wanted and not there get its name.
-    """
-    features = getattr(dataset, "features", None) or {}
-    if "__key__" not in features:
-        return dataset
-    if isinstance(features.get("json"), dict):
-        dataset = _fields(dataset)
-    for role in ("prompt", "image", "score"):
-        name = getattr(wanted.columns, role)
-        found = [each for each in _MEANT[role] if each in dataset.column_names]
-        if name not in dataset.column_names and len(found) == 1 and (wanted.only is None or name in wanted.only):
-            dataset = dataset.rename_column(found[0], name)
-    return dataset
-
-
-def _fields(dataset: Any) -> Any:
-    if isinstance(dataset, datasets.Dataset):
-        return dataset.flatten()
-    dataset = dataset.decode(False)
-    fields = {f"json.{name}": feature for name, feature in dataset.features["json"].items()}
-    kept = {name: feature for name, feature in dataset.features.items() if name != "json"}
-    return dataset.map(_json_fields, remove_columns="json", features=datasets.Features({**kept, **fields}))
-
-
-def _json_fields(row: dict[str, Any]) -> dict[str, Any]:
-    return {f"json.{name}": value for name, value in (row["json"] or {}).items()}
+    return resolve_files(dataset, path if path.is_dir() else path.parent, wanted.columns)
 
 
 def _load_folder(path: Path, name: str | None, wanted: _Wanted) -> Any:
@@ -431,56 +407,3 @@ def _load_saved(path: Path, wanted: _Wanted) -> AnyDataset:
 def _as_wanted(dataset: datasets.Dataset, wanted: _Wanted) -> AnyDataset:
     """Return a dataset as a stream where one is wanted, in parts for workers to share."""
     return dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset)))) if wanted.streaming else dataset
-
-
-def _resolve_files(dataset: AnyDataset, folder: Path, columns: Columns) -> AnyDataset:
-    """Make paths absolute and their columns of type image or video; the check of the columns refuses other types."""
-    arguments = {"folder": str(folder.resolve()), "image": columns.image, "video": columns.video or "video"}
-    if dataset.features is None:
-        # The types of a streamed CSV or JSON file are known once rows are read.
-        return dataset.map(_absolute_row, fn_kwargs=arguments)
-    if "file_name" in dataset.features and not {arguments["image"], arguments["video"]} & set(dataset.features):
-        first: dict[str, Any] = next(iter(dataset.select_columns(["file_name"])), {})
-        medium = "video" if _is_video(first.get("file_name")) else "image"
-        dataset = dataset.rename_column("file_name", arguments[medium])
-    for medium in ("image", "video"):
-        if arguments[medium] in dataset.features:
-            dataset = _resolve_column(dataset, arguments["folder"], arguments[medium], medium)
-    return dataset
-
-
-def _resolve_column(dataset: AnyDataset, folder: str, column: str, medium: str) -> AnyDataset:
-    feature = dataset.features[column]
-    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    texts = dtype in ("string", "large_string", "null")
-    if texts:
-        features = dataset.features.copy()
-        features[column] = datasets.Value("string")
-        dataset = dataset.map(
-            _resolve_paths,
-            batched=True,
-            fn_kwargs={"folder": folder, "column": column},
-            features=features,
-            **({} if isinstance(dataset, datasets.IterableDataset) else {"desc": f"Resolving {medium} paths"}),
-        )
-    if texts or dtype in ("binary", "large_binary") or isinstance(feature, dict):
-        # Videos stay encoded: `datasets` decodes them with another package than this library.
-        kind = datasets.Image() if medium == "image" else datasets.Video(decode=False)
-        dataset = dataset.cast_column(column, kind)
-    return dataset
-
-
-def _is_video(path: Any) -> bool:
-    return isinstance(path, str) and path.lower().endswith(VIDEOS)
-
-
-def _resolve_paths(batch: dict[str, list[Any]], folder: str, column: str) -> dict[str, list[Any]]:
-    return {column: [absolute_path(path, folder) for path in batch[column]]}
-
-
-def _absolute_row(row: dict[str, Any], folder: str, image: str, video: str) -> dict[str, Any]:
-    found = {name: absolute_path(row[name], folder) for name in (image, video) if name in row}
-    if found or "file_name" not in row:
-        return found or {image: None}
-    name = video if _is_video(row["file_name"]) else image
-    return {name: absolute_path(row["file_name"], folder)}
