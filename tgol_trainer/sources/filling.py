@@ -123,7 +123,7 @@ def _filled(
     if (prompt_from is None or reads_scores) and path is not None and os.path.isfile(path):
         found = read_file(Path(path), Path(folder))
     if prompt_from is None:
-        prompt, prompt_from = found.prompt, found.prompt_from
+        prompt, prompt_from = found.prompt or prompt, found.prompt_from
     if reads_scores:
         score, score_from = found.score, found.score_from
     if scores is not None:
