@@ -97,7 +97,7 @@ def test_of_files_that_say_nothing_no_column_comes_and_the_remedy_is_told(tmp_pa
     table(tmp_path, {"file_name": "a.png", "prompt": "p"}, {"file_name": "gone.png", "prompt": "p"})
     dataset = load_scored_dataset(str(tmp_path))
     assert "score" not in dataset.column_names
-    with pytest.raises(DataError, match=r"no image of the folder has a score.*tgol rate"):
+    with pytest.raises(DataError, match=r"(?s)no column 'score'.*No image that the table names has.*tgol rate"):
         prepare_dataset(dataset, Columns(), (8, 8))
 
 

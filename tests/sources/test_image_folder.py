@@ -1,5 +1,6 @@
 """Folders without a table: prompts that programs wrote into images, captions, stars, names of folders, archives."""
 
+import gzip
 import json
 import os
 import stat
@@ -9,6 +10,7 @@ import zipfile
 import zlib
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -61,6 +63,19 @@ def test_a_graph_of_comfyui_gives_the_text_that_the_sampler_was_given():
     found = read_graph(GRAPH)
     assert (found.prompts, found.negative_prompt, found.seed) == (["a lamp, on a desk"], "blurry", 5)
     assert found.settings == {"steps": 9, "cfg": 4.5, "model": "base.safetensors"}
+
+
+def test_a_switch_of_a_graph_is_followed_and_the_question_to_a_language_model_is_no_prompt():
+    switched = GRAPH | {
+        "3": node("CLIPTextEncode", clip=["2", 1], text=["40", 0]),
+        "40": node("ComfySwitchNode", switch=["41", 0], on_false=["42", 0], on_true=["12", 0]),
+        "41": node("PrimitiveBoolean", value=True),
+        "42": node("TextGenerate", prompt=["43", 0]),
+        "43": node("PrimitiveString", value="Write a prompt about a lamp."),
+    }
+    assert read_graph(switched).prompts == ["on a desk"]
+    switched["41"] = node("PrimitiveBoolean", value=False)
+    assert read_graph(switched).prompts == []
 
 
 def test_of_two_passes_of_a_graph_the_last_one_counts_and_of_two_images_neither():
@@ -152,6 +167,10 @@ TEXTS = {
         {"parameters": json.dumps({"prompt": "a tree", "negative_prompt": "dim", "seed": "9"})},
         *("a tree", 9, "Fooocus parameters"),
     ),
+    "ruined fooocus": (
+        {"parameters": json.dumps({"Prompt": "a leaf", "Negative": "dim", "seed": 9})},
+        *("a leaf", 9, "Fooocus parameters"),
+    ),
     "swarm": (
         {"parameters": json.dumps({"sui_image_params": {"prompt": "a hat", "negativeprompt": "dim", "seed": 4}})},
         *("a hat", 4, "SwarmUI parameters"),
@@ -169,7 +188,7 @@ def test_the_texts_of_each_program_give_prompt_negative_prompt_and_seed(tmp_path
         assert row["negative_prompt"] in ("dim", "blurry", "blurry, ugly"), name
     assert "score" not in found["a1111.png"]
     assert "3 from InvokeAI metadata" in said.text
-    assert "scores: none in 9 files (a1111.png, comfyui.png, dream.png, ...)" in said.text
+    assert "scores: none in 10 files (a1111.png, comfyui.png, dream.png, ...)" in said.text
 
 
 def test_jpeg_and_webp_hold_the_texts_in_exif(tmp_path):
@@ -183,6 +202,92 @@ def test_jpeg_and_webp_hold_the_texts_in_exif(tmp_path):
         "blurry, ugly",
     )
     assert (found["b.webp"]["prompt"], found["b.webp"]["seed"]) == ("a lamp, on a desk", "5")
+
+
+def in_exif(value, tag, block=None):
+    exif = Image.Exif()
+    (exif if block is None else exif.get_ifd(block))[tag] = value
+    return exif
+
+
+EXIF = {
+    # A node writes the comment into the first block, others the graph into description and make.
+    "saveimage-plus": (in_exif(json.dumps({"prompt": GRAPH}), 0x9286), "a lamp, on a desk", "5", "ComfyUI graph"),
+    "description": (in_exif("Workflow:" + json.dumps(GRAPH), 0x010E), "a lamp, on a desk", "5", "ComfyUI graph"),
+    "civitai": (
+        comment(json.dumps({**GRAPH, "extraMetadata": json.dumps({"prompt": "a bridge", "seed": 6})})),
+        *("a bridge", "6", "Civitai metadata"),
+    ),
+    "civitai graph": (
+        comment(json.dumps({**GRAPH, "extra": {"airs": []}})),
+        "a lamp, on a desk",
+        "5",
+        "ComfyUI graph",
+    ),
+    "novelai": (
+        in_exif(
+            b"ASCII\0\0\0"
+            + json.dumps({"Comment": json.dumps({"prompt": "a cloud", "seed": 7, "uc": "dim"})}).encode(),
+            *(0x9286, 0x8769),
+        ),
+        *("a cloud", "7", "NovelAI comment"),
+    ),
+    "swarm": (
+        comment(json.dumps({"sui_image_params": {"prompt": "a hat", "seed": 4}})),
+        *("a hat", "4", "SwarmUI parameters"),
+    ),
+    "early swarm": (
+        in_exif(json.dumps({"sui_image_params": {"prompt": "a hat", "seed": 4}}), 0x0110),
+        *("a hat", "4", "SwarmUI parameters"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXIF)
+def test_what_each_program_writes_into_exif_is_read(tmp_path, name):
+    exif, prompt, seed, place = EXIF[name]
+    image(tmp_path / "a.webp", exif=exif)
+    (row,) = rows(tmp_path).values()
+    assert (row["prompt"], row["seed"], row["prompt_from"]) == (prompt, seed, place)
+
+
+def test_utf8_where_the_format_says_latin_1_is_read_as_it_was_meant(tmp_path):
+    for name, content in (("a", "ein Käfer, 猫".encode()), ("b", "ein Käfer".encode("latin-1"))):
+        info = PngInfo()
+        info.add(b"tEXt", b"parameters\0" + content)
+        Image.new("RGB", SIZE).save(tmp_path / f"{name}.png", pnginfo=info)
+    assert [row["prompt"] for row in rows(tmp_path).values()] == ["ein Käfer, 猫", "ein Käfer"]
+
+
+def test_a_remark_of_a_phone_or_camera_is_no_prompt_and_unknown_is_none(tmp_path):
+    image(tmp_path / "a.jpg", exif=comment("Screenshot"))
+    unknown = "unknown\nNegative prompt: unknown\nSteps: 20, Seed: 0"
+    image(tmp_path / "b.png", {"parameters": unknown})
+    image(tmp_path / "c.png", {"parameters": unknown, "prompt": json.dumps(GRAPH)})
+    assert [row["prompt"] for row in rows(tmp_path).values()] == [None, None, "a lamp, on a desk"]
+
+
+def hidden(path, word, content):
+    """Write into the alpha channel, bit by bit down each column."""
+    data = word.encode() + struct.pack(">I", 8 * len(content)) + content
+    alpha = np.full(512 * 512, 255, np.uint8)
+    alpha[: 8 * len(data)] = 254 | np.unpackbits(np.frombuffer(data, np.uint8))
+    made = Image.new("RGB", (512, 512), (90, 9, 9))
+    made.putalpha(Image.fromarray(alpha.reshape(512, 512).T.copy()))
+    made.save(path)
+
+
+def test_a_text_hidden_in_the_transparency_is_read_and_one_that_grows_without_end_is_not(tmp_path):
+    novelai = {"Software": "NovelAI", "Comment": json.dumps({"prompt": "a moon", "seed": 3})}
+    hidden(tmp_path / "a.png", "stealth_pngcomp", gzip.compress(json.dumps(novelai).encode()))
+    hidden(tmp_path / "b.png", "stealth_pnginfo", PARAMETERS.encode())
+    hidden(tmp_path / "c.png", "stealth_pngcomp", gzip.compress(bytes(20_000_000)))
+    hidden(tmp_path / "d.png", "stealth_pngcomp", b"no gzip")
+    Image.new("RGBA", (2, 2)).save(tmp_path / "e.png")
+    found = rows(tmp_path)
+    assert (found["a.png"]["prompt"], found["a.png"]["seed"]) == ("a moon", "3")
+    assert found["b.png"]["prompt"] == "a fox, (red:1.2) in the snow"
+    assert [found[f"{name}.png"]["prompt"] for name in "cde"] == [None, None, None]
 
 
 def test_a_text_behind_the_pixels_of_a_png_file_is_found(tmp_path):
@@ -226,6 +331,50 @@ def test_stars_are_one_to_five_and_a_rejected_image_has_none_of_them(number, exp
     assert xmp_stars(stars(number).encode()) == expected
     element = RATED.format(prefix="xap", attribute="", element=f"<xap:Rating>{number}</xap:Rating>")
     assert xmp_stars(element.encode("utf-16")) == expected
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ('MicrosoftPhoto:Rating="75"', 4.0),
+        ('MicrosoftPhoto:Rating="1"', 1.0),
+        ('MicrosoftPhoto:Rating="99" xmp:Rating="2"', 2.0),
+        ('MicrosoftPhoto:Rating="50" xmp:Rating="0"', 3.0),
+        ('xmpDM:pick="-1" xmpDM:good="false"', 0.0),
+        ('xmpDM:good="False"', 0.0),
+        ('xmpDM:pick="1" xmpDM:good="true"', None),
+        ('digiKam:PickLabel="1" xmp:Rating="0"', 0.0),
+        ('digiKam:PickLabel="3" digiKam:ColorLabel="1"', None),
+        ('digiKam:PickLabel="1" xmp:Rating="3"', 3.0),
+    ],
+)
+def test_percentages_of_windows_and_rejections_of_photo_programs_are_read(attributes, expected):
+    spaces = {
+        "xmp": "http://ns.adobe.com/xap/1.0/",
+        "MicrosoftPhoto": "http://ns.microsoft.com/photo/1.0/",
+        "xmpDM": "http://ns.adobe.com/xmp/1.0/DynamicMedia/",
+        "digiKam": "http://www.digikam.org/ns/1.0/",
+    }
+    declared = " ".join(f'xmlns:{name}="{address}"' for name, address in spaces.items())
+    packet = RATED.format(prefix="y", attribute=f"{declared} {attributes}", element="")
+    assert xmp_stars(f"<?xpacket begin=''?>{packet}<?xpacket end='w'?>".encode()) == expected
+
+
+def test_the_rating_of_another_image_inside_a_packet_is_not_this_images():
+    inner = stars(5).split("<rdf:RDF", 1)[1].split(">", 1)[1].split("</rdf:RDF>")[0]
+    pantry = f'<a:Pantry xmlns:a="urn:a"><rdf:Bag><rdf:li>{inner}</rdf:li></rdf:Bag></a:Pantry>'
+    packet = RATED.format(prefix="xmp", attribute="", element=pantry)
+    assert "Rating" in packet and xmp_stars(packet.encode()) is None
+
+
+def test_the_sidecar_with_the_whole_name_goes_before_the_one_of_a_raw_file(tmp_path):
+    image(tmp_path / "a.jpg")
+    (tmp_path / "a.xmp").write_text(stars(1))
+    (tmp_path / "a.jpg.xmp").write_text(stars(4))
+    image(tmp_path / "b.jpg", exif=in_exif(75, 0x4749))
+    found = rows(tmp_path)
+    assert [row["score"] for row in found.values()] == [4.0, 4.0]
+    assert [row["score_from"] for row in found.values()] == ["XMP sidecars", "EXIF"]
 
 
 def test_stars_come_from_sidecars_then_from_xmp_then_from_exif(tmp_path):

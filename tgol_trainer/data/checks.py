@@ -169,17 +169,19 @@ def _missing_columns(present: list[str], roles: dict[str, str], missing: list[st
         lines.append(f'dataset = dataset.rename_column("{guesses[0]}", "{roles[role]}")')
     named = " and ".join(f"{roles[role]!r} ({role})" for role in missing)
     needed = [f"{'an' if role == 'image' else 'a'} {role}" for role in roles]
-    if "prompt_from" in present and missing == ["score"]:
-        return DataError(
-            f"{name}: no image of the folder has a score. Rate them in the browser (`tgol rate`), give them stars in "
-            "a photo program, sort them into folders called by numbers or `good` and `bad` and set `--folder_scores`, "
-            "or let a reward function score them (`tgol score`)."
-        )
+    ways = (
+        "Rate them in the browser (`tgol rate`), give them stars in a photo program, sort them into folders called by "
+        "numbers or `good` and `bad` and set `--folder_scores`, or let a reward function score them (`tgol score`)."
+    )
+    of_files = "prompt_from" in present and missing == ["score"]  # and not of a Hub dataset, for instance
+    if of_files and "settings" in present:  # without a table
+        return DataError(f"{name}: no image of the folder has a score. {ways}")
     return DataError(
         f"{name}: no column {named}; the columns are {present}. Every row needs "
         f"{', '.join(needed[:-1])} and {needed[-1]}. Name yours: "
         f"`{', '.join(fields)}` in TGOLConfig, `{' '.join(flags)}` on a command line; or rename it:\n"
         + "\n".join(lines)
+        + (f"\nNo image that the table names has a score either. {ways}" if of_files else "")
     )
 
 

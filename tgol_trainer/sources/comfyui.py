@@ -20,8 +20,11 @@ _STRINGS = (
     "Text",
     "text1",
     "any",
+    "source",
 )
 """Inputs of nodes that make a text which another node encodes."""
+_LANGUAGE_MODELS = ("TextGenerate",)
+"""Nodes whose text is a question to a language model. Its answer, the prompt, is not in the graph."""
 _SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise", "guidance")
 _MODELS = ("ckpt_name", "unet_name", "model_name")
 _SEEDS = ("seed", "noise_seed", "value")
@@ -217,12 +220,22 @@ class _Reader:
 
     def _text(self, inputs: dict[str, Any], seen: set[tuple[str, int]]) -> str:
         """Return the text that a node holds, or that the nodes before it make."""
+        if "on_true" in inputs and "on_false" in inputs:
+            chosen = self._value(inputs.get("switch"))
+            return self._string(inputs["on_true" if chosen else "on_false"], seen)
+        if inputs[""].startswith(_LANGUAGE_MODELS):
+            return ""
         parts = [name for name in ("string_a", "string_b") if name in inputs]
         if parts:
             delimiter = inputs.get("delimiter")
             texts = (self._string(inputs[name], seen) for name in parts)
             return (delimiter if isinstance(delimiter, str) else "").join(texts)
         return next(filter(None, (self._string(inputs[name], seen) for name in _STRINGS if name in inputs)), "")
+
+    def _value(self, value: Any) -> Any:
+        """Return a plain value, or the one of the node before."""
+        link = _link(value)
+        return value if link is None else self.nodes.get(link[0], {}).get("value")
 
     def _string(self, value: Any, seen: set[tuple[str, int]]) -> str:
         if isinstance(value, str):

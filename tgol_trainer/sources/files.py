@@ -18,6 +18,7 @@ from tgol_trainer.data.images import UNREADABLE, open_header
 from .folders import IMAGES
 from .generation import Generation, exif_texts, is_parameters, read_parameters, read_texts
 from .stars import StarsError, exif_stars, xmp_stars
+from .stealth import stealth_texts
 
 _CAPTIONS = (".txt", ".caption")
 _MOST_CAPTION_BYTES = 100_000
@@ -81,7 +82,7 @@ def _inside(image: ImageFile.ImageFile, unread: list[str]) -> tuple[Generation |
         image.load()  # Pillow reads what stands behind the pixels after them
     made = read_texts(_texts(image))
     exif = image.getexif()
-    made = made or read_texts(exif_texts(exif))
+    made = made or read_texts(exif_texts(exif)) or read_texts(stealth_texts(image))
     packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
     packet = packet.encode("utf-8", errors="replace") if isinstance(packet, str) else packet
     if isinstance(packet, bytes):
@@ -116,7 +117,7 @@ def _texts(image: ImageFile.ImageFile) -> dict[str, str]:
 
 def _beside(path: Path, ending: str, folder: Path, unread: list[str]) -> Path | None:
     """Return the file beside an image that has its name, also where Unicode spells the name otherwise."""
-    for name in (path.with_suffix(ending), Path(f"{path}{ending}")):
+    for name in (Path(f"{path}{ending}"), path.with_suffix(ending)):  # `a.jpg.xmp` belongs to no `a.cr2`
         for each in (name, name.with_suffix(ending.upper())):
             file = Path(same_name(str(each)) or each)
             if not file.is_file():

@@ -14,7 +14,9 @@ _SETTINGS_LINE = re.compile(r"^Steps: \d+,", re.MULTILINE)
 _SETTING = re.compile(r'\s*([^:,]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _NEGATIVE = re.compile(r"^Negative prompt:", re.MULTILINE)
 _DREAM_SEED = re.compile(r"\s(?:-S|--seed)\s*(\d+)")
-_USER_COMMENT, _EXIF_BLOCK, _MAKE, _MODEL = 0x9286, 0x8769, 0x010F, 0x0110
+_USER_COMMENT, _EXIF_BLOCK, _DESCRIPTION, _MAKE, _MODEL = 0x9286, 0x8769, 0x010E, 0x010F, 0x0110
+_NO_PROMPT = "unknown"
+"""What a node of ComfyUI writes in the place of a prompt that it was not given."""
 _KEPT = 2_000
 """Characters of one setting that are kept."""
 
@@ -51,12 +53,21 @@ def read_texts(texts: Mapping[str, str]) -> Generation | None:
     Returns:
         [`Generation`], *optional*: `None` where no program that is known wrote any of them.
     """
+    texts = {name: _as_utf8(text) for name, text in texts.items()}
     for key, read in _READERS.items():
         if key in texts:
             found = read(texts)
             if found is not None:
                 return found
     return None
+
+
+def _as_utf8(text: str) -> str:
+    """Return a text that was written as UTF-8 where the format says Latin-1, as programs do in `tEXt` and EXIF."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def exif_texts(exif: Any) -> dict[str, str]:
@@ -67,22 +78,36 @@ def exif_texts(exif: Any) -> dict[str, str]:
         exif (`PIL.Image.Exif`): EXIF of an image.
 
     Returns:
-        `dict[str, str]`: `parameters` of a user comment; `prompt` and `workflow`, which ComfyUI writes as make and
-        model.
+        `dict[str, str]`: what a user comment holds; `prompt` and `workflow`, which nodes of ComfyUI write as
+        description, make and model.
     """
     found = {}
-    for tag in (_MODEL, _MAKE):
-        name, colon, text = str(exif.get(tag, "")).partition(":")
+    for tag in (_MODEL, _MAKE, _DESCRIPTION):
+        text = str(exif.get(tag, ""))
+        name, colon, rest = text.partition(":")
         if colon and name.lower() in ("prompt", "workflow"):
-            found[name.lower()] = text
-    comment = exif.get_ifd(_EXIF_BLOCK).get(_USER_COMMENT)
-    text = _comment(comment) if isinstance(comment, bytes) else str(comment or "")
-    if text.strip():
-        content = _json(text)
-        if isinstance(content, dict) and isinstance(content.get("prompt"), dict):  # a graph inside a comment
-            return found | {"prompt": json.dumps(content["prompt"])}
-        found["parameters"] = text
-    return found
+            found[name.lower()] = rest
+        elif "sui_image_params" in text:  # as SwarmUI once wrote it
+            found["parameters"] = text
+    comment = exif.get_ifd(_EXIF_BLOCK).get(_USER_COMMENT) or exif.get(_USER_COMMENT)
+    text = (_comment(comment) if isinstance(comment, bytes) else str(comment or "")).strip("\0 \n")
+    return found | (_comment_texts(text) if text else {})
+
+
+def _comment_texts(text: str) -> dict[str, str]:
+    content = _json(text)
+    if not isinstance(content, dict):
+        return {"parameters": text} if is_parameters(text) else {}  # phones and cameras write remarks of their own
+    if isinstance(content.get("Comment"), str):  # the chunks of a PNG file of NovelAI
+        return {"Software": "NovelAI", "Comment": content["Comment"]}
+    if isinstance(content.get("prompt"), dict):
+        graphs = (name for name in ("prompt", "workflow") if isinstance(content.get(name), dict))
+        return {name: json.dumps(content[name]) for name in graphs}
+    if isinstance(content.get("extraMetadata"), str):
+        return {"extraMetadata": content["extraMetadata"], "prompt": text}
+    if any(isinstance(node, dict) and "class_type" in node for node in content.values()):
+        return {"prompt": text}
+    return {"parameters": text}
 
 
 def _comment(value: bytes) -> str:
@@ -117,10 +142,20 @@ def read_parameters(text: str) -> Generation:
 def _parameters(texts: Mapping[str, str]) -> Generation | None:
     content = _json(texts["parameters"])
     if not isinstance(content, dict):
-        return read_parameters(texts["parameters"])
+        found = read_parameters(texts["parameters"])
+        return None if found.prompt == _NO_PROMPT else found
     if isinstance(content.get("sui_image_params"), dict):
         return _plain("SwarmUI parameters", content["sui_image_params"], "prompt", "negativeprompt")
+    if "Prompt" in content:
+        return _plain("Fooocus parameters", content, "Prompt", "Negative")
     return _plain("Fooocus parameters", content, "prompt", "negative_prompt")
+
+
+def _civitai(texts: Mapping[str, str]) -> Generation | None:
+    content = _json(texts["extraMetadata"])
+    if not isinstance(content, dict) or not _text(content.get("prompt")):
+        return None
+    return _plain("Civitai metadata", content, "prompt", "negativePrompt")
 
 
 def _graph(texts: Mapping[str, str]) -> Generation | None:
@@ -200,6 +235,7 @@ _READERS = {
     "sd-metadata": _sd_metadata,
     "Dream": _dream,
     "Software": _novelai,
+    "extraMetadata": _civitai,
     "prompt": _graph,
     "workflow": _graph,
 }
