@@ -7,6 +7,7 @@ import struct
 import subprocess
 import unicodedata
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -261,13 +262,22 @@ SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01
 """Colours of the primaries as (X, Y, Z) under D50, by columns: Adobe RGB (1998), sRGB (IEC 61966-2-1)."""
 
 
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+
+
 def icc_profile(space, primaries=(), gamma=563 / 256):
-    """A colour profile as ICC.1:2001 lays it out: matrix and one power curve, or a curve alone for grey."""
+    """
+    A colour profile as ICC.1 lays it out: matrix and one curve, or a curve alone for grey. The curve is a power, or
+    with `gamma` None that of sRGB, as phones store it.
+    """
 
     def xyz(values):
         return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round((gamma or 1) * 256)) + bytes(2)
+    if gamma is None:
+        parts = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+        curve = b"para" + bytes(4) + struct.pack(">HH5i", 3, 0, *(round(part * 65536) for part in parts))
     description = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78 + 1)
     tags = {b"desc": description, b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"cprt": b"text" + bytes(8)}
     if space == b"GRAY":
@@ -302,6 +312,38 @@ def test_colours_become_srgb_by_the_profile_of_the_file(kind):
     # A level of the file is up to three in the dark, and JPEG stores whole levels of luminance and chrominance.
     assert np.abs(np.asarray(found, dtype=float) - shown(stored)).max() < (5 if kind == "JPEG" else 2.5)
     assert open_image(found).tobytes() == found.tobytes()  # opening again does not convert again
+
+
+def png_of_16_bits(colour, profile):
+    """A PNG file of RGB in 16 bits, which Pillow does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + struct.pack(">3H", *(257 * value for value in colour)) * 4 for _ in range(4))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)), (b"iCCP", b"p\0\0" + zlib.compress(profile))]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(("stored", "seen"), [((234, 51, 35), (255, 0, 0)), ((117, 251, 76), (0, 255, 0))])
+def test_photos_of_a_phone_are_brought_from_display_p3_to_srgb(stored, seen):
+    """The red and the green of sRGB are (234, 51, 35) and (117, 251, 76) in Display P3."""
+    profile = icc_profile(b"RGB ", P3, gamma=None)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image = Image.new("RGB", (8, 4), stored)
+    jpeg = encoded(image, "JPEG", quality=100, subsampling=0, icc_profile=profile, exif=turned)
+    for content in (jpeg, encoded(image, "AVIF", quality=100, icc_profile=profile), png_of_16_bits(stored, profile)):
+        found = pixels_of(content).astype(int)
+        assert np.abs(found - seen).max() <= 16  # JPEG is off by a level, which is many in the dark
+        assert found[..., np.argmax(seen)].min() >= 253
+    assert pixels_of(jpeg).shape == (8, 4, 3)
+
+
+def test_ink_without_a_profile_is_read_as_viewers_do():
+    image = Image.new("CMYK", (4, 4), (255, 0, 255, 0))
+    assert np.abs(pixels_of(encoded(image, "JPEG", quality=100)).astype(int) - (0, 255, 0)).max() <= 2
 
 
 def test_a_profile_of_grey_is_followed_and_transparency_stays():

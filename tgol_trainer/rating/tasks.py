@@ -123,7 +123,7 @@ class Pictures:
         """Return an image as a browser shows it, and its media type; raise VisualError if it cannot be read."""
         content = self.content(picture)
         kind = _format(content)
-        if kind in _SHOWN_BY_BROWSERS:
+        if kind in _SHOWN_BY_BROWSERS and not (kind == "WEBP" and _is_turned(content)):
             return content, _SHOWN_BY_BROWSERS[kind]
         converted = io.BytesIO()
         open_image(content).convert("RGB").save(converted, "PNG")
@@ -151,6 +151,12 @@ def _format(content: bytes) -> str:
             return image.format or ""
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
+
+
+def _is_turned(content: bytes) -> bool:
+    """Return whether EXIF says to turn an image, which browsers do for JPEG and PNG and not for WebP."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.getexif().get(0x0112, 1) != 1
 
 
 def make_tasks(pictures: Sequence[Picture], kind: Kind, seed: int) -> list[Task]:
