@@ -148,6 +148,10 @@ def place(tmp_path_factory):
     write_parquet(folder / "data" / "test.parquet", [9.0] * 4 + [-9.0] * 7, seed=2)
     # Rank 0 reads the rows 0-3, 8-11, ..., rank 1 the others.
     write_parquet(folder / "one_sided" / "train.parquet", [2.0, 2.1, 2.2, 2.3, 1.0, 1.1, 1.2, 1.3] * 3)
+    # A file for each process of a stream.
+    scores = np.random.default_rng(3).normal(size=40)
+    write_parquet(folder / "uneven" / "train-00000-of-00002.parquet", scores[:8], seed=3)
+    write_parquet(folder / "uneven" / "train-00001-of-00002.parquet", scores[8:], seed=4)
     # Four images of each of eight prompts: two updates of 16 rows an epoch, by halves of two groups.
     write_parquet(folder / "groups" / "train.parquet", np.random.default_rng(2).normal(size=32), prompts=PROMPTS[:8])
     return folder
@@ -159,6 +163,9 @@ PAIRED |= {"gradient_accumulation_steps": 2, "max_steps": 3}
 
 EPOCHS = {"reference_update": "epoch", "max_steps": 7, "save_strategy": "steps", "save_steps": 4}
 """Into a third epoch, so that the reference moves twice; the checkpoint lies in the second."""
+
+UNEVEN = {"dataset_streaming": "true", "save_strategy": "epoch", "max_steps": 10}
+"""A pass of 8 steps, at whose end all processes save together, and two of the next."""
 
 ENDED = ("refused", "stopped")
 
@@ -176,7 +183,11 @@ def launched(place):
         "one sided": flags_for(
             place / "one_sided", place / "sided", 4, max_steps=3, train_sampling_strategy="sequential"
         ),
-        "stream": flags_for(place / "data", place / "stream", 4, dataset_streaming="true"),
+        "stream": flags_for(place / "uneven", place / "stream", 4, **UNEVEN),
+        "stream again": [
+            *flags_for(place / "uneven", place / "stream_again", 4, **UNEVEN),
+            *("--resume_from_checkpoint", str(place / "stream" / "checkpoint-8")),
+        ],
         "pairs": flags_for(place / "groups", place / "pairs", 4, **PAIRED),
         "stopped": ["stopped", *flags_for(place / "data", place / "stopped", 4)],
         "continued": flags_for(place / "data", place / "stopped", 4, resume_from_checkpoint="true"),
@@ -420,15 +431,24 @@ def test_two_processes_train_on_the_pairs_of_one(place, launched):
     assert_same_log(lines(whole), lines(left))
 
 
-def test_a_stream_is_divided_between_the_processes(launched):
+def test_processes_with_unequal_parts_of_a_stream_end_their_passes_together_and_say_what_repeats(launched, place):
     left, right = launched.records["stream"]
-    assert [line["step"] for line in lines(left)] == [1, 2, 3, 4]
-    for line in lines(left):
-        assert all(math.isfinite(value) for value in line.values())
-    rows = [{row for step in record["row_ids"] for row in step} for record in (left, right)]
-    assert not rows[0] & rows[1]
-    assert all(len(mine) > 4 for mine in rows)
+    assert [line["step"] for line in lines(left)] == list(range(1, 11))
+    assert all(math.isfinite(value) for line in lines(left) for value in line.values())
+    short, long = ([row for rows in record["row_ids"][:8] for row in rows] for record in (left, right))
+    assert len(set(short)) == 8 and short == short[:8] * 4
+    assert len(set(long)) == 32 and not set(short) & set(long)
     assert left["threshold"] == right["threshold"]
+    assert launched.err.count("process 0: 8 rows, 24 repeated; process 1: 32 rows, 0 repeated") == 1
+    assert (place / "stream" / "checkpoint-8").is_dir()
+
+
+def test_two_processes_resume_a_stream_after_its_first_pass_as_if_they_had_not_stopped(launched):
+    for whole, again in zip(launched.records["stream"], launched.records["stream again"], strict=True):
+        assert again["row_ids"] == whole["row_ids"][8:]
+        assert [line["loss"] for line in lines(again)] == pytest.approx(
+            [line["loss"] for line in lines(whole)], rel=1e-6
+        )
 
 
 # ---- What is easily forgotten ----

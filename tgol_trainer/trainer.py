@@ -32,9 +32,11 @@ from .data import (
     ScoredDataset,
     ScoredStream,
     SizeSampler,
+    StreamPasses,
     check_columns,
     innermost_sampler,
     prepare_dataset,
+    stream_passes,
 )
 from .data.prompts import warn_of_prompts
 from .draws import EVALUATION_STEP, BatchDraws
@@ -100,6 +102,7 @@ class TGOLTrainer(SavingTrainer):
 
     # Each micro-batch's loss is its own mean; Trainer divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
+    _passes: StreamPasses | None = None
 
     def __init__(
         self,
@@ -438,23 +441,16 @@ class TGOLTrainer(SavingTrainer):
             self._train_sampler = innermost_sampler(loader)
             loader.device = None  # batches stay on the CPU, see `_prepare_inputs`
             return loader
-        from accelerate.data_loader import prepare_data_loader
+        self._passes = stream_passes(self.train_dataset, self.args, self.data_collator)
+        return DataLoader(self._passes, batch_size=None, generator=self._passes.loader.generator)
 
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset.split(args.process_index, args.world_size),
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            drop_last=args.dataloader_drop_last,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        # Already this process's share: accelerate must not share it out again.
-        return prepare_data_loader(
-            loader, num_processes=1, process_index=0, put_on_device=False, dispatch_batches=False
-        )
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
+        # Trainer takes all steps for those of one pass where the dataset has no length.
+        trained = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
+        if self._passes is None or checkpoint is None:
+            return trained
+        self._passes.number, updates = json.loads(Path(checkpoint, STATE_NAME).read_text())["stream"] or (0, 0)
+        return self._passes.number, updates * self.args.gradient_accumulation_steps
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         args, rows = self.args, train_dataset if train_dataset is not None else self.train_dataset
@@ -660,6 +656,7 @@ class TGOLTrainer(SavingTrainer):
             **(self.labeler.to_dict() if self.labeler else {"threshold": None}),
             "resolution": list(self.collator.resolution),
             "reference_epoch": self._reference_epoch,
+            "stream": None if self._passes is None else [self._passes.number, self._passes.updates],
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, resumed and broken: what is on disk is whole, and nothing wrong ends in success."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -297,13 +298,34 @@ def test_a_stream_that_can_be_read_only_once_is_an_error_after_its_first_pass(tm
         trainer.train()
 
 
-def test_a_stream_that_resumes_in_a_later_pass_says_that_it_goes_on_at_its_beginning(
-    tmp_path, config, dataset, caplog
-):
-    stream = dataset.to_iterable_dataset()
-    trainer_in(tmp_path, config, stream).train()  # 4 updates a pass
-    trainer_in(tmp_path, config, stream, max_steps=8).train(resume_from_checkpoint=True)
-    assert "The stream ended before step 6" in caplog.text
+@pytest.mark.parametrize("step", quick([3, 4, 5], 5), ids=["in the first pass", "at its end", "in the second"])
+def test_a_stream_that_is_resumed_gives_the_rows_and_weights_of_an_unbroken_run(tmp_path, config, step):
+    """31 rows in updates of 8: 3 a pass, in another order each; dropout asks the global generator."""
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3)
+
+    def trained(**resume):
+        stream = scored_dataset(31).to_iterable_dataset().shuffle(seed=1, buffer_size=9)
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+        options |= {"save_steps": step, "max_steps": 7}
+        args = config(output_dir=str(tmp_path), **{**STEPS, **options})
+        trainer = TGOLTrainer(stable_diffusion(), args, stream, peft_config=copy.deepcopy(lora))
+        rows, compute = [], trainer.compute_loss
+
+        def watched(model, inputs, *args, **kwargs):
+            rows.append((trainer.state.global_step, inputs["row_id"].tolist()))
+            return compute(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = watched
+        trainer.train(**resume)
+        lines = [(line["step"], line["epoch"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
+        return rows, lines, trainer.model.state_dict()
+
+    whole_rows, whole_lines, whole_weights = trained()
+    assert whole_rows[:6] != whole_rows[6:12]
+    rows, lines, weights = trained(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert rows == [row for row in whole_rows if row[0] >= step]
+    assert lines == whole_lines
+    assert all(torch.equal(value, weights[name]) for name, value in whole_weights.items())
 
 
 # ---- Settings that decide what is trained ----

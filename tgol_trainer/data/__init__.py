@@ -14,6 +14,7 @@ from .videos import Video, VideoError, encode_video, frame_rate, open_video, rea
 if TYPE_CHECKING:
     from .collator import LABELS, Collator, decode_prompts
     from .datasets import DataReport, ScoredDataset, prepare_dataset
+    from .passes import StreamPasses, stream_passes
     from .sampler import GroupSampler, SizeSampler, innermost_sampler
     from .streams import ScoredStream, stream_scores
 
@@ -29,6 +30,7 @@ __all__ = [
     "ScoredDataset",
     "ScoredStream",
     "SizeSampler",
+    "StreamPasses",
     "Video",
     "VideoError",
     "check_columns",
@@ -42,6 +44,7 @@ __all__ = [
     "prepare_dataset",
     "read_video",
     "sample_frames",
+    "stream_passes",
     "stream_scores",
     "to_pixels",
     "video_pixels",
@@ -52,6 +55,7 @@ __all__ = [
 _WITH_TORCH = {
     **dict.fromkeys(("LABELS", "Collator", "decode_prompts"), "collator"),
     **dict.fromkeys(("DataReport", "ScoredDataset", "prepare_dataset"), "datasets"),
+    **dict.fromkeys(("StreamPasses", "stream_passes"), "passes"),
     **dict.fromkeys(("GroupSampler", "SizeSampler", "innermost_sampler"), "sampler"),
     **dict.fromkeys(("ScoredStream", "stream_scores"), "streams"),
 }

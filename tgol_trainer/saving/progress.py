@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tgol_trainer.data import DataError
-
-logger = logging.getLogger(__name__)
 
 
 class EveryPassTrains(TrainerCallback):
@@ -18,7 +15,7 @@ class EveryPassTrains(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note where the run begins: a resumed run skips what it has seen, which may be a whole pass."""
+        """Note where the run begins: a resumed run skips what it has seen, which may be all of a pass."""
         self._skips = state.global_step > 0
 
     def on_epoch_begin(
@@ -31,13 +28,7 @@ class EveryPassTrains(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise a [`data.DataError`] if the step is the same, but for a pass that a resumed run skips."""
-        if state.global_step == self._step and self._skips:
-            logger.warning(
-                "The stream ended before step %d, where this run resumes: training goes on at its beginning and not "
-                "where the checkpoint was in a later pass, so the rows are others than those of an unbroken run.",
-                state.global_step,
-            )
-        elif state.global_step == self._step:
+        if state.global_step == self._step and not self._skips:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
             raise DataError(
                 f"train_dataset: a pass over it made no update, after step {state.global_step} of {state.max_steps}. "

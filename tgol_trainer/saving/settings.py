@@ -13,7 +13,7 @@ import xxhash
 
 from tgol_trainer.adapters import POLICY, adapter_metadata
 from tgol_trainer.config import MethodArguments, TGOLConfig
-from tgol_trainer.data import ScoredDataset
+from tgol_trainer.data import ScoredDataset, ScoredStream
 from tgol_trainer.fingerprint import component_fingerprint
 
 from .files import public_arguments
@@ -107,6 +107,8 @@ def decisive_settings(args: TGOLConfig, family: ModelFamily, rows: Any, resoluti
         found |= adapter_metadata(family.denoiser.peft_config[POLICY])
     found |= {"resolution": resolution, "world_size": args.world_size}
     found |= {"model": _model_fingerprint(family), "train_dataset": _data_fingerprint(rows)}
+    if isinstance(rows, ScoredStream):  # whose workers decide the order of its rows
+        found["dataloader_num_workers"] = args.dataloader_num_workers
     return json.loads(json.dumps(found, default=str))
 
 

@@ -13,6 +13,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tgol_trainer.data import StreamPasses
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
@@ -56,6 +58,8 @@ class StopOnSignal(TrainerCallback):
         self._asked = None
         loader = kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)
+        if isinstance(loader.dataset, StreamPasses):  # the workers are those of the loader within
+            loader = loader.dataset.loader
         loader.worker_init_fn = functools.partial(_start_unstopped, loader.worker_init_fn)
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
