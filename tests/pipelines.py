@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny, tiny_images, tiny_language, tiny_ltx, tiny_qwen, tiny_video
+from tests import tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_ltx, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -180,10 +180,10 @@ def four_images() -> Dataset:
     return scored_dataset(num_rows=4)
 
 
-def four_clips(height: int = 16, width: int = 32) -> Dataset:
-    """Four random clips of six frames as arrays."""
+def four_clips(height: int = 16, width: int = 32, num_frames: int = 6) -> Dataset:
+    """Four random clips as arrays."""
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (4, 6, height, width, 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (4, num_frames, height, width, 3), dtype=np.uint8)
     columns = {"prompt": [f"clip {i % 3}" for i in range(4)], "score": rng.normal(size=4)}
     return Dataset.from_dict({**columns, "video": list(frames)})
 
@@ -215,6 +215,8 @@ class Facts:
     learning_rate: float = 1e-3
     unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     """Arguments with which the pipeline calls the denoiser once a step."""
+    inverted: bool = False
+    """Whether the scheduler's levels and times run from 0 (noise) to 1, and its velocity with them."""
     unpack: Callable = lambda pipe, value, height, width: value
     """Latents as the family has them, of what the pipeline hands to its scheduler, and the image's size in pixels."""
 
@@ -252,6 +254,16 @@ _LTX |= {"call": {"height": 32, "width": 64, "num_frames": 5}}
 # Modality guidance of 0 leaves what the transformer predicts of the video without the sound.
 _LTX2 = {**_LTX, "sizes": ((512, 768), 32), "long_prompts": (0, 1024)}
 _LTX2["unguided"] = {"guidance_scale": 1.0, "stg_scale": 0, "modality_scale": 0.0, "guidance_rescale": 0.0}
+_COGVIDEOX = {"pixels": (3, 9, 16, 32), "latents": (4, 3, 2, 4), "sizes": ((16, 32), 16), "long_prompts": (2, 226)}
+_COGVIDEOX |= {"dataset": partial(four_clips, num_frames=10), "settings": {"resolution": "16x32", "num_frames": 9}}
+_COGVIDEOX |= {"call": {"height": 16, "width": 32, "num_frames": 9}}
+_COGVIDEOX["unpack"] = lambda pipe, value, height, width: value.transpose(1, 2)
+_MOCHI = {"pixels": (3, 7, 16, 32), "latents": (12, 2, 2, 4), "dataset": partial(four_clips, num_frames=8)}
+_MOCHI |= {"settings": {"resolution": "16x32", "num_frames": 7}}
+_MOCHI |= {"call": {"height": 16, "width": 32, "num_frames": 7}}
+_SANA_VIDEO = {"pixels": (3, 5, 32, 64), "latents": (16, 2, 4, 8), "dataset": partial(four_clips, 32, 64)}
+_SANA_VIDEO |= {"settings": {"resolution": "32x64", "num_frames": 5}}
+_SANA_VIDEO |= {"call": {"height": 32, "width": 64, "frames": 5, "use_resolution_binning": False}}
 
 TINY = {
     "sd": Facts(tiny.stable_diffusion, sd_error),
@@ -318,6 +330,41 @@ TINY = {
         call={"height": 16, "width": 16},
         learning_rate=1e-2,
     ),
+    "cogview4": Facts(
+        tiny_images.cogview4,
+        sizes=((16, 16), 4),
+        long_prompts=(0, 1024),
+        call={"height": 16, "width": 16},
+    ),
+    "cogvideox": Facts(tiny_video.cogvideox, **_COGVIDEOX),
+    "mochi": Facts(
+        tiny_video.mochi,
+        inverted=True,
+        sizes=((480, 848), 16),
+        **{**_WAN, **_MOCHI, "long_prompts": (2, 256)},
+    ),
+    "kandinsky-5": Facts(
+        tiny_kandinsky.kandinsky5_image,
+        pixels=(3, 32, 32),
+        latents=(4, 4, 4),
+        sizes=((1024, 1024), 16),
+        long_prompts=(1, 360),
+        dataset=partial(scored_dataset, 4, side=32),
+        settings={"resolution": 32},
+        call={"height": 32, "width": 32},
+        unpack=lambda pipe, value, height, width: value.squeeze(1).movedim(-1, 1),
+    ),
+    "kandinsky-5 video": Facts(
+        tiny_kandinsky.kandinsky5_video,
+        sizes=((512, 768), 16),
+        unpack=lambda pipe, value, height, width: value[..., :4].movedim(-1, 1),
+        **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (1, 360)},
+    ),
+    "sana-video": Facts(
+        tiny_video.sana_video,
+        sizes=((480, 832), 32),
+        **{**_WAN, **_SANA_VIDEO, "long_prompts": (2, 299)},
+    ),
     "chroma": Facts(tiny_images.chroma, **{**_FLUX, "error": None, "unguided": {"guidance_scale": 1.0}}),
     "z-image": Facts(
         tiny_language.z_image,
@@ -357,11 +404,19 @@ TINY = {
 }
 """One entry a family: every test of `test_families.py` and `test_quantization.py` runs on it."""
 
+SLOW = (
+    *("cogview4", "kandinsky-5", "kandinsky-5 video"),
+    *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video"),
+)
+"""Families of which the fast tests only compare predictions with the pipeline's; all else of them is slow."""
+
 VARIANTS = TINY | {
     "ltx with a time for the decoder": Facts(
         partial(tiny_ltx.ltx, True), sizes=((512, 704), 32), long_prompts=(2, 128), **_LTX
     ),
     "ltx-2.3": Facts(partial(tiny_ltx.ltx2, "2.3"), **_LTX2),
+    "cogvideox 1.5": Facts(partial(tiny_video.cogvideox, "1.5"), **{**_COGVIDEOX, "latents": (4, 4, 2, 4)}),
+    "cogvideox 2b": Facts(partial(tiny_video.cogvideox, "2b"), **_COGVIDEOX),
     "sd3 without T5": Facts(partial(tiny.stable_diffusion_3, t5=False), sd3_error),
     "amused, halved grid": Facts(partial(tiny.amused, True), masked_error, **_HALVED),
     "meissonic, halved grid": Facts(partial(tiny.meissonic, True), partial(masked_error, side=4), **_HALVED),

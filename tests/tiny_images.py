@@ -1,4 +1,4 @@
-"""Random pipelines of images, as in `tests/tiny.py`: Sana, Lumina 2, AuraFlow, Chroma, Krea 2, ERNIE-Image."""
+"""Random pipelines of images, as in `tests/tiny.py`: Sana, Lumina 2, AuraFlow, Chroma, Krea 2, ERNIE, CogView4."""
 
 import torch
 from diffusers import (
@@ -8,6 +8,8 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DPMSolverMultistepScheduler,
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
@@ -22,6 +24,8 @@ from diffusers import (
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3Model,
     MistralConfig,
@@ -229,3 +233,30 @@ def ernie_image(seed: int = 0) -> ErnieImagePipeline:
             torch.nn.init.normal_(layer.weight, std=0.1)  # zeros before training
     scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
     return assembled(ErnieImagePipeline, **networks, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def cogview4(seed: int = 0) -> CogView4Pipeline:
+    """A random CogView4 pipeline that draws 16×16 images."""
+    tokenizer = t5_tokenizer(1024)
+    text = GlmConfig(vocab_size=len(tokenizer), num_hidden_layers=3, pad_token_id=tokenizer.pad_token_id, **SIZES)
+    with seeded(seed):
+        networks = {
+            "text_encoder": GlmModel(text),
+            "transformer": CogView4Transformer2DModel(
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                text_embed_dim=SIZES["hidden_size"],
+                time_embed_dim=16,
+                condition_dim=4,
+                sample_size=8,
+                rope_axes_dim=(8, 8),
+            ),
+            "vae": kl_autoencoder(1.0, **WITHOUT_QUANT_CONV),
+        }
+    shifts = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256, "time_shift_type": "linear"}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shifts)
+    return assembled(CogView4Pipeline, **networks, tokenizer=tokenizer, scheduler=scheduler)

@@ -2,12 +2,23 @@
 
 import itertools
 
+import torch
 from diffusers import (
+    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanPipeline,
@@ -16,7 +27,8 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel
 
-from tests.tiny import assembled, clip_config, clip_tokenizer, seeded, wan
+from tests.tiny import assembled, clip_config, clip_tokenizer, seeded, t5_encoder, t5_tokenizer, wan
+from tests.tiny_images import gemma2
 from tests.tiny_language import SIZES, chat_tokenizer
 
 
@@ -90,3 +102,102 @@ def hunyuan_video(seed: int = 0) -> HunyuanVideoPipeline:
     return assembled(
         HunyuanVideoPipeline, **networks, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=scheduler
     )
+
+
+def cogvideox(version: str = "5b", seed: int = 0) -> CogVideoXPipeline:
+    """A random CogVideoX pipeline whose sizes are multiples of 16 pixels and whose frames are 8·k + 1.
+
+    Args:
+        version (`str`, *optional*, defaults to `"5b"`):
+            or `"2b"`, with sines for positions; or `"1.5"`, which joins two latent frames.
+        seed (`int`, *optional*, defaults to 0): seed of all weights.
+
+    Returns:
+        `CogVideoXPipeline`: on the CPU, float32.
+    """
+    tokenizer = t5_tokenizer()
+    newer = {"patch_size_t": 2, "patch_bias": False} if version == "1.5" else {}
+    with seeded(seed):
+        networks = {
+            "text_encoder": t5_encoder(tokenizer, 32, tie_word_embeddings=False),
+            "transformer": CogVideoXTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=16,
+                in_channels=4,
+                out_channels=4,
+                time_embed_dim=16,
+                text_embed_dim=32,
+                num_layers=2,
+                sample_width=4,
+                sample_height=2,
+                sample_frames=9,
+                use_rotary_positional_embeddings=version != "2b",
+                **newer,
+            ),
+            "vae": AutoencoderKLCogVideoX(
+                block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
+            ),
+        }
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0 if version == "2b" else 1.0,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+    )
+    return assembled(CogVideoXPipeline, **networks, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def mochi(seed: int = 0) -> MochiPipeline:
+    """A random Mochi pipeline whose sizes are multiples of 16 pixels and whose frames are 6·k + 1."""
+    tokenizer = t5_tokenizer()
+    with seeded(seed):
+        networks = {
+            "text_encoder": t5_encoder(tokenizer, 32, tie_word_embeddings=False),
+            "transformer": MochiTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=24,  # 128 channels in the feed-forward
+                num_layers=2,
+                pooled_projection_dim=16,
+                in_channels=12,
+                text_embed_dim=32,
+                time_embed_dim=16,
+            ),
+            "vae": AutoencoderKLMochi(
+                encoder_block_out_channels=(32,) * 4,
+                decoder_block_out_channels=(32,) * 4,
+                layers_per_block=(1, 1, 1, 1, 1),
+                add_attention_block=(False,) * 5,
+            ),
+        }
+        torch.nn.init.normal_(networks["transformer"].pos_frequencies)  # zeros before training
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return assembled(
+        MochiPipeline, **networks, tokenizer=tokenizer, scheduler=scheduler, force_zeros_for_empty_prompt=True
+    )
+
+
+def sana_video(seed: int = 0) -> SanaVideoPipeline:
+    """A random Sana-Video pipeline with the autoencoder of [`wan`], whose sizes are multiples of 32 pixels."""
+    tokenizer = t5_tokenizer(2048)
+    with seeded(seed):
+        networks = {
+            "text_encoder": gemma2(tokenizer),
+            "transformer": SanaVideoTransformer3DModel(
+                in_channels=16,
+                out_channels=16,
+                num_attention_heads=2,
+                attention_head_dim=12,
+                num_layers=2,
+                num_cross_attention_heads=2,
+                cross_attention_head_dim=12,
+                cross_attention_dim=24,
+                caption_channels=16,
+                rope_max_seq_len=32,
+            ),
+            "vae": wan(seed).vae,
+        }
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0, num_train_timesteps=1000
+    )
+    return assembled(SanaVideoPipeline, **networks, tokenizer=tokenizer, scheduler=scheduler)

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from tests.conftest import scored_dataset
 from tests.helpers import over
-from tests.pipelines import TINY
+from tests.pipelines import SLOW, TINY
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.caching import EncodingCache, Workers
@@ -43,7 +43,7 @@ def counted(family, monkeypatch):
     return seen
 
 
-@over(TINY, TINY)
+@over(TINY, [name for name in TINY if name not in SLOW])
 def test_cached_and_uncached_training_give_the_same_losses_and_weights_to_the_bit(name, tmp_path):
     facts = TINY[name]
     losses, weights = [], []

@@ -1,11 +1,14 @@
 """`tgol train --config` takes each settings file, its model replaced by a tiny twin and its data by a few rows."""
 
+import numpy as np
 import pytest
 import yaml
 
-from tests import ROOT, tiny, tiny_language, tiny_ltx, tiny_qwen, tiny_video
+from tests import ROOT, tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_ltx, tiny_qwen, tiny_video
+from tests.clips import encoded
 from tests.conftest import scored_dataset
 from tests.helpers import quick
+from tests.pipelines import four_clips
 from tgol_trainer.cli import main
 
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -29,6 +32,12 @@ TWINS = {
     "skyreels_v2": tiny_video.skyreels_v2,
     "hunyuan_video": tiny_video.hunyuan_video,
     "z_image": tiny_language.z_image,
+    "cogview4": tiny_images.cogview4,
+    "kandinsky5_image": tiny_kandinsky.kandinsky5_image,
+    "kandinsky5_video": tiny_kandinsky.kandinsky5_video,
+    "cogvideox_5b": tiny_video.cogvideox,
+    "mochi": tiny_video.mochi,
+    "sana_video": tiny_video.sana_video,
 }
 TODAY = (
     "ltx2",
@@ -40,10 +49,12 @@ TODAY = (
     "wan22_5b",
     "skyreels_v2",
     "hunyuan_video",
+    *("cogview4", "kandinsky5_image", "kandinsky5_video", "cogvideox_5b", "mochi", "sana_video"),
 )
 """Read by the code that reads flux2_klein.yaml; slow tests."""
-VIDEO = ("ltx", "wan", "skyreels", "hunyuan")
-SIZES = {"qwen_image_21": 32, "ltx2": "32x64", "ltx_video_2b": "32x64"}
+VIDEO = ("ltx", "wan", "skyreels", "hunyuan", "kandinsky5_video", "cogvideox", "mochi", "sana_video")
+SIZES = {"qwen_image_21": 32, "kandinsky5_image": 32, "sana_video": "32x64", "ltx2": "32x64", "ltx_video_2b": "32x64"}
+FRAMES = {"cogvideox_5b": 9, "mochi": 7}
 # Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
 SMALL = {
     "max_steps": 1,
@@ -71,6 +82,9 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
     TWINS[name]().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     rows = clips if name.startswith(VIDEO) else scored_dataset(8)
+    if name in FRAMES:  # longer ones
+        longer = [encoded(np.asarray(clip, np.uint8)) for clip in four_clips(num_frames=9)["video"]]
+        rows = rows.remove_columns("video").add_column("video", longer * 2)
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     settings |= SMALL | {
         "model_name_or_path": str(tmp_path / "model"),
@@ -79,7 +93,7 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
         "resolution": SIZES.get(name, "16x32" if name.startswith(VIDEO) else 16),
     }
     if name.startswith(VIDEO):
-        settings["num_frames"] = 5
+        settings["num_frames"] = FRAMES.get(name, 5)
     if quantised:
         del settings["bnb_4bit_quant_type"], settings["use_bnb_nested_quant"]  # mean nothing without it
     if name == "meissonic":

@@ -103,7 +103,13 @@ def generate_videos(
 
 def makes_videos(pipeline: Any) -> bool:
     """Return whether a pipeline makes videos: whether its call takes a number of frames."""
-    return "num_frames" in inspect.signature(type(pipeline).__call__).parameters
+    return _frames_argument(pipeline) is not None
+
+
+def _frames_argument(pipeline: Any) -> str | None:
+    """Return what a pipeline calls the number of frames; `None` for one of images."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    return next((name for name in ("num_frames", "frames") if name in known), None)  # Sana-Video has the second
 
 
 def _frames(video: np.ndarray) -> list[Image.Image]:
@@ -151,6 +157,8 @@ def _takes_generators(pipeline: Any) -> bool:
 def _generate_chunk(
     pipeline: Any, prompts: list[str], seeds: list[int], start: int, sampling: dict[str, Any], kind: str
 ) -> np.ndarray:
+    if "num_frames" in sampling and (name := _frames_argument(pipeline)):
+        sampling = {name if option == "num_frames" else option: value for option, value in sampling.items()}
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     with _private_random_state(int(seeds[0])):
         output = pipeline(
@@ -161,11 +169,12 @@ def _generate_chunk(
             output_type="np",
             **sampling,
         )
-    if not hasattr(output, kind):
+    held = next((name for name in (kind, _THINGS[kind]) if hasattr(output, name)), None)  # Kandinsky 5: `image`
+    if held is None:
         raise TypeError(
             f"{type(pipeline).__name__} returned {type(output).__name__}, which holds no {_THINGS[kind]}s."
         )
-    arrays = np.asarray(getattr(output, kind))
+    arrays = np.asarray(getattr(output, held))
     broken = np.flatnonzero(np.isnan(arrays).reshape(len(arrays), -1).any(axis=1))
     if broken.size:
         first = int(broken[0])

@@ -19,6 +19,8 @@ from .aura_flow import AuraFlowFamily
 from .base import FamilySettings, ModelFamily
 from .blocks import StoredBlocks
 from .chroma import ChromaFamily
+from .cogvideox import CogVideoXFamily
+from .cogview4 import CogView4Family
 from .conditioning import Conditioning
 from .distilled import warn_of_distillation
 from .ernie_image import ErnieImageFamily
@@ -26,16 +28,18 @@ from .flux import FluxFamily
 from .flux2 import Flux2Family, Flux2KleinFamily
 from .hunyuan_video import HunyuanVideoFamily
 from .inspection import inspect_pipeline, parts_of_index
+from .kandinsky5 import Kandinsky5ImageFamily, Kandinsky5VideoFamily
 from .krea2 import Krea2Family
 from .licenses import hub_license
 from .ltx import LTX2Family, LTXFamily
 from .lumina2 import Lumina2Family
 from .meissonic import MeissonicFamily, load_meissonic
+from .mochi import MochiFamily
 from .origin import ModelOrigin
 from .prompts import words_of
 from .quantization import denoiser_quantization
 from .qwen_image import QwenImage21Family, QwenImageFamily
-from .sana import SanaFamily
+from .sana import SanaFamily, SanaVideoFamily
 from .skyreels_v2 import SkyReelsV2Family
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
@@ -68,6 +72,12 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "Lumina2Pipeline": Lumina2Family,
     "AuraFlowPipeline": AuraFlowFamily,
     "ChromaPipeline": ChromaFamily,
+    "CogView4Pipeline": CogView4Family,
+    "CogVideoXPipeline": CogVideoXFamily,
+    "MochiPipeline": MochiFamily,
+    "SanaVideoPipeline": SanaVideoFamily,
+    "Kandinsky5T2IPipeline": Kandinsky5ImageFamily,
+    "Kandinsky5T2VPipeline": Kandinsky5VideoFamily,
     "LTXPipeline": LTXFamily,
     "LTX2Pipeline": LTX2Family,
     "Pipeline": MeissonicFamily,

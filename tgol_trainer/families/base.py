@@ -112,6 +112,9 @@ class ModelFamily(abc.ABC):
     pipeline_tag = "text-to-image"
     """The task on the Hub."""
 
+    output_name = "images"
+    """Attribute of the pipeline's output that holds what it makes."""
+
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
 

@@ -80,6 +80,25 @@ class FlowFamily(ModelFamily):
         return self.velocity_sign * output
 
 
+class RowByRowFamily(FlowFamily):
+    """A pipeline whose transformer does not hide padding: rows go one by one, each with a prompt of its own length."""
+
+    list_arguments = ("encoder_hidden_states",)
+
+    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+        """Velocity in the shape of the latents."""
+        rows = []
+        for number in range(len(draw.inputs)):
+            row = Draw(*(value[number][None] for value in (draw.inputs, draw.timesteps, draw.target)))
+            own: Conditioning = {name: value[number][None] for name, value in conditioning.items()}
+            rows.append(self.predict_row(model, row, own))
+        return torch.cat(rows)
+
+    def predict_row(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+        """Velocity of one row, in the shape of its latents."""
+        return super().predict(model, draw, conditioning)
+
+
 class PackedFlowFamily(FlowFamily):
     """
     A pipeline whose transformer takes latents as a row of tokens, one for each square of `patch`×`patch` latents.

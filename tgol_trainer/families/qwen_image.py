@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from tgol_trainer.likelihoods import Draw
-
 from .conditioning import Conditioning, Rows, real_tokens
-from .flow import PackedFlowFamily
+from .flow import PackedFlowFamily, RowByRowFamily
 from .prompts import words_of
 
 _TOKENS = 512
@@ -48,7 +46,7 @@ class QwenImageFamily(PackedFlowFamily):
         return {"img_shapes": [[(1, height, width)]] * len(latents), "guidance": self.guidance(latents)}
 
 
-class QwenImage21Family(QwenImageFamily):
+class QwenImage21Family(RowByRowFamily, QwenImageFamily):
     """
     `QwenImage21Pipeline`: Qwen3-VL as text encoder, a transformer over one row of text and latents.
 
@@ -59,7 +57,6 @@ class QwenImage21Family(QwenImageFamily):
     # As diffusers' example (train_dreambooth_lora_qwenimage21.py), which also draws times uniformly.
     required_components = ("transformer", "vae", "text_encoder", "processor")
     mask_argument = None
-    list_arguments = ("encoder_hidden_states",)
     patch = 1
     traceable = False  # the transformer reads the places of text and image
 
@@ -87,11 +84,3 @@ class QwenImage21Family(QwenImageFamily):
         text, (height, width) = len(conditioning["encoder_hidden_states"][0]), latents.shape[-2:]
         places = torch.arange(text + height * width // 4, device=latents.device)
         return {"img_shapes": [[(1, height, width)]], "img_mask": places[None] >= text}
-
-    def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
-        """Velocity (B, C, h, w)."""
-        rows = []
-        for number, prompt in enumerate(conditioning["encoder_hidden_states"]):
-            row = Draw(*(value[number : number + 1] for value in (draw.inputs, draw.timesteps, draw.target)))
-            rows.append(super().predict(model, row, {"encoder_hidden_states": prompt[None]}))
-        return torch.cat(rows)

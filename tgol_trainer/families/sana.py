@@ -1,4 +1,4 @@
-"""Sana."""
+"""Sana and Sana-Video."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import torch
 
 from .conditioning import Rows, real_tokens
 from .flow import FlowFamily
+from .video import VideoFlowFamily
 
 _TOKENS = 300
 """Default of the pipeline's `max_sequence_length`, which counts the instruction before the prompt as two tokens."""
 
 
-class SanaFamily(FlowFamily):
+class _SanaPrompts(FlowFamily):
     """
-    `SanaPipeline`: Gemma as text encoder, a deterministic autoencoder of 32 pixels a side, a transformer.
+    What the two have in common: Gemma as text encoder.
 
     The pipeline writes an instruction before each prompt, but not before the empty one of guidance. Padding is hidden
     from the transformer.
     """
 
-    # As diffusers' example (train_dreambooth_lora_sana.py), which also draws times uniformly.
-    default_target_modules = ("to_k", "to_q", "to_v")
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
     mask_argument = "encoder_attention_mask"
 
@@ -44,6 +43,13 @@ class SanaFamily(FlowFamily):
         )
         return {"encoder_hidden_states": real_tokens(*(encoded[2:] if unconditional else encoded[:2]))}
 
+
+class SanaFamily(_SanaPrompts):
+    """`SanaPipeline`: a deterministic autoencoder of 32 pixels a side, and a transformer."""
+
+    # As diffusers' example (train_dreambooth_lora_sana.py), which also draws times uniformly.
+    default_target_modules = ("to_k", "to_q", "to_v")
+
     def encode_one(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the latents of one image; there is nothing to sample."""
         return {"mean": self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent}
@@ -51,3 +57,19 @@ class SanaFamily(FlowFamily):
     def network_times(self, times: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's times in the transformer's own unit."""
         return times * self.denoiser.config.timestep_scale
+
+
+class SanaVideoFamily(VideoFlowFamily, _SanaPrompts):
+    """
+    `SanaVideoPipeline`: an autoencoder of Wan or LTX-2, and a transformer of videos with linear attention.
+
+    Neither its authors nor diffusers say how to train an adapter, so uniform times are an untested default.
+    """
+
+    default_target_modules = ("to_k", "to_q", "to_v")  # as Sana
+    default_size, default_frames, frames_per_second = (480, 832), 81, 16
+
+    @property
+    def resolution_multiple(self) -> int:
+        """32 pixels, which the pipeline asks for, or the autoencoder's factor times the transformer's patch."""
+        return max(32, self.pipeline.vae_scale_factor_spatial * self.denoiser.config.patch_size[-1])

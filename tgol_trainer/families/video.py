@@ -1,4 +1,4 @@
-"""What the flow-matching families of videos share: frames, sizes, and the lines of a card that make a video."""
+"""What the families of videos share: frames, sizes, and the lines of a card that make a video."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 
 from tgol_trainer.likelihoods import RowGenerators
 
+from .base import ModelFamily
 from .flow import FlowFamily
 
 
-class VideoFlowFamily(FlowFamily):
+class VideoFamily(ModelFamily):
     """
     A pipeline of videos, whose autoencoder keeps the first frame and joins each group of those that follow to one.
 
@@ -67,3 +68,7 @@ class VideoFlowFamily(FlowFamily):
             "    for number, frame in enumerate(frames):",
             '        frame.save(f"sample_{number:03}.png")',
         ]
+
+
+class VideoFlowFamily(VideoFamily, FlowFamily):
+    """A pipeline of videos whose transformer predicts the velocity."""
