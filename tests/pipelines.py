@@ -348,7 +348,7 @@ TINY = {
         pixels=(3, 32, 32),
         latents=(4, 4, 4),
         sizes=((1024, 1024), 16),
-        long_prompts=(1, 360),
+        long_prompts=(1, 511),
         dataset=partial(scored_dataset, 4, side=32),
         settings={"resolution": 32},
         call={"height": 32, "width": 32},
@@ -358,7 +358,7 @@ TINY = {
         tiny_kandinsky.kandinsky5_video,
         sizes=((512, 768), 16),
         unpack=lambda pipe, value, height, width: value[..., :4].movedim(-1, 1),
-        **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (1, 360)},
+        **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (1, 511)},
     ),
     "sana-video": Facts(
         tiny_video.sana_video,

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.tiny import WITHOUT_QUANT_CONV, assembled, clip_config, clip_tokenizer, kl_autoencoder, seeded
+from tests.tiny import WITHOUT_QUANT_CONV, AnyPipeline, assembled, clip_config, clip_tokenizer, kl_autoencoder, seeded
 from tests.tiny_language import SIZES, chat_tokenizer
 from tests.tiny_qwen import TextProcessor, vision_language
 
@@ -43,12 +43,19 @@ def _parts(visual_cond: bool) -> dict[str, Any]:
     return parts
 
 
+def _matched(pipeline: AnyPipeline) -> AnyPipeline:
+    """Have the pipeline take away as many tokens as its template has before the prompt in so small a vocabulary."""
+    before = pipeline.prompt_template.split("{}")[0]
+    pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer(text=before).input_ids[0])
+    return pipeline
+
+
 def kandinsky5_image(seed: int = 0) -> Kandinsky5T2IPipeline:
     """A random Kandinsky 5 pipeline of images; it takes the autoencoder's factor to be 8."""
     with seeded(seed):
         networks = _parts(False)
         networks["vae"] = kl_autoencoder(0.3611, halvings=3, shift_factor=0.1159, **WITHOUT_QUANT_CONV)
-    pipeline = assembled(Kandinsky5T2IPipeline, **networks)
+    pipeline = _matched(assembled(Kandinsky5T2IPipeline, **networks))
     pipeline.resolutions = [(32, 32)]  # seven of a megapixel by default
     return pipeline
 
@@ -59,4 +66,4 @@ def kandinsky5_video(seed: int = 0) -> Kandinsky5T2VPipeline:
     with seeded(seed):
         networks = _parts(True)
         networks["vae"] = AutoencoderKLHunyuanVideo(**sizes)
-    return assembled(Kandinsky5T2VPipeline, **networks)
+    return _matched(assembled(Kandinsky5T2VPipeline, **networks))

@@ -14,7 +14,7 @@ from tests.helpers import over, step_without_waiting
 from tests.pipelines import GEOMETRY, KEYS, PROMPTS, SLOW, TINY, VARIANTS
 from tgol_trainer import TGOLConfig, TGOLTrainer, adapters
 from tgol_trainer.families import FAMILIES, load_family
-from tgol_trainer.families.prompts import seen_part
+from tgol_trainer.families.prompts import seen_part, words_of
 from tgol_trainer.likelihoods import RowGenerators, log_likelihood
 from tgol_trainer.metrics import RECORD
 
@@ -177,7 +177,7 @@ def test_a_tokenizer_whose_files_are_not_there_is_refused(name, tmp_path):
     """Transformers makes an empty one of them, with which every prompt would be the same."""
     pipeline = TINY[name].build()
     tokenizers = [part for part in pipeline.components if part.startswith("tokenizer")]
-    if "processor" in pipeline.components:
+    if any(words_of(part) is not part for part in pipeline.components.values()):
         pytest.skip("transformers loads no processor without files")
     assert tokenizers
     for part in tokenizers:
@@ -210,8 +210,8 @@ WORDS = np.random.default_rng(0).choice(["red", "cat,", "(a:1.2)", "5", "über",
 
 @shared_code
 def test_a_prompt_of_a_megabyte_is_cut_before_it_is_read_and_conditions_as_the_whole_one_does(name, monkeypatch):
-    if name == "qwen-image 2.1":
-        pytest.skip("its pipeline cuts no prompt")
+    if name in ("qwen-image 2.1", "kandinsky-5", "kandinsky-5 video"):
+        pytest.skip("its pipeline cuts no prompt, or by characters that it decodes")
     family = load_family(TINY[name].build())
     long, short = " ".join(WORDS), " ".join(WORDS[:100])
     limits = family.prompt_limits()
@@ -369,7 +369,8 @@ def test_a_bfloat16_base_trains_a_float32_adapter_and_still_generates(name, tmp_
     base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     kinds = {(p.requires_grad, p.dtype) for p in trainer.model.parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    # Kandinsky 5 keeps some frozen modules in float32.
+    assert kinds - {(False, torch.float32)} == {(True, torch.float32), (False, torch.bfloat16)}
     assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
     first, second = logged(trainer)
     assert first == pytest.approx(logged(trainer, "weights/mean")[0] * math.log(2), rel=1e-6)

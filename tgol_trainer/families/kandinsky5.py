@@ -45,6 +45,14 @@ class Kandinsky5Family(RowByRowFamily):
             )
         super().check_pipeline()
 
+    def prepare_pipeline(self) -> None:
+        """Freeze every component; bring to float32 what `from_pretrained` keeps there and `.to(dtype)` does not."""
+        super().prepare_pipeline()
+        kept = set(self.denoiser._keep_in_fp32_modules)
+        for name, module in self.denoiser.named_modules():
+            if kept & set(name.split(".")):
+                module.float()
+
     @property
     def resolution_multiple(self) -> int:
         """The autoencoder's factor times the transformer's patch."""
