@@ -1,5 +1,7 @@
 """What several test modules need: which cases are slow, adapters that have moved."""
 
+import time
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,3 +75,12 @@ def step_without_waiting(trainer, monkeypatch):
         optimizer.step()
     assert loss.device.type == "meta"
     return [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def until(browser, expression):
+    """Wait until an expression is true in a browser's page: a minute, on a machine that is busy."""
+    for _ in range(600):
+        if browser.run(f"Boolean({expression})"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(expression)

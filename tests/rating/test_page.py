@@ -7,22 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 
 import datasets
 import pytest
-import uvicorn
 from PIL import Image
 
-from tests.browser import NAMES, PROGRAM, Browser
+from tests.browser import NAMES, PROGRAM
+from tests.helpers import until
 from tgol_trainer.cli import main
-from tgol_trainer.rating.server import Session, make_app
+from tgol_trainer.rating.server import Session
 from tgol_trainer.rating.tasks import Pictures, make_tasks
 from tgol_trainer.sources import load_scored_dataset
-from tgol_trainer.sources.ratings import JOURNAL, SETTINGS, Journal
+from tgol_trainer.sources.ratings import JOURNAL, SETTINGS
 
 HOSTILE = '</p><script>document.title="taken"</script> "quoted"'
 needs_browser = pytest.mark.skipif(
@@ -43,28 +41,17 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def serve(source, tmp_path):
+def serve(source, tmp_path, serving):
     """Serve the images for a kind of rating; returns the address and the folder of the ratings."""
-    running = []
 
     def start(kind="ratings", **options):
         dataset = datasets.load_dataset("imagefolder", data_dir=str(source), split="train")
         pictures = Pictures(dataset, folder=source)
         tasks = make_tasks(list(pictures.by_id.values()), kind, 0)
         commands = ("tgol label --dataset_name here", "tgol train --model_name_or_path MODEL --dataset_name here")
-        session = Session(pictures, tasks, tmp_path, kind, commands=commands, **options)
-        app = make_app(session, Journal(tmp_path), ("127.0.0.1", "localhost"))
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}", tmp_path
+        return serving(Session(pictures, tasks, tmp_path, kind, commands=commands, **options)), tmp_path
 
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(timeout=20)
+    return start
 
 
 def ask(address, body=None, **headers):
@@ -138,21 +125,6 @@ def test_a_full_disk_is_an_error_that_the_page_shows(serve, monkeypatch):
 # ---- In a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-def until(browser, expression):
-    for _ in range(600):  # a minute, on a machine that is busy
-        if browser.run(f"Boolean({expression})"):
-            return
-        time.sleep(0.1)
-    raise AssertionError(expression)
-
-
 def text(browser, selector):
     return browser.run(f"document.querySelector({selector!r}).innerText")
 
@@ -190,7 +162,7 @@ def test_keys_rate_skip_and_undo_and_each_is_on_the_disk(browser, serve):
     browser.key("z")
     until(browser, "document.querySelector('#zoom').open && document.querySelector('#large').naturalWidth")
     assert browser.run("document.querySelector('#large').src") == shown
-    assert browser.run("document.querySelector('#large').clientWidth") > 300  # larger than it is
+    until(browser, "document.querySelector('#large').clientWidth > 300")  # larger than it is
     browser.key("5")  # rates nothing that is covered
     browser.key("Escape", 27)
     until(browser, "!document.querySelector('#zoom').open")

@@ -28,15 +28,16 @@ LOOPBACK = ("127.0.0.1", "localhost")
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol rate",
-        description="Rate images in the browser. Every rating is on the disk before the next image comes, and the "
-        "same command goes on later. `tgol label` and `tgol train` read the output folder.",
+        description="Rate images or videos in the browser. Every rating is on the disk before the next one comes, and "
+        "the same command goes on later. `tgol label` and `tgol train` read the output folder.",
     )
     add = parser.add_argument
-    add("source", help="folder, file or Hub id of a dataset with prompts and images, as `tgol check` takes it")
+    add("source", help="folder, file or Hub id with prompts and images or videos, as `tgol check` takes it")
     add("--split", default="train", help="split to read (default: %(default)s)")
     add("--dataset_config", help="configuration, for a dataset on the Hub that has several")
-    for role in ("prompt", "image"):
-        add(f"--{role}_column", default=role, help=f"column of {role}s (default: %(default)s)")
+    for role in ("prompt", "image", "video"):
+        text = ", which are rated where there is no column of images" if role == "video" else ""
+        add(f"--{role}_column", default=role, help=f"column of {role}s{text} (default: %(default)s)")
     text = "ratings: 1 to 5; thumbs: up or down; pairs: the better of two images of a prompt (default: %(default)s)"
     add("--kind", choices=("ratings", "thumbs", "pairs"), default="ratings", help=text)
     add("--by_prompt", action="store_true", help="show the images of one prompt one after the other, and together")
@@ -90,7 +91,8 @@ def _rate(args: argparse.Namespace) -> int:
     if target is not None:
         fetch_ratings(target, args.output_dir)
     hide_local_bars(args.source)
-    columns = Columns(args.prompt_column, args.image_column)
+    video = None if args.video_column == "video" else args.video_column
+    columns = Columns(args.prompt_column, args.image_column, video=video, num_frames=1 if video else None)
     dataset: Any = load_scored_dataset(args.source, name=args.dataset_config, split=args.split, columns=columns)
     disable_progress_bar()
     session = _session(args, dataset, None if target is None else target.id)
@@ -136,9 +138,8 @@ def _make_space(args: argparse.Namespace) -> int:
     private = args.hub_private_repo
     dataset = open_repository(Repository(ratings, "dataset", revision=args.hub_revision), private=private)
     space = open_repository(Repository(args.space, "space"), private=private)
-    options = [
-        f"--{name}={getattr(args, name)}" for name in ("split", "prompt_column", "image_column", "kind", "seed")
-    ]
+    names = ("split", "prompt_column", "image_column", "video_column", "kind", "seed")
+    options = [f"--{name}={getattr(args, name)}" for name in names]
     options += ["--by_prompt"] if args.by_prompt else []
     for name in ("dataset_config", "model_name_or_path", "hub_revision"):
         options += [f"--{name}={getattr(args, name)}"] if getattr(args, name) else []
@@ -162,16 +163,16 @@ def _session(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str |
     path = Path(args.source).expanduser()
     local = path.exists()
     folder = (path if path.is_dir() else path.parent).resolve() if local else None
-    pictures = Pictures(dataset, args.prompt_column, args.image_column, folder)
+    pictures = Pictures(dataset, args.prompt_column, args.image_column, folder, args.video_column)
     if pictures.num_left_out:
-        _say(
-            f"{counted(pictures.num_left_out, 'row')} without a prompt or an image: not shown. `tgol check` says why."
-        )
+        rows = counted(pictures.num_left_out, "row")
+        _say(f"{rows} without a prompt or {pictures.medium}: not shown. `tgol check` says why.")
     tasks = make_tasks(list(pictures.by_id.values()), args.kind, args.seed)
     # A path of this machine would be pushed with the ratings.
     source = os.path.relpath(path.resolve(), args.output_dir.resolve()) if local else args.source
-    rows = len(dataset) if pictures.numbered else None
-    _open_folder(args.output_dir, RateSettings(args.kind, source, args.split, hub_commit(dataset), rows))
+    num_rows = len(dataset) if pictures.numbered else None
+    settings = RateSettings(args.kind, source, args.split, hub_commit(dataset), num_rows, pictures.medium)
+    _open_folder(args.output_dir, settings)
     commands = _commands(args, dataset, ratings or str(args.output_dir))
     return Session(pictures, tasks, args.output_dir, args.kind, args.seed, args.by_prompt, commands)
 
@@ -217,7 +218,7 @@ def _say(text: str) -> None:
 
 
 def _say_where(args: argparse.Namespace, session: Session, address: str) -> None:
-    what = {"ratings": "picture", "thumbs": "picture", "pairs": "pair"}[args.kind]
+    what = "pair" if args.kind == "pairs" else {"image": "picture"}.get(session.pictures.medium, "video")
     print(f"{counted(len(session.tasks), what)} to rate at {address}")
     print(
         f"Each rating is saved in {args.output_dir / 'ratings.jsonl'} at once. Ctrl-C ends; the same command goes on."

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 # What a damaged file may raise beside FFmpeg's own errors: a header that was cut leaves a container without streams.
 _BROKEN_FILE = (OSError, EOFError, IndexError, ValueError, RuntimeError)
+_WEBM_SIDE, _WEBM_BITS, _USUAL_RATE = 1280, 8_000_000, 16
 _UNTOLD_SECONDS = 0.5
 """A whole file may be this much shorter than its header says: containers round, and sound ends later."""
 
@@ -177,6 +178,54 @@ def encode_video(frames: Sequence[Image.Image], fps: int) -> bytes:
         stream.codec_context.thread_count = 1  # the encoder writes its settings into the file, this one too
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.convert("RGB"))))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def coding(value: Any) -> tuple[str, str, str]:
+    """
+    Return how an encoded video is stored, by FFmpeg's names: container, codec and pixel format.
+
+    Args:
+        value (`Any`): As in [`read_video`], an encoded file.
+
+    Raises:
+        VideoError, ImportError: as [`read_video`].
+    """
+    with _container(value) as container:
+        if not container.streams.video:
+            raise VideoError("the file holds no video track")
+        found = container.streams.video[0].codec_context
+        return container.format.name, found.name, found.pix_fmt or ""
+
+
+def encode_webm(value: Any) -> bytes:
+    """
+    Write a video as a WebM file (VP8), which browsers play whatever the source is; large frames become smaller.
+
+    Args:
+        value (`Any`): As in [`read_video`], an encoded file.
+
+    Returns:
+        `bytes`: the file, without sound.
+
+    Raises:
+        VideoError, ImportError: as [`read_video`].
+    """
+    av = _import_av()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="webm") as container:
+        options = {"deadline": "realtime", "cpu-used": "8", "crf": "10"}
+        stream = container.add_stream("libvpx", rate=round(frame_rate(value) or _USUAL_RATE), options=options)
+        stream.pix_fmt, stream.bit_rate = "yuv420p", _WEBM_BITS
+
+        def write(frame: Image.Image) -> None:
+            frame.thumbnail((_WEBM_SIDE, _WEBM_SIDE))
+            if not stream.codec_context.is_open:
+                stream.width, stream.height = frame.size
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+
+        read_video(value, None, write)
         container.mux(stream.encode())
     return buffer.getvalue()
 

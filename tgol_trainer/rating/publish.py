@@ -82,8 +82,9 @@ def push_ratings(target: Repository, folder: str | Path, message: str) -> Commit
     shutil.rmtree(stage, ignore_errors=True)
     try:
         # What is uploaded must not change meanwhile, and people go on rating.
-        names = _stage_images(dataset, stage)
-        rows = dataset.remove_columns("image").to_list()
+        medium = read_settings(folder).medium
+        names = _stage_files(dataset, medium, stage)
+        rows = dataset.remove_columns(medium).to_list()
         lines = [{"file_name": name, **row} for name, row in zip(names, rows, strict=True)]
         write_file(stage / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for name in (SETTINGS, JOURNAL):
@@ -98,15 +99,16 @@ def push_ratings(target: Repository, folder: str | Path, message: str) -> Commit
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _stage_images(dataset: datasets.Dataset, stage: Path) -> list[str]:
-    """Link the images of a dataset into a folder, and return their names there."""
+def _stage_files(dataset: datasets.Dataset, medium: str, stage: Path) -> list[str]:
+    """Link the images or videos of a dataset into a folder, and return their names there."""
     (stage / IMAGES).mkdir(parents=True)
     names = []
-    for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]:
-        source = Path(image["path"])
+    kind = type(dataset.features[medium])
+    for file in dataset.cast_column(medium, kind(decode=False))[medium]:
+        source = Path(file["path"])
         names.append(f"{IMAGES}/{source.name}")
         place = stage / names[-1]
-        if place.exists():  # one image under two prompts
+        if place.exists():  # one file under two prompts
             continue
         try:
             os.link(source, place)
@@ -124,11 +126,11 @@ def _facts(repository: str, folder: Path, dataset: datasets.Dataset, raters: int
     score.statistics |= dict(zip(("min", "25 %", "median", "75 %", "max"), values, strict=True))
     counts, edges = np.histogram(scores, bins=min(10, len(np.unique(scores))))
     score.histogram = [(float(edge), int(count)) for edge, count in zip(edges, counts, strict=False)]
-    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in dataset.features.items() if name != "image"}
+    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in dataset.features.items()}
     return DatasetCardFacts(
         repository=repository,
         num_rows=len(dataset),
-        columns={"image": "image", **kinds},
+        columns={**kinds, settings.medium: settings.medium},
         scores=[score],
         source=settings.source if is_hub_id(settings.source) else None,
         source_revision=settings.revision,

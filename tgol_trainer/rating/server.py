@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -27,13 +28,15 @@ CHOICES: dict[Kind, tuple[Any, ...]] = {
     "pairs": ("first", "second", "tie"),
 }
 _LONGEST_NAME = 60
+_RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 _LARGEST_BODY = 10_000
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+_POLICY += "media-src 'self'; "
 _FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 _FILES |= {"/page.js": ("page.js", "text/javascript")}
 
@@ -127,6 +130,7 @@ class _Page:
         return JSONResponse(
             {
                 "kind": session.kind,
+                "medium": session.pictures.medium,
                 "by_prompt": session.by_prompt,
                 "commands": session.commands,
                 "tasks": [{"id": task.id, "prompt": task.prompt, "images": task.pictures} for task in ordered],
@@ -139,11 +143,18 @@ class _Page:
         from starlette.responses import Response
 
         try:
-            content, kind = self._session.pictures.for_browser(request.path_params["picture"])
+            convert = request.query_params.get("as") == "webm"
+            content, kind = self._session.pictures.for_browser(request.path_params["picture"], convert=convert)
         except (KeyError, OSError, VisualError):
             return Response(status_code=404, headers=self._headers)
-        headers = {**self._headers, "Cache-Control": "private, max-age=3600"}
-        return Response(content, media_type=kind, headers=headers)
+        headers = {**self._headers, "Cache-Control": "private, max-age=3600", "Accept-Ranges": "bytes"}
+        part = _RANGE.fullmatch(request.headers.get("range", ""))
+        if part is None or int(part[1]) >= len(content):
+            return Response(content, media_type=kind, headers=headers)
+        # Safari plays no video that does not come in parts.
+        end = min(int(part[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {part[1]}-{end}/{len(content)}"
+        return Response(content[int(part[1]) : end + 1], 206, media_type=kind, headers=headers)
 
     async def answer(self, request: Request) -> Response:
         from starlette.concurrency import run_in_threadpool

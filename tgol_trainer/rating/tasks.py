@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -20,9 +21,15 @@ from tgol_trainer.data.checks import check_class
 from tgol_trainer.data.files import open_file
 from tgol_trainer.data.images import DataError, open_image
 from tgol_trainer.data.rows import prompt_problem
-from tgol_trainer.sources.ratings import IMAGES, Kind
+from tgol_trainer.data.videos import coding, encode_webm
+from tgol_trainer.sources.ratings import IMAGES, Kind, Medium
 
 _SHOWN_BY_BROWSERS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+_PLAYED_BY_BROWSERS = {
+    "video/mp4": ("mp4", ("h264", "av1"), ("yuv420p", "yuvj420p")),
+    "video/webm": ("webm", ("vp8", "vp9", "av1", "libdav1d"), ("yuv420p", "yuvj420p")),
+}
+"""Media type to a part of FFmpeg's name of the container, codecs and pixel formats."""
 _RINGS = 2
 
 
@@ -52,26 +59,36 @@ class Task:
 
 class Pictures:
     """
-    The images of a dataset that can be rated.
+    The images or videos of a dataset that can be rated.
 
     Args:
-        dataset ([`datasets.Dataset`]): Rows with a prompt and an image; other columns are not read.
+        dataset ([`datasets.Dataset`]): Rows with a prompt and an image or a video; other columns are not read.
         prompt (`str`): Column of prompts.
         image (`str`): Column of images.
+        video (`str`): Column of videos, which is read where there is none of images.
         folder (`Path`, *optional*): Folder that the ids of files count from, so that it can be moved.
 
     Attributes:
+        medium (`str`): `"image"` or `"video"`.
         numbered (`bool`): Whether images have no paths, so that their rows' numbers tell them apart.
-        num_left_out (`int`): Rows without a prompt or an image.
+        num_left_out (`int`): Rows without a prompt or a file.
 
     Raises:
         DataError: for a missing column, or if no row can be rated.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, prompt: str = "prompt", image: str = "image", folder: Path | None = None
+        self,
+        dataset: datasets.Dataset,
+        prompt: str = "prompt",
+        image: str = "image",
+        folder: Path | None = None,
+        video: str = "video",
     ) -> None:
         check_class(dataset, "source")
+        self.medium: Medium = "image"
+        if image not in dataset.column_names and video in dataset.column_names:
+            self.medium, image = "video", video
         for column, role in ((prompt, "prompt"), (image, "image")):
             if column not in dataset.column_names:
                 raise DataError(
@@ -79,7 +96,9 @@ class Pictures:
                     f"`--{role}_column`."
                 )
         dataset = dataset.with_format(None).select_columns([prompt, image])
-        self._files = dataset.cast_column(image, datasets.Image(decode=False))
+        kind = datasets.Video if self.medium == "video" else datasets.Image
+        self._files = dataset.cast_column(image, kind(decode=False))
+        self._webm = functools.lru_cache(maxsize=8)(lambda picture: encode_webm(self.content(picture)))
         self._image = image
         self.numbered, self.num_left_out = False, 0
         found: dict[str, Picture] = {}
@@ -97,8 +116,9 @@ class Pictures:
                 row += 1
         self.by_id = found
         if not found:
+            what = "an image" if self.medium == "image" else "a video"
             raise DataError(
-                f"source: none of its {row} rows has a prompt and an image that is there. `tgol check` lists what is "
+                f"source: none of its {row} rows has a prompt and {what} that is there. `tgol check` lists what is "
                 "wrong with each."
             )
 
@@ -119,9 +139,16 @@ class Pictures:
         with open_file(found["path"]) as file:
             return file.read()
 
-    def for_browser(self, picture: str) -> tuple[bytes, str]:
-        """Return an image as a browser shows it, and its media type; raise VisualError if it cannot be read."""
+    def for_browser(self, picture: str, *, convert: bool = False) -> tuple[bytes, str]:
+        """
+        Return an image or a video as a browser shows it, and its media type; raise VisualError if it cannot be read.
+
+        With `convert`, a video becomes WebM even where most browsers play it as it is.
+        """
         content = self.content(picture)
+        if self.medium == "video":
+            kind = None if convert else _played_as(content)
+            return (self._webm(picture), "video/webm") if kind is None else (content, kind)
         kind = _format(content)
         if kind in _SHOWN_BY_BROWSERS and not (kind == "WEBP" and _is_turned(content)):
             return content, _SHOWN_BY_BROWSERS[kind]
@@ -132,7 +159,8 @@ class Pictures:
     def keep(self, picture: str, folder: Path) -> str:
         """Copy an image into a folder of ratings, under a name made of its content; return its path there."""
         content = self.content(picture)
-        name = f"{IMAGES}/{hashlib.sha256(content).hexdigest()[:20]}.{_format(content).lower() or 'image'}"
+        ending = _video_ending(content) if self.medium == "video" else _format(content).lower() or "image"
+        name = f"{IMAGES}/{hashlib.sha256(content).hexdigest()[:20]}.{ending}"
         if not (folder / name).is_file():
             write_file(folder / name, content)
         return name
@@ -151,6 +179,20 @@ def _format(content: bytes) -> str:
             return image.format or ""
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
+
+
+def _played_as(content: bytes) -> str | None:
+    """Return the media type of a video that browsers play; `None` for another."""
+    container, codec, pixels = coding(content)
+    for kind, (name, codecs, formats) in _PLAYED_BY_BROWSERS.items():
+        if name in container and codec in codecs and pixels in formats:
+            return kind
+    return None
+
+
+def _video_ending(content: bytes) -> str:
+    names = coding(content)[0].split(",")
+    return next((ending for ending in ("mp4", "webm", "avi", "mpeg") if ending in names), "mkv")
 
 
 def _is_turned(content: bytes) -> bool:

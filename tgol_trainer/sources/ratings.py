@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Kind: TypeAlias = Literal["ratings", "thumbs", "pairs"]
 """What a person gives: 1 to 5, a thumb up or down, or the better one of two images."""
 
+Medium: TypeAlias = Literal["image", "video"]
+
 SETTINGS, JOURNAL, IMAGES = "tgol_rate.json", "ratings.jsonl", "images"
 SKIPPED, UNDONE = "skipped", "undone"
 _SHOWN = 5
@@ -40,6 +42,7 @@ class RateSettings:
         split (`str`): Its split.
         revision (`str`, *optional*): Its commit on the Hub.
         num_rows (`int`, *optional*): Its rows, where they have no file names and count as their numbers.
+        medium (`str`, *optional*, defaults to `"image"`): `"image"` or `"video"`.
     """
 
     kind: Kind
@@ -47,6 +50,7 @@ class RateSettings:
     split: str = "train"
     revision: str | None = None
     num_rows: int | None = None
+    medium: Medium = "image"
 
 
 def is_rated(folder: str | Path) -> bool:
@@ -72,6 +76,8 @@ def read_settings(folder: str | Path) -> RateSettings:
         found = RateSettings(**json.loads(path.read_text(encoding="utf-8")))
         if found.kind not in get_args(Kind):
             raise ValueError(f"kind {found.kind!r} is not known")
+        if found.medium not in get_args(Medium):
+            raise ValueError(f"medium {found.medium!r} is not known")
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{path}: it is not as `tgol rate` wrote it: {error}. Put the file back; the ratings are in {JOURNAL}."
@@ -169,8 +175,8 @@ def convert_rated(folder: str | Path) -> Conversion:
         folder (`str` or `Path`): Output folder of `tgol rate`.
 
     Returns:
-        [`Conversion`]: its dataset has `prompt`, `image`, `score`, and the counts of [`ratings_to_scores`], or of
-        [`pairs_to_scores`] with `"win_rate"`.
+        [`Conversion`]: its dataset has `prompt`, `image` or `video`, `score`, and the counts of [`ratings_to_scores`],
+        or of [`pairs_to_scores`] with `"win_rate"`.
 
     Raises:
         DataError: if nothing is rated, or if an image is gone.
@@ -191,9 +197,14 @@ def convert_rated(folder: str | Path) -> Conversion:
         ) from error
     source = Source(table, folder, name=str(folder))
     if pairs:
-        columns = PairColumns("prompt", "image_0", "image_1", "choice")
-        return convert_pairs(source, columns, "win_rate")
-    return convert_ratings(source, RatingColumns("rating", annotator="rater"), thumbs=settings.kind == "thumbs")
+        found = convert_pairs(source, PairColumns("prompt", "image_0", "image_1", "choice"), "win_rate")
+    else:
+        columns = RatingColumns("rating", annotator="rater")
+        found = convert_ratings(source, columns, thumbs=settings.kind == "thumbs")
+    if settings.medium == "image":
+        return found
+    videos = found.dataset.cast_column("image", datasets.Video(decode=False)).rename_column("image", "video")
+    return dataclasses.replace(found, dataset=videos)
 
 
 def load_rated(folder: str | Path, split: str) -> datasets.Dataset:
@@ -214,5 +225,6 @@ def load_rated(folder: str | Path, split: str) -> datasets.Dataset:
         raise DataError(f"`split`: {str(folder)!r} holds ratings, which are one split, 'train', without {split!r}.")
     found = convert_rated(folder)
     noun = {"ratings": "ratings", "thumbs": "thumbs", "pairs": "comparisons"}[read_settings(folder).kind]
-    logger.info("%s: %d %s of %d images.", folder, found.num_used, noun, len(found.dataset))
+    medium = read_settings(folder).medium
+    logger.info("%s: %d %s of %d %ss.", folder, found.num_used, noun, len(found.dataset), medium)
     return found.dataset

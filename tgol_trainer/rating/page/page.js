@@ -25,11 +25,11 @@
     thumbs: "Keys: ↑ good, ↓ bad",
     pairs: "Keys: ← → choose, T tie",
   };
-  const units = { ratings: "picture", thumbs: "picture", pairs: "pair" };
   const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
   const short = { up: "+", down: "−", first: "1", second: "2", tie: "=", skip: "–" };
   const views = ["start", "rate", "end"];
-  let [rater, kind, grouped, commands] = ["", "ratings", false, []];
+  let [rater, kind, medium, grouped, commands] = ["", "ratings", "image", false, []];
+  const noun = () => (medium === "video" ? "video" : "picture");
   let [tasks, answers, past, current, busy] = [[], {}, [], -1, false];
   let before = null; // the answer that was taken back, to show
 
@@ -47,12 +47,23 @@
     return -1;
   };
 
-  const picture = (id, label) => {
-    const image = make("img", { src: `image/${id}`, alt: label, draggable: false, decoding: "async" });
+  const width = (shown) => shown.videoWidth ?? shown.naturalWidth;
+  const height = (shown) => shown.videoHeight ?? shown.naturalHeight;
+  const ready = (shown, action) => shown.addEventListener(medium === "video" ? "loadedmetadata" : "load", action);
+  const picture = (id, label, still = false) => {
+    const shown =
+      medium === "video"
+        ? make("video", { muted: true, loop: true, playsInline: true, autoplay: !still, preload: still ? "metadata" : "auto", ariaLabel: label })
+        : make("img", { alt: label, draggable: false, decoding: "async" });
     // Pictures of a few pixels are shown as they are, not blurred.
-    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < 100));
-    image.addEventListener("error", () => image.replaceWith(make("span", { textContent: "This picture cannot be read. Skip it." })));
-    return image;
+    ready(shown, () => shown.classList.toggle("small", width(shown) < 100));
+    shown.addEventListener("error", () => {
+      // A browser may lack the codec: the server can make another file of it.
+      if (medium === "video" && !shown.src.endsWith("as=webm")) shown.src = `image/${id}?as=webm`;
+      else shown.replaceWith(make("span", { textContent: `This ${noun()} cannot be read. Skip it.` }));
+    });
+    shown.src = `image/${id}`;
+    return shown;
   };
 
   const sides = () => (narrow.matches ? ["Upper", "Lower"] : ["Left", "Right"]);
@@ -78,7 +89,7 @@
     find("strip").hidden = kind === "pairs" || together.length < 2;
     if (find("strip").hidden) return;
     const thumbs = together.map((task, number) => {
-      const image = picture(task.images[0], `picture ${number + 1} of this prompt`);
+      const image = picture(task.images[0], `${noun()} ${number + 1} of this prompt`, true);
       image.loading = "lazy";
       const thumb = make("button", { type: "button", className: "thumb" }, image);
       const answer = answers[task.id];
@@ -99,7 +110,7 @@
     find("rater").textContent = rater;
     find("prompt").textContent = task.prompt;
     find("undo").disabled = !past.length && current === 0;
-    const labels = task.images.length === 2 ? sides().map((side) => `${side.toLowerCase()} picture`) : ["picture to rate"];
+    const labels = task.images.length === 2 ? sides().map((side) => `${side.toLowerCase()} ${noun()}`) : [`${noun()} to rate`];
     find("pictures").replaceChildren(
       ...task.images.map((id, side) => {
         const button = make("button", { type: "button", className: "picture", title: "Enlarge (Z)" }, picture(id, labels[side]));
@@ -113,7 +124,7 @@
     for (let ahead = 0; ahead < 3; ahead += 1) {
       place = next(place);
       if (place < 0) break;
-      tasks[place].images.forEach((id) => (new Image().src = `image/${id}`));
+      if (medium === "image") tasks[place].images.forEach((id) => (new Image().src = `image/${id}`));
     }
   };
 
@@ -167,24 +178,24 @@
 
   const zoom = (id, label) => {
     const dialog = find("zoom");
-    const image = find("large");
-    image.onload = () => {
-      image.classList.toggle("small", image.naturalWidth < 100);
-      const fit = Math.min(innerWidth / image.naturalWidth, innerHeight / image.naturalHeight);
-      image.style.width = `${Math.round(image.naturalWidth * Math.max(1, fit * (fit < 1 ? 1 : 0.98)))}px`;
+    const large = picture(id, label);
+    large.id = "large";
+    ready(large, () => {
+      const fit = Math.min(innerWidth / width(large), innerHeight / height(large));
+      large.style.width = `${Math.round(width(large) * Math.max(1, fit * (fit < 1 ? 1 : 0.98)))}px`;
       dialog.scrollTo((dialog.scrollWidth - innerWidth) / 2, (dialog.scrollHeight - innerHeight) / 2);
-    };
-    image.alt = label;
-    image.src = `image/${id}`;
+    });
+    dialog.replaceChildren(large);
     dialog.showModal();
   };
   find("zoom").addEventListener("click", () => find("zoom").close());
+  find("zoom").addEventListener("close", () => find("zoom").replaceChildren());
 
   const finish = () => {
     const skipped = Object.values(answers).filter((answer) => answer === "skip").length;
     const left = tasks.length - done();
     find("end-title").textContent = left ? "So far" : "All done";
-    const counts = [`${counted(done() - skipped, units[kind])} rated`, `${skipped} skipped`, ...(left ? [`${left} left`] : [])];
+    const counts = [`${counted(done() - skipped, kind === "pairs" ? "pair" : noun())} rated`, `${skipped} skipped`, ...(left ? [`${left} left`] : [])];
     find("summary").textContent = `${counts.join(", ")}. Each rating is saved already. Next, in a terminal:`;
     find("next").replaceChildren(
       ...commands.map((text) => {
@@ -225,7 +236,7 @@
     }
     if (event.ctrlKey && key !== "z") return;
     const choice = choices[kind].find(([, , , keys]) => keys.includes(key));
-    const action = choice ? () => rate(choice[0]) : { u: undo, Backspace: undo, s: () => rate("skip"), z: event.ctrlKey ? undo : () => zoom(tasks[current].images[0], "picture") }[key];
+    const action = choice ? () => rate(choice[0]) : { u: undo, Backspace: undo, s: () => rate("skip"), z: event.ctrlKey ? undo : () => zoom(tasks[current].images[0], noun()) }[key];
     if (!action || event.repeat) return;
     event.preventDefault();
     action();
@@ -235,7 +246,7 @@
     const reply = await fetch(`tasks?rater=${encodeURIComponent(name)}`);
     const found = await reply.json();
     if (!reply.ok) throw new Error(found.error);
-    ({ kind, by_prompt: grouped, commands, tasks, answers } = found);
+    ({ kind, medium, by_prompt: grouped, commands, tasks, answers } = found);
     rater = name.trim().split(/\s+/).join(" ");
     past = [];
     document.body.classList.toggle("two", kind === "pairs");
