@@ -24,7 +24,8 @@ class Run:
     Args:
         args ([`TGOLConfig`]): Settings of the run: folder, device, process, batch sizes.
         pipeline (`Callable[[], ContextManager[DiffusionPipeline]]`):
-            Yields the pipeline with the policy in it, all of it on the device for a block.
+            Yields the pipeline with the policy in it for a block that calls it with prompts. All of it is on the
+            device, but the text encoders only while prompts are encoded that no call had before.
         size (`tuple[int, int]`): (height, width) of training images, in pixels.
         num_frames (`int`, *optional*): Frames of a video; `None` for models of images.
         call_arguments (`Mapping[str, Any]`): Arguments of a pipeline call that suit this model, such as its guidance.

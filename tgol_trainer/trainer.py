@@ -40,7 +40,7 @@ from .data import (
 )
 from .data.prompts import warn_of_prompts
 from .draws import EVALUATION_STEP, BatchDraws
-from .families import Conditioning, FamilySettings, ModelFamily, StoredBlocks, load_family
+from .families import Conditioning, FamilySettings, KeptPrompts, ModelFamily, StoredBlocks, load_family
 from .families.compiling import compile_blocks
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -274,7 +274,7 @@ class TGOLTrainer(SavingTrainer):
         """What a callback may use of this run."""
         return Run(
             args=self.args,
-            pipeline=self.family.whole,
+            pipeline=KeptPrompts(self.family, alone=self.args.world_size == 1).pipeline,
             size=self.collator.resolution,
             num_frames=self.family.num_frames,
             call_arguments=self.family.origin.call_arguments,

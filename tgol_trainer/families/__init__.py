@@ -29,6 +29,7 @@ from .flux2 import Flux2Family, Flux2KleinFamily
 from .hunyuan_video import HunyuanVideoFamily
 from .inspection import inspect_pipeline, parts_of_index
 from .kandinsky5 import Kandinsky5ImageFamily, Kandinsky5VideoFamily
+from .kept_prompts import KeptPrompts, keeps_prompts
 from .krea2 import Krea2Family
 from .licenses import hub_license
 from .ltx import LTX2Family, LTXFamily
@@ -95,10 +96,12 @@ __all__ = [
     "FROZEN_DTYPE",
     "Conditioning",
     "FamilySettings",
+    "KeptPrompts",
     "ModelFamily",
     "ModelOrigin",
     "StoredBlocks",
     "hub_license",
+    "keeps_prompts",
     "load_family",
     "load_meissonic",
     "wrap_pipeline",

@@ -359,11 +359,11 @@ class ModelFamily(abc.ABC):
                 self._home = None
 
     @contextmanager
-    def whole(self) -> Iterator[DiffusionPipeline]:
-        """Yield the pipeline with every component on the denoiser's device, for a block that generates."""
+    def whole(self, without: Sequence[str] = ()) -> Iterator[DiffusionPipeline]:
+        """Yield the pipeline for a block that generates, all but the components `without` on the denoiser's device."""
         components = self.pipeline.components.items()
         names = [name for name, component in components if isinstance(component, torch.nn.Module)]
-        with self.present(*names), uncompiled(self.denoiser):
+        with self.present(*(name for name in names if name not in without)), uncompiled(self.denoiser):
             yield self.pipeline
 
     def place_denoiser(self, device: torch.device) -> None:

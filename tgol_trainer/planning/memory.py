@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tgol_trainer.families import Conditioning, ModelFamily
+from tgol_trainer.families import Conditioning, ModelFamily, keeps_prompts
 from tgol_trainer.likelihoods import RowGenerators
 
 from .cards import REACHED, Card
@@ -115,7 +115,7 @@ class Prediction:
         num_trained (`int`): Values that are trained.
         encoding ([`Phase`], *optional*): Filling the cache; `None` without one.
         training ([`Phase`]): Steps.
-        sampling ([`Phase`], *optional*): Generating images with the trained denoiser.
+        sampling ([`Phase`], *optional*): Generating images with the trained denoiser during training.
         step ([`Step`]): What a pass over a batch holds and computes.
         bytes_per_prompt (`int`): See [`Encoding`].
         bytes_per_image (`int`): See [`Encoding`].
@@ -186,7 +186,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
             family.blocks.replace_kept(lambda kept: torch.empty_like(kept, device="cpu"), torch.device("cpu"))
         encoding = trace_encoding(family, size)
         step = trace_step(family, setup, size, encoding)
-        sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else 0
+        sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else (0, 0)
     # What cannot leave the device while a cache is filled: a quantised or stored denoiser, and a frozen copy.
     stays = setup.quantization or family.blocks is not None
     staying = at_denoiser if stays else {"reference": at_denoiser["reference"]} if not setup.lora else {}
@@ -202,7 +202,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         num_trained=sum(each.numel() for each in denoiser.parameters() if each.requires_grad),
         encoding=_largest(staying, encoders, encoding.prompts, encoding.images) if setup.cache else None,
         training=training,
-        sampling=Phase({**at_denoiser, **encoders}, sampling) if setup.sampling_batch else None,
+        sampling=_sampling(family, setup, (staying, with_optimizer), encoders, sampling),
         step=step,
         bytes_per_prompt=encoding.bytes_per_prompt,
         bytes_per_image=encoding.bytes_per_image,
@@ -216,6 +216,23 @@ def _largest(beside: dict[str, int], encoders: dict[str, int], prompts: int, ima
         for name, working in (("text encoders", prompts), ("autoencoder", images))
     ]
     return max(phases, key=_total)
+
+
+def _sampling(
+    family: ModelFamily,
+    setup: Setup,
+    resident: tuple[dict[str, int], dict[str, int]],
+    encoders: dict[str, int],
+    working: tuple[int, int],
+) -> Phase | None:
+    """Encode the prompts that are sampled, once; then draw, the optimizer beside it, without the text encoders."""
+    if not setup.sampling_batch:
+        return None
+    (staying, training), (prompts, drawing) = resident, working
+    if not (setup.cache and keeps_prompts(family)):
+        return Phase({**training, **encoders}, max(working))
+    encoding = Phase({**staying, "text encoders": encoders["text encoders"]}, prompts)
+    return max(encoding, Phase({**training, "autoencoder": encoders["autoencoder"]}, drawing), key=_total)
 
 
 def _total(phase: Phase) -> int:
@@ -345,8 +362,8 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     return Step(live.peak + ahead, kept, gradients, live.flops, *encoding_peaks)
 
 
-def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> int:
-    """Return the most that prompts, one step of the denoiser, or decoding hold when images are generated."""
+def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
+    """Return the most bytes while the prompts of images are encoded, and while the images are drawn."""
     batch = setup.sampling_batch
     rows = family.rows_per_image * batch
     geometry = torch.empty(batch, 4, dtype=torch.int64)
@@ -354,12 +371,14 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
         # All at once, as pipelines do.
         conditioning = family.condition(_prompts(family, batch), geometry, size, family.encode_unique_prompts)
         conditioning = _conditioning_of_batch(conditioning, rows)
+        prompts = live.peak
+        live.restart()
         latents = _of_batch(encoding.latents, rows)
         draw = family.likelihood.draw(latents, RowGenerators(0, 0, range(rows)))
         with _autocast(setup):
             family.predict(family.denoiser, draw, conditioning)
         family.decode_images(latents[:batch])
-    return live.peak
+    return prompts, live.peak
 
 
 @contextlib.contextmanager
