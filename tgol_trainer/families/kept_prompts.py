@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import send_to_device
+import torch
 
 from .base import ModelFamily
 
@@ -58,8 +58,8 @@ class KeptPrompts:
             question = repr((args, kwargs))
             if question not in self._kept:
                 with family.present(*names, alone=self.alone):
-                    self._kept[question] = send_to_device(encode(*args, **kwargs), "cpu")
-            return send_to_device(self._kept[question], family.device)
+                    self._kept[question] = _moved(encode(*args, **kwargs), torch.device("cpu"))
+            return _moved(self._kept[question], family.device)
 
         with family.whole(without=names) as pipeline:
             pipeline.encode_prompt = encode_prompt
@@ -67,3 +67,10 @@ class KeptPrompts:
                 yield pipeline
             finally:
                 del pipeline.encode_prompt
+
+
+def _moved(answer: Any, device: torch.device) -> Any:
+    """Return tensors on a device, inside tuples and lists as they came."""
+    if isinstance(answer, tuple | list):
+        return type(answer)(_moved(each, device) for each in answer)
+    return answer.to(device) if isinstance(answer, torch.Tensor) else answer
