@@ -5,7 +5,8 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
 
 RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
 must end with an exit code other than 0, and leaves no file. So must one that follows `stopped`, whose second process
-gets a SIGTERM in its second step. One that follows `sharded` shards with FSDP2.
+gets a SIGTERM in its second step. One that follows `sharded` shards with FSDP2. In one that follows `broken` the loss
+of the last process is NaN in the second step; in one that follows `frozen` that process stops itself there (SIGSTOP).
 """
 
 import contextlib
@@ -96,14 +97,14 @@ def main():
             groups[-1].append(flag)
     for number, group in enumerate(groups):
         gc.freeze()  # each `train` ends with a full collection, which need not look through what is imported
-        if group[0] == "sharded":
-            with sharded():
-                run(records, int(world_size), group[1:], number)
-        elif group[0] in ("refused", "stopped"):
-            with terminated() if group[0] == "stopped" else contextlib.nullcontext():
-                must_be_refused(records, int(world_size), group[1:], number)
-        else:
-            run(records, int(world_size), group, number)
+        run_group(records, int(world_size), group, number)
+
+
+def run_group(records, world_size, group, number=0):
+    """Train with the flags of one run, in the way of the word before them."""
+    word, *flags = group if group[0] in WAYS else ["", *group]
+    with WAYS.get(word, contextlib.nullcontext)():
+        (must_be_refused if word in ("refused", "stopped") else run)(records, world_size, flags, number)
 
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -162,6 +163,36 @@ def terminated():
         TGOLTrainer.training_step = step
 
 
+@contextlib.contextmanager
+def second_step(change):
+    """Change what the last process computes as the loss of the second step."""
+    from tgol_trainer.trainer import TGOLTrainer
+
+    compute = TGOLTrainer.compute_loss
+
+    def changed(self, model, *args, **kwargs):
+        loss = compute(self, model, *args, **kwargs)
+        last = self.args.process_index == self.args.world_size - 1
+        return change(loss) if last and model.training and self.state.global_step == 1 else loss
+
+    TGOLTrainer.compute_loss = changed
+    try:
+        yield
+    finally:
+        TGOLTrainer.compute_loss = compute
+
+
+def with_nan(loss):
+    return loss * float("nan")
+
+
+def then_frozen(loss):
+    sys.stderr.write("frozen\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return loss
+
+
 def must_be_refused(records, world_size, flags, number):
     try:
         run(records, world_size, flags, number)
@@ -169,6 +200,15 @@ def must_be_refused(records, world_size, flags, number):
         sys.stderr.write(f"refused with exit code {end.code}\n")
     else:
         raise RuntimeError(f"run {number} should have been refused")
+
+
+WAYS = {
+    "sharded": sharded,
+    "refused": contextlib.nullcontext,
+    "stopped": terminated,
+    "broken": lambda: second_step(with_nan),
+    "frozen": lambda: second_step(then_frozen),
+}
 
 
 if __name__ == "__main__":
