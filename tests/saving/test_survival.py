@@ -2,15 +2,12 @@
 
 import copy
 import json
-import multiprocessing
 import os
-import random
 import resource
 import shlex
 import shutil
 import signal
 import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,63 +423,6 @@ def test_harmless_changes_are_logged_and_pass(run, config, dataset, caplog):
 def test_the_jit_checkpoint_of_transformers_is_refused(config):
     with pytest.raises(ValueError, match="as if it were complete"):
         config(enable_jit_checkpoint=True)
-
-
-# ---- Kills ----
-
-
-CHANGES = 300
-"""An unbroken run changes its folder 320 times."""
-
-
-def requeued(folder, kill_at=None):
-    """The same command for every start, as a job that is queued again; `kill_at` counts changes below the folder."""
-    changes = []
-
-    def watch(event, arguments):
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod") and arguments:
-            changed = event != "open" or set(str(arguments[1])) & set("wax+")
-            if changed and str(arguments[0]).startswith(str(folder)):
-                changes.append(event)
-                if len(changes) == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    trainer = trainer_in(folder, small, scored_dataset(), save_steps=1, save_total_limit=2)
-    trainer.train(resume_from_checkpoint=True)
-    if not trainer.already_saved:
-        trainer.save_model()
-    os._exit(0)
-
-
-def start(folder, kill_at=None, after=None):
-    """Run it in a process of its own, killed after some seconds or changes; return its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=requeued, args=(folder, kill_at))
-    process.start()
-    process.join(after)
-    if process.is_alive() and after is not None:
-        process.kill()
-    process.join(120)
-    return process.exitcode
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_and_started_again_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path, kills):
-    """Killed at changes of files, where it could be half; the slow case also at any time."""
-    dice, done, attempt = random.Random(0), 0, 0
-    while done < kills:
-        folder = tmp_path / f"run-{attempt}"
-        attempt += 1
-        for _ in range(3):  # kills of one run
-            timed = kills > 3 and dice.random() < 0.4
-            code = start(folder, after=dice.uniform(0, 3)) if timed else start(folder, dice.randint(1, CHANGES))
-            assert code in (-signal.SIGKILL, 0)
-            done += code != 0
-        assert start(folder) == 0
-        assert_same_weights(folder, whole)
-        assert names(folder) == ["checkpoint-5", "checkpoint-6"]
-        assert flaws(folder / "checkpoint-6") == flaws(folder / "checkpoint-5") == []
-        assert not list(folder.glob("_*"))
 
 
 # ---- Signals ----

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -47,6 +49,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
+        self._others: list[Any] = []
         self._asked: tuple[torch.Tensor, Any] | None = None
         self._stopping = 0
 
@@ -62,6 +65,7 @@ class StopOnSignal(TrainerCallback):
             loader = loader.dataset.loader
         loader.worker_init_fn = functools.partial(_start_unstopped, loader.worker_init_fn)
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._others = multiprocessing.active_children()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
@@ -77,6 +81,9 @@ class StopOnSignal(TrainerCallback):
         """Handle signals as before training."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            started = [child for child in multiprocessing.active_children() if child not in self._others]
+            atexit.register(_end, started)
         self._before = {}
 
     def on_step_end(
@@ -118,6 +125,13 @@ def _start_unstopped(start: Callable[[int], None] | None, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if start is not None:
         start(worker)
+
+
+def _end(workers: list[Any]) -> None:
+    """End what still loads data when this process exits: it takes no SIGTERM, and Python would wait for it."""
+    for worker in workers:
+        if worker.daemon and worker.is_alive():
+            worker.kill()
 
 
 def _name(number: int) -> str:
