@@ -130,7 +130,13 @@ def add_policy(model: ModelMixin, config: LoraConfig, *, seed: int = 0) -> None:
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(config, POLICY)
+        try:
+            model.add_adapter(config, POLICY)
+        except (ValueError, RuntimeError) as error:  # no such layers, or a rank that no memory holds
+            raise ValueError(
+                f"`peft_config` (target_modules {config.target_modules}, r {config.r}) does not fit the "
+                f"{type(model).__name__}: {error}"
+            ) from error
     cast_training_params(model, torch.float32)
 
 

@@ -189,7 +189,7 @@ def test_height_and_width_are_read_from_a_text():
 
 @pytest.mark.parametrize("value", ["480x", "x832", "480x0", "a", "1.5", "480x832x3", "-16"])
 def test_a_resolution_that_is_no_size_is_refused(value):
-    with pytest.raises(ValueError, match="`resolution` must be at least 1: a number of pixels, or height and width"):
+    with pytest.raises(ValueError, match="`resolution` must be at least 1 and at most 16384"):
         TGOLConfig(output_dir="x", resolution=value)
 
 

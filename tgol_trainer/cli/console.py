@@ -8,10 +8,12 @@ import dataclasses
 import json
 import logging
 import os
+import reprlib
 import sys
 import traceback
+import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,16 +89,26 @@ def read_settings(path: Path) -> dict[str, Any]:
         `dict`
 
     Raises:
-        SystemExit: for a file that is not there or not YAML, with line and column.
+        SystemExit: for a file that is not there or not YAML, and for a name that stands twice, with line and column.
     """
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """Refuse a name that stands twice, of which YAML would take the last."""
+            names: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                names.add(key.value)
+            return super().construct_mapping(node, deep)
 
     from tgol_trainer._files import NotTextError, read_text
 
     if not path.is_file():
         raise SystemExit(f"error: --config: there is no file {path}.")
     try:
-        values = yaml.safe_load(read_text(path))
+        values = yaml.load(read_text(path), Loader)  # noqa: S506 - a SafeLoader
     except NotTextError as error:
         raise SystemExit(f"error: --config: {error}") from error
     except yaml.YAMLError as error:
@@ -108,6 +120,35 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SystemExit(f"error: --config: {path} holds no settings, one `name: value` a line.")
     return values
+
+
+def check_kinds(values: dict[str, Any], path: Path, kinds: Sequence[type]) -> None:
+    """
+    Refuse values of a settings file that are of another kind than their field: mappings, lists, dates, nothing.
+
+    Args:
+        values (`dict[str, Any]`): What [`read_settings`] returns.
+        path (`Path`): The file, for the message.
+        kinds (`Sequence[type]`): Dataclasses of the fields; a name that none of them has is left to the parser.
+
+    Raises:
+        SystemExit: naming the field, its value and what it takes.
+    """
+    hints = {name: str(hint) for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    scalars = (str, int, float)
+    for name, value in values.items():
+        hint = hints.get(name, "None list")
+        fits = (
+            isinstance(value, scalars)
+            or (value is None and ("None" in hint or "Optional" in hint))
+            or (
+                isinstance(value, list) and "list" in hint.lower() and all(isinstance(each, scalars) for each in value)
+            )
+            or (isinstance(value, dict) and ("dict" in hint.lower() or name == "env"))
+        )
+        if not fits:
+            shown = reprlib.repr(value)
+            raise SystemExit(f"error: --config: {path}: {name!r} takes no {type(value).__name__}, such as {shown}.")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from trl import ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import PUSH_FAILED, plain_errors, read_settings, set_up_logging
+from .console import PUSH_FAILED, check_kinds, plain_errors, read_settings, set_up_logging
 from .model import (
     UNUSED,
     ModelArguments,
@@ -307,9 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     set_up_logging()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    kinds = (TrainArguments, TGOLConfig, ModelArguments, SampleArguments)
     for place in (place for place, word in enumerate(arguments[:-1]) if word == "--config"):
-        read_settings(Path(arguments[place + 1]))  # the parser's own errors are tracebacks
-    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
+        path = Path(arguments[place + 1])
+        check_kinds(read_settings(path), path, kinds)  # the parser's own errors are tracebacks
+    parser = TrlParser(kinds, prog="tgol train")
     try:
         script, training, model, sample = parser.parse_args_and_config(list(arguments))
     except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses

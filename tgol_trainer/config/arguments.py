@@ -401,14 +401,19 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         self.gradient_checkpointing: bool | None = True
 
 
+_LARGEST_SIDE = 16384
+"""Pixels. Larger images would fill the memory before anything is said of them."""
+
+
 def _read_resolution(value: int | str | None) -> int | str | None:
     """Return a side as a number and height and width as `"480x832"`; from a command line both come as text."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+)(?:\s*[x×X*]\s*(\d+))?", str(value).strip())
-    if match is None or not all(int(side) for side in match.groups() if side is not None):
+    if match is None or not all(0 < int(side) <= _LARGEST_SIDE for side in match.groups() if side is not None):
         raise ValueError(
-            f"`resolution` must be at least 1: a number of pixels, or height and width as in '480x832', got {value!r}."
+            f"`resolution` must be at least 1 and at most {_LARGEST_SIDE}: a number of pixels, or height and width as "
+            f"in '480x832', got {value!r}."
         )
     return int(match[1]) if match[2] is None else f"{int(match[1])}x{int(match[2])}"
 

@@ -32,7 +32,11 @@ _RULES: tuple[_Rule, ...] = (
         lambda value: value == -1 or value >= 1,
         "at least 1, or -1 for as many updates as `num_train_epochs` asks for",
     ),
-    (("num_train_epochs",), lambda value: 0 < value < math.inf, "larger than 0 and finite"),
+    (
+        ("num_train_epochs", "save_steps", "eval_steps", "logging_steps"),
+        lambda value: 0 < value < math.inf,
+        "larger than 0 and finite",
+    ),
 )
 
 
@@ -65,8 +69,11 @@ def check_folder(path: str | None) -> None:
     """
     place = Path(path or ".").absolute()
     for part in (place, *place.parents):
-        if part.is_dir():
-            return
+        try:
+            if part.is_dir():
+                return
+        except OSError as error:  # a name that is too long
+            raise ValueError(f"`output_dir` is {path!r}: {error.strerror}. Name another folder.") from error
         if part.exists():
             raise ValueError(f"`output_dir` is {path!r}, and {str(part)!r} is a file. Name another folder.")
 
@@ -79,9 +86,17 @@ def check_processes(args: TrainingArguments) -> None:
         args ([`TGOLConfig`]): The configuration.
 
     Raises:
-        ValueError: for several processes that take themselves for the only one, float16 on a CPU, or a way of sharding
-            that is not supported.
+        ValueError: for several processes that take themselves for the only one, float16 on a CPU, a way of sharding
+            that is not supported, or a tracker that nobody knows.
     """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    unknown = set(args.report_to) - set(INTEGRATION_TO_CALLBACK)
+    if unknown:
+        raise ValueError(
+            f"`report_to` names {', '.join(sorted(unknown))}. Trackers are {', '.join(INTEGRATION_TO_CALLBACK)}; "
+            "'none' leaves them out."
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and args.world_size == 1:
         raise ValueError(

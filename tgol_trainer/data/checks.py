@@ -217,7 +217,12 @@ def _check_prompt_type(feature: Any, column: str, name: str) -> None:
         remedy = f'dataset = dataset.map(lambda texts: {{"{column}": texts[0]}}, input_columns="{column}")'
     else:
         remedy = "store one text per row."
-    raise DataError(f"{name}: column {column!r} must hold text, its type is {feature}. To mend it:\n{remedy}")
+    raise DataError(f"{name}: column {column!r} must hold text, {_kind(feature)}. To mend it:\n{remedy}")
+
+
+def _kind(feature: Any) -> str:
+    """Say what a column holds; `datasets` reads a JSON column of several types as `Json`."""
+    return "its rows hold values of several types" if type(feature).__name__ == "Json" else f"its type is {feature}"
 
 
 def _check_image_type(feature: Any, column: str, name: str) -> None:
@@ -231,7 +236,7 @@ def _check_image_type(feature: Any, column: str, name: str) -> None:
     if depth != 1:
         why = "store one image, path or encoded file per row, for example by casting a column of paths:\n"
         why += f'dataset = dataset.cast_column("{column}", datasets.Image())'
-    raise DataError(f"{name}: column {column!r} must hold images, its type is {feature}: {why}")
+    raise DataError(f"{name}: column {column!r} must hold images, {_kind(feature)}: {why}")
 
 
 def _check_video_type(feature: Any, column: str, name: str) -> None:
@@ -306,7 +311,7 @@ def check_score_type(dataset: datasets.Dataset | datasets.IterableDataset, colum
         return
     if dtype not in _TEXTS:
         raise DataError(
-            f"{name}: column {column!r} must hold one number per row, its type is {feature}. Store a single number, "
+            f"{name}: column {column!r} must hold one number per row, {_kind(feature)}. Store a single number, "
             "for example the mean of several ratings."
         )
     head = f"{name}: column {column!r} must hold numbers, it holds text"

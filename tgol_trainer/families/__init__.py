@@ -169,7 +169,10 @@ def load_family(
     index = read_index(source, options)
     if "quantization_config" in options:
         options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
-    pipeline = DiffusionPipeline.from_pretrained(source, **options)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, **options)
+    except (ValueError, OSError) as error:  # files that are missing or broken, or code that would be run
+        raise ValueError(f"{model} cannot be loaded: {error}") from error
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)
 
 
@@ -223,7 +226,10 @@ def read_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
         file = Path(hf_hub_download(model, "model_index.json", **place))
     else:
         raise FileNotFoundError(f"{model} does not exist, and it is not a Hub id (`owner/name`).")
-    index: dict[str, Any] = json.loads(file.read_text())
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}. Download the model again.") from error
     name = index.get("_class_name")
     if name == "Pipeline":
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import pickle
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
@@ -167,6 +168,19 @@ def read_back(place: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
 
 
 # ---- Failures ----
+
+
+@contextlib.contextmanager
+def explained_reads(checkpoint: str | None) -> Iterator[None]:
+    """Say what it means where a file of tensors and numbers holds something else, which is never run."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoint} holds a file that is not one of this library: {str(error).splitlines()[0]} Files such as "
+            "optimizer.pt and rng_state.pth could run code, and nothing but tensors and numbers is read from them. "
+            "Use a checkpoint that you trust."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tgol_trainer.metrics import RECORD
 from tgol_trainer.scaling import Scaling, drift_of_rows, scale_to_drift
 
 from .card import CardImage, DatasetFacts, SharedFile, write_card
-from .checkpoints import DRAFTS, explained_writes, read_back, rotate, seal
+from .checkpoints import DRAFTS, explained_reads, explained_writes, read_back, rotate, seal
 from .divergence import FiniteWatch, UpdateFilter, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
@@ -213,10 +213,15 @@ class SavingTrainer(FiniteTrainer):
         log_harmless(json.loads((checkpoint / ARGUMENTS_NAME).read_text(encoding="utf-8")), self.args, str(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with explained_reads(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         for change in self.changes:
             if change.name == "learning_rate":
                 set_learning_rate(self.optimizer, self.lr_scheduler, change.now)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with explained_reads(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _end_again(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Load what a finished run ended with."""

@@ -122,7 +122,8 @@ def tell_of_copies(dataset: datasets.Dataset, table: Path, columns: Columns) -> 
     if file is None or not {columns.prompt, columns.score} <= set(known):
         return
     rows = dataset.select_columns([file, columns.prompt, columns.score]).with_format("arrow")[:]
-    if not pa.types.is_string(rows.column(file).type) or not pa.types.is_primitive(rows.column(columns.score).type):
+    texts = [rows.column(name).type for name in (file, columns.prompt)]
+    if not all(map(pa.types.is_string, texts)) or not pa.types.is_primitive(rows.column(columns.score).type):
         return
     groups = rows.group_by([file, columns.prompt]).aggregate([(columns.score, "min"), (columns.score, "max")])
     low, high = (groups.column(f"{columns.score}_{end}") for end in ("min", "max"))

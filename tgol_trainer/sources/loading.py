@@ -8,12 +8,15 @@ import glob
 import logging
 import os
 import re
+import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
@@ -31,7 +34,7 @@ from .image_folder import files_below, load_image_folder
 from .paths import AnyDataset, resolve_files
 from .ratings import JOURNAL, is_rated, load_rated
 from .shards import incomplete
-from .tables import check_table, csv_options
+from .tables import check_table, csv_options, is_empty_parquet
 from .webdataset import flattened
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,11 @@ _BUILDERS = {
     ".tar": "webdataset",
 }
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, DatasetsError),
+    *(pa.ArrowException, tarfile.TarError, zlib.error),
+)
+"""What readers of broken files raise."""
 
 
 def load_scored_dataset(
@@ -197,6 +204,8 @@ def _loading(source: str | Path, hint: str) -> Iterator[None]:
         yield
     except LOAD_ERRORS as error:
         inner = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        if is_empty_parquet(Path(source)):
+            raise DataError(f"`source`: {str(source)!r} has no rows.") from error
         raise DataError(
             f"`source`: {str(source)!r} could not be loaded: {type(inner).__name__}: {inner}\n{hint}"
         ) from error

@@ -6,9 +6,12 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tgol_trainer._files import NotTextError, check_text
 from tgol_trainer.data.images import DataError, describe
@@ -30,6 +33,15 @@ def check_table(path: Path) -> None:
     with path.open(encoding="utf-8-sig") as file:
         if not any(map(str.strip, file)):
             raise DataError(f"`source`: {str(path)!r} is empty. Write one line for each image into it.")
+
+
+def is_empty_parquet(source: Path) -> bool:
+    """Return whether a file, or the files below a folder, are Parquet without a row."""
+    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    try:
+        return bool(files) and not any(pq.read_metadata(file).num_rows for file in files)
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def csv_options(paths: Sequence[Path], used: Collection[str]) -> dict[str, Any]:
@@ -86,7 +98,7 @@ def _read_sample(path: Path) -> tuple[str, list[str], list[str]]:
     rows = csv.reader(io.StringIO(beginning, newline=""), delimiter=separator, skipinitialspace=True)
     columns: list[str] = next(filter(None, rows), [])  # the reader of `datasets` passes over blank lines too
     cells: list[str] = []
-    for row in rows:
+    for row in _rows(rows, path):
         cells += row
         if any(cell.strip() for cell in row[len(columns) :]):
             sign = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
@@ -97,3 +109,13 @@ def _read_sample(path: Path) -> tuple[str, list[str], list[str]]:
                 + describe(separator.join(row), 100)
             )
     return separator, [name.strip() for name in columns], cells
+
+
+def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise DataError(
+            f"`source`: {str(path)!r} cannot be read beyond line {rows.line_num}: {error}. Shorten the text, or close "
+            "the quotation mark in front of it."
+        ) from error
