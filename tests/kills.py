@@ -160,8 +160,10 @@ def on_the_hub(root):
 
 
 def weights(root):
-    """The files of weights below a run's folder, by their place, without those of checkpoints that were rotated."""
-    return {str(file.relative_to(root)): load_file(file) for file in sorted(Path(root).rglob("*.safetensors"))}
+    """The weights below a run's folder by their place; the adapter for ComfyUI has the name of the repository."""
+    folder = Path(root, "run")
+    files = {file: str(file.relative_to(folder)) for file in sorted(folder.rglob("*.safetensors"))}
+    return {place.replace(f"{Path(root).name}_comfyui", "comfyui"): load_file(file) for file, place in files.items()}
 
 
 if __name__ == "__main__":

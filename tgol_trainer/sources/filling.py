@@ -115,7 +115,8 @@ def _filled(
     stamp: str,
 ) -> dict[str, Any]:
     """Return the new values of a row; `stamp` is there for the cache of `datasets` alone."""
-    path = row[settings["visual"]]["path"]
+    visual = row[settings["visual"]]
+    path = None if visual is None else visual["path"]
     prompt, score = row.get(settings["prompt"]), row.get(settings["score"])
     prompt_from = None if _blank(prompt) else settings["table"]
     score_from = None if score is None else settings["table"]
@@ -127,7 +128,7 @@ def _filled(
     if reads_scores:
         score, score_from = found.score, found.score_from
     if scores is not None:
-        score = scores[path]
+        score = None if path is None else scores[path]
         score_from = None if score is None else "names of folders"
     new = {settings["prompt"]: prompt, PROMPT_FROM: prompt_from, SCORE_FROM: score_from, UNREAD: found.unread}
     return new | ({settings["score"]: score} if reads_scores else {})
