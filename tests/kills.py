@@ -49,11 +49,11 @@ def full(root):
 
 
 def cache(root):
-    """Killed while the cache of encodings and of reference errors is built."""
+    """Killed while the cache of encodings is built."""
     import tgol_trainer.caching.filling as filling
 
     filling._SHARD_SECONDS = 0.0  # a file for each entry
-    trained(root / "run", cache_dir=str(root / "cache"), precompute_ref_log_probs=True)
+    trained(root / "run", cache_dir=str(root / "cache"))
 
 
 def rounds(root):
