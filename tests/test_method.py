@@ -14,6 +14,7 @@ from tests.conftest import scored_dataset
 from tests.tiny import amused, stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.config.method import LossType
+from tgol_trainer.draws import EVALUATION_STEP
 from tgol_trainer.thresholds import ThresholdError, estimate_group_thresholds, group_ids
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -76,6 +77,8 @@ def expected_first_loss(name, scores, reference_error):
         return ((quantile - math.log(math.e - 1)) ** 2).mean()
     if name == "dpo":
         return math.log(2)
+    if name == "tgol_anchored":
+        return 0.0
     if name == "sft":
         return (reference_error * (margin >= 0)).mean()
     return reference_error.mean()  # csft, nft
@@ -93,7 +96,7 @@ def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type)
     reference_error = record[:, 5].double().numpy()  # the policy's, which is still the reference
     trainer.train()
     expected = expected_first_loss(loss_type, np.asarray(grouped["score"]), reference_error)
-    assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first_line(trainer)["loss"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -124,6 +127,29 @@ def test_nft_mixes_predictions_of_masked_models_as_well(config, grouped):
     trainer = TGOLTrainer(amused(), args, grouped, peft_config=LORA)
     trainer.train()
     assert math.isfinite(first_line(trainer)["loss"])
+
+
+def test_the_anchored_loss_of_masked_models_is_linear_in_the_logits_for_rows_at_the_threshold_and_beside_it(
+    config, grouped
+):
+    """With p the reference's probabilities and y the true code, 2⟨e, D⟩ becomes the mean of (p - y)·Δlogits."""
+    args = config(loss_type="tgol_anchored", anchor=0.25, learning_rate=1e-2, max_steps=2)
+    trainer = TGOLTrainer(amused(), args, grouped, peft_config=LORA)
+    trainer.train()
+    batch = trainer.collator([trainer.train_dataset[row] for row in range(8)])
+    with torch.no_grad():
+        _, record = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+        draw, conditioning = trainer.draws(batch, EVALUATION_STEP)
+        new = trainer.family.predict(trainer.model, draw, conditioning)
+        with trainer.reference_policy() as reference:
+            old = trainer.family.predict(reference, draw, conditioning)
+    truth = torch.nn.functional.one_hot(draw.target, old.shape[1]).movedim(-1, 1)
+    moved = ((old.softmax(1) - truth) * (new - old)).sum(1)
+    linear = torch.stack([row[mask].mean() for row, mask in zip(moved, draw.mask, strict=True)])
+    size, change = record[:, 6].sqrt(), record[:, 7]
+    expected = (batch["margin"] / trainer.labeler.score_std * linear + 0.25 * change) / size
+    assert change.min() > 1e-6
+    torch.testing.assert_close(record[:, 0], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_csft_writes_the_label_behind_the_prompt(config, grouped, monkeypatch):
@@ -202,7 +228,7 @@ def test_cut_points_on_ties_divide_the_rows_and_weights_have_mean_one_over_them(
     assert list(again.labeler.cut_points) == [1.5, 1.5, 2.25]
 
 
-@pytest.mark.parametrize("loss_type", ["qrpo", "nft"])
+@pytest.mark.parametrize("loss_type", ["qrpo", "nft", "tgol_anchored"])
 def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_needs(config, grouped, loss_type):
     settings = {"loss_type": loss_type, "threshold": 0.0, "max_steps": 1, "per_device_train_batch_size": 8}
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.to_iterable_dataset(), peft_config=LORA)

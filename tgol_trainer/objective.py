@@ -29,12 +29,16 @@ class ScoredBatch:
     Args:
         log_ratio (`torch.Tensor`): float32 log π_θ/π_ref, with gradient; NaN for losses without a reference.
         error (`torch.Tensor`): float32 error of the policy, with gradient.
+        reference_error (`torch.Tensor`): float32 error of the reference on the same draw; NaN where it did not run.
+        change (`torch.Tensor`): float32 distance of the two predictions; NaN where the reference's is not at hand.
         batch (`dict[str, torch.Tensor]`): Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
         mixed_error (`Callable[[float], torch.Tensor]`): Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
     """
 
     log_ratio: torch.Tensor
     error: torch.Tensor
+    reference_error: torch.Tensor
+    change: torch.Tensor
     batch: dict[str, torch.Tensor]
     mixed_error: Callable[[float], torch.Tensor]
 
@@ -50,7 +54,7 @@ def training_loss(
         args ([`MethodArguments`]): Loss type and its settings.
         weighting ([`thresholds.Weighting`]): Weights of margins that only the batch knows: those within a group.
         score_std (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the normalised scores, which NFT divides by.
+            Standard deviation of the normalised scores, which 'tgol_anchored' and 'nft' divide by.
 
     Returns:
         [`losses.LossRecord`]: all (B,).
@@ -69,6 +73,9 @@ def training_loss(
         weight = weighting(margin)
     if args.loss_type == "tgol":
         return losses.threshold_guided_loss(log_ratio, margin, weight, beta=beta)
+    if args.loss_type == "tgol_anchored":
+        errors = (scored.error, scored.reference_error, scored.change)
+        return losses.anchored_loss(*errors, margin / score_std, anchor=args.anchor)
     if args.loss_type == "ordinal":
         offsets = thresholds.ordinal_offsets(args.ordinal_percentiles)
         return losses.ordinal_loss(log_ratio, margin, offsets, weight, beta=beta)

@@ -591,10 +591,10 @@ class TGOLTrainer(SavingTrainer):
             reference_prediction, reference_error = self._reference_pass(draw, conditioning, model)
         prediction = self.family.predict(model, draw, conditioning)
         error = likelihood.error(prediction, draw)
-        unknown = torch.full_like(error, math.nan, requires_grad=False)
-        change = unknown
+        change = unknown = torch.full_like(error, math.nan, requires_grad=False)
         if reference_prediction is not None:
-            change = likelihood.change(prediction.detach(), reference_prediction, draw)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and args.loss_type == "tgol_anchored"):
+                change = likelihood.change(prediction, reference_prediction, draw)
         if reference_error is None:
             reference_error = unknown
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
@@ -605,11 +605,11 @@ class TGOLTrainer(SavingTrainer):
             return likelihood.error(torch.lerp(reference_prediction.float(), prediction.float(), share), draw)
 
         batch = {name: to_device(inputs[name], error.device) for name in (*LABELS, "group") if name in inputs}
-        scored = ScoredBatch(log_ratio, error, batch, mixed_error)
+        errors = {"error": error, "reference_error": reference_error, "change": change}
+        scored = ScoredBatch(log_ratio=log_ratio, **errors, batch=batch, mixed_error=mixed_error)
         labeler = self.labeler
         weighting = labeler.weighting if labeler else args.weighting
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
-        errors = {"error": error, "reference_error": reference_error, "change": change}
         record = stack_record(**result._asdict(), **errors, score=batch["score"])
         if training:
             self._record = record

@@ -54,7 +54,7 @@ SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.5, "batch_size": 72}
 METER_ROWS = 96
 REGIMES = ("dense", "stars", "single")
 """Scores as they are; ratings from 1 to 5; one image a prompt with a tenth of the scores wrong."""
-QUICK = ("tgo, w=d", "anchored, even", "dpo", "kto")
+QUICK = ("tgo, w=d", "anchored", "dpo", "kto")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,9 +86,10 @@ class Method:
 
 
 def of_library(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """The loss as `TGOLTrainer` computes it; the strength is T."""
-    error, reference_error, _ = passed.errors
-    scored = ScoredBatch((reference_error - error) / strength, error, passed.rows, lambda share: error)
+    """The loss as `TGOLTrainer` computes it; the strength is T, or λ of 'tgol_anchored'."""
+    error, reference_error, change = passed.errors
+    log_ratio = (reference_error - error) / strength
+    scored = ScoredBatch(log_ratio, error, reference_error, change, passed.rows, lambda share: error)
     return training_loss(scored, args, passed.weighting, passed.score_std).loss
 
 
@@ -122,28 +123,19 @@ def dspo(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor
     return losses.dspo_loss(*passed.errors, passed.rows["score"], passed.rows["group"], strength=strength).loss
 
 
-def anchored(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """The linear form with a clean anchor; the strength is λ."""
-    return losses.anchored_loss(*passed.errors, passed.advantage, anchor=strength).loss
+def unevenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """'tgol_anchored' without the division by the root of the reference's error; the strength is λ."""
+    return losses.anchored_loss(*passed.errors, passed.advantage, anchor=strength).loss * passed.errors[1].sqrt()
 
 
 def anchored_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """The same with each draw divided by the square root of the reference's error at its time."""
-    scale = passed.profile.scale(passed.timesteps, 0.5)
-    return anchored(passed, args, strength) / scale
+    """'tgol_anchored' with the reference's mean error at the time of a draw in place of its error on that draw."""
+    return unevenly(passed, args, strength) / passed.profile.scale(passed.timesteps, 0.5)
 
 
-def anchored_most_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """The same divided by the reference's error itself."""
-    return anchored(passed, args, strength) / passed.profile.scale(passed.timesteps, 1.0)
-
-
-def anchored_linear_part(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """The linear part over the square root of the reference's error at its time; the plain drift as anchor."""
-    error, reference_error, change = passed.errors
-    scale = passed.profile.scale(passed.timesteps, 0.5) / passed.profile.means.mean()
-    linear = losses.linear_change(error, reference_error, change)
-    return passed.advantage * linear / scale + strength * change
+def most_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """'tgol_anchored' divided by the reference's error instead of its root."""
+    return unevenly(passed, args, strength) / passed.errors[1]
 
 
 def tilted(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
@@ -185,6 +177,7 @@ def soft(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor
 
 MEAN = {"threshold_strategy": "group", "group_statistic": "mean", "score_normalization": "zscore"}
 DISTANCE = {**MEAN, "weight_form": "abs"}
+ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
 ANCHORS = (0.05, 0.15, 0.5, 1.5)
 METHODS: dict[str, Method] = {
@@ -192,11 +185,12 @@ METHODS: dict[str, Method] = {
     "tgo, w=d": Method(of_library, T, DISTANCE),
     "tgo, w=d, shared noise": Method(of_library, T, DISTANCE, shared=True),
     "pairs, w=d": Method(of_library, T, {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP}, shared=True),
-    "anchored": Method(anchored, ANCHORS, MEAN),
-    "anchored, even": Method(anchored_evenly, ANCHORS, MEAN),
-    "anchored, most even": Method(anchored_most_evenly, ANCHORS, MEAN),
-    "anchored, even signal": Method(anchored_linear_part, ANCHORS, MEAN),
-    "anchored, even, shared noise": Method(anchored_evenly, ANCHORS, MEAN, shared=True),
+    "anchored": Method(of_library, ANCHORS, ANCHORED),
+    "anchored, shared noise": Method(of_library, ANCHORS, ANCHORED, shared=True),
+    "anchored, uneven": Method(unevenly, ANCHORS, ANCHORED),
+    "anchored, most even": Method(most_evenly, ANCHORS, ANCHORED),
+    "anchored, even": Method(anchored_evenly, ANCHORS, ANCHORED),
+    "anchored, even, shared noise": Method(anchored_evenly, ANCHORS, ANCHORED, shared=True),
     "tilted": Method(tilted, (0.5, 1.0, 2.0, 4.0), {"threshold_strategy": "oracle", "score_normalization": "zscore"}),
     "symmetric": Method(symmetric, T, DISTANCE),
     "calibrated": Method(calibrated, (0.05, 0.1, 0.2, 0.4), DISTANCE),
@@ -217,6 +211,8 @@ def arguments(method: Method, strength: float) -> MethodArguments:
     fields = dict(method.fields)
     if fields.get("loss_type") in ("sft", "csft"):
         fields |= {"threshold_strategy": "group", "threshold_percentile": strength}
+    if fields.get("loss_type") == "tgol_anchored":
+        fields["anchor"] = strength
     if fields.get("threshold_strategy") == "oracle":
         fields |= {"reference_samples": True, "oracle_beta": strength}
     return MethodArguments(**fields)

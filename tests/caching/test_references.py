@@ -140,7 +140,7 @@ def test_supervised_losses_never_run_the_reference_and_log_what_needs_none(confi
     ("others", "message"),
     [
         ({"reference_update": "epoch"}, "makes a new reference after each epoch: leave one out"),
-        ({"loss_type": "nft"}, "mixes its outputs with the policy's: leave it False"),
+        ({"loss_type": "nft"}, "compares its outputs with the policy's: leave it False"),
         ({"cache": False}, "needs the cache of images and prompts: leave `cache` True"),
         ({"loss_type": "sft"}, "acts only with other loss types than 'sft' and 'csft'"),
     ],

@@ -165,6 +165,7 @@ CONDITIONAL = {
     "target_drift": (0.01, {}),
     "num_ref_draws": (2, {"precompute_ref_log_probs": True}),
     "csft_suffixes": (["a", "b"], {"loss_type": "csft"}),
+    "anchor": (0.1, {"loss_type": "tgol_anchored"}),
     "nft_mix": (0.5, {"loss_type": "nft"}),
 }
 WITHOUT_EFFECT = {"threshold_percentile": {"threshold": 0.5}, "confidence_scale": {"weight_form": "abs"}}
@@ -191,6 +192,7 @@ NAN, INF = float("nan"), float("inf")
     ("name", "good", "bad", "wanted"),
     [
         ("beta", [1e-9, 5000], [0, -1, NAN, INF], "larger than 0 and finite"),
+        ("anchor", [0.5], [0, -1, NAN, INF], "larger than 0 and finite"),
         ("temperature", [1e-9, 10], [0, -0.001, NAN, INF], "larger than 0 and finite"),
         ("confidence_scale", [0, 100], [-0.1, NAN, INF], "at least 0 and finite"),
         ("threshold_percentile", [0, 50, 100], [-0.1, 100.1, NAN, INF], "at least 0 and at most 100"),

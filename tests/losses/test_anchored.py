@@ -36,23 +36,29 @@ def inner(policy=POLICY):
     return (2 * (REFERENCE - TARGET) * (policy - REFERENCE)).mean(1)
 
 
-def test_the_anchored_loss_is_the_inner_product_times_the_advantage_and_the_anchor_times_the_change():
-    """Row 0: e = (-½, ½), D = (¼, 0): 2⟨e, D⟩ = 2·(-⅛)/2 = -⅛, |D|² = 1/32. With a = 2 and λ = 4: -¼ + ⅛."""
+def mistake():
+    """|e|, the root of the reference's mean squared error, from the predictions: ½, √½, √½, √½."""
+    return (REFERENCE - TARGET).norm(dim=1) / math.sqrt(2)
+
+
+def test_the_anchored_loss_is_the_inner_product_times_the_advantage_and_the_anchor_times_the_change_over_the_mistake():
+    """Row 0: e = (-½, ½), D = (¼, 0): 2⟨e, D⟩ = -⅛, |D|² = 1/32, |e| = ½. With a = 2, λ = 4: (-¼ + ⅛)/½."""
     advantage = torch.tensor([2.0, -1.0, 0.0, 0.5])
     record = anchored_loss(*passed(), advantage, anchor=4.0)
-    assert record.loss[0].item() == pytest.approx(-0.125)
-    assert record.loss.tolist() == numbers(advantage * inner() + 4.0 * passed()[2])
+    assert record.loss[0].item() == pytest.approx(-0.25)
+    assert record.loss.tolist() == numbers((advantage * inner() + 4.0 * passed()[2]) / mistake())
+    assert record.implicit_reward.tolist() == numbers(-inner() / (4.0 * mistake()))
     assert record.label.tolist() == [True, False, True, True]
 
 
 def test_the_anchored_loss_is_least_at_minus_a_over_lambda_times_the_references_mistake_and_convex_for_both_signs():
-    """One row alone: D = -(a/λ)·e. Its second derivative is 2λ/n whatever the sign of a."""
+    """One row alone: D = -(a/λ)·e. Its second derivative is 2λ/(n|e|) whatever the sign of a."""
     for sign in (1.0, -3.0):
         policy = REFERENCE.clone().requires_grad_(True)
         errors = [((policy - TARGET) ** 2).mean(1), passed()[1], ((policy - REFERENCE) ** 2).mean(1)]
         loss = anchored_loss(*errors, torch.full((4,), sign), anchor=2.0).loss.sum()
         (slope,) = torch.autograd.grad(loss, policy)
-        step = -slope / (2 * 2.0 / 2)
+        step = -slope / (2 * 2.0 / (2 * mistake()[:, None]))
         assert step.flatten().tolist() == numbers((-(sign / 2.0) * (REFERENCE - TARGET)).flatten())
 
 
@@ -130,9 +136,9 @@ def test_nft_with_a_wider_range_of_scores_clips_later():
 
 
 def test_the_anchored_loss_is_what_nft_adds_to_the_references_error():
-    """r = ½ + a/2 and v± = v_ref ± b·D: r·m⁺ + (1 - r)·m⁻ = m_ref + a·b·2⟨e, D⟩ + b²|D|²."""
+    """r = ½ + a/2 and v± = v_ref ± b·D: r·m⁺ + (1 - r)·m⁻ = m_ref + a·b·2⟨e, D⟩ + b²|D|²; |e| divides it here."""
     advantage, mix = torch.tensor([0.5, -0.25, 1.0, 0.0]), 0.3
     moved = [((REFERENCE + sign * mix * (POLICY - REFERENCE) - TARGET) ** 2).mean(1) for sign in (1, -1)]
     expected = nft_loss(*moved, torch.zeros(4), advantage, 1.0).loss - passed()[1]
-    assert anchored_loss(*passed(), advantage * mix, anchor=mix**2).loss.tolist() == numbers(expected)
+    assert anchored_loss(*passed(), advantage * mix, anchor=mix**2).loss.tolist() == numbers(expected / mistake())
     assert F.mse_loss(POLICY, TARGET).item() == pytest.approx(passed()[0].mean().item())

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from tgol_trainer.thresholds import Weighting, check_combination, ordinal_offsets
 
-LossType = Literal["tgol", "tgol_pairs", "ordinal", "sft", "csft", "kto", "dro", "qrpo", "dpo", "nft"]
+LossType = Literal["tgol", "tgol_anchored", "tgol_pairs", "ordinal", "sft", "csft", "kto", "dro", "qrpo", "dpo", "nft"]
 CONFIDENT_LOSSES = ("tgol", "tgol_pairs", "ordinal")
 """Losses that confidence weights act on; the others stand as their papers have them."""
-_UNWEIGHTED_LOSSES = ("sft", "csft", "dpo", "nft")
+_UNWEIGHTED_LOSSES = ("tgol_anchored", "sft", "csft", "dpo", "nft")
 
 
 @dataclass
@@ -20,8 +20,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     loss_type: LossType = field(
         default="tgol",
         metadata={
-            "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_pairs' compares the images of a prompt; 'ordinal' has "
-            "several thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
+            "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_anchored' is linear in the score and holds the policy by "
+            "its distance from the reference; 'tgol_pairs' compares the images of a prompt; 'ordinal' has several "
+            "thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
         },
     )
     beta: float = field(default=1.0, metadata={"help": "β, the scale of the implicit reward (paper: 1)."})
@@ -170,6 +171,13 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     )
 
     # Settings of other losses, and the reference
+    anchor: float = field(
+        default=0.5,
+        metadata={
+            "help": "λ of the loss 'tgol_anchored': how much the squared distance from the reference costs. A larger λ "
+            "holds the policy closer."
+        },
+    )
     csft_suffixes: list[str] = field(
         default_factory=lambda: [", high quality", ", low quality"],
         metadata={
@@ -252,7 +260,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             ValueError: for a value out of range, fields that contradict each other, or a field that has no effect.
         """
         check_choices(self, MethodArguments)
-        positive = {"beta", "temperature", "weight_power", "nft_mix"}
+        positive = {"beta", "temperature", "weight_power", "anchor", "nft_mix"}
         for name in (*positive, "confidence_scale", "dead_zone", "desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
@@ -347,10 +355,10 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
                 "`precompute_ref_log_probs` computes the reference's errors once, and `reference_update='epoch'` "
                 "makes a new reference after each epoch: leave one out."
             )
-        if self.loss_type == "nft":
+        if self.loss_type in ("tgol_anchored", "nft"):
             raise ValueError(
-                "`precompute_ref_log_probs` keeps the reference's errors, and `loss_type='nft'` mixes its outputs "
-                "with the policy's: leave it False."
+                f"`precompute_ref_log_probs` keeps the reference's errors, and `loss_type={self.loss_type!r}` compares "
+                "its outputs with the policy's: leave it False."
             )
 
     def _check_effects(self) -> None:
@@ -406,6 +414,7 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     ),
     "num_ref_draws": (lambda args: args.precompute_ref_log_probs, "with `precompute_ref_log_probs=True`"),
     "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),
+    "anchor": (lambda args: args.loss_type == "tgol_anchored", "with `loss_type='tgol_anchored'`"),
     "nft_mix": (lambda args: args.loss_type == "nft", "with `loss_type='nft'`"),
 }
 """Fields that act only under a condition: the condition, and how a message says it."""

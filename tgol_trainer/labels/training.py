@@ -32,6 +32,9 @@ STREAMED_COLUMNS = (
     "`score_column`."
 )
 
+_READ_SCORES = ("tgol_anchored", "qrpo", "nft")
+"""Losses that need the spread or the quantiles of the scores, whatever the threshold."""
+
 
 def check_sources(
     args: MethodArguments, train_dataset: Any = None, proxy_dataset: Any = None, *, streamed: bool | None = None
@@ -96,7 +99,7 @@ def _reads_stream(args: MethodArguments, proxy: bool) -> bool:
     """Whether the scores of a stream are read before training."""
     if label_settings(args).unit_mean_weight:
         return True
-    fixed = args.threshold is not None and args.score_normalization == "none" and args.loss_type not in ("qrpo", "nft")
+    fixed = args.threshold is not None and args.score_normalization == "none" and args.loss_type not in _READ_SCORES
     return not (proxy or fixed)
 
 

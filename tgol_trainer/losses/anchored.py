@@ -66,11 +66,15 @@ def anchored_loss(
     anchor: float = 1.0,
 ) -> LossRecord:
     """
-    Move the prediction along the score's covariance with the target: `2a⟨e, D⟩ + λ|D|²`.
+    Move the prediction along the score's covariance with the target: `(2a⟨e, D⟩ + λ|D|²)/|e|`.
 
     It is convex for any a. Where predictions are free its minimum is `D = Cov(a, v | x_t)/λ`, for a reference that
     predicts the mean target. To first order in 1/λ that is the optimum of the reward under a KL penalty, with λ as the
-    penalty's strength.
+    penalty's strength. The division by |e|, the root of the reference's error, evens out the times: without it the
+    times whose targets are hardest to predict, the last steps of sampling, carry most of the gradient.
+
+    For models of masked tokens, whose error is a cross-entropy, `change` is the KL divergence from the reference. What
+    is left of the change of the error is then exactly linear in the logits.
 
     Args:
         error (`torch.Tensor`): (B,) the policy's mean squared error, with gradient.
@@ -80,13 +84,13 @@ def anchored_loss(
         anchor (`float`, *optional*, defaults to 1.0): λ > 0.
 
     Returns:
-        [`LossRecord`]: 0 while policy and reference agree. `implicit_reward` is `-2⟨e, D⟩/λ`, `weight` is |a|.
+        [`LossRecord`]: 0 while policy and reference agree. `implicit_reward` is `-2⟨e, D⟩/(λ|e|)`, `weight` is |a|.
     """
     linear = linear_change(error, reference_error, change)
     check_vectors(error=error, advantage=advantage)
-    advantage = advantage.float()
-    loss = advantage * linear + anchor * change.float()
-    return LossRecord(loss, -linear / anchor, advantage >= 0, advantage.abs())
+    advantage, size = advantage.float(), reference_error.float().sqrt()
+    loss = (advantage * linear + anchor * change.float()) / size
+    return LossRecord(loss, -linear / (anchor * size), advantage >= 0, advantage.abs())
 
 
 def tilted_loss(
