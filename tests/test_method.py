@@ -516,6 +516,11 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
     ("settings", "there", "absent"),
     [
         ({}, ["threshold-guided optimization (TGO", "`1 + c·abs(score − τ)` with c = 5"], ["an alternative to"]),
+        (
+            {"loss_type": "tgol_anchored"},
+            ["threshold-guided optimization (TGO", "an anchored form of TGO by tgol_trainer", "No pairs of samples"],
+            ["with c =", "an alternative to"],
+        ),
         ({"loss_type": "kto"}, ["the loss `kto`, an alternative"], ["No pairs of samples"]),
         (
             {"loss_type": "tgol_pairs", "group_size": 8},

@@ -83,6 +83,7 @@ def test_help_lists_every_command_and_each_has_a_module_with_a_main(capsys):
         "console",
         "label_text",
         "model",
+        "recipes",
     }
     assert modules == set(COMMANDS)
 
@@ -303,7 +304,7 @@ def test_a_conversion_into_its_own_source_is_refused_and_leaves_it_as_it_was(cap
 def test_every_flag_of_trl_is_either_used_or_refused():
     module, model = (importlib.import_module(f"tgol_trainer.cli.{name}") for name in ("train", "model"))
     source = inspect.getsource(module) + inspect.getsource(model)
-    no_effect = {"use_peft"}  # said in its class: a LoRA is trained unless `full_finetuning`
+    no_effect = {"use_peft", "recipe"}  # a LoRA is trained unless `full_finetuning`; the parser reads a recipe
     dropped = []
     for kind, variable in ((module.ModelArguments, "model"), (module.TrainArguments, "script")):
         for item in dataclasses.fields(kind):

@@ -55,7 +55,9 @@ def test_the_first_loss_of_tgo_is_the_mean_weight_times_ln_2(benchmark, folder):
     assert training.loss(0).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored", "anchored, even", "tilted"])
+@pytest.mark.parametrize(
+    "method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored", "anchored, even", "tilted"]
+)
 def test_each_kind_of_loss_moves_the_adapter(benchmark, folder, method):
     training = of(benchmark, folder, method)
     training.loss(0).backward()

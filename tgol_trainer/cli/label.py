@@ -32,6 +32,8 @@ def _boolean(text: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     from tgol_trainer.config import MethodArguments
 
+    from .recipes import RECIPE_HELP
+
     parser = argparse.ArgumentParser(
         prog="tgol label",
         description="Show the labels and weights that `tgol train` would make of a dataset with the same flags. No "
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("label_output"),
         help="folder for label.json and score_histogram.png (default: %(default)s)",
     )
+    parser.add_argument("--recipe", default="paper", help=f"{RECIPE_HELP} Default: %(default)s.")
     _add_fields(
         parser.add_argument_group("the method, as in `tgol train`; some of it says nothing about labels"),
         MethodArguments,
@@ -88,11 +91,14 @@ def _add_fields(group: argparse._ArgumentGroup, owner: type) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from .recipes import recipe_defaults
+
     parser = _parser()
     known = {action.dest for action in parser._actions}
     path = parser.parse_known_args(argv)[0].config
-    if path is not None:
-        parser.set_defaults(**_settings(path, known - _NOT_FROM_A_FILE))
+    settings = _settings(path, known - _NOT_FROM_A_FILE) if path is not None else {}
+    parser.set_defaults(**recipe_defaults(argv, settings))
+    parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     if args.dataset_name is None:
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")

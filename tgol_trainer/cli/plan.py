@@ -15,6 +15,7 @@ from tgol_trainer.config import TGOLConfig
 
 from .console import plain_errors, set_up_logging
 from .model import ModelArguments, planned_setup
+from .recipes import parse_flags
 from .train import SampleArguments, TrainArguments
 
 if TYPE_CHECKING:
@@ -65,10 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tgol plan",
         usage="tgol plan [MODEL] [--vram GIB] [--card CARD] [flags of tgol train]",
     )
-    try:  # what fits does not depend on this machine's device
-        plan, script, training, model, _ = parser.parse_args_and_config([*arguments, "--use_cpu", "true"])
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    # What fits does not depend on this machine's device.
+    plan, script, training, model, _ = parse_flags(parser, [*arguments, "--use_cpu", "true"])
     from diffusers.utils import logging as diffusers_logging
 
     from tgol_trainer import planning

@@ -16,7 +16,7 @@ from trl import ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import PUSH_FAILED, check_kinds, plain_errors, read_settings, set_up_logging
+from .console import PUSH_FAILED, plain_errors, set_up_logging
 from .model import (
     UNUSED,
     ModelArguments,
@@ -26,6 +26,7 @@ from .model import (
     model_init_kwargs,
     quantization_config,
 )
+from .recipes import RECIPE_HELP, parse_flags
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 class TrainArguments(ScriptArguments):
     """TRL's script arguments with proxy set, rewards and rounds. `dataset_name` is a Hub id, a folder or a file."""
 
+    recipe: str = field(default="paper", metadata={"help": RECIPE_HELP})
     proxy_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, folder or file whose scores set the threshold, instead of the training scores."},
@@ -307,15 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     set_up_logging()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    kinds = (TrainArguments, TGOLConfig, ModelArguments, SampleArguments)
-    for place in (place for place, word in enumerate(arguments[:-1]) if word == "--config"):
-        path = Path(arguments[place + 1])
-        check_kinds(read_settings(path), path, kinds)  # the parser's own errors are tracebacks
-    parser = TrlParser(kinds, prog="tgol train")
-    try:
-        script, training, model, sample = parser.parse_args_and_config(list(arguments))
-    except (ValueError, FileNotFoundError) as error:  # a flag that nobody knows, or a value that TGOLConfig refuses
-        raise SystemExit(f"error: {error}") from error
+    parser = TrlParser((TrainArguments, TGOLConfig, ModelArguments, SampleArguments), prog="tgol train")
+    script, training, model, sample = parse_flags(parser, arguments)
     _check_arguments(script, training, model, sample)
     training.model_init_kwargs = model_init_kwargs(model, training)
     check_memory(script, training, model)

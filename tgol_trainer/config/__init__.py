@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .method import CONFIDENT_LOSSES, MethodArguments, default_of
+from .recipes import RECIPES, recipe_fields
 
 if TYPE_CHECKING:
     from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
@@ -15,9 +16,11 @@ __all__ = [
     "CONFIDENT_LOSSES",
     "FULL_LEARNING_RATE",
     "LORA_LEARNING_RATE",
+    "RECIPES",
     "MethodArguments",
     "TGOLConfig",
     "default_of",
+    "recipe_fields",
 ]
 
 

@@ -14,6 +14,7 @@ from tgol_trainer._secrets import is_secret
 
 from .checks import check_folder, check_ranges
 from .method import MethodArguments, check_choices, default_of
+from .recipes import recipe_fields
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
@@ -234,6 +235,20 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             "'manual' those you accept. None: leave it as it is."
         },
     )
+
+    @classmethod
+    def from_recipe(cls, recipe: str, **fields: Any) -> TGOLConfig:
+        """
+        Make a configuration from a recipe of the method.
+
+        Args:
+            recipe (`str`): A name of `RECIPES`.
+            fields (`Any`): Other fields; they override those of the recipe.
+
+        Raises:
+            ValueError: for an unknown recipe, and where a field is not valid.
+        """
+        return cls(**{**recipe_fields(recipe), **fields})
 
     def __post_init__(self) -> None:
         self.output_dir = getattr(self, "output_dir", None) or "tgol_output"

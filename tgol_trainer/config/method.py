@@ -20,9 +20,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     loss_type: LossType = field(
         default="tgol",
         metadata={
-            "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_anchored' is linear in the score and holds the policy by "
-            "its distance from the reference; 'tgol_pairs' compares the images of a prompt; 'ordinal' has several "
-            "thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
+            "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_anchored' is linear in the score and holds the policy "
+            "by its distance from the reference; 'tgol_pairs' compares the images of a prompt; 'ordinal' has "
+            "several thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
         },
     )
     beta: float = field(default=1.0, metadata={"help": "β, the scale of the implicit reward (paper: 1)."})
@@ -174,8 +174,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     anchor: float = field(
         default=0.5,
         metadata={
-            "help": "λ of the loss 'tgol_anchored': how much the squared distance from the reference costs. A larger λ "
-            "holds the policy closer."
+            "help": "λ of the loss 'tgol_anchored': how much the squared distance from the reference costs. A "
+            "larger λ holds the policy closer."
         },
     )
     csft_suffixes: list[str] = field(
@@ -218,6 +218,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     def weighting(self) -> Weighting:
         """Margins to weights, as the loss type takes them."""
         form = self.weight_form if self.loss_type in CONFIDENT_LOSSES else "none"
+        if self.loss_type == "tgol_anchored":  # by itself: the loss takes the margin, and reports its size
+            form = "abs"
         return Weighting(
             form=form,
             scale=self.confidence_scale,
@@ -357,8 +359,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             )
         if self.loss_type in ("tgol_anchored", "nft"):
             raise ValueError(
-                f"`precompute_ref_log_probs` keeps the reference's errors, and `loss_type={self.loss_type!r}` compares "
-                "its outputs with the policy's: leave it False."
+                f"`precompute_ref_log_probs` keeps the reference's errors, and `loss_type={self.loss_type!r}` "
+                "compares its outputs with the policy's: leave it False."
             )
 
     def _check_effects(self) -> None:

@@ -172,7 +172,7 @@ def _of_weights(labeler: Labeler) -> list[Advice]:
                 "heavy rows",
                 f"The heaviest 1 % of the rows carry {weights.top_1_percent_share:.0%} of the weight: a few outliers "
                 "lead the training. Look at the rows with the lowest and highest scores.",
-                "remove wrong scores, or --weight_form clipped"
+                "remove wrong scores"
                 if weighting.form == "abs"
                 else "remove wrong scores, a smaller --confidence_scale, or --weight_form clipped",
             )
