@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SAMPLING: dict[str, Any] = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 96}
 """DDIM steps and guidance. At 1.5 the shapes model's colours are most faithful; above that they over-saturate."""
 TRAINED_SCORE = "background_darkness"
+RECIPE = "anchored"
 EVALUATION_SEED = 1_000_000
 """First seed of the evaluation images. Seeds of training images count up from 0 and stay below."""
 
@@ -111,7 +112,7 @@ class Quickstart:
         return images
 
     def trainer(self, pipeline: Any, dataset: Dataset, callbacks: list[Any] | None = None) -> TGOLTrainer:
-        """Make the trainer, with the paper's loss settings and a LoRA for a network of a million weights."""
+        """Make the trainer, with a recipe of the method and a LoRA for a network of a million weights."""
         from peft import LoraConfig
 
         from tgol_trainer.config import TGOLConfig
@@ -119,7 +120,8 @@ class Quickstart:
 
         return TGOLTrainer(
             model=pipeline,
-            args=TGOLConfig(
+            args=TGOLConfig.from_recipe(
+                RECIPE,
                 output_dir=str(self.output_dir),
                 score_column=TRAINED_SCORE,
                 per_device_train_batch_size=64,
@@ -227,14 +229,15 @@ def _progress_callback() -> Any:
 
 def _show_labels(folder: Path, dataset: Dataset) -> None:
     """Print what `tgol label` prints for the dataset, and draw the histogram."""
-    from tgol_trainer.config import MethodArguments
+    from tgol_trainer.config import MethodArguments, recipe_fields
     from tgol_trainer.data import Columns
     from tgol_trainer.data.scores import read_scores
     from tgol_trainer.labels.advice import advise
     from tgol_trainer.labels.dry_run import dry_run
 
     columns = Columns(score=TRAINED_SCORE)
-    report, scores = dry_run(read_scores(dataset, columns), MethodArguments(), columns)
+    method = MethodArguments(**recipe_fields(RECIPE))
+    report, scores = dry_run(read_scores(dataset, columns), method, columns, group_column=columns.prompt)
     save_label_histogram(folder / "score_histogram.png", report, scores)
     print()
     for line in report_lines(report, advise(report)):
