@@ -180,6 +180,8 @@ DISTANCE = {**MEAN, "weight_form": "abs"}
 ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
 ANCHORS = (0.05, 0.15, 0.5, 1.5)
+ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
+CENTRED = {"log_ratio_centering": "group", "group_size": GROUP}
 METHODS: dict[str, Method] = {
     "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
     "tgo, w=d": Method(of_library, T, DISTANCE),
@@ -196,6 +198,16 @@ METHODS: dict[str, Method] = {
     "calibrated": Method(calibrated, (0.05, 0.1, 0.2, 0.4), DISTANCE),
     "relative": Method(relative, (0.1, 0.2, 0.4, 0.8), DISTANCE),
     "soft": Method(soft, T, MEAN),
+    "tgo, w=1": Method(of_library, T, {**MEAN, "weight_form": "none"}),
+    "tgo, w=1+5d": Method(of_library, T, MEAN),
+    "tgo, w=1+5√d": Method(of_library, T, {**MEAN, "weight_form": "power"}),
+    "tgo, w clipped": Method(of_library, T, {**MEAN, "weight_form": "clipped"}),
+    "tgo, w=d, oracle": Method(of_library, T, {**DISTANCE, **ORACLE}),
+    "tgo, w=d, centred": Method(of_library, T, {**DISTANCE, **CENTRED}, shared=True),
+    "tgo, w=d, half centred": Method(of_library, T, {**DISTANCE, **CENTRED, "centering_strength": 0.5}, shared=True),
+    "ordinal": Method(of_library, T, {"loss_type": "ordinal", "score_normalization": "zscore"}),
+    "dro": Method(of_library, T, {**MEAN, "loss_type": "dro"}),
+    "qrpo": Method(of_library, T, {"loss_type": "qrpo", "threshold_strategy": "group"}),
     "dpo": Method(of_library, T, {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
     "kto": Method(of_library, T, {"loss_type": "kto", **MEAN}, rival=True),
     "nft": Method(nft, (0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
@@ -214,5 +226,7 @@ def arguments(method: Method, strength: float) -> MethodArguments:
     if fields.get("loss_type") == "tgol_anchored":
         fields["anchor"] = strength
     if fields.get("threshold_strategy") == "oracle":
-        fields |= {"reference_samples": True, "oracle_beta": strength}
+        fields["reference_samples"] = True
+    if method.loss is tilted:
+        fields["oracle_beta"] = strength
     return MethodArguments(**fields)

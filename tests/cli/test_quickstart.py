@@ -1,8 +1,10 @@
 """`tgol quickstart`: everything it promises on disk; its measured gates are a slow test."""
 
 import json
+import re
 import time
 
+import numpy as np
 import pytest
 from datasets import load_dataset
 from huggingface_hub import ModelCard
@@ -27,7 +29,8 @@ def test_a_small_run_leaves_every_file_and_reports_every_score(tmp_path, capfd):
     for name in images:
         assert min(Image.open(tmp_path / name).size) > 300
     scores = metrics["scores"]
-    assert [name for name, score in scores.items() if score["trained"]] == ["background_darkness"]
+    trained = ["background_darkness", "colour_faithfulness"]
+    assert [name for name, score in scores.items() if score["trained"]] == trained
     assert set(scores) == {"background_darkness", "colour_faithfulness", "jpeg_compressibility"}
     assert all(low <= score["win_rate"] <= high for score in scores.values() for low, high in [score["interval"]])
     dataset = load_dataset("parquet", data_files=str(tmp_path / "dataset" / "*.parquet"), split="train")
@@ -35,7 +38,10 @@ def test_a_small_run_leaves_every_file_and_reports_every_score(tmp_path, capfd):
     card = (tmp_path / "README.md").read_text()
     assert ModelCard(card).data.eval_results
     assert "before_after.png" in card and "shapes model embedded" in card
-    assert "48 positive, 48 negative" in printed.out and "Or train on a dataset of your own" in printed.out
+    labels = re.search(r"(\d+) positive, (\d+) negative", printed.out)
+    assert sum(map(int, labels.groups())) == 96 and "each of 24 groups has its own" in printed.out
+    assert "background_darkness + colour_faithfulness" in printed.out
+    assert "Or train on a dataset of your own" in printed.out
     assert f"rate {tmp_path / 'dataset'} --model_name_or_path shapes" in printed.out
     for noise in ("torchvision", "gemm_4bit", "peft_config", "Traceback", "FutureWarning", "UserWarning"):
         assert noise not in printed.out + printed.err
@@ -51,10 +57,12 @@ def test_numbers_that_cannot_work_are_refused_before_anything_is_loaded(option, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_darkness_wins_and_colours_are_not_significantly_worse(seed, tmp_path):
+def test_darkness_gains_what_can_be_seen_and_colours_are_not_significantly_worse(seed, tmp_path):
     start = time.process_time()
     _, metrics = quickstart(tmp_path, "--seed", seed)
     seconds = time.process_time() - start  # of the processor: other work on the machine does not count
-    assert metrics["scores"]["background_darkness"]["win_rate"] >= 0.8
+    rows = load_dataset("parquet", data_files=str(tmp_path / "dataset" / "*.parquet"), split="train")
+    spread = np.std(rows["background_darkness"])
+    assert metrics["scores"]["background_darkness"]["mean_change"] >= spread
     assert metrics["scores"]["colour_faithfulness"]["interval"][1] >= 0.5
     assert seconds <= 180 and metrics["seconds"]["total"] > 0

@@ -340,11 +340,11 @@ def test_healthy_scores_get_no_advice_and_the_flags_advised_mend_what_they_are_f
     assert set(topics(tmp_path, rng.normal(size=2000), prompts=["one"] * 2000)) == {"one group"}
 
 
-def test_images_of_a_prompt_are_advised_to_be_compared_with_flags_that_training_takes(tmp_path):
+def test_four_images_of_a_prompt_are_advised_a_recipe_and_nothing_more_is_with_it(tmp_path):
     scores = np.random.default_rng(0).normal(size=64)
     prompts = [f"prompt {index // 4}" for index in range(64)]
     flags = topics(tmp_path, scores, prompts=prompts)["images to compare"].split()
-    assert flags[flags.index("--group_size") + 1] == "4"
+    assert flags == ["--recipe", "anchored"]
     assert "images to compare" not in topics(tmp_path, scores, *flags, prompts=prompts)
     assert "images to compare" not in topics(tmp_path, scores, prompts=[f"prompt {index // 3}" for index in range(64)])
 

@@ -243,16 +243,12 @@ def _of_images(report: LabelReport) -> list[Advice]:
     images = report.labeler.threshold.num_scores / report.prompts.num_groups
     if images < _COMPARED or report.prompts.num_groups == 1:
         return []
-    flags = (
-        f"--group_size {8 if images >= 2 * _COMPARED else _COMPARED} --share_group_noise true --loss_type "
-        "tgol_pairs --threshold_strategy group --group_statistic mean --weight_form abs --score_normalization zscore"
-    )
     return [
         Advice(
             "images to compare",
-            f"There are {images:,.1f} images a prompt. They can be compared with each other in a batch, which cancels "
-            "what is common to the prompt. The policy is then held less closely to the reference.",
-            flags,
+            f"There are {images:,.1f} images a prompt: each prompt can have a threshold of its own, which cancels what "
+            "is common to its images.",
+            "--recipe anchored",
         )
     ]
 
