@@ -246,8 +246,8 @@ def _of_images(report: LabelReport) -> list[Advice]:
     return [
         Advice(
             "images to compare",
-            f"There are {images:,.1f} images a prompt: each prompt can have a threshold of its own, which cancels what "
-            "is common to its images.",
+            f"There are {images:,.1f} images a prompt: each prompt can have a threshold of its own, which cancels "
+            "what is common to its images.",
             "--recipe anchored",
         )
     ]
