@@ -26,7 +26,7 @@ def test_saturated_rewards_are_named_once_with_the_temperature_to_set(caplog):
     assert not said(caplog, watch)
 
 
-@pytest.mark.parametrize("loss_type", ["sft", "nft", "dro", "tgol_anchored"])
+@pytest.mark.parametrize("loss_type", ["sft", "nft", "tgol_anchored"])
 def test_losses_without_a_sigmoid_get_no_advice(caplog, loss_type):
     assert not said(caplog, TemperatureWatch(DiffusionLikelihood.__new__(DiffusionLikelihood)), loss_type)
 

@@ -17,7 +17,7 @@ from .metrics import temperature_advice
 
 logger = logging.getLogger(__name__)
 
-SIGMOID_LOSSES = ("tgol", "tgol_pairs", "ordinal", "kto", "dpo")
+SIGMOID_LOSSES = ("tgol", "tgol_pairs", "kto", "dpo")
 """Losses of a sigmoid of the implicit reward, which T must bring to about 1."""
 
 
@@ -62,29 +62,15 @@ def training_loss(
     batch, beta, log_ratio = scored.batch, args.beta, scored.log_ratio
     margin, weight = batch["margin"], batch["weight"]
     if args.loss_type == "tgol_pairs":
-        margins = losses.pair_margins(batch["score"], margin, args.centering_strength)
-        return losses.pairwise_threshold_loss(
-            log_ratio, margins, batch["group"], weighting(margins), beta=beta, strength=args.centering_strength
-        )
-    if args.log_ratio_centering == "group":
-        log_ratio, margin = losses.centred_in_group(
-            log_ratio, margin, batch["score"], batch["group"], args.centering_strength
-        )
-        weight = weighting(margin)
+        margins = losses.pair_margins(batch["score"], margin)
+        return losses.pairwise_threshold_loss(log_ratio, margins, batch["group"], weighting(margins), beta=beta)
     if args.loss_type == "tgol":
         return losses.threshold_guided_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "tgol_anchored":
         errors = (scored.error, scored.reference_error, scored.change)
         return losses.anchored_loss(*errors, margin / score_std, anchor=args.anchor)
-    if args.loss_type == "ordinal":
-        offsets = thresholds.ordinal_offsets(args.ordinal_percentiles)
-        return losses.ordinal_loss(log_ratio, margin, offsets, weight, beta=beta)
     if args.loss_type == "kto":
         return losses.kto_loss(log_ratio, margin, weight, beta=beta)
-    if args.loss_type == "dro":
-        return losses.regression_loss(log_ratio, margin, weight, beta=beta)
-    if args.loss_type == "qrpo":
-        return losses.quantile_regression_loss(log_ratio, batch["quantile"], weight, beta=beta)
     if args.loss_type == "dpo":
         return losses.preference_loss(log_ratio, batch["score"], batch["group"], beta=beta)
     if args.loss_type == "nft":

@@ -198,8 +198,7 @@ class Training:
         texts = [self.rows.prompts[row] for row in rows]
         if self.method.suffixed:
             texts = [text + CSFT_SUFFIXES[int(value < 0)] for text, value in zip(texts, margin, strict=True)]
-        columns = {name: getattr(self.labels, name) for name in ("score", "margin", "weight", "quantile")}
-        batch = {name: torch.from_numpy(column[rows]) for name, column in columns.items() if column is not None}
+        batch = {name: torch.from_numpy(getattr(self.labels, name)[rows]) for name in ("score", "margin", "weight")}
         batch["group"] = torch.arange(BATCH) // GROUP
         prediction = self.family.predict(self.family.denoiser, draw, self.conditioning(texts))
         passed = Passed(

@@ -28,7 +28,7 @@ class Passed:
         reference (`torch.Tensor`): (B, C, h, w) of the reference.
         target (`torch.Tensor`): (B, C, h, w).
         timesteps (`torch.Tensor`): Times of the draws.
-        rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight`, `group`, and `quantile` where it is asked for.
+        rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight` and `group`.
         score_std (`float`): Standard deviation of the scores.
         weighting ([`thresholds.Weighting`]): Margins to weights.
         profile ([`ErrorProfile`]): The reference's mean error by time.
@@ -181,7 +181,6 @@ ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
 ANCHORS = (0.05, 0.15, 0.5, 1.5)
 ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
-CENTRED = {"log_ratio_centering": "group", "group_size": GROUP}
 METHODS: dict[str, Method] = {
     "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
     "tgo, w=d": Method(of_library, T, DISTANCE),
@@ -200,14 +199,7 @@ METHODS: dict[str, Method] = {
     "soft": Method(soft, T, MEAN),
     "tgo, w=1": Method(of_library, T, {**MEAN, "weight_form": "none"}),
     "tgo, w=1+5d": Method(of_library, T, MEAN),
-    "tgo, w=1+5√d": Method(of_library, T, {**MEAN, "weight_form": "power"}),
-    "tgo, w clipped": Method(of_library, T, {**MEAN, "weight_form": "clipped"}),
     "tgo, w=d, oracle": Method(of_library, T, {**DISTANCE, **ORACLE}),
-    "tgo, w=d, centred": Method(of_library, T, {**DISTANCE, **CENTRED}, shared=True),
-    "tgo, w=d, half centred": Method(of_library, T, {**DISTANCE, **CENTRED, "centering_strength": 0.5}, shared=True),
-    "ordinal": Method(of_library, T, {"loss_type": "ordinal", "score_normalization": "zscore"}),
-    "dro": Method(of_library, T, {**MEAN, "loss_type": "dro"}),
-    "qrpo": Method(of_library, T, {"loss_type": "qrpo", "threshold_strategy": "group"}),
     "dpo": Method(of_library, T, {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
     "kto": Method(of_library, T, {"loss_type": "kto", **MEAN}, rival=True),
     "nft": Method(nft, (0.1, 0.2, 0.5, 1.0), MEAN, rival=True),

@@ -45,11 +45,11 @@ def test_prompts_of_any_script_come_back_whole():
 
 
 def test_labels_are_stacked_as_they_are():
-    labels = Labeler(apply_threshold([1.5, -2.0], 0.0), cut_points=[0.0, 1.0])([1.5, -2.0])
+    labels = Labeler(apply_threshold([1.5, -2.0], 0.0))([1.5, -2.0])
     batch = Collator((4, 4))([{**row(), **labels.row(index)} for index in range(2)])
     assert batch["score"].tolist() == [1.5, -2.0]
-    assert batch["margin"].tolist() == [[1.5, 0.5], [-2.0, -3.0]]
-    assert batch["weight"].tolist() == [[8.5, 3.5], [11.0, 16.0]]
+    assert batch["margin"].tolist() == [1.5, -2.0]
+    assert batch["weight"].tolist() == [8.5, 11.0]
     assert {batch[name].dtype for name in ("score", "margin", "weight")} == {torch.float32}
 
 

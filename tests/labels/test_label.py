@@ -88,11 +88,10 @@ def test_threshold_labels_and_weights_are_those_of_a_trainer_on_the_same_file(tm
 @pytest.mark.parametrize(
     "settings",
     [
-        {"threshold_strategy": "group", "weight_form": "power", "weight_power": 0.3, "desirable_weight": 2.0},
+        {"threshold_strategy": "group", "confidence_scale": 0.3, "desirable_weight": 2.0},
         {"threshold_strategy": "group", "group_column": "style", "group_statistic": "mean", "dead_zone": 0.4},
         {"threshold_strategy": "oracle", "reference_samples": True, "oracle_beta": 0.5, "weight_form": "abs"},
         {"threshold_strategy": "oracle", "score_normalization": "zscore", "normalize_weights": True},
-        {"loss_type": "ordinal", "ordinal_percentiles": [20.0, 60.0], "weight_form": "clipped", "weight_limit": 1.5},
         {"loss_type": "kto", "undesirable_weight": 1.5, "dead_zone": 0.2, "score_normalization": "robust"},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
@@ -124,15 +123,11 @@ def test_every_strategy_and_weight_is_that_of_a_trainer_row_by_row(tmp_path, con
     batch = trainer.collator([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
     tau = trainer.threshold.value if trainer.labeler.rows is None else batch["score"] - batch["margin"]
     place = {row: index for index, row in enumerate(batch["row_id"].tolist())}
-    weights = batch["weight"].reshape(len(place), -1).mean(dim=1)  # of the ordinal loss: over its cut points
     assert {example["row"] for example in shown["examples"]} <= set(place)
     for example in shown["examples"]:
         index = place[example["row"]]
         assert example["positive"] == bool((batch["score"] - tau >= -1e-7)[index])
-        assert example["weight"] == pytest.approx(weights[index].item(), rel=1e-5)
-    if settings.get("loss_type") == "ordinal":
-        assert [cut for cut, _ in shown["threshold"]["cut_points"]] == trainer.labeler.cut_points
-        assert [n for _, n in shown["threshold"]["cut_points"]] == (batch["margin"] >= 0).sum(0).tolist()
+        assert example["weight"] == pytest.approx(batch["weight"][index].item(), rel=1e-5)
     assert trainer.labeler.weighting.formula in capsys.readouterr().out
 
 
@@ -357,11 +352,8 @@ def test_a_settings_file_of_training_is_understood_and_flags_win(tmp_path):
     shown = label(tmp_path, "--config", file, "--threshold_percentile", 20)
     assert shown["threshold"]["percentile"] == 20
     assert shown["normalization"]["method"] == "robust"
-    method = {"loss_type": "ordinal", "ordinal_percentiles": [30, 70], "normalize_weights": True}
-    file.write_text(yaml.safe_dump({**settings, **method}))
-    shown = label(tmp_path, "--config", file)
-    assert [count for _, count in shown["threshold"]["cut_points"]] == [4, 2]
-    assert shown["weights"]["mean"] == pytest.approx(1)
+    file.write_text(yaml.safe_dump({**settings, "score_normalization": "robust", "normalize_weights": True}))
+    assert label(tmp_path, "--config", file)["weights"]["mean"] == pytest.approx(1)
     file.write_text(yaml.safe_dump({**settings, "score_colum": "rating"}))
     with pytest.raises(SystemExit, match="Did you mean 'score_column'"):
         label(tmp_path, "--config", file)

@@ -1,4 +1,4 @@
-"""Labels of rows: normalisation before τ, exact signs, weights, quantiles, one row of a stream at a time."""
+"""Labels of rows: normalisation before τ, exact signs, weights, one row of a stream at a time."""
 
 import dataclasses
 
@@ -12,18 +12,6 @@ from tgol_trainer.thresholds import ScoreNormalization, ThresholdError, Weightin
 def labeler(threshold=0.0, **options):
     low_and_high = np.array([threshold - 1, threshold + 1])
     return Labeler(apply_threshold(low_and_high, threshold), **options)
-
-
-def test_quantiles_are_among_the_scores_of_the_rows_group_where_thresholds_are():
-    """Group a holds 1, 2, 3: 2 has 1 + ½ of 3 below. In all six scores, 2 has 1 + ½ below. c was never seen."""
-    scores, groups = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 20.0]), list("aaabbb")
-    settings = LabelSettings(strategy="group", quantiles=True)
-    labeler, labels, _ = fit_labels(scores, settings, groups=groups)
-    assert labels.quantile.tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6, 1 / 6, 2 / 3, 2 / 3])
-    again = labeler(np.array([2.0, 2.0, 2.0]), groups=list("abc"))
-    assert again.quantile.tolist() == pytest.approx([1 / 2, 0, 1.5 / 6])
-    whole = fit_labels(scores, LabelSettings(quantiles=True)).labels
-    assert whole.quantile[1] == pytest.approx(1.5 / 6)
 
 
 def test_scores_are_normalised_before_the_threshold_and_weights_are_those_of_the_paper():
@@ -52,11 +40,6 @@ def test_a_margin_below_float32_keeps_its_sign_and_a_margin_beyond_it_stays_fini
 def test_rows_of_their_own_threshold_meet_it():
     labels = labeler(by_group={"a": 1.0})([0.5, 0.5], labeler(by_group={"a": 1.0}).row_thresholds(["a", "unseen"]))
     assert labels.margin.tolist() == [-0.5, 0.5]
-
-
-def test_quantiles_are_the_share_of_source_scores_below_with_ties_counting_half():
-    made = labeler(quantiles=True, source=np.array([3.0, 1.0, 2.0, 2.0]))
-    assert made([0.0, 1.0, 2.0, 2.5, 4.0]).quantile.tolist() == [0.0, 0.125, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -1,4 +1,4 @@
-"""Weights, the ordinal loss, losses within groups and rival losses, each by hand and at a log-ratio of zero."""
+"""Weights, losses within groups and rival losses, each by hand and at a log-ratio of zero."""
 
 import math
 
@@ -11,7 +11,6 @@ from tgol_trainer.losses import (
     group_mates_mean,
     kto_loss,
     nft_loss,
-    ordinal_loss,
     pairwise_threshold_loss,
     preference_loss,
     quantile_regression_loss,
@@ -19,7 +18,7 @@ from tgol_trainer.losses import (
     supervised_loss,
     threshold_guided_loss,
 )
-from tgol_trainer.thresholds import confidence_weights, ordinal_offsets
+from tgol_trainer.thresholds import confidence_weights
 
 LN3 = math.log(3)  # σ(ln 3) = 3/4
 
@@ -37,65 +36,16 @@ def close(found, expected):
         ("linear", [1.0, 3.0, 9.0]),
         ("none", [1.0, 1.0, 1.0]),
         ("abs", [0.0, 1.0, 4.0]),
-        ("power", [1.0, 3.0, 5.0]),
-        ("clipped", [1.0, 3.0, 4.0]),
     ],
 )
 def test_weights_by_hand(kind, form, expected):
-    """c = 2, power ½, limit 4, margins 0, -1, 4."""
-    close(confidence_weights(kind([0.0, -1.0, 4.0]), form=form, scale=2.0, power=0.5, limit=4.0), expected)
+    """c = 2, margins 0, -1, 4."""
+    close(confidence_weights(kind([0.0, -1.0, 4.0]), form=form, scale=2.0), expected)
 
 
 def test_an_unknown_weight_form_is_refused():
-    with pytest.raises(ValueError, match="linear, none, abs, power, clipped"):
+    with pytest.raises(ValueError, match="linear, none, abs, got"):
         confidence_weights(np.zeros(1), form="square")
-
-
-def test_ordinal_offsets_are_centred_logits():
-    """25, 50, 75: logits -ln 3, 0, ln 3. 50, 75: 0 and ln 3, mean ln(3)/2."""
-    close(ordinal_offsets([25, 50, 75]), [-LN3, 0.0, LN3])
-    close(ordinal_offsets([50, 75]), [-LN3 / 2, LN3 / 2])
-    assert ordinal_offsets([30]) == [0.0]
-
-
-@pytest.mark.parametrize("percentiles", [[], [50, 25], [0, 50], [50, 100], [50, 50]])
-def test_percentiles_that_do_not_increase_inside_0_and_100_are_refused(percentiles):
-    with pytest.raises(ValueError, match="increase"):
-        ordinal_offsets(percentiles)
-
-
-def test_the_ordinal_loss_of_one_example_by_hand():
-    """
-    ŝ = 0, cut points at offsets -ln 3, 0, ln 3, score above the first two: weights 1, 2, 4.
-    Distances ln 3, 0, -ln 3; softplus(-ln 3) = ln(4/3), softplus(0) = ln 2, softplus(-ln 3) = ln(4/3).
-    """
-    record = ordinal_loss(
-        torch.zeros(1),
-        torch.tensor([[0.5, 0.0, -0.1]]),
-        ordinal_offsets([25, 50, 75]),
-        torch.tensor([[1.0, 2.0, 4.0]]),
-    )
-    close(record.loss, [(math.log(4 / 3) + 2 * math.log(2) + 4 * math.log(4 / 3)) / 3])
-    assert record.label.tolist() == [True]
-    close(record.weight, [7 / 3])
-
-
-def test_the_ordinal_loss_prefers_the_reward_that_its_rank_calls_for():
-    """A score between the cut points at 25 and 50 % is likeliest at an implicit reward between their offsets."""
-    offsets = ordinal_offsets([25, 50, 75])
-    rewards = torch.linspace(-4, 4, 801)
-    margins = torch.tensor([[0.1, -0.1, -0.2]]).expand(801, 3)
-    losses = ordinal_loss(rewards, margins, offsets, torch.ones(801, 3)).loss
-    assert offsets[0] < rewards[losses.argmin()] < offsets[1]
-
-
-def test_one_cut_point_is_the_threshold_guided_loss():
-    generator = torch.Generator().manual_seed(0)
-    log_ratio, margin = torch.randn(2, 50, generator=generator)
-    single = threshold_guided_loss(log_ratio, margin, confidence_weights(margin), beta=2.0)
-    record = ordinal_loss(log_ratio, margin[:, None], [0.0], single.weight[:, None], beta=2.0)
-    for found, expected in zip(record, single, strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 def test_the_mean_of_group_mates_leaves_the_row_itself_out():

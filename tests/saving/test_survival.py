@@ -331,7 +331,7 @@ def test_a_stream_that_is_resumed_gives_the_rows_and_weights_of_an_unbroken_run(
 CHANGED = {
     "temperature": {"temperature": 0.01},
     "beta": {"beta": 2.0},
-    "loss_type": {"loss_type": "dro"},
+    "loss_type": {"loss_type": "kto"},
     "seed": {"seed": 7, "data_seed": 42},
     "resolution": {"resolution": 32},
     "learning_rate": {"learning_rate": 1e-4},

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _can_compare(args: argparse.Namespace) -> bool:
     """Whether the recipe `anchored` is not used and would be accepted."""
-    plain = args.loss_type == "tgol" and args.log_ratio_centering == "none" and args.score_combination == "sum"
+    plain = args.loss_type == "tgol" and args.score_combination == "sum"
     return plain and not args.dataset_streaming and args.threshold_strategy == "global" and args.threshold is None
 
 

@@ -42,10 +42,6 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         f"Labels     {threshold.num_positive:,} positive, {threshold.num_negative:,} negative "
         f"({threshold.num_positive / total:.1%} positive); {threshold.num_ties:,} tied with τ, which count as positive"
     )
-    lines += [
-        f"Cut point  {cut:.6g}: {count:,} rows from there up ({count / total:.1%})"
-        for cut, count in report.levels or []
-    ]
     if weights is not None:
         weighting = report.labeler.weighting
         spread = ", ".join(f"{weight:.3g}" for weight in report.weight_percentiles.values())

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from tgol_trainer.thresholds import Weighting, check_combination, ordinal_offsets
+from tgol_trainer.thresholds import Weighting, check_combination
 
-LossType = Literal["tgol", "tgol_anchored", "tgol_pairs", "ordinal", "sft", "csft", "kto", "dro", "qrpo", "dpo", "nft"]
-CONFIDENT_LOSSES = ("tgol", "tgol_pairs", "ordinal")
+LossType = Literal["tgol", "tgol_anchored", "tgol_pairs", "sft", "csft", "kto", "dpo", "nft"]
+CONFIDENT_LOSSES = ("tgol", "tgol_pairs")
 """Losses that confidence weights act on; the others stand as their papers have them."""
 _UNWEIGHTED_LOSSES = ("tgol_anchored", "sft", "csft", "dpo", "nft")
 
@@ -21,8 +21,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default="tgol",
         metadata={
             "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_anchored' is linear in the score and holds the policy "
-            "by its distance from the reference; 'tgol_pairs' compares the images of a prompt; 'ordinal' has "
-            "several thresholds. For comparison: 'sft', 'csft', 'kto', 'dro', 'qrpo', 'dpo', 'nft' (docs/losses.md)."
+            "by its distance from the reference; 'tgol_pairs' compares the images of a prompt. For comparison: 'sft', "
+            "'csft', 'kto', 'dpo', 'nft' (docs/losses.md)."
         },
     )
     beta: float = field(default=1.0, metadata={"help": "β, the scale of the implicit reward (paper: 1)."})
@@ -117,25 +117,16 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default=0.0,
         metadata={"help": "Leave out rows with |s - τ| below this, in raw units unless `score_normalization` is set."},
     )
-    ordinal_percentiles: list[float] = field(
-        default_factory=lambda: [25.0, 50.0, 75.0],
-        metadata={"help": "Increasing percentiles of the scores that become the cut points of the ordinal loss."},
-    )
 
     # Weights
     confidence_scale: float = field(
         default=5.0,
         metadata={"help": "c in the weight 1 + c·|s - τ| (paper: 5). Its effect depends on the unit of the scores."},
     )
-    weight_form: Literal["linear", "none", "abs", "power", "clipped"] = field(
+    weight_form: Literal["linear", "none", "abs"] = field(
         default="linear",
-        metadata={
-            "help": "Weight at distance d = |s - τ|: 'linear' 1 + c·d (paper), 'none' 1, 'abs' d, 'power' "
-            "1 + c·d^weight_power, 'clipped' min(1 + c·d, weight_limit)."
-        },
+        metadata={"help": "Weight at distance d = |s - τ|: 'linear' 1 + c·d (paper), 'none' 1, 'abs' d."},
     )
-    weight_power: float = field(default=0.5, metadata={"help": "Exponent of the weight form 'power'."})
-    weight_limit: float = field(default=2.0, metadata={"help": "Largest weight of the weight form 'clipped'."})
     normalize_weights: bool = field(
         default=False, metadata={"help": "Divide the weights by their mean over the training rows."}
     )
@@ -145,24 +136,11 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     undesirable_weight: float = field(default=1.0, metadata={"help": "Factor on the weights of negative samples."})
 
     # Groups in a batch
-    log_ratio_centering: Literal["none", "group"] = field(
-        default="none",
-        metadata={
-            "help": "'group' subtracts the mean of the group's other images in the batch from log-ratio and score. "
-            "The prompt's baseline cancels. The policy is held less closely to the reference."
-        },
-    )
-    centering_strength: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the other images' log-ratio that is subtracted, 0 to 1, with 'group' or 'tgol_pairs'."
-        },
-    )
     group_size: int | None = field(
         default=None,
         metadata={
             "help": "Images of one group side by side in a batch. It must divide `per_device_train_batch_size`. "
-            "The losses 'dpo' and 'tgol_pairs' and `log_ratio_centering` need it. None: rows in random order."
+            "The losses 'dpo' and 'tgol_pairs' need it. None: rows in random order."
         },
     )
     share_group_noise: bool = field(
@@ -223,8 +201,6 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         return Weighting(
             form=form,
             scale=self.confidence_scale,
-            power=self.weight_power,
-            limit=self.weight_limit,
             desirable=self.desirable_weight,
             undesirable=self.undesirable_weight,
         )
@@ -247,9 +223,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     @property
     def comparing(self) -> str | None:
         """The setting, as written, that compares samples of a group within a batch; `None` where nothing does."""
-        if self.loss_type in ("dpo", "tgol_pairs"):
-            return f"`loss_type={self.loss_type!r}`"
-        return f"`log_ratio_centering={self.log_ratio_centering!r}`" if self.log_ratio_centering != "none" else None
+        return f"`loss_type={self.loss_type!r}`" if self.loss_type in ("dpo", "tgol_pairs") else None
 
     def check_method(self, batch_size: int) -> None:
         """
@@ -262,26 +236,25 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             ValueError: for a value out of range, fields that contradict each other, or a field that has no effect.
         """
         check_choices(self, MethodArguments)
-        positive = {"beta", "temperature", "weight_power", "anchor", "nft_mix"}
+        positive = {"beta", "temperature", "anchor", "nft_mix"}
         for name in (*positive, "confidence_scale", "dead_zone", "desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
                 wanted = "larger than 0" if name in positive else "at least 0"
                 raise ValueError(f"`{name}` must be {wanted} and finite, got {value}.")
-        for name, low, high in (("threshold_percentile", 0, 100), ("centering_strength", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` must be at least {low} and at most {high}, got {getattr(self, name)}.")
+        if not 0 <= self.threshold_percentile <= 100:
+            raise ValueError(
+                f"`threshold_percentile` must be at least 0 and at most 100, got {self.threshold_percentile}."
+            )
         for name, low in (
             ("max_threshold_samples", 1),
             ("threshold_window", 2),
             ("group_size", 2),
             ("num_ref_draws", 1),
-            ("weight_limit", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {value}.")
-        ordinal_offsets(self.ordinal_percentiles)
         if len(self.csft_suffixes) != 2:
             raise ValueError(f"`csft_suffixes` must be two texts, got {self.csft_suffixes!r}.")
         self._check_columns()
@@ -299,8 +272,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             "threshold_strategy": self.threshold_strategy != "global",
             "threshold_update": self.threshold_update != "once",
             "score_normalization": self.score_normalization != "none",
-            "log_ratio_centering": self.log_ratio_centering != "none",
-            "loss_type": self.loss_type in ("ordinal", "tgol_pairs"),
+            "loss_type": self.loss_type == "tgol_pairs",
         }
         for name in (name for name, clash in clashes.items() if clash):
             raise ValueError(
@@ -321,12 +293,6 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
                 raise ValueError("A fixed `threshold` has nothing to estimate: leave `threshold_update` at 'once'.")
         if self.threshold_strategy == "running" and self.threshold_update == "epoch":
             raise ValueError("`threshold_strategy='running'` follows the scores anyway: leave `threshold_update`.")
-        if self.loss_type == "ordinal" and self.strategy != "global":
-            given = "threshold" if self.threshold is not None else "threshold_strategy"
-            raise ValueError(
-                f"`loss_type='ordinal'` cuts at the `ordinal_percentiles` of all scores, which "
-                f"`{given}={getattr(self, given)!r}` does not change: leave it out."
-            )
         if self.oracle_beta is not None and not (math.isfinite(self.oracle_beta) and self.oracle_beta > 0):
             raise ValueError(f"`oracle_beta` must be larger than 0 and finite, got {self.oracle_beta}.")
         if self.threshold_strategy == "group" and self.threshold_percentile in (0, 100):
@@ -340,11 +306,6 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         if self.group_size is not None and batch_size % self.group_size:
             raise ValueError(
                 f"`group_size` {self.group_size} must divide `per_device_train_batch_size`, which is {batch_size}."
-            )
-        if self.log_ratio_centering != "none" and self.loss_type not in ("tgol", "kto", "dro"):
-            raise ValueError(
-                f"`log_ratio_centering='group'` acts on log-ratios and margins, and works with the loss types 'tgol', "
-                f"'kto' and 'dro'; `loss_type` is {self.loss_type!r}."
             )
 
     def _check_reference(self) -> None:
@@ -376,26 +337,23 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
 
 _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "threshold_percentile": (
-        lambda args: args.threshold is None and (args.loss_type != "ordinal" or args.dead_zone > 0),
-        "without a fixed `threshold`, and with `loss_type='ordinal'` only beside a `dead_zone`",
+        lambda args: args.threshold is None,
+        "without a fixed `threshold`",
     ),
     "group_column": (lambda args: args.uses_groups, "with group thresholds, `group_size` or `share_group_noise`"),
     "group_statistic": (lambda args: args.threshold_strategy == "group", "with `threshold_strategy='group'`"),
     "oracle_beta": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
     "reference_samples": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
     "threshold_window": (lambda args: args.threshold_strategy == "running", "with `threshold_strategy='running'`"),
-    "ordinal_percentiles": (lambda args: args.loss_type == "ordinal", "with `loss_type='ordinal'`"),
     "weight_form": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
     "normalize_weights": (
-        lambda args: args.loss_type in ("tgol", "ordinal") and args.comparing is None,
-        "with 'tgol' and 'ordinal' without centring: weights of compared images are known only in their batch",
+        lambda args: args.loss_type == "tgol",
+        "with `loss_type='tgol'`: weights of compared images are known only in their batch",
     ),
     "confidence_scale": (
-        lambda args: args.weighting.form in ("linear", "power", "clipped"),
-        f"with the loss types {CONFIDENT_LOSSES} and the weight forms 'linear', 'power' and 'clipped'",
+        lambda args: args.weighting.form == "linear",
+        f"with the loss types {CONFIDENT_LOSSES} and `weight_form='linear'`",
     ),
-    "weight_power": (lambda args: args.weighting.form == "power", "with `weight_form='power'`"),
-    "weight_limit": (lambda args: args.weighting.form == "clipped", "with `weight_form='clipped'`"),
     "desirable_weight": (
         lambda args: args.loss_type not in _UNWEIGHTED_LOSSES,
         f"with other loss types than {_UNWEIGHTED_LOSSES}",
@@ -403,10 +361,6 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "undesirable_weight": (
         lambda args: args.loss_type not in _UNWEIGHTED_LOSSES,
         f"with other loss types than {_UNWEIGHTED_LOSSES}",
-    ),
-    "centering_strength": (
-        lambda args: args.log_ratio_centering == "group" or args.loss_type == "tgol_pairs",
-        "with `log_ratio_centering='group'` or `loss_type='tgol_pairs'`",
     ),
     "reference_update": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),
     "precompute_ref_log_probs": (lambda args: args.needs_reference, "with other loss types than 'sft' and 'csft'"),

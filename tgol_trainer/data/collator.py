@@ -11,7 +11,7 @@ import torch
 from .images import DataError, ImageError, content_key, crop_offset, describe, open_image, to_pixels
 from .videos import VideoError, video_pixels
 
-LABELS = ("score", "margin", "weight", "quantile")
+LABELS = ("score", "margin", "weight")
 """Values of [`labels.RowLabels`] that a batch stacks, where rows have them."""
 
 

@@ -174,7 +174,7 @@ def _of_weights(labeler: Labeler) -> list[Advice]:
                 "lead the training. Look at the rows with the lowest and highest scores.",
                 "remove wrong scores"
                 if weighting.form == "abs"
-                else "remove wrong scores, a smaller --confidence_scale, or --weight_form clipped",
+                else "remove wrong scores, or a smaller --confidence_scale",
             )
         )
     return found

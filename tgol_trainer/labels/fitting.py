@@ -45,11 +45,6 @@ class LabelSettings:
             Divide the weights by their mean over the training rows.
         dead_zone (`float`, *optional*, defaults to 0.0):
             Rows closer to their τ than this, in normalised units, are left out.
-        cut_percentiles (`Sequence[float]`, *optional*):
-            Percentiles of the source scores that become the cut points of the ordinal loss. Ties are resolved as in
-            [`thresholds.estimate_threshold`].
-        quantiles (`bool`, *optional*, defaults to `False`):
-            Whether rows get their quantile among the source scores (QRPO).
         window (`int`, *optional*): Number of last scores of the strategy `"running"`.
         columns (`tuple[str, ...]`, *optional*): Names of K score columns that make one score.
         column_weights (`tuple[float, ...]`, *optional*): Their weights; by default 1 each.
@@ -65,8 +60,6 @@ class LabelSettings:
     weighting: Weighting = dataclasses.field(default_factory=Weighting)
     unit_mean_weight: bool = False
     dead_zone: float = 0.0
-    cut_percentiles: Sequence[float] = ()
-    quantiles: bool = False
     window: int | None = None
     columns: Sequence[str] = ()
     column_weights: Sequence[float] | None = None
@@ -141,28 +134,25 @@ def fit_labels(
     if settings.dead_zone:
         labeler, kept = _without_dead_zone(labeler, normal, settings.dead_zone)
         scores = scores[kept]
-    if kept is not None and groups is not None:
-        groups = np.asarray(groups)[kept]
-    labels = labeler(scores, labeler.rows, groups)
+    labels = labeler(scores, labeler.rows)
     _check_weights(labels.weight, scores, name)
     mean = float(labels.weight.mean(dtype=np.float64))
     if settings.unit_mean_weight and mean > 0:
         weighting = dataclasses.replace(labeler.weighting, divisor=mean)
         labeler = dataclasses.replace(labeler, weighting=weighting)
         labels = dataclasses.replace(labels, weight=weighting(labels.margin).astype(np.float32, copy=False))
-    weights = thresholds.summarize_weights(labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1))
+    weights = thresholds.summarize_weights(labels.weight)
     _log(labeler.threshold, weights)
     return FittedLabels(dataclasses.replace(labeler, weights=weights), labels, kept)
 
 
 def _check_weights(weights: np.ndarray, scores: np.ndarray, name: str) -> None:
     """Refuse weights with which the loss of a batch, or its gradient, overflows float32."""
-    highest = weights if weights.ndim == 1 else weights.max(axis=1)
-    rows = np.flatnonzero(~(highest < _LARGEST_WEIGHT))
+    rows = np.flatnonzero(~(weights < _LARGEST_WEIGHT))
     if rows.size:
         shown = ", ".join(f"{scores[row]:g}" for row in rows[:_SHOWN])
         raise ThresholdError(
-            f"Column {name!r}: {rows.size} of {len(highest)} scores give weights that float32 cannot hold in a loss "
+            f"Column {name!r}: {rows.size} of {len(weights)} scores give weights that float32 cannot hold in a loss "
             f"(such as {shown}). Such numbers often stand for a missing score: remove these rows, or set "
             "`score_normalization='robust'` or a smaller `confidence_scale`."
         )
@@ -200,10 +190,6 @@ def _fit(
         threshold = _counted(scores, rows, Threshold(pooled, settings.strategy, 0, 0, 0, settings.percentile))
     else:
         threshold = _one_threshold(source, scores, settings, proxy)
-    keep_source = settings.quantiles or settings.window is not None
-    cut_points: list[float] = []
-    if source is not None:
-        cut_points = [thresholds.estimate_threshold(source, percentile=p).value for p in settings.cut_percentiles]
     return Labeler(
         threshold,
         weighting=settings.weighting,
@@ -211,10 +197,7 @@ def _fit(
         rows=rows,
         strategy=facts,
         score_std=deviation(source) if source is not None else 1.0,
-        source=source if keep_source else None,
-        source_groups=source_groups if settings.quantiles and settings.strategy == "group" else None,
-        cut_points=cut_points,
-        quantiles=settings.quantiles,
+        source=source if settings.window is not None else None,
         window=settings.window,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -27,22 +26,17 @@ class RowLabels:
 
     Args:
         score (`numpy.ndarray`): (N,) float32, the normalised score.
-        margin (`numpy.ndarray`): (N,) float32, normalised score − τ; (N, m) for the m cut points of the ordinal loss.
-        weight (`numpy.ndarray`): Weight w of each margin, float32, in the shape of `margin`.
-        quantile (`numpy.ndarray`, *optional*):
-            (N,) float32 in 0..1, the share of the source scores below the score; ties count one half. With thresholds
-            of groups, the share among those of the row's group. Only QRPO reads it.
+        margin (`numpy.ndarray`): (N,) float32, normalised score − τ.
+        weight (`numpy.ndarray`): (N,) float32, weight w of each margin.
     """
 
     score: np.ndarray
     margin: np.ndarray
     weight: np.ndarray
-    quantile: np.ndarray | None = None
 
     def row(self, index: int) -> dict[str, Any]:
         """Return the values of one row, as a batch names them."""
-        found = {"score": self.score[index], "margin": self.margin[index], "weight": self.weight[index]}
-        return found if self.quantile is None else {**found, "quantile": self.quantile[index]}
+        return {"score": self.score[index], "margin": self.margin[index], "weight": self.weight[index]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +59,8 @@ class Labeler:
         score_std (`float`, *optional*, defaults to 1.0): Standard deviation of the source scores in normalised units.
         source (`numpy.ndarray`, *optional*):
             (M,) source scores in normalised units, in the order they were read. Kept only where they are needed.
-        source_groups (`Sequence[str]` or `numpy.ndarray`, *optional*):
-            Groups of `source`, where quantiles are taken within groups.
         combination ([`thresholds.ScoreCombination`], *optional*):
             Makes one score of several columns, before normalisation.
-        cut_points (`Sequence[float]`, *optional*): Thresholds of the ordinal loss in normalised units.
-        quantiles (`bool`, *optional*, defaults to `False`): Whether rows get their quantile among `source`.
         window (`int`, *optional*): Number of last scores whose percentile is the running threshold of a stream.
     """
 
@@ -83,17 +73,13 @@ class Labeler:
     strategy: dict[str, Any] = dataclasses.field(default_factory=dict)
     score_std: float = 1.0
     source: np.ndarray | None = None
-    source_groups: Sequence[str] | np.ndarray | None = None
     combination: thresholds.ScoreCombination | None = None
-    cut_points: Sequence[float] = ()
-    quantiles: bool = False
     window: int | None = None
 
     def __call__(
         self,
         scores: Sequence[float] | np.ndarray,
         tau: np.ndarray | float | None = None,
-        groups: Sequence[str] | np.ndarray | None = None,
     ) -> RowLabels:
         """
         Label rows.
@@ -102,35 +88,14 @@ class Labeler:
             scores (`Sequence[float]`): (N,) raw scores, or (N, K) of the K columns of `combination`.
             tau (`numpy.ndarray` or `float`, *optional*):
                 (N,) τ of the rows in normalised units; by default the global one.
-            groups (`Sequence[str]` or `numpy.ndarray`, *optional*):
-                N groups of the rows, for quantiles within groups. A group without source scores takes the global one.
 
         Returns:
             [`RowLabels`]: margins are computed in float64, so that their sign is exact, and stored in float32.
         """
         values = self.normalized(scores)
-        if self.cut_points:
-            margin = margins(values[:, None], np.asarray(self.cut_points))
-        else:
-            margin = margins(values, self.threshold.value if tau is None else tau)
-        quantile = None
-        if self.quantiles and self.source is not None:
-            quantile = _quantiles(values, self._ordered_source)
-            for group, rows in _rows_of(groups if self.source_groups is not None else None).items():
-                if group in self._ordered_groups:
-                    quantile[rows] = _quantiles(values[rows], self._ordered_groups[group])
+        margin = margins(values, self.threshold.value if tau is None else tau)
         score = np.clip(values, -_HUGE, _HUGE).astype(np.float32)
-        weight = self.weighting(margin).astype(np.float32, copy=False)
-        return RowLabels(score, margin, weight, quantile)
-
-    @functools.cached_property
-    def _ordered_source(self) -> np.ndarray:
-        return np.sort(np.empty(0) if self.source is None else self.source)
-
-    @functools.cached_property
-    def _ordered_groups(self) -> dict[Any, np.ndarray]:
-        source = np.empty(0) if self.source is None else self.source
-        return {group: np.sort(source[rows]) for group, rows in _rows_of(self.source_groups).items()}
+        return RowLabels(score, margin, self.weighting(margin).astype(np.float32, copy=False))
 
     def normalized(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return (N,) float64 scores in normalised units, of (N,) raw scores or (N, K) of several columns."""
@@ -177,7 +142,6 @@ class Labeler:
             "strategy": self.strategy,
             "score_std": self.score_std,
             "row_thresholds_blake2b": digest,
-            "cut_points": list(self.cut_points),
             "combination": dataclasses.asdict(self.combination) if self.combination else None,
         }
 
@@ -212,7 +176,6 @@ class Labeler:
             weighting=Weighting(**saved["weighting"]),
             score_std=saved["score_std"],
             combination=combination,
-            cut_points=saved["cut_points"],
         )
 
     def _restored_combination(self, saved: Mapping[str, Any] | None) -> thresholds.ScoreCombination | None:
@@ -235,22 +198,6 @@ class Labeler:
         return before
 
 
-def _rows_of(groups: Sequence[str] | np.ndarray | None) -> dict[Any, np.ndarray]:
-    """Return the rows of each group."""
-    if groups is None:
-        return {}
-    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
-    order = np.argsort(numbers, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(numbers))[:-1])
-    return dict(zip(names.tolist(), parts, strict=True))
-
-
-def _quantiles(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Return the float32 share of ascending numbers below each value; ties count one half."""
-    ends = [np.searchsorted(ordered, values, side=side) for side in ("left", "right")]
-    return np.asarray((ends[0] + ends[1]) / (2 * ordered.size), dtype=np.float32)
-
-
 def margins(scores: np.ndarray, tau: np.ndarray | float) -> np.ndarray:
     """
     Return `scores − tau`, rounded to float32 with their signs kept.
@@ -259,11 +206,11 @@ def margins(scores: np.ndarray, tau: np.ndarray | float) -> np.ndarray:
     devices flush to 0, becomes the smallest normal number of its sign; 0 stays 0. Larger numbers stay finite.
 
     Args:
-        scores (`numpy.ndarray`): float64, (N,), or (N, 1) for m cut points.
-        tau (`numpy.ndarray` or `float`): float64, one value, (N,), or (m,) cut points.
+        scores (`numpy.ndarray`): (N,) float64.
+        tau (`numpy.ndarray` or `float`): float64, one value or (N,).
 
     Returns:
-        `numpy.ndarray`: (N,) or (N, m).
+        `numpy.ndarray`: (N,).
     """
     scores, tau = np.broadcast_arrays(scores, tau)  # views
     rounded = np.empty(scores.shape, dtype=np.float32)

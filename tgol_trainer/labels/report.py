@@ -129,8 +129,6 @@ class LabelReport:
         weight_percentiles (`dict[str, float]`): Percentile to weight.
         prompts ([`GroupReport`]): Labels by prompt.
         groups ([`GroupReport`], *optional*): Labels by the column asked for.
-        levels (`list[tuple[float, int]]`, *optional*):
-            Each cut point of the ordinal loss in normalised units, and the number of rows from there up.
         histogram (`list[tuple[float, float, int]]`):
             (low, high, count) of raw scores; low equals high where each value has its own bar.
         examples (`list[Example]`):
@@ -147,7 +145,6 @@ class LabelReport:
     weight_percentiles: dict[str, float]
     prompts: GroupReport
     groups: GroupReport | None
-    levels: list[tuple[float, int]] | None
     histogram: list[tuple[float, float, int]]
     examples: list[Example]
 
@@ -166,7 +163,6 @@ class LabelReport:
             "strategy": self.labeler.strategy,
             "uncertainty": values.pop("uncertainty"),
             "tie_breaker": values.pop("tie_breaker"),
-            "cut_points": values.pop("levels"),
         }
         values["normalization"] = labeler["normalization"]
         values["combination"] = labeler["combination"]
@@ -218,12 +214,11 @@ def label_report(
 
     prompts = group_report(prompt_column)
     groups = prompts if group_column == prompt_column else group_report(group_column) if group_column else None
-    weight = labels.weight if labels.weight.ndim == 1 else labels.weight.mean(axis=1)
-    examples = _examples(rows, raw, values - tau, weight, prompt_column)
+    examples = _examples(rows, raw, values - tau, labels.weight, prompt_column)
     ordered = np.sort(values)
     distinct = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     points = (1, 25, 50, 75, 99)
-    spread = np.percentile(weight, points)
+    spread = np.percentile(labels.weight, points)
     return LabelReport(
         score_column=score_column,
         num_rows=num_rows,
@@ -240,7 +235,6 @@ def label_report(
         examples=examples,
         prompts=prompts,
         groups=groups,
-        levels=[(float(cut), ordered.size - int(np.searchsorted(ordered, cut))) for cut in labeler.cut_points] or None,
     )
 
 

@@ -32,8 +32,8 @@ STREAMED_COLUMNS = (
     "`score_column`."
 )
 
-_READ_SCORES = ("tgol_anchored", "qrpo", "nft")
-"""Losses that need the spread or the quantiles of the scores, whatever the threshold."""
+_READ_SCORES = ("tgol_anchored", "nft")
+"""Losses that need the spread of the scores, whatever the threshold."""
 
 
 def check_sources(
@@ -130,8 +130,6 @@ def label_settings(args: MethodArguments) -> LabelSettings:
         weighting=args.weighting,
         unit_mean_weight=args.normalize_weights,
         dead_zone=args.dead_zone,
-        cut_percentiles=args.ordinal_percentiles if args.loss_type == "ordinal" else (),
-        quantiles=args.loss_type == "qrpo",
         window=args.threshold_window if args.threshold_strategy == "running" else None,
         columns=tuple(args.score_columns or ()),
         column_weights=args.score_weights,

@@ -14,43 +14,16 @@ def _mates(groups: torch.Tensor) -> torch.Tensor:
     return same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
 
 
-def centred_in_group(
-    log_ratio: torch.Tensor, margin: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, strength: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_margins(scores: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
     """
-    Centre log-ratios and margins on the other samples of the group.
-
-    With strength κ, the log-ratio loses κ times the mean of the group's others, and the margin becomes
-    `(1 - κ)·(s_i - τ) + κ·(s_i - mean_{j≠i} s_j)`. A sample that is alone in its group keeps both.
-
-    Args:
-        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref, with gradient.
-        margin (`torch.Tensor`): (B,) s - τ.
-        scores (`torch.Tensor`): (B,) s.
-        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
-        strength (`float`): κ between 0 and 1.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: (B,) log-ratios and (B,) margins.
-    """
-    others, has_others = group_mates_mean(log_ratio, groups)
-    among = group_differences(scores, groups)
-    margin = torch.where(has_others, margin + strength * (among - margin), margin)
-    return log_ratio - strength * others, margin
-
-
-def pair_margins(scores: torch.Tensor, margin: torch.Tensor, strength: float) -> torch.Tensor:
-    """
-    Return the (B, B) margins of [`pairwise_threshold_loss`]: `(1 - κ)·(s_i - τ) + κ·(s_i - s_j)`, s_i - τ where i = j.
+    Return the (B, B) margins of [`pairwise_threshold_loss`]: `s_i - s_j`, and s_i - τ where i = j.
 
     Args:
         scores (`torch.Tensor`): (B,) s.
         margin (`torch.Tensor`): (B,) s - τ.
-        strength (`float`): κ between 0 and 1.
     """
     among = scores[:, None] - scores[None, :]
-    margins = margin[:, None] + strength * (among - margin[:, None])
-    return torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, margins)
+    return torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, among)
 
 
 def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,14 +69,12 @@ def pairwise_threshold_loss(
     weights: torch.Tensor,
     *,
     beta: float = 1.0,
-    strength: float = 1.0,
 ) -> LossRecord:
     """
     The threshold-guided loss (paper, Eq. 10) with each other sample of the group as the threshold in turn:
-    `mean_{j≠i} -w_ij·log σ(±(ŝ_i - κ·ŝ_j))`, with plus where `margins[i, j] >= 0`.
+    `mean_{j≠i} -w_ij·log σ(±(ŝ_i - ŝ_j))`, with plus where `margins[i, j] >= 0`.
 
-    The prompt's baseline cancels in each difference, as it does in a pair. A difference that is right already stops
-    counting by itself, whereas centring on the mean looks at all others at once. With κ = 1 and weights of 1 this is
+    The prompt's baseline cancels in each difference, as it does in a pair. With weights of 1 this is
     [`preference_loss`], except that samples with equal scores are drawn together.
 
     Args:
@@ -113,7 +84,6 @@ def pairwise_threshold_loss(
         groups (`torch.Tensor`): (B,) integers; equal ones form a group.
         weights (`torch.Tensor`): (B, B) weights w_ij >= 0.
         beta (`float`, *optional*, defaults to 1.0): β.
-        strength (`float`, *optional*, defaults to 1.0): κ between 0 and 1.
 
     Returns:
         [`LossRecord`]: `implicit_reward` is the mean of the sample's differences, `label` is true where the mean of
@@ -131,7 +101,7 @@ def pairwise_threshold_loss(
     implicit_reward = beta * log_ratio.float()
     mates = _mates(groups)
     alone = torch.diag(mates.sum(1) == 0)
-    differences = implicit_reward[:, None] - torch.where(mates, strength * implicit_reward[None, :], 0.0)
+    differences = implicit_reward[:, None] - torch.where(mates, implicit_reward[None, :], 0.0)
     losses = weights.float() * F.softplus(torch.where(margins >= 0, -differences, differences))
     counted = mates | alone
     count = counted.sum(1)

@@ -6,7 +6,6 @@ from .counts import GroupCounts, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization
 from .oracle import OracleThresholds, estimate_oracle_thresholds
-from .ordinal import ordinal_offsets
 from .percentile import apply_threshold, estimate_threshold
 from .running import RunningPercentile
 from .uncertainty import (
@@ -54,7 +53,6 @@ __all__ = [
     "group_draw",
     "group_ids",
     "oracle_draw",
-    "ordinal_offsets",
     "summarize_weights",
     "variance_components",
 ]

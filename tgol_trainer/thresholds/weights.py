@@ -11,25 +11,19 @@ if TYPE_CHECKING:
     import torch
 
 Values = TypeVar("Values", "np.ndarray", "torch.Tensor")
-WeightForm = Literal["linear", "none", "abs", "power", "clipped"]
+WeightForm = Literal["linear", "none", "abs"]
 WEIGHT_FORMS: tuple[str, ...] = get_args(WeightForm)
 
 
-def confidence_weights(
-    margin: Values, *, form: WeightForm = "linear", scale: float = 5.0, power: float = 0.5, limit: float = 2.0
-) -> Values:
+def confidence_weights(margin: Values, *, form: WeightForm = "linear", scale: float = 5.0) -> Values:
     """
     Return the confidence weights of examples with margins s - τ; `d = |s - τ|`.
 
     Args:
         margin (`numpy.ndarray` or `torch.Tensor`): (B,) s - τ.
         form (`str`, *optional*, defaults to `"linear"`):
-            `"linear"`: `1 + c·d` (paper, Eq. 10); `"none"`: 1; `"abs"`: `d`; `"power"`: `1 + c·d^power`;
-            `"clipped"`: `min(1 + c·d, limit)`.
-        scale (`float`, *optional*, defaults to 5.0):
-            c >= 0, in the inverse unit of the scores (for `"power"`, to that power).
-        power (`float`, *optional*, defaults to 0.5): Exponent > 0 of `"power"`.
-        limit (`float`, *optional*, defaults to 2.0): Largest weight of `"clipped"`, at least 1.
+            `"linear"`: `1 + c·d` (paper, Eq. 10); `"none"`: 1; `"abs"`: `d`.
+        scale (`float`, *optional*, defaults to 5.0): c >= 0, in the inverse unit of the scores.
 
     Returns:
         `numpy.ndarray` or `torch.Tensor`: weights of the type, shape and dtype of `margin`.
@@ -44,10 +38,6 @@ def confidence_weights(
         return 0 * distance + 1
     if form == "abs":
         return distance
-    if form == "power":
-        return 1 + scale * distance**power
-    if form == "clipped":
-        return (1 + scale * distance).clip(max=limit)
     raise ValueError(f"`form` must be one of {', '.join(WEIGHT_FORMS)}, got {form!r}.")
 
 
@@ -57,10 +47,8 @@ class Weighting:
     The weights of a run: [`confidence_weights`], times a factor for each class, divided by a constant.
 
     Args:
-        form (`str`, *optional*, defaults to `"linear"`): As in [`confidence_weights`]; so are the next three.
+        form (`str`, *optional*, defaults to `"linear"`): As in [`confidence_weights`]; so is the next.
         scale (`float`, *optional*, defaults to 5.0): c.
-        power (`float`, *optional*, defaults to 0.5): Exponent of `"power"`.
-        limit (`float`, *optional*, defaults to 2.0): Largest weight of `"clipped"`.
         desirable (`float`, *optional*, defaults to 1.0): Factor of positive samples.
         undesirable (`float`, *optional*, defaults to 1.0): Factor of negative samples.
         divisor (`float`, *optional*, defaults to 1.0): The mean weight of the data, if weights should have mean 1.
@@ -68,8 +56,6 @@ class Weighting:
 
     form: WeightForm = "linear"
     scale: float = 5.0
-    power: float = 0.5
-    limit: float = 2.0
     desirable: float = 1.0
     undesirable: float = 1.0
     divisor: float = 1.0
@@ -81,8 +67,6 @@ class Weighting:
             "linear": "1 + c·abs(score − τ)",
             "none": "1",
             "abs": "abs(score − τ)",
-            "power": f"1 + c·abs(score − τ)^{self.power:g}",
-            "clipped": f"min(1 + c·abs(score − τ), {self.limit:g})",
         }
         classes = self.desirable, self.undesirable
         factor = f", times {classes[0]:g} for positives and {classes[1]:g} for negatives" if classes != (1, 1) else ""
@@ -90,7 +74,7 @@ class Weighting:
 
     def __call__(self, margin: Values) -> Values:
         """Return the weights (B, ...) of margins s - τ (B, ...), of their type and dtype; margin 0 is positive."""
-        weights = confidence_weights(margin, form=self.form, scale=self.scale, power=self.power, limit=self.limit)
+        weights = confidence_weights(margin, form=self.form, scale=self.scale)
         if (self.desirable, self.undesirable) != (1.0, 1.0):
             positive = margin >= 0
             weights = weights * (positive * self.desirable + ~positive * self.undesirable)
