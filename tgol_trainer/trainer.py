@@ -405,7 +405,7 @@ class TGOLTrainer(SavingTrainer):
             return
         if isinstance(rows, ScoredDataset):
             tau = labeler.row_thresholds(rows.groups) if labeler.by_group is not None else None
-            rows.labels = labeler(rows.scores, tau, rows.groups if tau is not None else None)
+            rows.labels = labeler(rows.scores, tau)
         else:  # every evaluation meets the same threshold
             rows.follower = dataclasses.replace(labeler, window=None).follower
 
@@ -673,8 +673,7 @@ class TGOLTrainer(SavingTrainer):
             return
         self.labeler = self.labeler.restored(state)
         if isinstance(self.train_dataset, ScoredDataset):
-            groups = self.train_dataset.groups if self.labeler.by_group is not None else None
-            self.train_dataset.labels = self.labeler(self.train_dataset.scores, self.labeler.rows, groups)
+            self.train_dataset.labels = self.labeler(self.train_dataset.scores, self.labeler.rows)
         elif self.train_dataset is not None:
             self.train_dataset.follower = self.labeler.follower
         for rows in self._evaluation_rows():
