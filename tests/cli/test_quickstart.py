@@ -40,7 +40,7 @@ def test_a_small_run_leaves_every_file_and_reports_every_score(tmp_path, capfd):
     assert "before_after.png" in card and "shapes model embedded" in card
     labels = re.search(r"(\d+) positive, (\d+) negative", printed.out)
     assert sum(map(int, labels.groups())) == 96 and "each of 24 groups has its own" in printed.out
-    assert "background_darkness + colour_faithfulness" in printed.out
+    assert "sum(background_darkness, colour_faithfulness)" in printed.out
     assert "Or train on a dataset of your own" in printed.out
     assert f"rate {tmp_path / 'dataset'} --model_name_or_path shapes" in printed.out
     for noise in ("torchvision", "gemm_4bit", "peft_config", "Traceback", "FutureWarning", "UserWarning"):

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 SAMPLING: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 1.5, "batch_size": 96}
 """DDIM steps and guidance. At 1.5 the shapes model's colours are most faithful; above that they over-saturate."""
 TRAINED_SCORES = ["background_darkness", "colour_faithfulness"]
-SCORE_WEIGHTS = [1.0, 1.5]
+SCORE_WEIGHTS = [1.0, 0.5]
 """They are added in their own standard deviations: darkness alone would cost the shapes some of their colour."""
 RECIPE = "anchored"
-ANCHOR = 0.085
-"""A small λ: 104 updates end where the change can be seen."""
+ANCHOR = 0.21
+"""A λ with which 104 updates end where the change can be seen."""
 EVALUATION_SEED = 1_000_000
 """First seed of the evaluation images. Seeds of training images count up from 0 and stay below."""
 
