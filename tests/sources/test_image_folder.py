@@ -409,9 +409,11 @@ def test_names_of_folders_are_scores_on_request_alone(tmp_path):
         load_scored_dataset(str(tmp_path), folder_scores=True)
 
 
-def test_good_and_bad_are_one_and_nothing_and_other_names_are_refused(tmp_path):
+def test_good_and_bad_are_one_and_nothing_and_other_names_are_refused(tmp_path, said):
     image(tmp_path / "Good/a.png")
     image(tmp_path / "bad/b.png")
+    assert "score" not in rows(tmp_path)["a.png"]
+    assert "To take the folders ['Good', 'bad'] for scores: `--folder_scores`" in said.text
     assert [row["score"] for row in rows(tmp_path, folder_scores=True).values()] == [1.0, 0.0]
     assert load_columns(str(tmp_path), ["score"], folder_scores=True)["score"] == [1.0, 0.0]
     os.rename(tmp_path / "Good", tmp_path / "x")

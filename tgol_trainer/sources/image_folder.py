@@ -81,6 +81,9 @@ def load_image_folder(
     for name, places in found.items():
         logger.info("%s: %s: %s", folder, name, places)
     warn_of_unread(folder, names, dataset)
+    words = sorted({part for name in names for part in Path(name).parts[:-1] if part.lower() in _WORDS})
+    if words and not found["scores"].places:
+        logger.warning("%s: no file has a score. To take the folders %s for scores: `--folder_scores`.", folder, words)
     if not found["scores"].places:
         dataset = dataset.remove_columns([columns.score, SCORE_FROM])
     return dataset
