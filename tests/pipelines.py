@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_ltx, tiny_qwen, tiny_video
+from tests import tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_layers, tiny_ltx, tiny_qwen, tiny_video
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -360,6 +360,40 @@ TINY = {
         unpack=lambda pipe, value, height, width: value[..., :4].movedim(-1, 1),
         **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (1, 511)},
     ),
+    "hidream": Facts(
+        tiny_layers.hidream,
+        sizes=((16, 16), 4),
+        long_prompts=(2, 128),
+        settings={"resolution": 16},
+    ),
+    "fibo": Facts(
+        tiny_layers.bria_fibo,
+        pixels=(3, 32, 64),
+        latents=(16, 2, 4),
+        sizes=((32, 32), 32),
+        long_prompts=(0, 3000),
+        settings={"resolution": 32},
+        call={"height": 32, "width": 64},
+        reconstruct=clip_reconstruction,
+        unpack=lambda pipe, value, height, width: value.transpose(1, 2).unflatten(2, (height // 16, width // 16)),
+    ),
+    "ideogram-4": Facts(
+        tiny_layers.ideogram4,
+        latents=(16, 4, 4),
+        sizes=((2048, 2048), 4),
+        long_prompts=(0, 2016),
+        settings={"resolution": 16},
+        call={"height": 16, "width": 16, "max_sequence_length": 256},
+        unguided={"guidance_scale": 1.0, "guidance_schedule": None},
+        unpack=flux2_unpacked,
+    ),
+    "hunyuan video 1.5": Facts(
+        tiny_video.hunyuan_video_15,
+        sizes=((16, 16), 4),
+        load=load_into_transformer,
+        unguided={},
+        **{**_WAN, "latents": (4, 2, 4, 8), "long_prompts": (0, 1000)},
+    ),
     "sana-video": Facts(
         tiny_video.sana_video,
         sizes=((480, 832), 32),
@@ -405,7 +439,7 @@ TINY = {
 """One entry a family: every test of `test_families.py` and `test_quantization.py` runs on it."""
 
 SLOW = (
-    *("cogview4", "kandinsky-5", "kandinsky-5 video"),
+    *("cogview4", "kandinsky-5", "kandinsky-5 video", "hidream", "fibo", "ideogram-4", "hunyuan video 1.5"),
     *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video"),
 )
 """Families of which the fast tests only compare predictions with the pipeline's; all else of them is slow."""

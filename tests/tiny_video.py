@@ -6,13 +6,17 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLMochi,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     MochiPipeline,
@@ -25,7 +29,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from transformers import CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import CLIPTextModel, LlamaConfig, LlamaModel, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from tests.tiny import assembled, clip_config, clip_tokenizer, seeded, t5_encoder, t5_tokenizer, wan
 from tests.tiny_images import gemma2
@@ -201,3 +205,42 @@ def sana_video(seed: int = 0) -> SanaVideoPipeline:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0, num_train_timesteps=1000
     )
     return assembled(SanaVideoPipeline, **networks, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def hunyuan_video_15(seed: int = 0) -> HunyuanVideo15Pipeline:
+    """A random HunyuanVideo 1.5 pipeline whose sizes are multiples of 4 pixels and whose frames are 4·k + 1."""
+    tokenizer, tokenizer_2 = chat_tokenizer(), t5_tokenizer()
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = Qwen2_5_VLTextConfig(vocab_size=len(tokenizer), num_hidden_layers=3, rope_parameters=rope, **SIZES)
+    with seeded(seed):
+        networks = {
+            "text_encoder": Qwen2_5_VLTextModel(text),
+            "text_encoder_2": t5_encoder(tokenizer_2, 16, tie_word_embeddings=False),
+            "transformer": HunyuanVideo15Transformer3DModel(
+                in_channels=9,
+                out_channels=4,
+                num_attention_heads=2,
+                attention_head_dim=16,
+                num_layers=2,
+                num_refiner_layers=1,
+                text_embed_dim=SIZES["hidden_size"],
+                text_embed_2_dim=16,
+                image_embed_dim=8,
+                rope_axes_dim=(4, 6, 6),
+                target_size=16,
+                task_type="t2v",
+            ),
+            "vae": AutoencoderKLHunyuanVideo15(
+                latent_channels=4,
+                block_out_channels=(32, 32, 32),
+                layers_per_block=1,
+                spatial_compression_ratio=4,
+                temporal_compression_ratio=4,
+            ),
+        }
+    parts = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "guider": ClassifierFreeGuidance(guidance_scale=6.0)}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipeline = assembled(HunyuanVideo15Pipeline, **networks, **parts, scheduler=scheduler)
+    before = tokenizer.apply_chat_template([{"role": "system", "content": pipeline.system_message}], tokenize=False)
+    pipeline.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
+    return pipeline

@@ -37,6 +37,8 @@ def steps_of(name, pipe, prompt):
         steps.append(SimpleNamespace(time=time, inputs=inputs, output=output, after=after))
         return made
 
+    if "guider" in pipe.components:  # HunyuanVideo 1.5
+        pipe.guider = type(pipe.guider)(guidance_scale=1.0)
     pipe.set_progress_bar_config(disable=True)
     options = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "np"}
     generator = torch.Generator().manual_seed(0)

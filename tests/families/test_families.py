@@ -30,6 +30,7 @@ PIPELINES = (
     *("wan", "wan 2.2 a14b", "wan 2.2 5b", "skyreels v2", "hunyuan video"),
     *("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma"),
     *("cogview4", "cogvideox", "mochi", "sana-video", "kandinsky-5", "kandinsky-5 video"),
+    *("hidream", "fibo", "ideogram-4", "hunyuan video 1.5"),
     *("amused", "meissonic"),
 )
 """One for each class: the others of `TINY` are loaded and saved by the same code."""
@@ -40,7 +41,7 @@ every_family, every_variant = (over(names, [name for name in names if name not i
 FORMULAS = [name for name, facts in VARIANTS.items() if facts.error is not None]
 quick_pipelines = [name for name in PIPELINES if name not in SLOW]
 every_pipeline, shared_code = over(TINY, quick_pipelines), over(TINY, REPRESENTATIVES)
-WAITING = ("lumina-2", "chroma", "ernie-image", "mochi")
+WAITING = ("lumina-2", "chroma", "ernie-image", "mochi", "hidream", "hunyuan video 1.5")
 """Their transformers themselves read lengths of prompts back, or copy a constant to the device, at each pass."""
 
 

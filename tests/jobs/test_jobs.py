@@ -22,7 +22,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests import ROOT, tiny
+from tests import ROOT, tiny, tiny_language
 from tests.hub import LoopbackHub
 from tgol_trainer import cli
 from tgol_trainer.data import DataError
@@ -119,6 +119,22 @@ def test_the_seed_of_an_image_depends_on_seed_prompt_and_index_alone():
     assert image_seed(0, "a", 1) == image_seed(0, "a", 1)
     assert len({image_seed(s, p, i) for s in range(3) for p in "abc" for i in range(5)}) == 45
     assert all(0 <= image_seed(0, "x", i) < 2**63 for i in range(100))
+
+
+def test_a_negative_prompt_reaches_the_pipeline_for_each_image_and_a_pipeline_without_one_refuses_it(tmp_path):
+    options = {"prompts": PROMPTS[:2], "images_per_prompt": 1}
+    generate(tmp_path / "plain", **options)
+    generate(tmp_path / "negative", **options, negative_prompt="blurry")
+    plain, negative = rows(tmp_path / "plain"), rows(tmp_path / "negative")
+    assert plain["seed"] == negative["seed"]
+    pipeline, call = tiny.stable_diffusion(), {"negative_prompt": "blurry", "num_inference_steps": 2}
+    for made, other, seed, prompt in zip(negative["image"], plain["image"], plain["seed"], PROMPTS, strict=False):
+        alone = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+        pixels, before = (np.asarray(Image.open(io.BytesIO(each["bytes"])), np.int16) for each in (made, other))
+        assert np.abs(pixels - np.asarray(alone, np.int16)).max() <= 1 < np.abs(pixels - before).max()
+    refused = GenerationSettings(negative_prompt="blurry")
+    with pytest.raises(TypeError, match="Flux2Pipeline takes no negative prompt"):
+        generate_dataset(tiny_language.flux2(), PROMPTS, tmp_path / "x", refused)
 
 
 def test_a_prompt_that_stands_twice_gets_different_images(tmp_path):

@@ -19,7 +19,8 @@ from tgol_trainer.planning.networks import networks, prepare, weight_bytes
 from tgol_trainer.planning.quantized import QuantizedLinear, quantize
 from tgol_trainer.planning.tracing import LiveBytes
 
-FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance", "qwen-image 2.1", "mochi")]
+FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance", "qwen-image 2.1")]
+FAMILIES = [name for name in FAMILIES if name not in ("mochi", "hidream", "hunyuan video 1.5")]  # not traceable
 KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16", "offload", "8 bits")
 # Of Qwen-Image a plan also counts weights that no gradient reaches, and the mask of a prompt, large beside so small a
 # text encoder, which a real pass leaves out where it hides nothing.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests import ROOT, tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_ltx, tiny_qwen, tiny_video
+from tests import ROOT, tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_layers, tiny_ltx, tiny_qwen, tiny_video
 from tests.clips import encoded
 from tests.conftest import scored_dataset
 from tests.helpers import quick
@@ -38,6 +38,10 @@ TWINS = {
     "cogvideox_5b": tiny_video.cogvideox,
     "mochi": tiny_video.mochi,
     "sana_video": tiny_video.sana_video,
+    "hidream": tiny_layers.hidream,
+    "bria_fibo": tiny_layers.bria_fibo,
+    "ideogram4": tiny_layers.ideogram4,
+    "hunyuan_video_15": tiny_video.hunyuan_video_15,
 }
 TODAY = (
     "ltx2",
@@ -50,10 +54,18 @@ TODAY = (
     "skyreels_v2",
     "hunyuan_video",
     *("cogview4", "kandinsky5_image", "kandinsky5_video", "cogvideox_5b", "mochi", "sana_video"),
+    *("hidream", "bria_fibo", "ideogram4", "hunyuan_video_15"),
 )
 """Read by the code that reads flux2_klein.yaml; slow tests."""
 VIDEO = ("ltx", "wan", "skyreels", "hunyuan", "kandinsky5_video", "cogvideox", "mochi", "sana_video")
-SIZES = {"qwen_image_21": 32, "kandinsky5_image": 32, "sana_video": "32x64", "ltx2": "32x64", "ltx_video_2b": "32x64"}
+SIZES = {
+    "qwen_image_21": 32,
+    "kandinsky5_image": 32,
+    "bria_fibo": 32,
+    "sana_video": "32x64",
+    "ltx2": "32x64",
+    "ltx_video_2b": "32x64",
+}
 FRAMES = {"cogvideox_5b": 9, "mochi": 7}
 # Only what a small CPU run needs otherwise: everything else is taken as it stands in the file.
 SMALL = {

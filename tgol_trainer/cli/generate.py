@@ -26,6 +26,7 @@ def add_generation_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--prompt_syntax", choices=("keep", "strip"), default="keep", help=text)
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance_scale", type=float, help="strength of guidance (default: the pipeline's own)")
+    parser.add_argument("--negative_prompt", help="what guidance leads away from (default: the pipeline's own)")
     parser.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
     parser.add_argument("--width", type=int, help="pixels (default: the pipeline's own)")
     parser.add_argument("--num_frames", type=int, help="frames of a video (default: the pipeline's own)")

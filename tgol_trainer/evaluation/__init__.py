@@ -20,7 +20,7 @@ from .strip import frame_row, save_sample_strip
 from .tables import format_markdown, format_measures
 
 if TYPE_CHECKING:
-    from .generation import generate_images, generate_videos, makes_videos
+    from .generation import generate_images, generate_videos, makes_videos, takes_negative_prompts
 
 __all__ = [
     "MEASURES",
@@ -53,6 +53,7 @@ __all__ = [
     "save_score_histogram",
     "score_model",
     "seed_spread",
+    "takes_negative_prompts",
     "trained_scores",
     "verdict",
     "write_grids",
@@ -61,7 +62,8 @@ __all__ = [
     "write_results",
 ]
 
-_OF_GENERATION = ("generate_images", "generate_videos", "makes_videos")  # needs torch, see `tgol_trainer.data`
+# They need torch, see `tgol_trainer.data`.
+_OF_GENERATION = ("generate_images", "generate_videos", "makes_videos", "takes_negative_prompts")
 
 
 def __getattr__(name: str) -> Any:

@@ -106,6 +106,11 @@ def makes_videos(pipeline: Any) -> bool:
     return _frames_argument(pipeline) is not None
 
 
+def takes_negative_prompts(pipeline: Any) -> bool:
+    """Return whether guidance of a pipeline can lead away from a prompt."""
+    return "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
+
+
 def _frames_argument(pipeline: Any) -> str | None:
     """Return what a pipeline calls the number of frames; `None` for one of images."""
     known = inspect.signature(type(pipeline).__call__).parameters
@@ -159,6 +164,8 @@ def _generate_chunk(
 ) -> np.ndarray:
     if "num_frames" in sampling and (name := _frames_argument(pipeline)):
         sampling = {name if option == "num_frames" else option: value for option, value in sampling.items()}
+    if (negative := sampling.get("negative_prompt")) is not None:
+        sampling = {**sampling, "negative_prompt": [negative] * len(prompts)}  # some pipelines take a list alone
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     with _private_random_state(int(seeds[0])):
         output = pipeline(

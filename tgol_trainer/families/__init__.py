@@ -18,6 +18,7 @@ from .amused import AmusedFamily
 from .aura_flow import AuraFlowFamily
 from .base import FamilySettings, ModelFamily
 from .blocks import StoredBlocks
+from .bria_fibo import BriaFiboFamily
 from .chroma import ChromaFamily
 from .cogvideox import CogVideoXFamily
 from .cogview4 import CogView4Family
@@ -26,7 +27,10 @@ from .distilled import warn_of_distillation
 from .ernie_image import ErnieImageFamily
 from .flux import FluxFamily
 from .flux2 import Flux2Family, Flux2KleinFamily
+from .hidream import HiDreamFamily
 from .hunyuan_video import HunyuanVideoFamily
+from .hunyuan_video_15 import HunyuanVideo15Family
+from .ideogram4 import Ideogram4Family
 from .inspection import inspect_pipeline, parts_of_index
 from .kandinsky5 import Kandinsky5ImageFamily, Kandinsky5VideoFamily
 from .kept_prompts import KeptPrompts, keeps_prompts
@@ -79,6 +83,10 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "SanaVideoPipeline": SanaVideoFamily,
     "Kandinsky5T2IPipeline": Kandinsky5ImageFamily,
     "Kandinsky5T2VPipeline": Kandinsky5VideoFamily,
+    "HiDreamImagePipeline": HiDreamFamily,
+    "BriaFiboPipeline": BriaFiboFamily,
+    "Ideogram4Pipeline": Ideogram4Family,
+    "HunyuanVideo15Pipeline": HunyuanVideo15Family,
     "LTXPipeline": LTXFamily,
     "LTX2Pipeline": LTX2Family,
     "Pipeline": MeissonicFamily,

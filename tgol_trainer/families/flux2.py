@@ -35,16 +35,24 @@ class NormedLatents(ModelFamily):
         mean, std = moved[0], (moved[1] + epsilon).sqrt()
         return mean.to(latents.dtype), std.to(latents.dtype)
 
+    def join_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Join latents (B, C, h, w) to (B, 4·C, h/2, w/2) in the pipeline's order."""
+        return self.pipeline._patchify_latents(latents)
+
+    def split_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo [`~NormedLatents.join_latents`]."""
+        return self.pipeline._unpatchify_latents(latents)
+
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Join latents (B, C, h, w) to (B, 4·C, h/2, w/2) and bring them to the unit of the transformer."""
-        latents = self.pipeline._patchify_latents(latents)
+        latents = self.join_latents(latents)
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Undo [`~NormedLatents.scale_latents`]."""
         mean, std = self._statistics(latents)
-        return self.pipeline._unpatchify_latents(latents * std + mean)
+        return self.split_latents(latents * std + mean)
 
 
 class Flux2Family(NormedLatents, PackedFlowFamily):

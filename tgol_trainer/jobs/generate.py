@@ -13,7 +13,7 @@ import datasets
 from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, encode_video
-from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos
+from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos, takes_negative_prompts
 from tgol_trainer.sources.shards import GENERATED
 
 from .shards import Shards, process_share, prompts_digest, weights_digest
@@ -45,6 +45,8 @@ class GenerationSettings:
         num_inference_steps (`int`, *optional*):
             Denoising steps. `None` leaves the pipeline's own default, as for the next four.
         guidance_scale (`float`, *optional*): Strength of classifier-free guidance.
+        negative_prompt (`str`, *optional*):
+            What guidance leads away from, the same for all prompts. Qwen-Image guides only where it is given one.
         height (`int`, *optional*): Height in pixels.
         width (`int`, *optional*): Width in pixels.
         num_frames (`int`, *optional*): Frames of a video; only for a pipeline of videos.
@@ -60,6 +62,7 @@ class GenerationSettings:
     batch_size: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -67,7 +70,7 @@ class GenerationSettings:
 
     def given_sampling(self) -> dict[str, Any]:
         """Return the sampling settings, `fps` among them, that are not left to their default."""
-        values = {name: getattr(self, name) for name in (*SAMPLING, "num_frames", "fps")}
+        values = {name: getattr(self, name) for name in (*SAMPLING, "num_frames", "fps", "negative_prompt")}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -156,7 +159,7 @@ def generate_dataset(
 
     Raises:
         DataError: for no or blank prompts, numbers below 1, or an `output_dir` begun with other settings.
-        TypeError: if `num_frames` is given for a pipeline of images.
+        TypeError: if `num_frames` is given for a pipeline of images, or `negative_prompt` for one that takes none.
     """
     settings = settings or GenerationSettings()
     medium = _VIDEO if makes_videos(pipeline) else _IMAGE
@@ -166,6 +169,10 @@ def generate_dataset(
     fps = DEFAULT_FPS if settings.fps is None else settings.fps
     _check(prompts, images_per_prompt=settings.images_per_prompt, batch_size=batch_size, fps=fps)
     sampling = {name: getattr(settings, name) for name in medium.sampling}
+    if settings.negative_prompt is not None:
+        if not takes_negative_prompts(pipeline):
+            raise TypeError(f"{type(pipeline).__name__} takes no negative prompt: leave `negative_prompt` out.")
+        sampling["negative_prompt"] = settings.negative_prompt
     facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
     recorded = {"seed": settings.seed, "batch_size": batch_size, **sampling}
     recorded |= {"fps": fps} if medium is _VIDEO else {}
