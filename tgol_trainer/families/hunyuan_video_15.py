@@ -47,6 +47,10 @@ class HunyuanVideo15Family(VideoFlowFamily):
         messages = [{"role": "system", "content": pipeline.system_message}, {"role": "user", "content": ""}]
         return [(pipeline.tokenizer, template_room(pipeline.tokenizer, limit, messages, add_generation_prompt=True))]
 
+    def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        """Call the decoder on one clip at a time: its attention in diffusers 0.42 takes no more."""
+        return torch.cat([super(HunyuanVideo15Family, self).decode_batch(clip[None]) for clip in latents])
+
     def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, 1000, D) and `encoder_hidden_states_2` (N, 256, E), each with its mask."""
         encoded = self.pipeline.encode_prompt(prompts, device=self.device, batch_size=len(prompts))
@@ -61,7 +65,7 @@ class HunyuanVideo15Family(VideoFlowFamily):
         image = inputs.new_zeros(rows, pipeline.vision_num_semantic_tokens, pipeline.vision_states_dim)
         return model(
             hidden_states=torch.cat([inputs, nothing], 1),
-            timestep=draw.timesteps,
+            timestep=draw.timesteps.to(inputs.dtype),
             image_embeds=image,
             return_dict=False,
             **conditioning,

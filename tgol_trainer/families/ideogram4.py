@@ -101,7 +101,7 @@ class Ideogram4Family(NormedLatents, PackedFlowFamily):
         tokens = inputs.flatten(2).transpose(1, 2)
         output = model(
             hidden_states=pad(tokens, (0, 0, length, 0)),
-            timestep=draw.timesteps,
+            timestep=draw.timesteps.to(inputs.dtype),
             encoder_hidden_states=pad(text, (0, 0, 0, image)),
             position_ids=torch.cat([places, grid + IMAGE_POSITION_OFFSET]).expand(rows, -1, -1),
             segment_ids=pad(segments, (0, image), value=1),
