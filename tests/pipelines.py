@@ -393,7 +393,7 @@ TINY = {
         load=load_into_transformer,
         reconstruct=lambda pipe, pixels: torch.cat([pipe.vae(clip[None]).sample for clip in pixels]),
         unguided={},
-        **{**_WAN, "latents": (4, 2, 4, 8), "long_prompts": (0, 1000)},
+        **{**_WAN, "latents": (4, 2, 4, 8), "long_prompts": (0, 981)},
     ),
     "sana-video": Facts(
         tiny_video.sana_video,
