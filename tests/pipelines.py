@@ -383,7 +383,7 @@ TINY = {
         sizes=((2048, 2048), 4),
         long_prompts=(0, 2029),
         settings={"resolution": 16},
-        call={"height": 16, "width": 16, "max_sequence_length": 256},
+        call={"height": 16, "width": 16, "guidance_scale": 7.0, "guidance_schedule": None},
         unguided={"guidance_scale": 1.0, "guidance_schedule": None},
         unpack=flux2_unpacked,
     ),
