@@ -62,6 +62,8 @@ def step_without_waiting(trainer, monkeypatch):
     Raises where a value is read from the device, and for a copy to it that waits.
     """
     monkeypatch.setattr("tgol_trainer.families.base.frozen_pass", lambda device: torch.no_grad())  # no autocast there
+    autocast = torch.autocast  # which knows no meta device; ERNIE-Image and Ideogram 4 open one on their tensors'
+    monkeypatch.setattr(torch, "autocast", lambda device_type, **options: autocast("cpu", **options))
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.family.denoiser.to("meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)

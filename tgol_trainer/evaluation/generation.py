@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 _THINGS = {"images": "image", "frames": "video"}
 """Attribute of a pipeline's output to what one prompt gives."""
+ONE_BY_ONE = ("HunyuanVideo15Pipeline",)
+"""Pipelines whose batches fail: the attention of this one's autoencoder takes a single video."""
 
 
 def generate_images(
@@ -140,7 +142,7 @@ def _generate(
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     given = {name: value for name, value in sampling.items() if value is not None}
-    if not _takes_generators(pipeline):
+    if not _takes_generators(pipeline) or type(pipeline).__name__ in ONE_BY_ONE:
         batch_size = 1
     arrays: list[np.ndarray] = []
     with bar, _pipeline_for_sampling(pipeline), torch.no_grad():
@@ -164,6 +166,10 @@ def _generate_chunk(
 ) -> np.ndarray:
     if "num_frames" in sampling and (name := _frames_argument(pipeline)):
         sampling = {name if option == "num_frames" else option: value for option, value in sampling.items()}
+    schedule = inspect.signature(type(pipeline).__call__).parameters.get("guidance_schedule")
+    if schedule is not None and sampling.keys() & {"guidance_scale", "num_inference_steps"}:
+        # Ideogram 4 has a scale for each of its default steps, and takes one scale for another number of them.
+        sampling = {"guidance_scale": schedule.default[0], **sampling, "guidance_schedule": None}
     if (negative := sampling.get("negative_prompt")) is not None:
         sampling = {**sampling, "negative_prompt": [negative] * len(prompts)}  # some pipelines take a list alone
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]

@@ -99,7 +99,9 @@ class StoredBlocks:
         self, module: torch.nn.Module, name: str, parameter: Parameter, storage_dtype: torch.dtype | None
     ) -> Weight:
         kept, dtype = parameter.detach(), parameter.dtype
-        matrix = name == "weight" and parameter.dim() > 1
+        # HiDream's gate has a `weight` of its own, which diffusers' layerwise casting leaves alone.
+        layers = torch.nn.Linear | torch.nn.Embedding | torch.nn.modules.conv._ConvNd
+        matrix = name == "weight" and isinstance(module, layers)
         if storage_dtype is not None and matrix and dtype.itemsize > storage_dtype.itemsize:
             kept = kept.to(storage_dtype)
         if not self.offload:
