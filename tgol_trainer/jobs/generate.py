@@ -168,11 +168,7 @@ def generate_dataset(
     batch_size = medium.batch_size if settings.batch_size is None else settings.batch_size
     fps = DEFAULT_FPS if settings.fps is None else settings.fps
     _check(prompts, images_per_prompt=settings.images_per_prompt, batch_size=batch_size, fps=fps)
-    sampling = {name: getattr(settings, name) for name in medium.sampling}
-    if settings.negative_prompt is not None:
-        if not takes_negative_prompts(pipeline):
-            raise TypeError(f"{type(pipeline).__name__} takes no negative prompt: leave `negative_prompt` out.")
-        sampling["negative_prompt"] = settings.negative_prompt
+    sampling = {name: getattr(settings, name) for name in medium.sampling} | _negative_prompt(pipeline, settings)
     facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
     recorded = {"seed": settings.seed, "batch_size": batch_size, **sampling}
     recorded |= {"fps": fps} if medium is _VIDEO else {}
@@ -209,6 +205,14 @@ def generate_dataset(
                 bar.update(len(texts))
             shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))
     return [shards.path(shard) for shard in mine]
+
+
+def _negative_prompt(pipeline: Any, settings: GenerationSettings) -> dict[str, str]:
+    if settings.negative_prompt is None:
+        return {}
+    if not takes_negative_prompts(pipeline):
+        raise TypeError(f"{type(pipeline).__name__} takes no negative prompt: leave `negative_prompt` out.")
+    return {"negative_prompt": settings.negative_prompt}
 
 
 def whole_batches(shard_size: int, batch_size: int) -> int:
