@@ -40,7 +40,7 @@ from .data import (
 )
 from .data.prompts import warn_of_prompts
 from .draws import EVALUATION_STEP, BatchDraws
-from .families import Conditioning, FamilySettings, KeptPrompts, ModelFamily, StoredBlocks, load_family
+from .families import Conditioning, KeptPrompts
 from .families.compiling import compile_blocks
 from .labels import Labeler
 from .labels.advice import advise_training
@@ -53,6 +53,7 @@ from .labels.training import (
     fit_rows,
 )
 from .likelihoods import Draw, log_likelihood, to_device
+from .loading import load_model
 from .metrics import MetricSums, stack_record, summarize_records
 from .objective import ScoredBatch, TemperatureWatch, training_loss
 from .run import Run, RunCallback
@@ -127,7 +128,7 @@ class TGOLTrainer(SavingTrainer):
         self.columns = Columns(args.prompt_column, args.image_column, score, prompt_syntax=args.prompt_syntax)
         check_sources(args, train_dataset, proxy_dataset)
 
-        self.family = self._load_family(model, quantization_config)
+        self.family = load_model(model, args, quantization_config)
         if self.family.num_frames is not None:
             frames = self.family.num_frames
             self.columns = dataclasses.replace(self.columns, video=args.video_column, num_frames=frames)
@@ -205,23 +206,6 @@ class TGOLTrainer(SavingTrainer):
     @property
     def _run_callbacks(self) -> list[RunCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunCallback)]
-
-    def _load_family(self, model: str | Path | DiffusionPipeline, quantization_config: Any = None) -> ModelFamily:
-        args, options = self.args, self.args.pipeline_kwargs
-        if quantization_config is not None:
-            if args.full_finetuning:
-                raise ValueError("`quantization_config` freezes the weights that `full_finetuning=True` would train.")
-            options["quantization_config"] = quantization_config
-        timesteps = None if args.timestep_sampling == "family" else args.timestep_sampling
-        settings = FamilySettings(timesteps, args.train_guidance, args.num_frames, args.expert)
-        family = load_family(model, options, settings, None if args.full_finetuning else args.device)
-        if args.n_gpu > 1:
-            logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
-            args._n_gpu = 1
-        if args.group_offload or args.storage_dtype:
-            family.blocks = StoredBlocks(family.denoiser, args.device, args.group_offload, args.storage_dtype)
-        family.place_denoiser(args.device)
-        return family
 
     def _prepare_policy(self, peft_config: PeftConfig | None) -> None:
         args, family = self.args, self.family

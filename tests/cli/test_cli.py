@@ -224,6 +224,7 @@ DATA = ("--dataset_name", "some/data")
         (DATA, "--model_name_or_path is needed"),
         (MODEL, "--dataset_name is needed"),
         ((*MODEL, *DATA, "--load_in_4bit", "true", "--load_in_8bit", "true"), "8 bit and 4 bit precision at the same"),
+        ((*MODEL, *DATA, "--load_in_4bit", "true", "--torchao", "int8"), "one way to quantise is enough"),
         ((*MODEL, *DATA, "--bnb_4bit_quant_storage", "uint8"), "--bnb_4bit_quant_storage: not supported"),
         ((*MODEL, *DATA, "--attn_implementation", "sdpa"), "--attn_implementation: not supported"),
         ((*MODEL, *DATA, "--lora_modules_to_save", "conv_in"), "--lora_modules_to_save: not supported"),

@@ -122,6 +122,19 @@ def test_4_bits_come_with_a_dtype_of_16_bits_to_compute_in(dtype, planned, flag)
     assert found.prediction.setup.quantization.compute_dtype.itemsize == 2
 
 
+def test_text_encoders_that_do_not_fit_by_themselves_are_tried_in_4_bits(monkeypatch):
+    def with_encoders(setup):
+        size = 3 if setup.text_encoders_in_4bit else 9
+        return dataclasses.replace(made_up(setup), encoding=Phase({"text encoders": size * GIB}, 0))
+
+    monkeypatch.setattr(fitting, "predict", with_encoders)
+    first = with_encoders(Setup("x", lora=LORA, batch_size=1))
+    four_bits = {"text_encoders_in_4bit": "true"}
+    assert fit(first, needs(9, 0)).flags == {}
+    assert fit(first, needs(9, 0) - 1).flags == CHECKPOINTING | four_bits
+    assert fit(first, needs(3, 0) - 1).fits is False
+
+
 def test_an_embedded_model_stays_what_it_is():
     found = fit(made_up(Setup("shapes", lora=LORA, batch_size=1)), GIB)
     assert found.flags == CHECKPOINTING | {"resolution": "256"}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trl import ModelConfig
 
@@ -39,6 +39,10 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="CAUSAL_LM", metadata=_NOT_USED)
     bnb_4bit_quant_storage: str | None = field(default=None, metadata=_NOT_USED)
 
+    torchao: Literal["int8", "float8"] | None = field(
+        default=None,
+        metadata={"help": "Load the denoiser's linear layers in 8 bits with torchao, weights alone. Needs no GPU."},
+    )
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(
         default=0.0, metadata={"help": "LoRA dropout; above 0 the policy's pass is noisy and the reference's is not."}
@@ -77,6 +81,10 @@ def quantization_config(model: ModelArguments) -> Any:
     useless = {"use_bnb_nested_quant", "bnb_4bit_quant_type"}.intersection(changed(model))
     if useless and not model.load_in_4bit:
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in sorted(useless))}: only with --load_in_4bit.")
+    if model.torchao and (model.load_in_4bit or model.load_in_8bit):
+        raise SystemExit("error: --torchao and --load_in_4bit or --load_in_8bit: one way to quantise is enough.")
+    if model.torchao:
+        return _torchao_config(model.torchao)
     if not (model.load_in_4bit or model.load_in_8bit):
         return None
     import torch
@@ -96,6 +104,16 @@ def quantization_config(model: ModelArguments) -> Any:
         raise SystemExit(
             "error: --load_in_4bit needs bitsandbytes: pip install 'tgol_trainer[quantization]'."
         ) from error
+
+
+def _torchao_config(kind: str) -> Any:
+    from diffusers import TorchAoConfig
+
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise SystemExit("error: --torchao needs torchao: pip install torchao.") from error
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
 def lora_config(model: ModelArguments, training: TGOLConfig) -> Any:
@@ -136,6 +154,8 @@ def planned_setup(script: Any, training: TGOLConfig, model: ModelArguments) -> S
     if model.load_in_4bit or model.load_in_8bit:
         compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
         quantization = Quantization(4 if model.load_in_4bit else 8, model.use_bnb_nested_quant, compute)
+    if model.torchao:
+        quantization = Quantization(8, torchao=model.torchao)
     lora = lora_config(model, training)
     frozen = lora is not None and not embedded_model(model.model_name_or_path)
     sides = [int(side) for side in str(training.resolution or "").split("x") if side]
@@ -155,6 +175,8 @@ def planned_setup(script: Any, training: TGOLConfig, model: ModelArguments) -> S
         checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
         group_offload=training.group_offload,
         storage_dtype=training.storage_dtype,
+        vae_tiling=training.vae_tiling,
+        text_encoders_in_4bit=training.text_encoders_in_4bit,
         autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
         optimizer=str(getattr(training.optim, "value", training.optim)),
         cache=training.cache and not script.dataset_streaming,

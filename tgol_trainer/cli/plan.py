@@ -184,9 +184,6 @@ def _table(prediction: Prediction, card: Card | None) -> list[str]:
     frames = f", {prediction.num_frames} frames" if prediction.num_frames else ""
     kind = f"LoRA r {setup.lora.r}" if setup.lora else "all weights"
     batch = f"batch {setup.batch_size}" + (f" x {setup.accumulation}" if setup.accumulation > 1 else "")
-    bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
-    bits += f", blocks in {setup.storage_dtype}" if setup.storage_dtype else ""
-    bits += ", blocks on the CPU" if setup.group_offload else ""
     saving = ", gradient checkpointing" if setup.checkpointing else ""
     phases = {name: phase for name, phase in _phases(prediction).items() if phase is not None}
     names = [name for name in _ROWS if any(name in phase.resident for phase in phases.values())]
@@ -195,7 +192,7 @@ def _table(prediction: Prediction, card: Card | None) -> list[str]:
         return f"  {name:<34}" + "".join(f"{_size(value) if value is not None else '-':>12}" for value in values)
 
     lines = [
-        f"{setup.model}: {prediction.pipeline}, {height}x{width}{frames}, {setup.main_dtype}{bits}",
+        f"{setup.model}: {prediction.pipeline}, {height}x{width}{frames}, {setup.main_dtype}{setup.stored}",
         f"{kind} ({prediction.num_trained / 1e6:,.1f} M trained), {batch}{saving}, {setup.optimizer}",
         "",
         f"  {'memory of the device':<34}" + "".join(f"{name:>12}" for name in phases),

@@ -105,6 +105,21 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         },
     )
 
+    vae_tiling: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode and decode images that are larger than the autoencoder's tile in tiles, for images too "
+            "large for it. Gives other latents; the cache keeps them apart."
+        },
+    )
+    text_encoders_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Load text encoders other than CLIP in NF4 (bitsandbytes), for those that are larger than the "
+            "device. Embeddings are rounded, for policy and reference alike."
+        },
+    )
+
     allow_bad_base: bool = field(
         default=False,
         metadata={

@@ -42,7 +42,7 @@ from .meissonic import MeissonicFamily, load_meissonic
 from .mochi import MochiFamily
 from .origin import ModelOrigin
 from .prompts import words_of
-from .quantization import denoiser_quantization
+from .quantization import add_text_encoders, denoiser_quantization, large_text_encoders
 from .qwen_image import QwenImage21Family, QwenImageFamily
 from .sana import SanaFamily, SanaVideoFamily
 from .skyreels_v2 import SkyReelsV2Family
@@ -149,7 +149,9 @@ def load_family(
     """
     from diffusers import DiffusionPipeline
 
-    options = dict(model_init_kwargs or {})
+    options, settings = dict(model_init_kwargs or {}), settings or FamilySettings()
+    if settings.text_encoders_in_4bit and (isinstance(model, DiffusionPipeline) or embedded_model(model)):
+        raise ValueError("`text_encoders_in_4bit` is for a Hub id or a folder: these are loaded already.")
     if isinstance(model, DiffusionPipeline):
         if options:
             raise ValueError(
@@ -164,7 +166,7 @@ def load_family(
         )
     if frozen_on is not None and "dtype" not in options and not embedded_model(model):
         options |= {"dtype": dtype} if (dtype := _frozen_dtype(frozen_on)) else {}
-    if "quantization_config" in options:
+    if "quantization_config" in options or settings.text_encoders_in_4bit:
         options.setdefault("dtype", "float32")  # otherwise diffusers makes layers that are not quantised float16
     if "dtype" in options:
         options["dtype"] = read_dtype(options["dtype"])
@@ -177,10 +179,15 @@ def load_family(
     index = read_index(source, options)
     if "quantization_config" in options:
         options["quantization_config"] = denoiser_quantization(index, options["quantization_config"])
+    if settings.text_encoders_in_4bit:
+        add_text_encoders(index, options)
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **options)
     except (ValueError, OSError) as error:  # files that are missing or broken, or code that would be run
         raise ValueError(f"{model} cannot be loaded: {error}") from error
+    if settings.text_encoders_in_4bit:
+        for name in large_text_encoders(pipeline):  # a GPU, where they are loaded, is for the denoiser
+            getattr(pipeline, name).to("cpu")
     return wrap_pipeline(pipeline, ModelOrigin.of_source(str(model), options.get("revision")), settings)
 
 
@@ -276,6 +283,8 @@ def wrap_pipeline(
     family = FAMILIES[name](pipeline, origin or ModelOrigin.of_pipeline(pipeline), settings)
     if family.num_frames is None and family.settings.num_frames is not None:
         raise ValueError(f"`num_frames` means nothing to {name}, a model of images: leave it out.")
+    if family.settings.vae_tiling:
+        _tile(getattr(pipeline, family.autoencoder_name))
     if family.settings.expert is not None and not isinstance(family, WanFamily):
         raise ValueError(f"`expert` means nothing to {name}, which has one transformer: leave it out.")
     unused = []
@@ -288,6 +297,13 @@ def wrap_pipeline(
     for reason in unused:
         logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return family
+
+
+def _tile(autoencoder: Any) -> None:
+    try:
+        autoencoder.enable_tiling()
+    except NotImplementedError as error:
+        raise ValueError(f"`vae_tiling`: {type(autoencoder).__name__} knows no tiles. Leave it out.") from error
 
 
 def _check_supported(name: str, parts: dict[str, str]) -> None:

@@ -38,12 +38,17 @@ class FamilySettings:
             Frames of a training clip; by default as many as the pipeline generates. Models of videos only.
         expert (`str`, *optional*):
             `"high_noise"` (by default) or `"low_noise"`: which of two transformers is trained. Wan 2.2 A14B only.
+        vae_tiling (`bool`, *optional*, defaults to `False`): Encode and decode images in tiles.
+        text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
+            Load text encoders other than CLIP in 4 bits. Only for a pipeline that is loaded here.
     """
 
     timestep_sampling: str | None = None
     guidance: float = 3.5
     num_frames: int | None = None
     expert: str | None = None
+    vae_tiling: bool = False
+    text_encoders_in_4bit: bool = False
 
 
 @contextmanager

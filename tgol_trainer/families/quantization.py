@@ -1,11 +1,15 @@
-"""Load the denoiser of a base model in 4 or 8 bits; the adapter on it stays float32."""
+"""Load the denoiser and the text encoders of a base model in 4 or 8 bits; the adapter stays float32."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    from diffusers import PipelineQuantizationConfig
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 
 def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantizationConfig:
@@ -33,3 +37,48 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
             ) from error
     denoisers = [name for name in ("transformer", "transformer_2", "unet") if (index.get(name) or [None])[-1]]
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(denoisers, config))
+
+
+def add_text_encoders(index: Mapping[str, Any], options: dict[str, Any]) -> None:
+    """
+    Add the large text encoders of a pipeline, in NF4 of bitsandbytes, to the options of `from_pretrained`.
+
+    `index` is as in [`denoiser_quantization`], which has been applied before. Raises `ValueError` where there is none,
+    where bitsandbytes is missing, and beside a `PipelineQuantizationConfig` that quantises text encoders itself.
+    """
+    from diffusers import PipelineQuantizationConfig
+    from transformers import BitsAndBytesConfig
+
+    kinds = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
+    names = [name for name, kind in kinds.items() if _is_large_text_encoder(name, kind)]
+    if not names:
+        raise ValueError("`text_encoders_in_4bit`: this pipeline has CLIP's text encoders alone, which are small.")
+    mapping = dict(options["quantization_config"].quant_mapping or {}) if "quantization_config" in options else {}
+    if any(name.startswith("text_encoder") for name in mapping):
+        raise ValueError("`text_encoders_in_4bit` and `quantization_config` both say how: leave one out.")
+    dtype = options["dtype"].get("default", torch.float32) if isinstance(options["dtype"], dict) else options["dtype"]
+    try:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    except PackageNotFoundError as error:
+        raise ValueError(
+            "`text_encoders_in_4bit` needs bitsandbytes: pip install 'tgol_trainer[quantization]'."
+        ) from error
+    mapping |= dict.fromkeys(names, config)
+    options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def large_text_encoders(pipeline: DiffusionPipeline) -> list[str]:
+    """Return the names of the text encoders that `text_encoders_in_4bit` means: all but CLIP's."""
+    components = pipeline.components.items()
+    return [
+        name for name, each in components if each is not None and _is_large_text_encoder(name, type(each).__name__)
+    ]
+
+
+def _is_large_text_encoder(name: str, kind: str) -> bool:
+    return name.startswith("text_encoder") and not kind.startswith("CLIP")

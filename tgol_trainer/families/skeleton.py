@@ -65,7 +65,9 @@ def load_skeleton(
         elif name in _LEFT_OUT or value[1] is None:
             arguments[name] = None
         else:
-            arguments[name] = _component(getattr(importlib.import_module(value[0]), value[1]), source, name, options)
+            # A class of the pipeline's own, such as LTX-2's connectors, is in diffusers' module of that pipeline.
+            module = getattr(diffusers.pipelines, value[0], None) or importlib.import_module(value[0])
+            arguments[name] = _component(getattr(module, value[1]), source, name, options)
             if isinstance(arguments[name], torch.nn.Module):
                 _cast(arguments[name], read_dtype(dtypes.get(name, dtypes.get("default", torch.float32))))
     if "requires_safety_checker" in known:

@@ -11,7 +11,7 @@ import torch
 from tgol_trainer.families import FROZEN_DTYPE
 from tgol_trainer.shapes import embedded_model
 
-from .memory import Prediction, predict, weights_alone
+from .memory import CONTEXT, Prediction, predict, weights_alone
 from .networks import Setup
 from .quantized import Quantization
 
@@ -43,7 +43,8 @@ def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lamb
 
     Where the smallest batch does not fit either, the same again with weights in bfloat16, then with the blocks stored
     in 8 bits, then with the denoiser in 4 bits, then with its blocks on the CPU, then at three quarters and at half of
-    the resolution. Sampling is left out of what is tried.
+    the resolution. Text encoders that do not fit by themselves are tried in 4 bits. Sampling is left out of what is
+    tried.
 
     Args:
         first ([`Prediction`]): What was asked for.
@@ -57,7 +58,7 @@ def fit(first: Prediction, memory: int, *, accepts: Callable[[int], bool] = lamb
         return Fit(first, {}, fits=True)
     asked, least = first.setup, first
     sizes = [size for size in range(asked.batch_size, 0, -1) if not asked.batch_size % size and accepts(size)]
-    bases = list(_bases(first))
+    bases = list(_bases(first, memory))
     for base in bases:
         if base is not bases[-1] and weights_alone(base) > memory:
             continue
@@ -89,9 +90,11 @@ def refusal(prediction: Prediction, memory: int) -> str | None:
     return None
 
 
-def _bases(first: Prediction) -> Iterator[Setup]:
+def _bases(first: Prediction, memory: int) -> Iterator[Setup]:
     """Yield setups to try with ever smaller batches, the nearest to what was asked for first."""
     asked, multiple = dataclasses.replace(first.setup, sampling_batch=0), first.multiple
+    if first.encoding is not None and first.encoding.resident.get("text encoders", 0) + CONTEXT > memory:
+        asked = dataclasses.replace(asked, text_encoders_in_4bit=not embedded_model(asked.model))
     sizes = [first.size]
     for share in _SMALLER:
         height, width = (max(round(side * share / multiple), 1) * multiple for side in first.size)
@@ -121,11 +124,8 @@ def _with_batch(base: Setup, size: int) -> Setup:
 
 
 def _predict(setup: Setup) -> Prediction:
-    bits = f", {setup.quantization.bits} bits" if setup.quantization else ""
-    bits += f", blocks in {setup.storage_dtype}" if setup.storage_dtype else ""
-    bits += ", blocks on the CPU" if setup.group_offload else ""
     height, width = setup.resolution or (0, 0)
-    logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.main_dtype, bits)
+    logger.info("Trying batches of %d, %dx%d, %s%s", setup.batch_size, height, width, setup.main_dtype, setup.stored)
     return predict(setup)
 
 
@@ -145,6 +145,8 @@ def _flags(first: Prediction, found: Prediction) -> dict[str, str]:
         flags["group_offload"] = "true"
     if quantised:
         flags |= {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
+    if setup.text_encoders_in_4bit != asked.text_encoders_in_4bit:
+        flags["text_encoders_in_4bit"] = "true"
     if found.size != first.size:
         height, width = found.size
         flags["resolution"] = str(height) if height == width else f"{height}x{width}"

@@ -11,6 +11,7 @@ import torch
 
 from tgol_trainer import adapters
 from tgol_trainer.families import FamilySettings, ModelFamily, StoredBlocks
+from tgol_trainer.families.quantization import large_text_encoders
 from tgol_trainer.families.skeleton import load_skeleton
 
 from .quantized import Quantization, quantize
@@ -41,6 +42,8 @@ class Setup:
         group_offload (`bool`, *optional*, defaults to `False`): Keep the blocks' weights on the CPU.
         storage_dtype (`str`, *optional*): Dtype that the blocks' matrices are kept in.
         autocast (`torch.dtype`, *optional*): What `bf16=True` or `fp16=True` computes in.
+        vae_tiling (`bool`, *optional*, defaults to `False`): As in [`FamilySettings`].
+        text_encoders_in_4bit (`bool`, *optional*, defaults to `False`): As in [`FamilySettings`].
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): `TrainingArguments.optim`.
         cache (`bool`, *optional*, defaults to `True`):
             Encode once before training. Without it text encoders and autoencoder stay on the device.
@@ -63,6 +66,8 @@ class Setup:
     group_offload: bool = False
     storage_dtype: str | None = None
     autocast: torch.dtype | None = None
+    vae_tiling: bool = False
+    text_encoders_in_4bit: bool = False
     optimizer: str = "adamw_torch_fused"
     cache: bool = True
     sampling_batch: int = 1
@@ -72,6 +77,17 @@ class Setup:
         """Name of the dtype of all components but those that have their own."""
         dtype = self.dtype.get("default", "float32") if isinstance(self.dtype, dict) else self.dtype
         return str(dtype).removeprefix("torch.")
+
+    @property
+    def stored(self) -> str:
+        """How weights are kept beside their dtype, for a line of text: each with a comma before it."""
+        parts = [
+            f"{self.quantization.bits} bits" if self.quantization else "",
+            f"blocks in {self.storage_dtype}" if self.storage_dtype else "",
+            "blocks on the CPU" if self.group_offload else "",
+            "text encoders in 4 bits" if self.text_encoders_in_4bit else "",
+        ]
+        return "".join(f", {part}" for part in parts if part)
 
 
 class NotPlannableError(ValueError):
@@ -103,7 +119,7 @@ def build(setup: Setup) -> ModelFamily:
         setup.model,
         revision=setup.revision,
         dtype=setup.dtype,
-        settings=FamilySettings(num_frames=setup.num_frames, expert=setup.expert),
+        settings=FamilySettings(num_frames=setup.num_frames, expert=setup.expert, vae_tiling=setup.vae_tiling),
     )
     if not family.traceable:
         raise NotPlannableError(
@@ -119,6 +135,13 @@ def prepare(family: ModelFamily, setup: Setup) -> None:
     denoiser = family.denoiser
     if setup.quantization is not None:
         quantize(denoiser, setup.quantization)
+    if setup.text_encoders_in_4bit:
+        names = large_text_encoders(family.pipeline)
+        if not names:
+            raise ValueError("`text_encoders_in_4bit`: this pipeline has CLIP's text encoders alone: leave it out.")
+        for name in names:
+            encoder = getattr(family.pipeline, name)
+            quantize(encoder, Quantization(4, double=True, compute_dtype=encoder.dtype))
     if setup.group_offload or setup.storage_dtype:
         family.blocks = StoredBlocks(denoiser, torch.device("meta"), setup.group_offload, setup.storage_dtype)
     if setup.lora is None:

@@ -1,4 +1,4 @@
-"""Stand-ins without weights for the layers that bitsandbytes puts in place of a denoiser's linear layers."""
+"""Stand-ins without weights for what bitsandbytes and torchao make of linear layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 _BLOCK, _BLOCK_OF_BLOCKS = 64, 256
 """Weights that share a scale, and scales that share one where they are quantised too (bitsandbytes' defaults)."""
@@ -19,22 +20,24 @@ _BLOCK, _BLOCK_OF_BLOCKS = 64, 256
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """
-    How the denoiser's linear layers are quantised, in the words of `diffusers.BitsAndBytesConfig`.
+    How linear layers are quantised, in the words of `diffusers.BitsAndBytesConfig`.
 
     Args:
         bits (`int`): 4 or 8.
         double (`bool`, *optional*, defaults to `False`): Quantise the scales of 4-bit weights too.
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): What 4-bit layers compute in.
+        torchao (`str`, *optional*): `"int8"` or `"float8"`: by torchao, weights alone, and not by bitsandbytes.
     """
 
     bits: int
     double: bool = False
     compute_dtype: torch.dtype = torch.float32
+    torchao: str | None = None
 
 
 class QuantizedLinear(torch.nn.Linear):
     """
-    A linear layer that takes the memory of `bnb.nn.Linear4bit` or `bnb.nn.Linear8bitLt`.
+    A linear layer that takes the memory of `bnb.nn.Linear4bit`, `bnb.nn.Linear8bitLt` or a weight of torchao.
 
     Args:
         layer (`torch.nn.Linear`): The layer that it stands for; on the meta device.
@@ -48,6 +51,8 @@ class QuantizedLinear(torch.nn.Linear):
         if quantization.bits == 8:
             self.weight = _frozen(numel, torch.int8)
             sizes = {"scales": (self.out_features, torch.float32)}
+            if quantization.torchao == "int8":
+                sizes |= {"zero_points": (self.out_features, torch.int8)}
         else:
             self.weight = _frozen((numel + 1) // 2, torch.uint8)
             blocks = math.ceil(numel / _BLOCK)
@@ -63,15 +68,17 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Multiply; the weights exist in full only for as long as a pass of this layer takes."""
+        if self.quantization.torchao:  # of which autograd keeps the small ones
+            return _ProductOfFullWeights.apply(inputs, self.out_features, self.bias)
         if self.quantization.bits == 8:
             return _Product8Bit.apply(inputs, self.out_features, self.bias)
         dtype, given = self.quantization.compute_dtype, inputs.dtype
         bias = self.bias.to(dtype) if self.bias is not None else None
-        product = _Product4Bit.apply(inputs.to(dtype), self.out_features, bias).to(given)
+        product = _ProductOfFullWeights.apply(inputs.to(dtype), self.out_features, bias).to(given)
         return product.clone()  # as PEFT's layer does
 
 
-class _Product4Bit(torch.autograd.Function):
+class _ProductOfFullWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, out_features: int, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.shape = out_features, inputs.shape[-1]
@@ -102,9 +109,9 @@ class _Product8Bit(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def quantize(network: ModelMixin, quantization: Quantization) -> None:
-    """Replace the linear layers of a denoiser on the meta device that diffusers would quantise."""
-    kept = set(network._keep_in_fp32_modules or ())
+def quantize(network: ModelMixin | PreTrainedModel, quantization: Quantization) -> None:
+    """Replace the linear layers of a network on the meta device that diffusers or transformers would quantise."""
+    kept = {*(network._keep_in_fp32_modules or ()), "lm_head"}
     for name, layer in list(network.named_modules()):
         if isinstance(layer, torch.nn.Linear) and not kept.intersection(name.split(".")):
             parent, _, child = name.rpartition(".")
