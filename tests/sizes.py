@@ -22,11 +22,15 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -34,6 +38,7 @@ from transformers import (
 )
 
 from tests.tiny import STABLE_DIFFUSION_NOISE, WITHOUT_QUANT_CONV, clip_tokenizer, t5_tokenizer
+from tests.tiny_language import chat_tokenizer
 
 
 def clip_l(model=CLIPTextModel, **options):
@@ -139,6 +144,19 @@ def flux():
     return FluxPipeline(**networks, **tokenizers, scheduler=scheduler)
 
 
+def z_image():
+    """Z-Image; the transformer's sizes are diffusers' defaults, the text encoder is Qwen3-4B."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        networks = {
+            "text_encoder": Qwen3Model(Qwen3Config(vocab_size=151936, **sizes)),
+            "transformer": ZImageTransformer2DModel(),
+            "vae": autoencoder(16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, **WITHOUT_QUANT_CONV),
+        }
+    return ZImagePipeline(**networks, tokenizer=chat_tokenizer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+
+
 def wan():
     """Wan 2.1, 1.3B."""
     sizes = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}
@@ -152,7 +170,14 @@ def wan():
     return WanPipeline(**networks, tokenizer=t5_tokenizer(), scheduler=scheduler)
 
 
-SIZES = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "sd35": stable_diffusion_3, "flux": flux, "wan": wan}
+SIZES = {
+    "sd15": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd35": stable_diffusion_3,
+    "flux": flux,
+    "z-image": z_image,
+    "wan": wan,
+}
 
 COUNTS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},

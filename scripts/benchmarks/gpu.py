@@ -75,6 +75,7 @@ FULL = [
     Case("flux", 1, (1024, 1024), checkpointing=True, bits=4),
     Case("flux", 1, (1024, 1024), checkpointing=True, bits=8),
     Case("flux", 1, (1024, 1024), checkpointing=True, group_offload=True),
+    Case("z-image", 1, (1024, 1024), checkpointing=True),
     Case("wan", 1, (480, 832), num_frames=33, checkpointing=True),
 ]
 SMALL = [
