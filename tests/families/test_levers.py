@@ -43,7 +43,7 @@ def test_a_plan_of_encoding_in_tiles_holds_a_tile(tmp_path):
     TINY["sd"].build().save_pretrained(tmp_path)
     setup = Setup(str(tmp_path), lora=LoraConfig(r=4), batch_size=1, resolution=(128, 128), sampling_batch=0)
     whole, tiles = (predict(dataclasses.replace(setup, vae_tiling=tiling)) for tiling in (False, True))
-    assert tiles.encoding.working < whole.encoding.working / 4
+    assert tiles.encoding.working < whole.encoding.working / 3  # a quarter of the area, and what the tiles leave
     assert tiles.step == whole.step
 
 

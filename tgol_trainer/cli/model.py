@@ -48,6 +48,11 @@ class ModelArguments(ModelConfig):
         default=0.0, metadata={"help": "LoRA dropout; above 0 the policy's pass is noisy and the reference's is not."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.torchao and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("--torchao and --load_in_4bit or --load_in_8bit: one way to quantise is enough.")
+
 
 # TRL's fields that mean nothing here. A value other than the default is refused, not dropped in silence.
 UNUSED: tuple[str, ...] = (
@@ -81,8 +86,6 @@ def quantization_config(model: ModelArguments) -> Any:
     useless = {"use_bnb_nested_quant", "bnb_4bit_quant_type"}.intersection(changed(model))
     if useless and not model.load_in_4bit:
         raise SystemExit(f"error: {', '.join(f'--{name}' for name in sorted(useless))}: only with --load_in_4bit.")
-    if model.torchao and (model.load_in_4bit or model.load_in_8bit):
-        raise SystemExit("error: --torchao and --load_in_4bit or --load_in_8bit: one way to quantise is enough.")
     if model.torchao:
         return _torchao_config(model.torchao)
     if not (model.load_in_4bit or model.load_in_8bit):
