@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: help quickstart test test-slow test-min quality style clean
 
 help:
-	@echo "make quickstart   align a small text-to-image model on this CPU, about three minutes"
+	@echo "make quickstart   align a small text-to-image model on this CPU, about two minutes"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the slow tests as well"
 	@echo "make test-min     run the tests on the oldest supported versions"
