@@ -627,8 +627,8 @@ def test_an_unsupported_pipeline_is_told_what_is_supported(config, dataset):
 
 
 def test_an_unsupported_pipeline_is_refused_before_its_weights_are_read(config, dataset, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "CogView4Pipeline", "transformer": ["x", "y"]}')
-    with pytest.raises(ValueError, match=r"CogView4Pipeline is not supported yet"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PRXPipeline", "transformer": ["x", "y"]}')
+    with pytest.raises(ValueError, match=r"PRXPipeline is not supported yet"):
         TGOLTrainer(str(tmp_path), config(), dataset)
 
 

@@ -119,7 +119,9 @@ def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips,
 
 
 def test_the_shapes_settings_train_the_embedded_model(tmp_path):
-    scored_dataset(8, side=32).rename_column("score", "background_darkness").to_parquet(tmp_path / "train.parquet")
+    rows = scored_dataset(8, side=32).rename_column("score", "background_darkness")
+    rows = rows.add_column("colour_faithfulness", [float(index % 3) for index in range(8)])
+    rows.to_parquet(tmp_path / "train.parquet")
     flags = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     small = ["--max_steps", "1", "--per_device_train_batch_size", "4"]
     assert main(["train", "--config", str(CONFIGS[0].parent / "shapes.yaml"), *flags, *small]) == 0
