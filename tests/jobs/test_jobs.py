@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -676,7 +677,10 @@ def test_two_launched_processes_generate_and_score_the_rows_of_one(tmp_path, mon
     forkserver()
     launch = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "jobs", "start_method": "forkserver"}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, **launch)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     assert elastic_launch(config, run_steps)(steps("two")) == {rank: ([0, 0, 0], rank) for rank in (0, 1)}
+    for number, handler in handlers.items():  # torch's launcher leaves its own behind
+        signal.signal(number, handler)
     for made in ("images", "scored", "streamed"):
         assert rows(tmp_path / "two" / made) == rows(tmp_path / "one" / made)
         files = [{file.name for file in (tmp_path / way / made / "data").iterdir()} for way in ("one", "two")]

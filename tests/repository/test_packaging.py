@@ -231,6 +231,7 @@ def test_every_library_that_the_package_imports_is_required(source, requirements
     optional = {canonicalize_name(requirement.name) for requirement, extra in requirements if extra is not None}
     # Written to where a user has installed one and Trainer reports to it; nothing of ours needs them.
     optional |= {"trackio", "wandb"}
+    optional |= {"torchao"}  # of `--torchao`, whose error names it: its version follows that of torch
     providers = importlib.metadata.packages_distributions()
     missing = {}
     for file in (source / "tgol_trainer").rglob("*.py"):
