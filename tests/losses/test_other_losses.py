@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from tgol_trainer.losses import (
-    group_differences,
-    group_mates_mean,
     kto_loss,
     nft_loss,
     pairwise_threshold_loss,
@@ -48,25 +46,10 @@ def test_an_unknown_weight_form_is_refused():
         confidence_weights(np.zeros(1), form="square")
 
 
-def test_the_mean_of_group_mates_leaves_the_row_itself_out():
-    mean, has = group_mates_mean(torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0]), torch.tensor([7, 3, 7, 3, 4]))
-    close(mean, [2.0, 9.0, 1.0, 5.0, 0.0])
-    assert has.tolist() == [True, True, True, True, False]
-
-
-@pytest.mark.parametrize("count", [3, 7, 8, 11])
-def test_equal_scores_of_a_group_differ_by_exactly_nothing(count):
-    """0.1 is no float32: the mean of the others, subtracted, would leave ±1e-8 and with it a label at random."""
-    values, groups = torch.full((count,), 0.1), torch.zeros(count, dtype=torch.int64)
-    assert group_differences(values, groups).tolist() == [0.0] * count
-    some = torch.tensor([1.0, 5.0, 2.0, 9.0, 6.0, 3.0])
-    close(group_differences(some, torch.tensor([7, 3, 7, 3, 4, 7])), [-1.5, -4.0, 0.0, 4.0, 0.0, 1.5])
-
-
 def test_a_centred_pair_under_the_threshold_loss_is_dpo():
-    """Two samples of a prompt, centred log-ratios and scores: -log σ(β·Δ) for both rows, as DPO's."""
+    """Two samples of a prompt, log-ratios and scores less the other's: -log σ(β·Δ) for both rows, as DPO's."""
     log_ratio, scores, groups = torch.tensor([0.7, -0.4]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5])
-    centred = [values - group_mates_mean(values, groups)[0] for values in (log_ratio, scores)]
+    centred = [values - values.flip(0) for values in (log_ratio, scores)]
     record = threshold_guided_loss(*centred, torch.ones(2), beta=1.5)
     expected = -math.log(1 / (1 + math.exp(-1.5 * 1.1)))
     close(record.loss, [expected, expected])

@@ -11,8 +11,6 @@ from .anchored import (
 from .base import LossRecord
 from .comparison import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
 from .groups import (
-    group_differences,
-    group_mates_mean,
     pair_margins,
     pairwise_threshold_loss,
     preference_loss,
@@ -23,8 +21,6 @@ __all__ = [
     "LossRecord",
     "anchored_loss",
     "dspo_loss",
-    "group_differences",
-    "group_mates_mean",
     "kto_loss",
     "linear_change",
     "nft_loss",

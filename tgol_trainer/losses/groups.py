@@ -26,42 +26,6 @@ def pair_margins(scores: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.eye(len(margin), dtype=torch.bool, device=margin.device), margin, among)
 
 
-def group_mates_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Mean over the other rows of each row's group.
-
-    `v_i - mean_{j≠i} v_j` equals `n/(n - 1)·(v_i - mean_j v_j)`: centring within the group, scaled so that a pair
-    gives its difference. At the KL optimum `ŝ = R - τ*(x)`, so centred rewards equal centred scores whatever τ*(x) is.
-
-    Args:
-        values (`torch.Tensor`): (B,) with or without gradient, which passes through.
-        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: (B,) means, 0 for a row that is alone, and (B,) bool, false for those.
-    """
-    check_vectors(values=values, groups=groups)
-    mates = _mates(groups)
-    count = mates.sum(1)
-    return (mates.to(values.dtype) @ values) / count.clamp(min=1), count > 0
-
-
-def group_differences(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """
-    Mean difference to the other rows of each row's group: `v_i - mean_{j≠i} v_j`, exactly 0 where all are equal.
-
-    Args:
-        values (`torch.Tensor`): (B,) with or without gradient, which passes through.
-        groups (`torch.Tensor`): (B,) integers; equal ones form a group.
-
-    Returns:
-        `torch.Tensor`: (B,), 0 for a row that is alone.
-    """
-    check_vectors(values=values, groups=groups)
-    mates = _mates(groups)
-    return torch.where(mates, values[:, None] - values[None, :], 0.0).sum(1) / mates.sum(1).clamp(min=1)
-
-
 def pairwise_threshold_loss(
     log_ratio: torch.Tensor,
     margins: torch.Tensor,
