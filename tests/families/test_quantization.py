@@ -99,8 +99,13 @@ def adapter_of(model):
 LATER = ("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma")
 """Loaded and trained by the code of those before them; slow tests."""
 # Each other family in 4 bits; in 8, one of the usual kind and the one that needs layers left out.
+# The CPU kernel of bitsandbytes for 8 bits takes no more dimensions than rows and columns, and Kandinsky 5 has a grid.
 CASES = quick(
-    list(itertools.product(TRAINED, BITS)),
+    [
+        case
+        for case in itertools.product(TRAINED, BITS)
+        if not (case[0].startswith("kandinsky") and case[1] == "8 bits")
+    ],
     *((name, "4 bits") for name in TRAINED if name not in LATER),
     *((name, "8 bits") for name in ("sd", "amused")),
 )
