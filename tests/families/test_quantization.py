@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.helpers import quick
 from tests.meissonic_standin import as_published
-from tests.pipelines import TINY
+from tests.pipelines import SLOW, TINY
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.cli.train import main
@@ -96,7 +96,7 @@ def adapter_of(model):
     return found
 
 
-LATER = ("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma")
+LATER = ("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma", *SLOW)
 """Loaded and trained by the code of those before them; slow tests."""
 # Each other family in 4 bits; in 8, one of the usual kind and the one that needs layers left out.
 # The CPU kernel of bitsandbytes for 8 bits takes no more dimensions than rows and columns, and Kandinsky 5 has a grid.
