@@ -166,6 +166,20 @@ def test_data_on_a_read_only_disk_is_checked_without_writing_there(tmp_path, mon
     assert sorted(tmp_path.rglob("*")) == files
 
 
+@pytest.mark.parametrize("named", [[7, 8, 7, None], ["a", "b", "a", None], [[1, 2], [3], [1, 2], None]])
+def test_equal_prompts_are_one_object_and_groups_are_named_by_the_text_of_any_value(named):
+    rows = [{**row, "prompt": row["prompt"] + "!", "set": name} for row, name in zip(rows_of(4), named, strict=True)]
+    del rows[1]["image"]
+    dataset, _ = prepare_dataset(
+        Dataset.from_list(rows), dataclasses.replace(Columns(), group="set"), SIZE, on_bad_sample="skip"
+    )
+    assert dataset.prompts == ["prompt 0!", "prompt 2!", "prompt 0!"]
+    prompts = dataset.prompts
+    assert prompts[0] is prompts[2]  # text of its own for each of millions of rows would be gigabytes
+    assert dataset.groups == [str(named[0]), str(named[2]), "None"]
+    assert [dataset[index]["group"] for index in range(3)] == dataset.group_ids
+
+
 def test_several_processes_find_what_one_finds(tmp_path):
     rows = rows_of(40)
     rows[3]["score"], rows[30]["prompt"], rows[39]["image"] = math.inf, None, None

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import datasets
@@ -363,7 +363,7 @@ class ScoredDataset(torch.utils.data.Dataset):
     @property
     def prompts(self) -> list[str]:
         """The prompts of the usable rows, in order; read from the dataset at each call."""
-        return [self._columns.text(prompt) for prompt in self.written_prompts]
+        return self._texts(self._columns.prompt, self._columns.text)
 
     @property
     def written_prompts(self) -> list[str]:
@@ -377,16 +377,22 @@ class ScoredDataset(torch.utils.data.Dataset):
             raise ValueError("`columns.group` is not given: these rows have no groups.")
         if self._columns.group == self._columns.prompt:
             return self.prompts
-        return list(map(str, self._texts(self._columns.group)))
+        return self._texts(self._columns.group, str)
 
     @property
     def group_ids(self) -> list[int] | None:
         """The rows' `"group"`, in order; `None` where `columns` name no group."""
         return None if self._columns.group is None else [_group_id(name) for name in self.groups]
 
-    def _texts(self, name: str) -> list[Any]:
+    def _texts(self, name: str, change: Callable[[Any], Any] = lambda text: text) -> list[Any]:
+        """Return the changed values of a column for the usable rows. Equal ones are one object: rows may be millions."""
         column = self._rows.select_columns([name])[:].column(0)
-        return column.take(pa.array(self.row_ids)).to_pylist()
+        if pa.types.is_nested(column.type):  # a group named by several values
+            return [change(text) for text in column.take(pa.array(self.row_ids)).to_pylist()]
+        encoded = column.dictionary_encode("encode").combine_chunks()
+        texts = np.empty(len(encoded.dictionary), dtype=object)
+        texts[:] = [change(text) for text in encoded.dictionary.to_pylist()]
+        return texts[encoded.indices.to_numpy()[self.row_ids]].tolist()
 
     def kept(self, mask: np.ndarray) -> ScoredDataset:
         """
