@@ -94,6 +94,7 @@ def launched(place):
             *flags_for(place / "uneven", place / "stream_again", 4, **UNEVEN),
             *("--resume_from_checkpoint", str(place / "stream" / "checkpoint-8")),
         ],
+        "offloaded": flags_for(place / "data", place / "offloaded", 4, group_offload="true", max_steps=2),
         "pairs": flags_for(place / "groups", place / "pairs", 4, **PAIRED),
         "stopped": ["stopped", *flags_for(place / "data", place / "stopped", 4)],
         "continued": flags_for(place / "data", place / "stopped", 4, resume_from_checkpoint="true"),
@@ -301,6 +302,15 @@ def test_a_process_that_sees_one_class_only_does_not_stop_the_others(launched):
 def test_one_sided_processes_log_what_one_process_with_both_classes_logs(place, launched):
     flags = flags_for(place / "one_sided", place / "both", 8, max_steps=3, train_sampling_strategy="sequential")
     assert_same_log(lines(alone(place / "both_records", flags)), lines(launched.records["one sided"][0]))
+
+
+def test_two_processes_that_keep_their_blocks_on_the_cpu_log_what_two_without_do(launched):
+    same = ("step", "loss", "grad_norm", "drift", "rewards/margins", "weights/mean")
+    plain, offloaded = (
+        [[line[name] for name in same] for line in lines(launched.records[run][0])[:2]] for run in ("two", "offloaded")
+    )
+    assert np.allclose(plain[0], offloaded[0], rtol=1e-5)
+    assert np.allclose(plain[1], offloaded[1], rtol=1e-3)
 
 
 def test_two_processes_train_on_the_pairs_of_one(place, launched):

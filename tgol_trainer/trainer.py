@@ -237,6 +237,8 @@ class TGOLTrainer(SavingTrainer):
             adapters.check_reference(family.denoiser, before, family.probe)
         else:
             adapters.attach(family.denoiser, self._lora_config(peft_config), seed=args.seed, probe=family.probe)
+        if family.blocks is not None:
+            family.blocks.leave_to_this_process()
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
             family.enable_gradient_checkpointing()
             # Trainer calls the switch of transformers' models, which diffusers' models lack.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import BitsAndBytesConfig
 from peft import LoraConfig
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.helpers import quick
@@ -152,6 +154,22 @@ def test_the_fingerprint_of_a_quantised_weight_counts_each_tensor_that_it_is_mad
 def test_what_does_not_go_with_stored_blocks_is_refused(options, message, config):
     with pytest.raises(ValueError, match=message):
         config(**{"group_offload": True, **options})
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_leaves_what_stands_in_for_stored_weights_alone(config, dataset, process_group):
+    trainer = TGOLTrainer(stable_diffusion(), config(group_offload=True), dataset)
+    wrapped = DistributedDataParallel(trainer.model)  # PyTorch refuses to write into a tensor without elements
+    blocks = {key for key, value in trainer.model.named_parameters() if value.isnan().all()}
+    assert len(blocks) == sum(map(len, trainer.family.blocks.weights)) > 0
+    assert wrapped.parameters_to_ignore >= blocks
+    assert all(".lora_" not in name for name in wrapped.parameters_to_ignore)
 
 
 def test_a_quantised_denoiser_and_dora_are_refused(config, dataset):

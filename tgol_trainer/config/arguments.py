@@ -94,7 +94,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         default=False,
         metadata={
             "help": "Keep the weights of the frozen denoiser's blocks on the CPU; each is copied to the device while "
-            "it runs, the next one ahead of time. Changes no number; one process, LoRA, recomputed activations."
+            "it runs, the next one ahead of time. Changes no number; LoRA, recomputed activations."
         },
     )
     storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] | None = field(
@@ -420,8 +420,6 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         ):
             if getattr(self, other):
                 raise ValueError(f"`{name}` does not go with `{other}`, {reason}: leave one out.")
-        if self.world_size > 1:
-            raise ValueError(f"`{name}` works in one process, and this run has {self.world_size}: leave it out.")
         if self.checkpointing_given and not self.activation_checkpointing:
             raise ValueError(
                 f"`{name}` needs `activation_checkpointing`: without it every block's weights stay on the device "

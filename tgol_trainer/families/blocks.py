@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -89,6 +90,16 @@ class StoredBlocks:
     def bytes_ahead(self) -> int:
         """Bytes of the block that is copied ahead, at most."""
         return max(map(_size, self.weights)) if self.offload and len(self.weights) > 1 else 0
+
+    def leave_to_this_process(self) -> None:
+        """
+        Have `DistributedDataParallel` leave the blocks' weights alone, which every process has loaded for itself.
+
+        It would write into what stands in for them. To be called when the network has its adapters, which rename them.
+        """
+        absent = {id(weight.absent) for block in self.weights for weight in block}
+        names = [name for name, parameter in self.network.named_parameters() if id(parameter) in absent]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, names)
 
     def replace_kept(self, make: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
         """Keep other tensors instead, and compute on another device."""
