@@ -8,6 +8,8 @@ a while slows them all. A line of the results file holds one variant of one run:
     python scripts/benchmarks/throughput.py --network sd15 --resolution 256
     python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
 
+`--peers` adds diffusers' Diffusion-DPO example where it lies in a folder (see `peers.py`). Its batch is as many images.
+
 `shapes` is the embedded model. `sd15` has the architecture of Stable Diffusion 1.5 and random weights.
 """
 
@@ -16,9 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +42,11 @@ from tgol_trainer import TGOLConfig, TGOLTrainer
 from tgol_trainer.families import load_family
 from tgol_trainer.shapes import PROMPTS, load_pipeline
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from peers import peer_steps  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results" / "throughput.jsonl"
 LORA = {
     "r": 8,
@@ -54,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of each variant; the cache of images and prompts is on by default."""
 FLOOR = "plain LoRA loop"
+PEER = "diffusers' Diffusion-DPO example"
 
 
 def random_sd15(resolution: int) -> StableDiffusionPipeline:
@@ -210,6 +220,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every variant (default: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--peers", type=Path, help="folder in which diffusers' examples lie")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -218,13 +229,19 @@ def main() -> None:
     pipeline = load_pipeline() if options.network == "shapes" else random_sd15(options.resolution)
     rows = scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
     found: dict[str, dict[str, list[float]]] = {
-        name: {"seconds": [], "network": [], "memory": []} for name in (FLOOR, *VARIANTS)
+        name: {"seconds": [], "network": [], "memory": []}
+        for name in (FLOOR, *VARIANTS, *([PEER] if options.peers else []))
     }
     with tempfile.TemporaryDirectory() as folder:
+        if options.peers:
+            pipeline.save_pretrained(f"{folder}/model")
         for turn in range(options.rounds):
             for name in found:
                 reset_peak()
-                if name == FLOOR:
+                if name == PEER:
+                    place = Path(folder)
+                    seconds, network = peer_steps(options.peers, place / "model", rows, options, place), math.nan
+                elif name == FLOOR:
                     seconds, network = plain_steps(pipeline, options)
                 else:
                     seconds, network = trainer_steps(pipeline, options, VARIANTS[name], rows, folder)
@@ -235,25 +252,28 @@ def main() -> None:
                 found[name]["memory"].append(peak_memory())
                 print(f"round {turn + 1}: {name}: {statistics.median(seconds):.3f} s", flush=True)
     floor = statistics.median(found[FLOOR]["seconds"])
-    facts = {key: value for key, value in vars(options).items() if key != "output"}
+    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers")}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n{'variant':30} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
+    print(f"\n{'variant':35} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
     with options.output.open("a") as file:
         for name, values in found.items():
             step = statistics.median(values["seconds"])
-            outside = 1 - statistics.mean(values["network"])
-            line = {"variant": name, "seconds": step, "ratio": step / floor, "outside_network": outside}
-            line |= {
-                "peak_bytes": max(values["memory"]),
+            own = name in VARIANTS
+            line = {
+                "variant": name,
+                "seconds": step,
+                "ratio": step / floor,
+                "outside_network": 1 - statistics.mean(values["network"]) if own else None,
+                "peak_bytes": None if name == PEER else max(values["memory"]),
                 "all_seconds": values["seconds"],
                 "machine": machine,
                 **facts,
             }
             file.write(json.dumps(line) + "\n")
-            memory = f"{max(values['memory']) / 1e9:.2f} GB"
-            shown = "" if name == FLOOR else f"{100 * outside:.1f} %"
-            print(f"{name:30} {step:8.3f} {step / floor:6.2f} {shown:>16} {memory:>12}")
+            memory = "" if name == PEER else f"{line['peak_bytes'] / 1e9:.2f} GB"
+            outside = f"{100 * line['outside_network']:.1f} %" if own else ""
+            print(f"{name:35} {step:8.3f} {step / floor:6.2f} {outside:>16} {memory:>12}")
 
 
 if __name__ == "__main__":
