@@ -5,13 +5,14 @@ The script is found in a folder and started as it is, in a process of its own:
 
     python scripts/benchmarks/throughput.py --network shapes --batch_size 64 --peers /folder/with/diffusers
 
-What it imports and this machine may lack is replaced: the image transforms of torchvision by ones on Pillow and PyTorch
-of the same result up to rounding, and wandb, which it does not use here, by an empty module.
+What it imports and this machine may lack is replaced: the image transforms of torchvision by ones on Pillow and
+PyTorch of the same result up to rounding, and wandb, which it does not use here, by an empty module.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import runpy
@@ -81,11 +82,11 @@ def peer_steps(peers: Path, model: Path, rows: datasets.Dataset, options: Any, f
         given.append("--gradient_checkpointing")
     command = [sys.executable, __file__, str(scripts[0]), *given, "--no_hflip"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"{scripts[0]} failed:\n{done.stderr[-3000:]}")
     ends = json.loads(done.stdout.splitlines()[-1])
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def stand_in_transforms() -> types.ModuleType:

@@ -8,7 +8,7 @@ a while slows them all. A line of the results file holds one variant of one run:
     python scripts/benchmarks/throughput.py --network sd15 --resolution 256
     python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
 
-`--peers` adds diffusers' Diffusion-DPO example where it lies in a folder (see `peers.py`). Its batch is as many images.
+`--peers` adds diffusers' Diffusion-DPO example where it lies in a folder (`peers.py`), with as many images a batch.
 
 `shapes` is the embedded model. `sd15` has the architecture of Stable Diffusion 1.5 and random weights.
 """
@@ -45,7 +45,7 @@ from tgol_trainer.shapes import PROMPTS, load_pipeline
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import peer_steps  # noqa: E402
+from peers import peer_steps
 
 RESULTS = Path(__file__).parent / "results" / "throughput.jsonl"
 LORA = {

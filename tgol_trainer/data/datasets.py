@@ -385,7 +385,7 @@ class ScoredDataset(torch.utils.data.Dataset):
         return None if self._columns.group is None else [_group_id(name) for name in self.groups]
 
     def _texts(self, name: str, change: Callable[[Any], Any] = lambda text: text) -> list[Any]:
-        """Return the changed values of a column for the usable rows. Equal ones are one object: rows may be millions."""
+        """Return the changed values of a column, one object for equal ones: rows may be millions."""
         column = self._rows.select_columns([name])[:].column(0)
         if pa.types.is_nested(column.type):  # a group named by several values
             return [change(text) for text in column.take(pa.array(self.row_ids)).to_pylist()]
