@@ -14,7 +14,7 @@ def record(rows):
     return stack_record(**columns)
 
 
-def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0, change=0.0):
+def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0, change=0.0, noise_level=0.5):
     return {
         "loss": 0.0,
         "implicit_reward": reward,
@@ -24,14 +24,15 @@ def row(reward, label, weight=1.0, score=0.0, error=1.0, reference_error=1.0, ch
         "error": error,
         "reference_error": reference_error,
         "change": change,
+        "noise_level": noise_level,
     }
 
 
 ROWS = [
     row(0.5, True, weight=2.0, score=3.0, error=0.9, reference_error=1.0),
-    row(-0.2, True, weight=1.0, score=1.0, error=1.2, reference_error=1.1),
+    row(-0.2, True, weight=1.0, score=1.0, error=1.2, reference_error=1.1, noise_level=0.51),
     row(0.0, False, weight=4.0, score=-1.0, error=1.0, reference_error=1.0),
-    row(-3.0, False, weight=1.0, score=-2.0, error=2.0, reference_error=1.5, change=0.4),
+    row(-3.0, False, weight=1.0, score=-2.0, error=2.0, reference_error=1.5, change=0.4, noise_level=1.0),
 ]
 
 
@@ -45,8 +46,14 @@ def test_averages_by_hand_with_a_zero_reward_counted_one_half():
         "rewards/margins": 1.65,
         "rewards/accuracies": (1 + 0 + 0.5 + 1) / 4,
         "rewards/std": statistics.pstdev([0.5, -0.2, 0.0, -3.0]),
+        "rewards/std_low_noise": statistics.pstdev([0.5, 0.0]),
+        "rewards/std_high_noise": statistics.pstdev([-0.2, -3.0]),
         "rewards/large_share": 0.25,
+        "rewards/large_share_positive": 0.0,
+        "rewards/large_share_negative": 0.5,
         "drift": 0.1,
+        "drift_low_noise": 0.0,
+        "drift_high_noise": 0.2,
         "errors/positive": 1.05,
         "errors/negative": 1.5,
         "errors/positive_change": 0.0,
@@ -115,4 +122,12 @@ def test_a_temperature_that_does_not_suit_is_named_with_one_that_does(std, large
 def test_without_the_references_predictions_there_is_no_drift():
     sums = MetricSums()
     sums.add(record([row(0.5, True, change=math.nan), row(0.5, False)]))
-    assert "drift" not in sums.pop()
+    assert not {"drift", "drift_low_noise"} & set(sums.pop())
+
+
+def test_draws_of_one_noise_level_or_of_none_log_no_key_of_the_other():
+    sums = MetricSums()
+    sums.add(record([row(0.5, True, noise_level=0.2), row(-0.5, False, noise_level=math.nan)]))
+    logs = sums.pop()
+    assert logs["rewards/std"] == 0.5 and logs["rewards/std_low_noise"] == 0.0
+    assert not {"rewards/std_high_noise", "drift_high_noise"} & set(logs)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error", "change")
-"""Columns of the (B, 8) float32 matrix that [`stack_record`] makes and [`MetricSums`] adds up."""
+RECORD = ("loss", "implicit_reward", "label", "weight", "score", "error", "reference_error", "change", "noise_level")
+"""Columns of the (B, 9) float32 matrix that [`stack_record`] makes and [`MetricSums`] adds up."""
 
 LOGGED_METRICS: dict[str, str] = {
     "rewards/positive": "mean implicit reward β·log(π_θ/π_ref) of samples labelled positive; rises",
@@ -23,8 +23,14 @@ LOGGED_METRICS: dict[str, str] = {
     "rewards/margins": "rewards/positive - rewards/negative",
     "rewards/accuracies": "share of samples whose implicit reward has the sign of their label; 0 counts one half",
     "rewards/std": "standard deviation of the implicit rewards; near 1 by the end where T suits the model",
+    "rewards/std_low_noise": "rewards/std of the draws with a noise level up to ½: t/T, σ or the share of masked tokens",
+    "rewards/std_high_noise": "the same of the draws above ½",
     "rewards/large_share": "share of samples whose implicit reward is beyond ±2, where the sigmoid is nearly flat",
+    "rewards/large_share_positive": "the same among samples labelled positive",
+    "rewards/large_share_negative": "the same among samples labelled negative",
     "drift": "distance of predictions from the reference's on the same draws: mean square, or KL of tokens",
+    "drift_low_noise": "drift on the draws with a noise level up to ½",
+    "drift_high_noise": "drift on the draws above ½",
     "errors/positive": "mean denoising error of the policy on positive samples, in squared network-output units",
     "errors/negative": "the same on negative samples",
     "errors/positive_change": "errors/positive minus the reference's error on the same draws; falls",
@@ -58,32 +64,28 @@ class MetricSums:
     reading costs one collective whatever the batches held. A row whose loss is not finite counts nowhere.
     """
 
-    _CLASSES = ("positive", "negative")
+    _CLASSES, _LEVELS = ("positive", "negative"), ("low_noise", "high_noise")
+    _SUMS = ("rows", "reward", "square", "large", "error", "error_change", "change")
 
     def __init__(self) -> None:
         self._state: torch.Tensor | None = None
 
-    @staticmethod
-    def _sums(record: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def _sums(cls, record: torch.Tensor) -> torch.Tensor:
+        """Return the sums of `_SUMS` for each class and noise level, of accuracy, weight and score; and a maximum."""
         counted = torch.isfinite(record[:, :1])
         record = torch.where(counted, record, 0)
         column = {name: record[:, index].double() for index, name in enumerate(RECORD)}
-        positive = column["label"] > 0.5
-        reward = column["implicit_reward"]
+        positive, level, reward = column["label"] > 0.5, column["noise_level"], column["implicit_reward"]
         correct = torch.where(positive, reward > 0, reward < 0).double() + 0.5 * (reward == 0).double()
-        counted = counted[:, 0].double()
-        values = [counted.sum(), (counted * correct).sum()]
-        for mask in (positive, ~positive):
-            mask = mask.double() * counted
-            error, reference_error = column["error"], column["reference_error"]
-            values += [
-                mask.sum(),
-                (mask * reward).sum(),
-                (mask * error).sum(),
-                (mask * (error - reference_error)).sum(),
-            ]
-        values += [reward.square().sum(), (reward.abs() > 2).double().sum(), column["change"].sum()]
-        values += [column["weight"].sum(), column["score"].sum(), column["weight"].max()]
+        error_change = column["error"] - column["reference_error"]
+        each = [torch.ones_like(reward), reward, reward.square(), (reward.abs() > 2).double()]
+        each += [column["error"], error_change, column["change"]]
+        kept = counted[:, 0]
+        # Not a product with the mask: NaN of a draw without a noise level times 0 is NaN.
+        masks = (positive & kept, ~positive & kept, (level <= 0.5) & kept, (level > 0.5) & kept)
+        values = [torch.where(mask, value, 0).sum() for mask in masks for value in each]
+        values += [(kept * correct).sum(), column["weight"].sum(), column["score"].sum(), column["weight"].max()]
         return torch.stack(values)
 
     def add(self, record: torch.Tensor) -> None:
@@ -114,33 +116,48 @@ class MetricSums:
         self._state = None
         rows = (gather(rows) if gather is not None else rows).cpu()
         totals = rows.sum(0).tolist()
-        if not totals[0]:
+        size = len(self._SUMS)
+        groups = {
+            name: dict(zip(self._SUMS, totals[index * size : (index + 1) * size], strict=True))
+            for index, name in enumerate((*self._CLASSES, *self._LEVELS))
+        }
+        whole = {name: sum(groups[kind][name] for kind in self._CLASSES) for name in self._SUMS}
+        count, (correct, weight, score) = whole["rows"], totals[-4:-1]
+        if not count:
             return {}
-        count, correct, weight, score = totals[0], totals[1], totals[-3], totals[-2]
         logs = {
-            "labels/positive_share": totals[2] / count,
+            "labels/positive_share": groups["positive"]["rows"] / count,
             "weights/mean": weight / count,
             "weights/max": rows[:, -1].max().item(),
             "scores/mean": score / count,
         }
-        without_reference = math.isnan(totals[3]) or math.isnan(totals[7])
-        if not without_reference:
+        if not math.isnan(whole["reward"]):
             logs["rewards/accuracies"] = correct / count
-            mean, square = (totals[3] + totals[7]) / count, totals[10] / count
-            logs["rewards/std"] = math.sqrt(max(square - mean**2, 0.0))
-            logs["rewards/large_share"] = totals[11] / count
-        if not math.isnan(totals[12]):
-            logs["drift"] = totals[12] / count
-        for index, name in enumerate(self._CLASSES):
-            members, reward, error, change = totals[2 + 4 * index : 6 + 4 * index]
-            if members:
-                logs[f"errors/{name}"] = error / members
-            if members and not without_reference:
-                logs[f"rewards/{name}"] = reward / members
-                logs[f"errors/{name}_change"] = change / members
+            logs["rewards/std"] = _deviation(whole)
+            logs["rewards/large_share"] = whole["large"] / count
+        if not math.isnan(whole["change"]):
+            logs["drift"] = whole["change"] / count
+        for name, sums in groups.items():
+            members = sums["rows"]
+            if members and name in self._CLASSES:
+                logs[f"errors/{name}"] = sums["error"] / members
+            if members and "rewards/std" in logs and name in self._CLASSES:
+                logs[f"rewards/{name}"] = sums["reward"] / members
+                logs[f"rewards/large_share_{name}"] = sums["large"] / members
+                logs[f"errors/{name}_change"] = sums["error_change"] / members
+            if members and "rewards/std" in logs and name in self._LEVELS:
+                logs[f"rewards/std_{name}"] = _deviation(sums)
+            if members and "drift" in logs and name in self._LEVELS:
+                logs[f"drift_{name}"] = sums["change"] / members
         if "rewards/positive" in logs and "rewards/negative" in logs:
             logs["rewards/margins"] = logs["rewards/positive"] - logs["rewards/negative"]
         return {name: logs[name] for name in LOGGED_METRICS if name in logs}
+
+
+def _deviation(sums: Mapping[str, float]) -> float:
+    """Return the standard deviation of implicit rewards, by their number, sum and sum of squares."""
+    mean = sums["reward"] / sums["rows"]
+    return math.sqrt(max(sums["square"] / sums["rows"] - mean**2, 0.0))
 
 
 def summarize_records(records: Any, row_ids: Any) -> dict[str, float]:

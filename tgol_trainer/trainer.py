@@ -596,7 +596,8 @@ class TGOLTrainer(SavingTrainer):
         labeler = self.labeler
         weighting = labeler.weighting if labeler else args.weighting
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
-        record = stack_record(**result._asdict(), **errors, score=batch["score"])
+        level = unknown if draw.noise_level is None else draw.noise_level
+        record = stack_record(**result._asdict(), **errors, score=batch["score"], noise_level=level)
         if training:
             self._record = record
             self._train_metrics.add(record)

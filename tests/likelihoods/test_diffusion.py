@@ -31,6 +31,7 @@ def test_inputs_and_targets_are_those_of_diffusers_scheduler(prediction_type):
         "sample": LATENTS,
     }
     torch.testing.assert_close(drawn.target, expected[prediction_type])
+    assert drawn.noise_level.tolist() == pytest.approx((drawn.timesteps / 1000).tolist())
 
 
 def test_the_error_is_the_mean_squared_difference_over_all_but_the_batch():

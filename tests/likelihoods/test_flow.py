@@ -41,6 +41,7 @@ def test_inputs_are_those_of_diffusers_scheduler_and_the_target_is_noise_minus_l
     torch.testing.assert_close(drawn.inputs, scheduler.scale_noise(latents, drawn.timesteps, noise))
     torch.testing.assert_close(drawn.target, noise - latents, rtol=0, atol=0)
     assert len(set(drawn.timesteps.tolist())) == 3
+    assert drawn.noise_level.tolist() == pytest.approx((drawn.timesteps / 1000).tolist())
 
 
 def test_following_the_target_from_the_noised_latents_leads_to_the_clean_ones():

@@ -33,6 +33,7 @@ def test_masked_positions_hold_the_mask_id_and_the_others_the_image():
 def test_the_number_of_masked_positions_is_the_rounded_share_of_the_cosine_schedule_and_at_least_one(floor):
     keys = rows(range(200))
     drawn = MaskedTokenLikelihood(MASK, min_masking_rate=floor).draw(IDS[:1].expand(200, -1, -1), keys)
+    assert drawn.noise_level.tolist() == pytest.approx((drawn.timesteps / 1000).tolist())
     counts = drawn.mask.flatten(1).sum(1).tolist()
     for u, time, count in zip(keys.uniform("mask_ratio").tolist(), drawn.timesteps.tolist(), counts, strict=True):
         ratio = max(math.sin((1 - u) * math.pi / 2), floor)

@@ -21,12 +21,15 @@ class Draw:
         timesteps (`torch.Tensor`): (B,) times as the network takes them.
         target (`torch.Tensor`): (B, ...) what the network should predict: float32, or token ids.
         mask (`torch.Tensor`, *optional*): (B, ...) bool, the positions that count; `None` for all.
+        noise_level (`torch.Tensor`, *optional*):
+            (B,) float32 from 0 to 1: t/T, σ or the share of masked tokens; it is only logged.
     """
 
     inputs: torch.Tensor
     timesteps: torch.Tensor
     target: torch.Tensor
     mask: torch.Tensor | None = None
+    noise_level: torch.Tensor | None = None
 
 
 class RowGenerators:

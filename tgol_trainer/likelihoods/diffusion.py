@@ -45,7 +45,8 @@ class DiffusionLikelihood(SquaredError):
         signal, sigma = self._levels(timesteps, latents)
         noised = (signal * latents.float() + sigma * noise).to(latents.dtype)
         target = self._target(self.prediction_type, latents, noise, signal, sigma)
-        return Draw(noised, to_device(timesteps, latents.device), target)
+        level = to_device(timesteps / len(self.alphas_cumprod), latents.device)
+        return Draw(noised, to_device(timesteps, latents.device), target, noise_level=level)
 
     def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
         """Return ε, v, x0 and their opposites, by the names of `prediction_type`."""

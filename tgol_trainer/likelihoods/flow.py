@@ -66,7 +66,8 @@ class FlowLikelihood(SquaredError):
         clean = latents.float()
         sigma = per_row(sigmas[index], latents)
         noised = (1 - sigma) * clean + sigma * noise
-        return Draw(noised.to(latents.dtype), to_device(timesteps[index], latents.device), noise - clean)
+        times, level = (to_device(values[index], latents.device) for values in (timesteps, sigmas))
+        return Draw(noised.to(latents.dtype), times, noise - clean, noise_level=level)
 
     def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
         """Return `ε - x0`, its opposite, ε and x0."""

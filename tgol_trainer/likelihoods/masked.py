@@ -42,7 +42,8 @@ class MaskedTokenLikelihood:
         rank = torch.stack([torch.randperm(positions, generator=g) for g in rows.generators("mask")])
         mask = to_device((rank < count[:, None]).view(latents.shape), latents.device)
         inputs = torch.where(mask, self.mask_token_id, latents)
-        return Draw(inputs, to_device(ratio * 1000, latents.device), latents, mask)
+        level = to_device(ratio, latents.device)
+        return Draw(inputs, level * 1000, latents, mask, level)
 
     def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
         """Return nothing: every such network predicts the tokens."""
