@@ -156,7 +156,7 @@ def _checked_table(rows: datasets.Dataset, columns: Columns, num_proc: int | Non
     checked = rows.map(
         _check_batch,
         batched=True,
-        batch_size=16,
+        batch_size=256,  # each is a chunk of the cached table, and a chunk takes 5 kB of memory whatever it holds
         fn_kwargs=arguments,
         remove_columns=rows.column_names,
         features=_CHECK_FEATURES,
