@@ -23,7 +23,7 @@ LOGGED_METRICS: dict[str, str] = {
     "rewards/margins": "rewards/positive - rewards/negative",
     "rewards/accuracies": "share of samples whose implicit reward has the sign of their label; 0 counts one half",
     "rewards/std": "standard deviation of the implicit rewards; near 1 by the end where T suits the model",
-    "rewards/std_low_noise": "rewards/std of the draws with a noise level up to ½: t/T, σ or the share of masked tokens",
+    "rewards/std_low_noise": "rewards/std of draws with a noise level up to ½: t/T, σ or the share of masked tokens",
     "rewards/std_high_noise": "the same of the draws above ½",
     "rewards/large_share": "share of samples whose implicit reward is beyond ±2, where the sigmoid is nearly flat",
     "rewards/large_share_positive": "the same among samples labelled positive",

@@ -54,7 +54,7 @@ def own_memory() -> int:
 
 
 def run(folder: Path, number: int) -> dict[str, Any]:
-    """Start a training run, draw a few batches, and return the processor's seconds of each part and the memory that is held."""
+    """Start a training run, draw a few batches; return the processor's seconds of each part and the memory held."""
     import datasets
 
     from tgol_trainer import TGOLConfig, TGOLTrainer
