@@ -49,11 +49,11 @@ def full(root):
 
 
 def cache(root):
-    """Killed while the cache of encodings is built."""
+    """Killed while the encodings and the reference's errors are computed, these in batches of 8."""
     import tgol_trainer.caching.filling as filling
 
     filling._SHARD_SECONDS = 0.0  # a file for each entry
-    trained(root / "run", cache_dir=str(root / "cache"))
+    trained(root / "run", cache_dir=str(root / "cache"), precompute_ref_log_probs=True, num_ref_draws=2)
 
 
 def rounds(root):

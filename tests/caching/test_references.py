@@ -14,6 +14,9 @@ from tests.helpers import over
 from tests.pipelines import TINY
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLConfig, TGOLTrainer
+from tgol_trainer.caching.references import ReferenceErrors
+from tgol_trainer.caching.store import TensorStore
+from tgol_trainer.data import Collator, Columns, prepare_dataset
 
 SETTINGS = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 4, "max_steps": 5, "random_flip": True}
 
@@ -96,6 +99,45 @@ def test_another_base_model_has_errors_of_its_own_and_another_adapter_on_it_has_
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1e-3
     assert run(other, r=4) == 8
+
+
+def test_a_job_that_was_killed_computes_the_errors_that_are_missing_in_the_batches_of_an_unbroken_one(
+    tmp_path, monkeypatch
+):
+    """The error of a row is made to tell the rows that it was computed with, as it does in the last bit."""
+    monkeypatch.setattr("tgol_trainer.caching.filling._SHARD_SECONDS", 0.0)  # a file for each entry
+    rows, collator, batches = prepare_dataset(scored_dataset(11), Columns(), (16, 16))[0], Collator((16, 16)), []
+    rows.encoded = True
+
+    def error(inputs, step):
+        batches.append(inputs["row_id"].tolist())
+        return (2.0 ** inputs["row_id"]).sum() + inputs["row_id"] / 16
+
+    def filled(folder, write=TensorStore.write):
+        monkeypatch.setattr(TensorStore, "write", write)
+        references = ReferenceErrors(tmp_path / folder, ["key"], collator)
+        references.add(rows, [-2], error, batch_size=4)
+        return references.read(collator([rows[index] for index in range(11)]), -2).tolist()
+
+    whole = filled("whole")
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert whole[5] == 2**4 + 2**5 + 2**6 + 2**7 + 5 / 16
+    written, write = [], TensorStore.write
+
+    def dies(self, keys, entries):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(keys)
+        write(self, keys, entries)
+
+    with pytest.raises(KeyboardInterrupt):
+        filled("killed", dies)
+    batches.clear()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.safetensors")}
+    assert filled("killed", write) == whole
+    assert batches == [[4, 5, 6, 7], [8, 9, 10]]
+    now = list((tmp_path / "killed").rglob("*.safetensors"))
+    assert len(now) == 11 and all(path.stat().st_mtime_ns == time for path, time in files.items())
 
 
 def test_images_of_several_sizes_have_the_errors_of_their_own_size_and_autocast_is_that_of_training(config, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def test_a_run_that_is_killed_while_it_pushes_ends_on_the_hub_as_on_the_disk(tmp
     result = json.loads(done.stdout.splitlines()[-1])
     assert_same(result)
     assert all(result["pushed"])
+    for root in result["runs"]:
+        assert_checkpoints_are_whole(Path(root))
 
 
 LEFT = """

@@ -220,6 +220,34 @@ def test_resuming_a_finished_run_says_so_trains_nothing_and_writes_nothing(run, 
     assert epochs.train(resume_from_checkpoint=True).global_step == 6  # 4 updates an epoch
 
 
+def test_a_run_that_was_killed_in_its_last_save_saves_all_of_it_again_and_ends_its_rotation(
+    run, whole, config, dataset, monkeypatch
+):
+    """Also where an earlier save of the same step was whole: a push saves once more."""
+
+    def dies(*args, ignore_errors=False):
+        if not ignore_errors:  # as folders are cleared that a killed run left
+            raise KeyboardInterrupt
+
+    trainer = trainer_in(run, config, dataset)
+    trainer.train(resume_from_checkpoint=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tgol_trainer.saving.trainer.write_card", dies)
+        trainer.save_model()
+    (run / "README.md").unlink()
+    limited = trainer_in(run, config, dataset, save_total_limit=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", dies)
+        limited.train(resume_from_checkpoint=True)
+    assert not limited.already_saved
+    again = trainer_in(run, config, dataset, save_total_limit=1)
+    again.train(resume_from_checkpoint=True)
+    assert not again.already_saved
+    again.save_model()
+    assert_same_weights(run, whole)
+    assert (run / "README.md").is_file() and names(run) == ["checkpoint-6"]
+
+
 @pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
 def test_a_run_that_would_end_before_its_checkpoint_is_refused(run, config, dataset, options):
     with pytest.raises(ValueError, match=rf"`{list(options)[-1]}` is .*checkpoint-6 is already at step 6"):

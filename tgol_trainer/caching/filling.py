@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -77,6 +77,7 @@ def fill(
     what: str,
     workers: Workers,
     verb: str = "Encoding",
+    batch_size: int = 1,
 ) -> None:
     """
     Write the entries that are missing: by all processes, then by those of a machine with a disk of its own.
@@ -85,10 +86,13 @@ def fill(
         store ([`TensorStore`]): The store.
         keys (`numpy.ndarray`): (N, 2) uint64, all different.
         make (`Callable[[numpy.ndarray], Iterator[dict[str, torch.Tensor]]]`):
-            Yields the entries, with a first dimension of 1, for (M,) places in `keys`.
+            Yields the entries, with a first dimension of 1, for (M,) places in `keys`: whole batches.
         what (`str`): What an entry is made of, for the progress bar: `"image"`.
         workers ([`Workers`]): Processes that share the work.
         verb (`str`, *optional*, defaults to `"Encoding"`): What is done, for the progress bar.
+        batch_size (`int`, *optional*, defaults to 1):
+            Entries that are made together. They may differ in the last bit with what they are made with, so a batch
+            of which anything is missing is made as a whole: a job that was killed goes on with the same batches.
 
     Raises:
         OSError: if the disk does not hold what is missing.
@@ -97,13 +101,16 @@ def fill(
     if workers.world_size > workers.local_world_size:
         shares.append((workers.local_process_index, workers.local_world_size))
     for index, count in shares:
-        wanted = np.flatnonzero(store.missing(keys))
+        missing = store.missing(keys)
         workers.wait()  # nobody writes before everybody has looked
-        mine = wanted[keys[wanted, 0] % count == index]  # the same shares, whatever a process found on the disk
+        share = np.flatnonzero(keys[:, 0] % count == index)  # the same, whatever a process found on the disk
+        batches = np.arange(len(share)) // batch_size
+        mine = share[np.isin(batches, batches[missing[share]])]
         if mine.size:
-            _write(store, keys[mine], make(mine), what, workers, f"{verb} {wanted.size} {what}s")
+            made = compress(make(mine), missing[mine])
+            _write(store, keys[mine[missing[mine]]], made, what, workers, f"{verb} {missing.sum()} {what}s")
         workers.wait()
-        if wanted.size:
+        if missing.any():
             store.refresh()
 
 

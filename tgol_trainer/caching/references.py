@@ -93,7 +93,8 @@ class ReferenceErrors:
                         yield from ({"error": value[None]} for value in error(inputs, step))
 
                 verb = f"Draw {number} of {len(steps)}: computing"
-                fill(self.store, keys[part] ^ _step_key(step), make, "reference error", self.workers, verb)
+                of_step = keys[part] ^ _step_key(step)
+                fill(self.store, of_step, make, "reference error", self.workers, verb, batch_size)
 
 
 def _row_keys(facts: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

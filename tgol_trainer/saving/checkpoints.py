@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import pickle
 import shutil
 import traceback
@@ -123,7 +124,13 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     kept = {newest.name, *([Path(best).name] if best else [])}
     surplus = len(found) - max(limit, len(kept))
     for old in [path for path in found if path.name not in kept][: max(surplus, 0)]:
-        shutil.rmtree(old, ignore_errors=True)
+        aside = old.parent / DRAFTS / old.name  # what a kill leaves of it there is no checkpoint
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(old, aside)
+            shutil.rmtree(aside.parent)
+        except OSError as error:
+            logger.warning("%s is beyond `save_total_limit` and could not be removed: %s.", old, error)
 
 
 # ---- Weights ----

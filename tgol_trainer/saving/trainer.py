@@ -233,6 +233,8 @@ class SavingTrainer(FiniteTrainer):
         saved = Path(self.args.output_dir, STATE_NAME)
         self.already_saved = saved.is_file() and json.loads(saved.read_text())["step"] == state.global_step
         logger.warning("The run is finished: %s is its last step. Nothing is trained.", checkpoint)
+        if self.args.should_save:  # the run may have been killed before it came to that
+            rotate(checkpoint, self.args.save_total_limit, best)
         self._scale_to_drift()
         losses = [line["loss"] for line in state.log_history if "loss" in line]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
@@ -308,6 +310,7 @@ class SavingTrainer(FiniteTrainer):
             try:
                 parts = self._write_weights(draft, state["reference_epoch"] if checkpoint else None, state_dict)
                 settle(draft)
+                (folder / STATE_NAME).unlink(missing_ok=True)  # written last: its step says that all of it is there
                 for part in parts:
                     move(draft / part, folder / part)
             finally:
@@ -319,10 +322,10 @@ class SavingTrainer(FiniteTrainer):
                 state["scaling"] = self.scaling._asdict()
             state |= {"step": self.state.global_step, "settings": self._settings, "changes": changes}
             state["skipped_updates"] = self._filter.known if self._filter else 0
-            write_json(folder / STATE_NAME, state)
             write_json(folder / ARGUMENTS_NAME, public_arguments(self.args))
             self.shared_files = shared_files(self, folder, sharded=state_dict is not None)
             write_card(harvest_facts(self), folder)
+            write_json(folder / STATE_NAME, state)
 
     def _write_weights(self, folder: Path, epoch: int | None, state_dict: dict[str, torch.Tensor] | None) -> list[str]:
         """
