@@ -1,6 +1,8 @@
-"""What several test modules need: which cases are slow, adapters that have moved."""
+"""What several test modules need: which cases are slow, what hangs, adapters that have moved."""
 
+import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,6 +44,33 @@ def randomize(model, scale=0.1):
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name and f".{adapters.POLICY}" in name:
             parameter.data = parameter.data + scale * torch.randn(parameter.shape, generator=generator)
+
+
+@contextmanager
+def that_ends(seconds):
+    """
+    Fail where the body waits for so many seconds without using the processor, or uses it for so many.
+
+    Args:
+        seconds: on the clock alone a busy machine may take any number of them.
+    """
+    begun = last = time.process_time()
+
+    def look(*_):
+        nonlocal last
+        now = time.process_time()
+        if now - last < 0.01 * seconds or now - begun > seconds:
+            raise AssertionError(f"no end, {now - begun:.1f} s of the processor")
+        last = now
+        signal.alarm(seconds)
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _Copies(TorchDispatchMode):

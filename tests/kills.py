@@ -68,7 +68,7 @@ def rounds(root):
             load_trained(pipeline, "unet", adapter)
         return pipeline, None
 
-    settings = {**SMALL, **STEPS, "max_steps": 2, "per_device_train_batch_size": 4}
+    settings = {**SMALL, **STEPS, "per_device_train_batch_size": 4}
     train_rounds(
         "shapes",
         TGOLConfig(output_dir=str(root / "run"), **settings),
@@ -117,7 +117,7 @@ def start(scenario, root, kill_at=None, after=None):
     process.join(after)
     if process.is_alive() and after is not None:
         process.kill()
-    process.join(240)
+    process.join()
     return process.exitcode
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import sys
 import tempfile
 import zlib
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from tests.helpers import that_ends
 from tests.tiny import stable_diffusion
 from tgol_trainer import adapters
 from tgol_trainer.data import Columns, DataError, ImageError, open_image, prepare_dataset
@@ -29,7 +29,7 @@ from tgol_trainer.sources import load_scored_dataset
 pytestmark = pytest.mark.slow
 
 SECONDS = 20
-"""After this an example hangs."""
+"""An example hangs that waits or computes for so long."""
 
 
 # ---- What may not happen ----
@@ -58,18 +58,12 @@ def hooked():
 def watched():
     """Nothing is started, unpickled or read beside the folder, and there is an end."""
 
-    def hangs(*_):
-        raise AssertionError(f"no end after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(SECONDS)
     _state.update(on=True, found=[])
     try:
-        yield
+        with that_ends(SECONDS):
+            yield
     finally:
         _state["on"] = False
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
     assert not _state["found"]
 
 

@@ -31,7 +31,7 @@ from tgol_trainer.metrics import LOGGED_METRICS
 from tgol_trainer.shapes import PROMPTS
 
 # One worker runs them all: the launches are shared between tests, and two at a time would only slow each other down.
-pytestmark = pytest.mark.xdist_group("launch")
+pytestmark = [pytest.mark.xdist_group("launch"), pytest.mark.timeout(3600)]  # `launch` notices what hangs
 
 NUM_ROWS, NUM_EVAL_ROWS = 27, 11
 """27 rows are 3 updates of 8 and 3 rows too many, so that 4 updates reach into a second epoch."""

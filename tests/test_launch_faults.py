@@ -24,7 +24,7 @@ from tests.launch.processes import (
     write_parquet,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch"), pytest.mark.timeout(3600)]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Start several processes on a CPU as a launcher does, and read what they saw."""
 
+import contextlib
 import json
 import os
 import signal
@@ -24,8 +25,11 @@ from tgol_trainer.shapes import PROMPTS
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train_tgol.py")
 PROGRAM = str(ROOT / "tests" / "launch" / "train.py")
-SECONDS = 480
-"""After this a launch hangs; the longest takes 40 when nothing else runs."""
+IDLE, BUSY = 240, 900
+"""A launch hangs that uses no processor for so long on the clock, or so much of it; the longest takes 80 s.
+
+On a busy machine it may take any time on the clock alone.
+"""
 
 
 # ---- Starting processes ----
@@ -50,9 +54,11 @@ def launch(command, cwd, watch=None, **environment):
         process = subprocess.Popen(
             command, cwd=cwd, env={**mine, **environment}, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True
         )
-        begun = time.monotonic()
-        while process.poll() is None and time.monotonic() - begun < SECONDS:
+        used, worked = 0.0, time.monotonic()
+        while process.poll() is None and used < BUSY and time.monotonic() - worked < IDLE:
             time.sleep(0.1)
+            if abs(processor_time(process.pid) - used) > 1:
+                used, worked = processor_time(process.pid), time.monotonic()
             if watch is not None:
                 err.seek(0)
                 watch(err.read())
@@ -65,8 +71,19 @@ def launch(command, cwd, watch=None, **environment):
         err.seek(0)
         done = SimpleNamespace(returncode=process.returncode, out=out.read(), err=err.read())
     if done.returncode == -signal.SIGKILL:
-        pytest.fail(f"no end after {SECONDS} s\n{tail(done)}")
+        pytest.fail(f"no end, {used:.0f} s of the processor\n{tail(done)}")
     return done
+
+
+def processor_time(pid):
+    """Return the seconds of the processor that the processes took that another one started."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 def tail(done):
