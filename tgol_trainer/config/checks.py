@@ -110,8 +110,9 @@ def check_processes(args: TrainingArguments) -> None:
         )
     if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            "`deepspeed` is not supported: a resumed run would not find its threshold and its reference again. Use "
-            "several processes without it, or FSDP2 (`fsdp=True`)."
+            "`deepspeed` is not supported: it unpickles its checkpoints, which can run code, and a resumed run would "
+            "not find its threshold and its reference again. Use several processes without it, or FSDP2 "
+            "(`fsdp=True`), which also divides the base model."
         )
     if not _wants_fsdp(args):
         return
