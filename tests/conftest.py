@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from tests.clips import encoded
 from tgol_trainer import TGOLConfig
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 # The same examples at each run: no test fails by chance, and a slow machine is no failure.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)

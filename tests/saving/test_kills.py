@@ -82,7 +82,7 @@ callback.on_train_begin(None, None, None, train_dataloader=loader)
 def load():
     loader.worker_init_fn(0)
     print("loads", flush=True)
-    time.sleep(600)
+    time.sleep(3600)
 
 multiprocessing.get_context("fork").Process(target=load, daemon=True).start()
 time.sleep(1)
@@ -94,5 +94,5 @@ callback.restore()
 def test_what_loads_data_and_takes_no_signal_does_not_keep_a_process_from_its_end():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LEFT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert (done.returncode, done.stdout) == (0, "loads\n"), done.stderr
