@@ -1,5 +1,6 @@
 """The page of `tgol rate`: in a browser at two sizes, against its server, and as a command that is killed."""
 
+import io
 import json
 import os
 import re
@@ -7,18 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.browser import NAMES, PROGRAM
 from tests.helpers import until
 from tgol_trainer.cli import main
+from tgol_trainer.cli.quickstart import Quickstart
 from tgol_trainer.rating.server import Session
 from tgol_trainer.rating.tasks import Pictures, make_tasks
+from tgol_trainer.shapes import background_darkness, load_pipeline
 from tgol_trainer.sources import load_scored_dataset
 from tgol_trainer.sources.ratings import JOURNAL, SETTINGS
 
@@ -261,12 +266,60 @@ def test_a_killed_command_goes_on_where_it_was_and_ends_with_the_lines_for_train
     assert process.returncode == 0 and "Traceback" not in problems
     assert "rated: 4 ratings by 1 person." in said
     label, train = [line.strip() for line in said.splitlines()[-2:]]
-    assert label == "tgol label --dataset_name rated"
-    assert train == "tgol train --model_name_or_path shapes --dataset_name rated --output_dir rated_adapter"
+    assert label == "tgol label --dataset_name rated --recipe anchored"
+    assert train == (
+        "tgol train --model_name_or_path shapes --dataset_name rated --recipe anchored --max_steps 200 "
+        "--learning_rate 2e-4 --lr_scheduler_type constant --output_dir rated_adapter"
+    )
     monkeypatch.chdir(tmp_path)
     assert main([*label.split()[1:], "--output_dir", "label"]) == 0
     assert json.loads((tmp_path / "label" / "label.json").read_text())["settings"]["dataset_name"] == "rated"
     assert load_scored_dataset("rated")["score"][:] == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(("prompt", "stripped"), [("a (red:1.2) cat", True), ("a red cat (2024)", False)])
+def test_prompts_of_other_programs_are_trained_as_plain_text_by_the_lines_for_training(
+    prompt, stripped, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr("tgol_trainer.rating.server.serve", lambda *_: said.append("served"))
+    monkeypatch.setattr("tgol_trainer.cli.rate.signal.signal", lambda *_: None)
+    made = []
+    monkeypatch.setattr("tgol_trainer.rating.server.make_app", lambda session, *_: made.append(session))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(prompt)
+    assert main(["rate", str(tmp_path), "--output_dir", str(tmp_path / "rated"), "--model_name_or_path", "any"]) == 0
+    assert said == ["served"]
+    assert [" --prompt_syntax strip" in line for line in made[0].commands] == [stripped, stripped]
+    assert not any("--learning_rate" in line for line in made[0].commands)  # that of a small network
+
+
+@pytest.mark.slow
+def test_a_hundred_ratings_of_the_quickstarts_images_are_trained_by_the_printed_line_and_seen(tmp_path, monkeypatch):
+    """A rater who likes dark backgrounds, with noise of half a standard deviation."""
+    monkeypatch.chdir(tmp_path)
+    quickstart = Quickstart(tmp_path)
+    quickstart.sample_dataset(load_pipeline())
+    process, address = start("dataset", "--model_name_or_path", "shapes", cwd=tmp_path)
+    tasks = tasks_of(address)["tasks"][:100]
+    contents = [ask(f"{address}/image/{task['images'][0]}")[1] for task in tasks]
+    liked = np.array(background_darkness([Image.open(io.BytesIO(content)) for content in contents], [""] * 100))
+    liked += np.random.default_rng(0).normal(0, liked.std() / 2, len(liked))
+    ratings = 1 + np.searchsorted(np.quantile(liked, [0.2, 0.4, 0.7, 0.85]), liked)
+    for task, rating in zip(tasks, ratings.tolist(), strict=True):
+        ask(f"{address}/answer", {"rater": "anna", "task": task["id"], "answer": rating})
+    process.send_signal(signal.SIGINT)
+    label, train = [line.split() for line in process.communicate(timeout=60)[0].splitlines()[-2:]]
+    assert main(label[1:]) == 0
+    start_of_training = time.process_time()
+    assert main(train[1:]) == 0
+    assert time.process_time() - start_of_training < 120
+    before = quickstart.evaluation_images(load_pipeline(), "before")
+    trained = load_pipeline()
+    trained.load_lora_weights(tmp_path / "dataset_adapter")
+    after = quickstart.evaluation_images(trained, "after")
+    before, after = (np.array(background_darkness(images, [])) for images in (before, after))
+    assert (after - before).mean() > 0.5 * before.std()
 
 
 def test_ratings_of_other_images_or_of_another_kind_are_not_mixed(source, tmp_path, capsys):

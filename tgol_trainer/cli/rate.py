@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     import datasets
 
     from tgol_trainer.rating.server import Session
+    from tgol_trainer.rating.tasks import Pictures
     from tgol_trainer.saving.hub import Repository
     from tgol_trainer.sources.ratings import RateSettings
 
 LOOPBACK = ("127.0.0.1", "localhost")
+_TRAINED = ("--recipe", "anchored", "--max_steps", "200")
+"""Of the commands at the end: a pass over a hundred ratings is twelve updates, of which nothing can be seen."""
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,7 +176,7 @@ def _session(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str |
     num_rows = len(dataset) if pictures.numbered else None
     settings = RateSettings(args.kind, source, args.split, hub_commit(dataset), num_rows, pictures.medium)
     _open_folder(args.output_dir, settings)
-    commands = _commands(args, dataset, ratings or str(args.output_dir))
+    commands = _commands(args, dataset, pictures, ratings or str(args.output_dir))
     return Session(pictures, tasks, args.output_dir, args.kind, args.seed, args.by_prompt, commands)
 
 
@@ -197,16 +200,25 @@ def _open_folder(folder: Path, settings: RateSettings) -> None:
             )
 
 
-def _commands(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str) -> tuple[str, str]:
+def _commands(
+    args: argparse.Namespace, dataset: datasets.Dataset, pictures: Pictures, ratings: str
+) -> tuple[str, str]:
     """Return what to run when all is rated; the model is the one that made the images, where the rows say so."""
+    from tgol_trainer.data.prompts import foreign_syntax
+    from tgol_trainer.shapes import embedded_model
+
     model = args.model_name_or_path
     if model is None and "model" in dataset.column_names:
         made = dataset.unique("model")
         model = made[0] if len(made) == 1 and isinstance(made[0], str) else None
-    label = ["tgol", "label", "--dataset_name", ratings]
-    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", ratings]
+    prompts = {picture.prompt for picture in pictures.by_id.values()}
+    plain = ["--prompt_syntax", "strip"] if any(map(foreign_syntax, prompts)) else []
+    embedded = embedded_model(model) if model else None
+    rate = embedded.training_flags if embedded else ()
     adapter = args.output_dir.with_name(f"{args.output_dir.name.removesuffix('_ratings')}_adapter")
-    return shlex.join(label), shlex.join([*train, "--output_dir", str(adapter)])
+    label = ["tgol", "label", "--dataset_name", ratings, *_TRAINED[:2], *plain]
+    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", ratings]
+    return shlex.join(label), shlex.join([*train, *_TRAINED, *rate, *plain, "--output_dir", str(adapter)])
 
 
 def _is_open(host: str) -> bool:

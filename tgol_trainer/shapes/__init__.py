@@ -92,12 +92,13 @@ def _load(pipeline_class: Any, folder: Path, options: dict[str, Any]) -> Any:
 
 
 class EmbeddedModel(NamedTuple):
-    """A model of the package: its loader, its name and code for cards, its sampling settings, and its folder."""
+    """A model of the package: loader, name and code for cards, settings of sampling and of training, and folder."""
 
     load: Callable[..., Any]
     note: str
     loading_code: str
     call_arguments: dict[str, Any]
+    training_flags: tuple[str, ...]
     folder: Path
 
 
@@ -107,6 +108,7 @@ EMBEDDED = {
         "the shapes model embedded in tgol_trainer (32×32 images, 1.35 M parameters)",
         "from tgol_trainer.shapes import load_pipeline\n\npipe = load_pipeline()",
         {"num_inference_steps": 15, "guidance_scale": 1.5},
+        ("--learning_rate", "2e-4", "--lr_scheduler_type", "constant"),
         PIPELINE_DIR,
     ),
     "shapes-masked": EmbeddedModel(
@@ -114,6 +116,7 @@ EMBEDDED = {
         "the masked-token twin of the shapes model embedded in tgol_trainer (32×32 images, 1.16 M parameters)",
         "from tgol_trainer.shapes import load_masked_pipeline\n\npipe = load_masked_pipeline()",
         {"num_inference_steps": 12, "guidance_scale": 2.0},
+        ("--learning_rate", "1e-3", "--lr_scheduler_type", "constant"),
         MASKED_PIPELINE_DIR,
     ),
 }
