@@ -628,7 +628,7 @@ def test_an_unsupported_pipeline_is_told_what_is_supported(config, dataset):
 
 def test_an_unsupported_pipeline_is_refused_before_its_weights_are_read(config, dataset, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "PRXPipeline", "transformer": ["x", "y"]}')
-    with pytest.raises(ValueError, match=r"PRXPipeline is not supported yet"):
+    with pytest.raises(ValueError, match=r"PRXPipeline is not supported\. Its transformer takes no adapters"):
         TGOLTrainer(str(tmp_path), config(), dataset)
 
 

@@ -1,14 +1,18 @@
 """What is said of pipelines without a family, and of bases that are distilled to few steps."""
 
+import inspect
 import json
 import logging
+from pathlib import Path
 
+import diffusers
 import pytest
 
 from tests.tiny import flux, stable_diffusion, stable_diffusion_xl
 from tests.tiny_language import flux2_klein, z_image
-from tgol_trainer.families import read_index, wrap_pipeline
+from tgol_trainer.families import FAMILIES, read_index, wrap_pipeline
 from tgol_trainer.families.inspection import inspect_pipeline, parts_of_index
+from tgol_trainer.families.unsupported import REASONS, reason_for
 
 DISTILLED = {
     "Z-Image-Turbo": (z_image, "Tongyi-MAI/Z-Image"),
@@ -79,3 +83,46 @@ def test_the_error_for_an_unknown_pipeline_says_what_was_found_and_what_was_not(
 def test_pipelines_that_cannot_be_inspected_say_why():
     assert "modular pipeline has no components" in inspect_pipeline("AnimaModularPipeline", {})
     assert "has no such class" in inspect_pipeline("NoSuchPipeline", {})
+
+
+def pipelines_with_lora():
+    """Names of the installed pipelines that take a prompt and load LoRA adapters, without the deprecated ones."""
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name)
+        if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
+            continue
+        loads = any(base.__name__.endswith("LoraLoaderMixin") for base in kind.__mro__)
+        if loads and ".deprecated." not in kind.__module__ and "prompt" in inspect.signature(kind.__call__).parameters:
+            yield name
+
+
+def test_every_pipeline_that_loads_lora_is_supported_or_named_with_the_reason():
+    names = set(pipelines_with_lora())
+    assert len(names) > 100
+    reasons = {name: reason_for(name, FAMILIES) for name in names - FAMILIES.keys()}
+    assert [name for name, reason in reasons.items() if reason is None] == []
+    assert {name for name, reason in reasons.items() if "takes an image or a video" not in reason} == REASONS.keys()
+
+
+def test_the_error_and_the_page_say_why_a_pipeline_has_no_family(tmp_path):
+    page = Path("docs/families.md").read_text(encoding="utf-8")
+    for name, reason in REASONS.items():
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ValueError, match=f"{name} is not supported") as error:
+            read_index(str(tmp_path), {})
+        assert reason in str(error.value)
+        assert f"| `{name}` | {reason} |" in page
+
+
+def test_a_pipeline_that_takes_an_image_names_the_plain_one():
+    assert "load them with that class" in reason_for("WanVideoToVideoPipeline", FAMILIES)
+    assert "those of StableDiffusionXLPipeline" in reason_for("StableDiffusionXLInpaintPipeline", FAMILIES)
+    assert "modular blocks alone" in reason_for("AnimaModularPipeline", FAMILIES)
+    assert "deprecated" in reason_for("TextToVideoSDPipeline", FAMILIES)
+    assert reason_for("HunyuanDiTPipeline", FAMILIES) is None
+
+
+def test_a_folder_of_a_modular_pipeline_is_called_so(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a modular pipeline of diffusers"):
+        read_index(str(tmp_path), {})

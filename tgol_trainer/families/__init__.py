@@ -49,6 +49,7 @@ from .skyreels_v2 import SkyReelsV2Family
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
+from .unsupported import reason_for
 from .wan import WanFamily
 from .z_image import ZImageFamily
 
@@ -231,6 +232,8 @@ def read_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     if Path(model).exists():
         file = Path(model) / "model_index.json"
+        if file.with_name("modular_model_index.json").is_file() and not file.is_file():
+            raise ValueError(f"{model} is a modular pipeline of diffusers, and training needs a whole one.")
         if not file.is_file():
             raise FileNotFoundError(
                 f"{model} holds no model_index.json, so it is not the folder of a diffusers pipeline. A single file "
@@ -309,6 +312,8 @@ def _tile(autoencoder: Any) -> None:
 def _check_supported(name: str, parts: dict[str, str]) -> None:
     if name not in FAMILIES:
         supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
+        if reason := reason_for(name, FAMILIES):
+            raise ValueError(f"{name} is not supported. {reason} Supported pipelines: {supported}.")
         raise ValueError(
             f"{name} is not supported yet. Supported pipelines: {supported}. Supporting another takes a model family, "
             f"a file of a page. {inspect_pipeline(name, parts)} CONTRIBUTING.md, 'A new model family', says what to "
