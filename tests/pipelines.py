@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,17 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from tests import tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_layers, tiny_ltx, tiny_qwen, tiny_video
+from tests import (
+    tiny,
+    tiny_images,
+    tiny_kandinsky,
+    tiny_kolors,
+    tiny_language,
+    tiny_layers,
+    tiny_ltx,
+    tiny_qwen,
+    tiny_video,
+)
 from tests.conftest import scored_dataset
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -437,11 +448,13 @@ TINY = {
     "amused": Facts(tiny.amused, masked_error, **_MASKED),
     "meissonic": Facts(tiny.meissonic, partial(masked_error, side=8), **_MASKED),
 }
+if find_spec("sentencepiece"):
+    TINY["kolors"] = Facts(tiny_kolors.kolors, long_prompts=(2, 256))
 """One entry a family: every test of `test_families.py` and `test_quantization.py` runs on it."""
 
 SLOW = (
     *("cogview4", "kandinsky-5", "kandinsky-5 video", "hidream", "fibo", "ideogram-4", "hunyuan video 1.5"),
-    *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video"),
+    *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video", "kolors"),
 )
 """Families of which the fast tests only compare predictions with the pipeline's; all else of them is slow."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from .ideogram4 import Ideogram4Family
 from .inspection import inspect_pipeline, parts_of_index
 from .kandinsky5 import Kandinsky5ImageFamily, Kandinsky5VideoFamily
 from .kept_prompts import KeptPrompts, keeps_prompts
+from .kolors import KolorsFamily
 from .krea2 import Krea2Family
 from .licenses import hub_license
 from .ltx import LTX2Family, LTXFamily
@@ -62,6 +64,7 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "AmusedPipeline": AmusedFamily,
     "StableDiffusionPipeline": StableDiffusionFamily,
     "StableDiffusionXLPipeline": StableDiffusionXLFamily,
+    "KolorsPipeline": KolorsFamily,
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
     "Flux2Pipeline": Flux2Family,
@@ -310,6 +313,8 @@ def _tile(autoencoder: Any) -> None:
 
 
 def _check_supported(name: str, parts: dict[str, str]) -> None:
+    import diffusers
+
     if name not in FAMILIES:
         supported = ", ".join("Pipeline (Meissonic)" if each == "Pipeline" else each for each in sorted(FAMILIES))
         if reason := reason_for(name, FAMILIES):
@@ -319,6 +324,9 @@ def _check_supported(name: str, parts: dict[str, str]) -> None:
             f"a file of a page. {inspect_pipeline(name, parts)} CONTRIBUTING.md, 'A new model family', says what to "
             "write."
         )
+    needed = getattr(getattr(diffusers, name, None), "_backends", ())  # of the stand-in for a class that cannot be had
+    if missing := [package for package in needed if find_spec(package) is None]:
+        raise ValueError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}.")
 
 
 def _check_tokenizers(pipeline: DiffusionPipeline) -> None:

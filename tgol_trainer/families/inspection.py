@@ -24,6 +24,8 @@ def inspect_pipeline(name: str, parts: dict[str, str]) -> str:
         return "A modular pipeline has no components to inspect before its blocks are chosen."
     if kind is None:
         return f"diffusers {diffusers.__version__} has no such class, so nothing could be inspected."
+    if packages := getattr(kind, "_backends", None):  # a stand-in that diffusers has where one is not installed
+        return f"diffusers has this class only beside {', '.join(packages)}, so nothing could be inspected."
     found, missing = [], []
     denoiser = next((part for part in ("transformer", "unet") if part in parts), "")
     network = getattr(diffusers, parts.get(denoiser, ""), None)

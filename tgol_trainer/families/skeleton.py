@@ -96,6 +96,6 @@ def _cast(network: Any, dtype: Any) -> None:
     kept = set(network._keep_in_fp32_modules or ())
     if not hasattr(network, "load_config"):  # transformers has a second list, which holds for bfloat16 too
         kept = (kept if dtype == torch.float16 else set()) | set(network._keep_in_fp32_modules_strict or ())
-    for name, parameter in network.named_parameters():
-        if not kept.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+    for name, weight in network.state_dict(keep_vars=True).items():  # buffers too, such as ChatGLM's frequencies
+        if weight.is_floating_point() and not kept.intersection(name.split(".")):
+            weight.data = weight.data.to(dtype)

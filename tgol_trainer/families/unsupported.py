@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     "HunyuanVideoFramepackPipeline": _HISTORY,
     "IFPipeline": "It draws pixels in three stages, without latents, and predicts a variance beside the noise.",
     "Kandinsky3Pipeline": "Its UNet takes no adapters: Kandinsky3UNet has no `add_adapter`.",
+    "KolorsPAGPipeline": _SAME_WEIGHTS.format(plain="KolorsPipeline"),
     "LTX2ConditionPipeline": _SAME_WEIGHTS.format(plain="LTX2Pipeline"),
     "LTX2DFRPipeline": "It draws key frames beside a video and hands them on between stages (LTX-2.5).",
     "LTX2DFRTemporalRefinePipeline": "It refines a video that another pipeline has drawn (LTX-2.5).",
