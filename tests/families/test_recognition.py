@@ -9,6 +9,7 @@ import diffusers
 import pytest
 
 from tests.tiny import flux, stable_diffusion, stable_diffusion_xl
+from tests.tiny_images import ernie_image, krea2
 from tests.tiny_language import flux2_klein, z_image
 from tgol_trainer.families import FAMILIES, read_index, wrap_pipeline
 from tgol_trainer.families.inspection import inspect_pipeline, parts_of_index
@@ -18,6 +19,8 @@ DISTILLED = {
     "Z-Image-Turbo": (z_image, "Tongyi-MAI/Z-Image"),
     "FLUX.1-schnell": (flux, "black-forest-labs/FLUX.1-dev"),
     "FLUX.2-klein-4B": (flux2_klein, "black-forest-labs/FLUX.2-klein-base-4B"),
+    "Krea-2-Turbo": (krea2, "krea/Krea-2-Raw"),
+    "ERNIE-Image-Turbo": (ernie_image, "baidu/ERNIE-Image"),
     "sdxl-turbo": (stable_diffusion_xl, "stabilityai/stable-diffusion-xl-base-1.0"),
     "SDXL-Lightning": (stable_diffusion_xl, "stabilityai/stable-diffusion-xl-base-1.0"),
     "my-model-4-step": (stable_diffusion, "the model that it was distilled from"),

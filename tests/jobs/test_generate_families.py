@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig
 
 from tests.meissonic_standin import as_published
-from tests.pipelines import TINY
+from tests.pipelines import TINY, VARIANTS
 from tgol_trainer import adapters, cli
-from tgol_trainer.families import load_family
+from tgol_trainer.families import frame_rate, load_family
+from tgol_trainer.jobs import GenerationSettings, generate_dataset
 
 NAMES = ["sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic"]
 
@@ -67,3 +68,16 @@ def test_rows_are_the_same_whoever_makes_them_and_others_with_a_lora(name, tmp_p
     base = rows(tmp_path / "base")[1]
     assert [row[:2] for row in base] == [row[:2] for row in expected]
     assert not {encoded for _, _, encoded in base} & {encoded for _, _, encoded in expected}
+
+
+RATES = {"wan": 16, "wan 2.2 5b": 24, "skyreels v2": 24, "ltx": 25, "cogvideox": 8, "cogvideox 1.5": 16, "mochi": 30}
+
+
+def test_the_rate_of_videos_is_the_one_their_models_were_made_for(tmp_path):
+    """As diffusers' examples and the authors' pages write them; what has no family keeps 16."""
+    assert {name: frame_rate(VARIANTS[name].build()) for name in RATES} == RATES
+    assert frame_rate(object()) == 16
+    pipeline = VARIANTS["wan 2.2 5b"].build()
+    settings = GenerationSettings(num_inference_steps=1, height=16, width=32, num_frames=5)
+    (file,) = generate_dataset(pipeline, ["a cat"], tmp_path, settings, progress=False)
+    assert datasets.load_dataset("parquet", data_files=str(file), split="train")["fps"] == [24.0]

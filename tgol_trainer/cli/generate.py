@@ -30,7 +30,7 @@ def add_generation_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
     parser.add_argument("--width", type=int, help="pixels (default: the pipeline's own)")
     parser.add_argument("--num_frames", type=int, help="frames of a video (default: the pipeline's own)")
-    parser.add_argument("--fps", type=int, help="frames per second of a video (default: 16)")
+    parser.add_argument("--fps", type=int, help="frames per second of a video (default: the model's own)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the run (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, help="images per call of the pipeline (default: 8; videos 1)")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU unused")

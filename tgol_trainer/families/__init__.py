@@ -52,6 +52,7 @@ from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
 from .unsupported import reason_for
+from .video import VideoFamily
 from .wan import WanFamily
 from .z_image import ZImageFamily
 
@@ -112,6 +113,7 @@ __all__ = [
     "ModelFamily",
     "ModelOrigin",
     "StoredBlocks",
+    "frame_rate",
     "hub_license",
     "keeps_prompts",
     "load_family",
@@ -303,6 +305,12 @@ def wrap_pipeline(
     for reason in unused:
         logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return family
+
+
+def frame_rate(pipeline: DiffusionPipeline) -> int:
+    """Return the frame rate of a pipeline's videos; 16 for one without a family."""
+    family = FAMILIES.get(type(pipeline).__name__)
+    return family.frame_rate(pipeline) if family is not None and issubclass(family, VideoFamily) else 16
 
 
 def _tile(autoencoder: Any) -> None:

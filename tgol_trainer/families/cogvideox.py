@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tgol_trainer.likelihoods import DiffusionLikelihood, Draw, RowGenerators
 
 from .conditioning import Conditioning, Rows
 from .video import VideoFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _TOKENS = 226
 """Default of the pipeline's `max_sequence_length`."""
@@ -30,6 +35,7 @@ class CogVideoXFamily(VideoFamily):
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
     token_limits = {"tokenizer": _TOKENS}
+    frames_per_second = 8
 
     def check_pipeline(self) -> None:
         """Take size and frames from the transformer, and refuse what cannot be trained."""
@@ -37,8 +43,12 @@ class CogVideoXFamily(VideoFamily):
             config, factor = transformer.config, self.pipeline.vae_scale_factor_spatial
             self.default_size = (config.sample_height * factor, config.sample_width * factor)
             self.default_frames = config.sample_frames
-            self.frames_per_second = 16 if config.patch_size_t else 8
         super().check_pipeline()
+
+    @classmethod
+    def frame_rate(cls, pipeline: DiffusionPipeline) -> int:
+        """Return 16 for CogVideoX 1.5."""
+        return 16 if pipeline.transformer.config.patch_size_t else cls.frames_per_second
 
     @property
     def frames_joined(self) -> int:

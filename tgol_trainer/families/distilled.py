@@ -17,6 +17,8 @@ _BASES = (
     (r"sdxl-(turbo|lightning)", "stabilityai/stable-diffusion-xl-base-1.0"),
     (r"stable-diffusion-3\.5-large-turbo", "stabilityai/stable-diffusion-3.5-large"),
     (r"qwen-image.*lightning", "Qwen/Qwen-Image"),
+    (r"krea-2-turbo", "krea/Krea-2-Raw"),
+    (r"ernie-image-turbo", "baidu/ERNIE-Image"),
     (r"sana[-_]sprint", "a Sana model without `Sprint` in its name"),
     (r"ltx.*distilled", "the `dev` model of the same version"),
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tgol_trainer.likelihoods import RowGenerators
 
 from .base import ModelFamily
 from .flow import FlowFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class VideoFamily(ModelFamily):
@@ -29,6 +34,11 @@ class VideoFamily(ModelFamily):
     frames_per_second: int
     """Frame rate of the model's own videos."""
 
+    @classmethod
+    def frame_rate(cls, pipeline: DiffusionPipeline) -> int:
+        """Return the frame rate of this pipeline's videos, where a family's models differ."""
+        return cls.frames_per_second
+
     @property
     def frames_joined(self) -> int:
         """Frames of the video for each latent frame after the first."""
@@ -37,6 +47,7 @@ class VideoFamily(ModelFamily):
     def check_pipeline(self) -> None:
         """Refuse a missing component, and a number of frames that the autoencoder would cut."""
         super().check_pipeline()
+        self.frames_per_second = self.frame_rate(self.pipeline)
         self.num_frames = self.settings.num_frames or self.default_frames
         step = self.frames_joined
         below = (self.num_frames - 1) // step * step + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from tgol_trainer.likelihoods import Draw
 
 from .conditioning import Conditioning, Rows
 from .video import VideoFlowFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +62,15 @@ class WanFamily(VideoFlowFamily):
         self.required_components = (*type(self).required_components, self.denoiser_name)
         if self.pipeline.config.get("expand_timesteps"):
             # As its authors generate (README of Wan-Video/Wan2.2), and not as `WanPipeline.__call__` does by default.
-            self.default_size, self.default_frames, self.frames_per_second = (704, 1280), 121, 24
+            self.default_size, self.default_frames = (704, 1280), 121
             suited = {"height": 704, "width": 1280, "num_frames": 121, **self.origin.call_arguments}
             self.origin = dataclasses.replace(self.origin, call_arguments=suited)
         super().check_pipeline()
+
+    @classmethod
+    def frame_rate(cls, pipeline: DiffusionPipeline) -> int:
+        """Return 24 for Wan 2.2 5B."""
+        return 24 if pipeline.config.get("expand_timesteps") else cls.frames_per_second
 
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noise levels and times of the transformer that is trained."""

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from tgol_trainer.data import DataError, encode_video
 from tgol_trainer.evaluation import generate_images, generate_videos, makes_videos, takes_negative_prompts
+from tgol_trainer.families import frame_rate
 from tgol_trainer.sources.shards import GENERATED
 
 from .shards import Shards, process_share, prompts_digest, weights_digest
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
-DEFAULT_FPS = 16
 IMAGE_BATCH_SIZE = 8
 
 
@@ -50,7 +50,7 @@ class GenerationSettings:
         height (`int`, *optional*): Height in pixels.
         width (`int`, *optional*): Width in pixels.
         num_frames (`int`, *optional*): Frames of a video; only for a pipeline of videos.
-        fps (`int`, *optional*): Frames per second of a video; 16, the rate of Wan 2.1, by default.
+        fps (`int`, *optional*): Frames per second of a video; by default the rate of the model's own.
     """
 
     model: str = ""
@@ -166,7 +166,7 @@ def generate_dataset(
     if settings.num_frames is not None and medium is _IMAGE:
         raise TypeError(f"`num_frames` is given, but {type(pipeline).__name__} makes images. Leave it out.")
     batch_size = medium.batch_size if settings.batch_size is None else settings.batch_size
-    fps = DEFAULT_FPS if settings.fps is None else settings.fps
+    fps = frame_rate(pipeline) if settings.fps is None else settings.fps
     _check(prompts, images_per_prompt=settings.images_per_prompt, batch_size=batch_size, fps=fps)
     sampling = {name: getattr(settings, name) for name in medium.sampling} | _negative_prompt(pipeline, settings)
     facts = {name: getattr(settings, name) for name in ("model", "revision", "adapter")}
