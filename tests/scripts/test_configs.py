@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import yaml
 
-from tests import ROOT, tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_layers, tiny_ltx, tiny_qwen, tiny_video
+from tests import (
+    ROOT,
+    tiny,
+    tiny_images,
+    tiny_kandinsky,
+    tiny_kolors,
+    tiny_language,
+    tiny_layers,
+    tiny_ltx,
+    tiny_qwen,
+    tiny_video,
+)
 from tests.clips import encoded
 from tests.conftest import scored_dataset
 from tests.helpers import quick
@@ -32,6 +43,13 @@ TWINS = {
     "skyreels_v2": tiny_video.skyreels_v2,
     "hunyuan_video": tiny_video.hunyuan_video,
     "z_image": tiny_language.z_image,
+    "krea2": tiny_images.krea2,
+    "ernie_image": tiny_images.ernie_image,
+    "sana": tiny_images.sana,
+    "lumina2": tiny_images.lumina2,
+    "aura_flow": tiny_images.aura_flow,
+    "chroma": tiny_images.chroma,
+    "kolors": tiny_kolors.kolors,
     "cogview4": tiny_images.cogview4,
     "kandinsky5_image": tiny_kandinsky.kandinsky5_image,
     "kandinsky5_video": tiny_kandinsky.kandinsky5_video,
@@ -55,11 +73,14 @@ TODAY = (
     "hunyuan_video",
     *("cogview4", "kandinsky5_image", "kandinsky5_video", "cogvideox_5b", "mochi", "sana_video"),
     *("hidream", "bria_fibo", "ideogram4", "hunyuan_video_15"),
+    *("krea2", "ernie_image", "sana", "lumina2", "aura_flow", "chroma", "kolors"),
 )
 """Read by the code that reads flux2_klein.yaml; slow tests."""
 VIDEO = ("ltx", "wan", "skyreels", "hunyuan", "kandinsky5_video", "cogvideox", "mochi", "sana_video")
 SIZES = {
     "qwen_image_21": 32,
+    "sana": 32,
+    "lumina2": 32,
     "kandinsky5_image": 32,
     "bria_fibo": 32,
     "sana_video": "32x64",
@@ -89,6 +110,8 @@ def test_every_settings_file_has_a_tiny_twin():
 
 @pytest.mark.parametrize("name", quick(list(TWINS), *(name for name in TWINS if name not in TODAY)))
 def test_a_settings_file_trains_its_tiny_twin(name, tmp_path, repository, clips, capfd):
+    if name == "kolors":
+        pytest.importorskip("sentencepiece")
     settings = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())
     quantised = settings.get("load_in_4bit")
     TWINS[name]().save_pretrained(tmp_path / "model")

@@ -18,7 +18,9 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     once, and its decoder then takes latents of any dtype, so that the pipeline still generates.
     """
 
-    required_components = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    required_components: tuple[str, ...] = (
+        *("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    )
     token_limits = {"tokenizer": None, "tokenizer_2": None}  # both condition each token
 
     def prepare_pipeline(self) -> None:
