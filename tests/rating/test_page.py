@@ -180,6 +180,12 @@ def test_keys_rate_skip_and_undo_and_each_is_on_the_disk(browser, serve):
     until(browser, "!document.querySelector('#end').hidden")
     assert "6 pictures rated, 0 skipped" in text(browser, "#summary")
     assert "tgol train --model_name_or_path MODEL --dataset_name here" in text(browser, "#next")
+    # Over http from another machine there is no clipboard.
+    browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+    browser.click("#next .command:last-child button")
+    until(browser, "document.querySelector('#next .command:last-child button').innerText === 'Marked'")
+    marked = browser.run("getSelection().toString()")
+    assert marked == "tgol train --model_name_or_path MODEL --dataset_name here"
     outside = [url for url in browser.requests() if not url.startswith(f"{address}/")]
     assert outside == [] and browser.errors() == []
     assert browser.run("document.title") == "Rate"  # the prompt is text

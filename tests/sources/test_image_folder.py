@@ -396,6 +396,18 @@ def test_stars_come_from_sidecars_then_from_xmp_then_from_exif(tmp_path):
     assert (counts.num_lacking, counts.lacking) == (1, ["f.png"])
 
 
+def test_one_star_in_sidecars_of_darktable_is_read_and_said_since_import_gives_it(tmp_path, caplog):
+    for name, number in (("a", 1), ("b", 1), ("c", 4)):
+        image(tmp_path / f"{name}.jpg")
+        sidecar = stars(number).replace("<rdf:Description", '<rdf:Description xmlns:d="http://darktable.sf.net/"')
+        (tmp_path / f"{name}.jpg.xmp").write_text(sidecar)
+    image(tmp_path / "d.jpg")
+    (tmp_path / "d.jpg.xmp").write_text(stars(1))  # of another program
+    found = rows(tmp_path)
+    assert [row["score"] for row in found.values()] == [1, 1, 4, 1]
+    assert caplog.text.count("2 images have one star in sidecars of darktable") == 1
+
+
 def test_names_of_folders_are_scores_on_request_alone(tmp_path):
     for name in ("5/a.png", "2.5/b.png", "5/other/c.png", "10_cats/d.png"):
         image(tmp_path / name)

@@ -107,6 +107,7 @@ class SampleArguments:
     )
 
 
+_FEW_UPDATES = 50
 _RESUME: dict[str | None, bool] = {"true": True, "True": True, "last": True, "false": False, "False": False}
 
 
@@ -270,6 +271,8 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
             quantization_config=quantization_config(model),
             callbacks=[*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
         )
+        if not script.dataset_streaming and trainer.is_world_process_zero():
+            _tell_of_few_updates(len(trainer.train_dataset), training)
         trainer.train(resume_from_checkpoint=resume)
         if not trainer.already_saved:
             trainer.save_state()
@@ -283,6 +286,18 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
         said = "The finished run was there before:" if trainer.already_saved else "Saved to"
         print(f"{said} {training.output_dir}. README.md there shows how to load it.")
     return 0 if pushed else PUSH_FAILED
+
+
+def _tell_of_few_updates(num_rows: int, training: TGOLConfig) -> None:
+    """Warn of a run whose length nobody chose and whose result nobody will see."""
+    images = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    updates = int(num_rows // images * training.num_train_epochs)
+    if training.max_steps <= 0 and 0 < updates < _FEW_UPDATES:
+        logger.warning(
+            "%d updates of %d images, in which an adapter hardly moves. `--max_steps 200` makes 200 of them, in "
+            "several passes over the %d rows.",
+            *(updates, images, num_rows),
+        )
 
 
 def _resume_line(arguments: list[str], rounds: bool) -> str:

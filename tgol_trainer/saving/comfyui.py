@@ -1,12 +1,12 @@
 """
 Convert a LoRA adapter to the tensors that ComfyUI's loader reads, and back.
 
-The names come from `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers` and
-`flux_to_diffusers` (comfy/utils.py), for Wan from the modules of comfy/ldm/wan/model.py, and for LTX from those of
-comfy/ldm/lightricks/model.py and av_model.py, which have diffusers' names. The suffixes, alpha and
-`dora_scale` come from comfy/weight_adapter/lora.py and base.py. All are of https://github.com/Comfy-Org/ComfyUI as of
-2026. diffusers' `convert_state_dict_to_kohya` is not used: it always writes the rank as alpha, and leaves the
-magnitudes of DoRA under a name that no loader knows.
+The names come from `model_lora_keys_unet` (comfy/lora.py), `unet_to_diffusers`, `mmdit_to_diffusers`,
+`flux_to_diffusers` and `z_image_to_diffusers` (comfy/utils.py), for Wan from the modules of comfy/ldm/wan/model.py,
+and for LTX and Qwen-Image from those of comfy/ldm/lightricks/ and comfy/ldm/qwen_image/, which have diffusers' names.
+The suffixes, alpha and `dora_scale` come from comfy/weight_adapter/lora.py and base.py. All are of
+https://github.com/Comfy-Org/ComfyUI as of 2026. diffusers' `convert_state_dict_to_kohya` is not used: it always writes
+the rank as alpha, and leaves the magnitudes of DoRA under a name that no loader knows.
 """
 
 from __future__ import annotations
@@ -83,10 +83,24 @@ LAYOUTS: dict[str, Layout] = {
         r"|x_embedder|context_embedder|proj_out|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]",
         prefix="transformer.",
     ),
+    **dict.fromkeys(
+        ("Flux2Pipeline", "Flux2KleinPipeline"),
+        Layout(
+            r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+            r"|ff(?:_context)?\.linear_(?:in|out))"
+            r"|single_transformer_blocks\.\d+\.attn\.to_(?:qkv_mlp_proj|out)|x_embedder|context_embedder|proj_out",
+            prefix="transformer.",
+        ),
+    ),
+    "ZImagePipeline": Layout(
+        r"(?:layers|noise_refiner|context_refiner)\.\d+\."
+        r"(?:attention\.(?:to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)",
+        prefix="diffusion_model.",
+    ),
     "QwenImagePipeline": Layout(
         r"transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         rf"|(?:img|txt)_mlp\.{_FEED_FORWARD})",
-        prefix="transformer.",
+        prefix="diffusion_model.",  # with "transformer." diffusers would not read the file
     ),
     **dict.fromkeys(
         ("LTXPipeline", "LTX2Pipeline"),
@@ -151,7 +165,8 @@ def layout_of(pipeline_class: str) -> Layout:
     """Return the layout of a pipeline class, such as `"FluxPipeline"`, or raise a `ValueError` if it has none."""
     if pipeline_class not in LAYOUTS:
         raise ValueError(
-            f"ComfyUI has no loader for {pipeline_class}, so there is no 'comfyui' file of it. Use another format."
+            f"The names of {pipeline_class} in ComfyUI's loader are not known here, so there is no 'comfyui' file of "
+            "it. Use another format."
         )
     return LAYOUTS[pipeline_class]
 

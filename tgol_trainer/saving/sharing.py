@@ -30,7 +30,23 @@ logger = logging.getLogger(__name__)
 # Of the largest weight of a module: what sums in another order change in float32.
 _TOLERANCE = 1e-5
 _KNOWN = re.compile(r"lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)$")
-_ALPHA_UNREAD = ("StableDiffusion3Pipeline", "FluxPipeline")
+# Of the two programs, each reads some files of the other. Of these, ComfyUI finds the names of diffusers and no alpha:
+_ALPHA_UNREAD = (
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "ZImagePipeline",
+    "QwenImagePipeline",
+)
+# Of these, diffusers takes alpha or the names of ComfyUI's file for an error.
+_UNREAD_BY_DIFFUSERS = (
+    "StableDiffusion3Pipeline",
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "LTXPipeline",
+    "LTX2Pipeline",
+)
 _LATER = "`tgol export --format comfyui` writes it"
 
 
@@ -91,7 +107,7 @@ def _obstacle(args: TGOLConfig, family: ModelFamily) -> str | None:
     if args.full_finetuning:
         return "all weights are trained, so there is no adapter. Leave it out."
     if name not in LAYOUTS:
-        return f"ComfyUI has no loader for {name}. Leave it out."
+        return f"the names of {name} in ComfyUI's loader are not known here. Leave it out."
     dora = any(module.magnitude is not None for module in lora_modules(family.denoiser, POLICY).values())
     if dora and getattr(unwrapped(family.denoiser), "hf_quantizer", None) is not None:
         return f"DoRA's file needs the norms of a base model that is not quantised. {_LATER} on that base."
@@ -199,7 +215,7 @@ def in_other_program(family: ModelFamily, file: str) -> str:
     scalings = {module.scaling for module in modules}
     dora = any(module.magnitude is not None for module in modules)
     if file == "comfyui":
-        if name == "StableDiffusion3Pipeline":
+        if name in _UNREAD_BY_DIFFUSERS:
             return "diffusers does not read this file."
         lost = [
             *(["an alpha of each module"] if len(scalings) > 1 else []),
@@ -207,7 +223,7 @@ def in_other_program(family: ModelFamily, file: str) -> str:
         ]
         return f"diffusers reads this file without {' and '.join(lost)}." if lost else "diffusers reads this file too."
     if name not in LAYOUTS:
-        return "ComfyUI has no loader for this model."
+        return "The names of this model in ComfyUI's loader are not known here."
     if name not in _ALPHA_UNREAD:
         return "ComfyUI loads nothing of this file, and says so in its log alone."
     lost = []

@@ -22,6 +22,8 @@ from .stealth import stealth_texts
 
 _CAPTIONS = (".txt", ".caption")
 _MOST_CAPTION_BYTES = 100_000
+DARKTABLE = "XMP sidecars of darktable"
+"""Place of a score; one star there may be nobody's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,9 @@ def read_file(path: Path, folder: Path) -> FileFacts:
             unread.append("its format is not read")
         except UNREADABLE as error:
             unread.append(f"it cannot be opened: {error}")
-    beside, stars = _caption(path, folder, unread), _sidecar(path, folder, unread)
+    beside, (stars, place) = _caption(path, folder, unread), _sidecar(path, folder, unread)
     if stars is not None:
-        score, score_from = stars, "XMP sidecars"
+        score, score_from = stars, place
     made = beside or made
     if made is None:
         return FileFacts(score=score, score_from=score_from, unread="; ".join(unread) or None)
@@ -153,12 +155,13 @@ def _caption(path: Path, folder: Path, unread: list[str]) -> Generation | None:
     return None
 
 
-def _sidecar(path: Path, folder: Path, unread: list[str]) -> float | None:
+def _sidecar(path: Path, folder: Path, unread: list[str]) -> tuple[float | None, str | None]:
     file = _beside(path, ".xmp", folder, unread)
     if file is None:
-        return None
+        return None, None
     try:
-        return xmp_stars(file.read_bytes())
+        packet = file.read_bytes()
+        return xmp_stars(packet), DARKTABLE if b"http://darktable.sf.net/" in packet else "XMP sidecars"
     except StarsError as error:
         unread.append(f"{file.name}: {error}")
-        return None
+        return None, None

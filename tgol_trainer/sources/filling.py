@@ -15,7 +15,7 @@ from tgol_trainer.data.rows import DEFAULT_COLUMNS, Columns
 
 from .files import FileFacts, read_file
 from .found import PROMPT_FROM, SCORE_FROM, UNREAD, found_in, paths_of, visual_column
-from .image_folder import scores_by_folders, stamp_of, warn_of_unread
+from .image_folder import scores_by_folders, stamp_of, warn_of_first_stars, warn_of_unread
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def fill(
         if column not in before and not places.places:
             dataset = dataset.remove_columns(column)
     warn_of_unread(table.parent, [os.path.basename(path) for path in paths], dataset)
+    warn_of_first_stars(table.parent, dataset, columns.score)
     return dataset
 
 

@@ -17,7 +17,7 @@ from tgol_trainer import __version__
 from tgol_trainer.data.images import DataError, readable_formats
 from tgol_trainer.data.rows import Columns
 
-from .files import read_file
+from .files import DARKTABLE, read_file
 from .folders import IMAGES, VIDEOS, rows_of_split
 from .found import PROMPT_FROM, SCORE_FROM, UNREAD, found_in
 
@@ -81,6 +81,7 @@ def load_image_folder(
     for name, places in found.items():
         logger.info("%s: %s: %s", folder, name, places)
     warn_of_unread(folder, names, dataset)
+    warn_of_first_stars(folder, dataset, columns.score)
     words = sorted({part for name in names for part in Path(name).parts[:-1] if part.lower() in _WORDS})
     if words and not found["scores"].places:
         logger.warning("%s: no file has a score. To take the folders %s for scores: `--folder_scores`.", folder, words)
@@ -183,3 +184,19 @@ def warn_of_unread(folder: Path, names: list[str], dataset: datasets.Dataset) ->
         shown = "".join(f"\n  {name}: {reason}" for name, reason in reasons[:_SHOWN])
         more = "\n  ..." if len(reasons) > _SHOWN else ""
         logger.warning("%s: in %d files something could not be read:%s%s", folder, len(reasons), shown, more)
+
+
+def warn_of_first_stars(folder: Path, dataset: datasets.Dataset, score: str) -> None:
+    """Warn of single stars in sidecars of darktable, which gives one to each image at import."""
+    if score not in dataset.column_names:
+        return
+    first = sum(
+        place == DARKTABLE and stars == 1 for place, stars in zip(dataset[SCORE_FROM], dataset[score], strict=True)
+    )
+    if first:
+        logger.warning(
+            "%s: %d images have one star in sidecars of darktable, which gives each image one star at import unless "
+            "its settings say otherwise. They count as the worst score. If nobody gave these stars, set the images to "
+            "no stars in darktable.",
+            *(folder, first),
+        )

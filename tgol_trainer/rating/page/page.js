@@ -201,8 +201,14 @@
       ...commands.map((text) => {
         const copy = make("button", { type: "button", textContent: "Copy" });
         copy.addEventListener("click", async () => {
-          await navigator.clipboard?.writeText(text);
-          copy.textContent = "Copied";
+          try {
+            await navigator.clipboard.writeText(text);
+            copy.textContent = "Copied";
+          } catch {
+            // Only this machine and https have a clipboard: on a phone the text is marked, to be copied by hand.
+            getSelection().selectAllChildren(copy.previousElementSibling);
+            copy.textContent = "Marked";
+          }
         });
         // Options are not broken at their hyphens.
         const parts = text.split(/ (?=--)/).flatMap((part, place) => [place ? " " : "", make("span", { textContent: part })]);
