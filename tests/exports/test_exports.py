@@ -395,7 +395,7 @@ def test_every_family_that_is_supported_has_a_layout_or_is_known_to_have_none():
     from tgol_trainer.families import FAMILIES
 
     none = {"AmusedPipeline", "Pipeline", "QwenImage21Pipeline", "SkyReelsV2Pipeline", "HunyuanVideoPipeline"}
-    none |= {"Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline", "Krea2Pipeline", "ErnieImagePipeline"}
+    none |= {"Krea2Pipeline", "ErnieImagePipeline"}
     none |= {"SanaPipeline", "Lumina2Pipeline", "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline"}
     none |= {"Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "CogVideoXPipeline", "MochiPipeline"}
     none |= {"SanaVideoPipeline", "HiDreamImagePipeline", "BriaFiboPipeline", "Ideogram4Pipeline"}

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import reprlib
+import shutil
 import sys
 import traceback
 import typing
@@ -49,6 +50,13 @@ def hide_local_bars(source: str) -> None:
 
     if Path(source).expanduser().exists():
         disable_progress_bar()
+
+
+def program() -> str:
+    """Return how to call `tgol` from here: by name if the shell finds this environment's, else by its path."""
+    own = Path(sys.executable).with_name("tgol")
+    found = shutil.which("tgol")
+    return "tgol" if (found and Path(found).resolve() == own.resolve()) or not own.exists() else os.path.relpath(own)
 
 
 def counted(number: int | str, noun: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import plain_errors, set_up_logging
+from .console import plain_errors, program, set_up_logging
 from .label import save_label_histogram
 from .label_text import report_lines
 
@@ -297,16 +297,6 @@ def run(quickstart: Quickstart) -> Evaluation:
     return evaluation
 
 
-def _program() -> str:
-    """Return how to call `tgol` from here: by name if the shell finds this environment's, else by its path."""
-    import os
-    import shutil
-
-    own = Path(sys.executable).with_name("tgol")
-    found = shutil.which("tgol")
-    return "tgol" if (found and Path(found).resolve() == own.resolve()) or not own.exists() else os.path.relpath(own)
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol quickstart",
@@ -377,11 +367,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         print(f"  {folder / name}  {text}")
     print(
-        f"Next, rate its pictures by your own taste, and train on that: {_program()} rate {folder / 'dataset'} "
+        f"Next, rate its pictures by your own taste, and train on that: {program()} rate {folder / 'dataset'} "
         f"--model_name_or_path shapes --output_dir {folder / 'ratings'}"
     )
     print(
-        f"Or train on a dataset of your own; on this one: {_program()} train --model_name_or_path shapes "
+        f"Or train on a dataset of your own; on this one: {program()} train --model_name_or_path shapes "
         f"--dataset_name {folder / 'dataset'} --score_column jpeg_compressibility --recipe {RECIPE} "
         "--per_device_train_batch_size 32 --num_train_epochs 8 --learning_rate 2e-4 --output_dir my_adapter"
     )

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import PUSH_FAILED, add_hub_options, counted, hide_local_bars, open_dataset, plain_errors, set_up_logging
+from .console import (
+    PUSH_FAILED,
+    add_hub_options,
+    counted,
+    hide_local_bars,
+    open_dataset,
+    plain_errors,
+    program,
+    set_up_logging,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -216,8 +225,8 @@ def _commands(
     embedded = embedded_model(model) if model else None
     rate = embedded.training_flags if embedded else ()
     adapter = args.output_dir.with_name(f"{args.output_dir.name.removesuffix('_ratings')}_adapter")
-    label = ["tgol", "label", "--dataset_name", ratings, *_TRAINED[:2], *plain]
-    train = ["tgol", "train", "--model_name_or_path", model or "MODEL", "--dataset_name", ratings]
+    label = [program(), "label", "--dataset_name", ratings, *_TRAINED[:2], *plain]
+    train = [program(), "train", "--model_name_or_path", model or "MODEL", "--dataset_name", ratings]
     return shlex.join(label), shlex.join([*train, *_TRAINED, *rate, *plain, "--output_dir", str(adapter)])
 
 

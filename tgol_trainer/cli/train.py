@@ -16,7 +16,7 @@ from trl import ScriptArguments, TrlParser
 
 from tgol_trainer.config import TGOLConfig
 
-from .console import PUSH_FAILED, plain_errors, set_up_logging
+from .console import PUSH_FAILED, plain_errors, program, set_up_logging
 from .model import (
     UNUSED,
     ModelArguments,
@@ -309,7 +309,7 @@ def _resume_line(arguments: list[str], rounds: bool) -> str:
     while flag in kept:
         at = kept.index(flag)
         kept[at : at + 2] = []
-    return shlex.join(["tgol", "train", *kept, *([] if rounds else [flag, "true"])])
+    return shlex.join([program(), "train", *kept, *([] if rounds else [flag, "true"])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
