@@ -94,3 +94,29 @@ def test_the_small_model_has_its_authors_size_frames_and_rate():
     assert (family.native_size, family.num_frames) == ((704, 1280), 121)
     usage = family.usage("here", "a cat")
     assert "height=704, width=1280, num_frames=121" in usage and "fps=24" in usage
+
+
+def test_the_adapters_of_both_experts_are_generated_with_from_one_folder(config, tmp_path):
+    """Each in the transformer that it was trained for, as diffusers loads them; folders of wrong names are refused."""
+    wan_22_a14b().save_pretrained(tmp_path / "model")
+    both, by_hand = tmp_path / "both", load_family(wan_22_a14b()).pipeline
+    for expert in ("high_noise", "low_noise"):
+        settings = {"resolution": "16x32", "num_frames": 5, "per_device_train_batch_size": 4, "max_steps": 1}
+        args = config(output_dir=str(tmp_path / f"run {expert}"), expert=expert, learning_rate=0.1, **settings)
+        trainer = TGOLTrainer(wan_22_a14b(), args, four_clips(), peft_config=LoraConfig(r=4, lora_alpha=12))
+        trainer.train()
+        trainer.save_model(str(both / expert))
+        assert "The other expert's adapter" in trainer.family.usage("here", "a cat")
+        by_hand.load_lora_weights(both / expert, load_into_transformer_2=expert == "low_noise")
+    pipe, _ = load_adapted_pipeline(str(tmp_path / "model"), str(both), num_frames=5, use_cpu=True)
+    found, expected = (
+        each(**CALL, guidance_scale=1.0, output_type="pt", generator=torch.Generator().manual_seed(0)).frames
+        for each in (pipe, by_hand)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert all(getattr(part, "peft_config", None) for part in (pipe.transformer, pipe.transformer_2))
+    (both / "high_noise").rename(both / "other")
+    (both / "low_noise").rename(both / "high_noise")
+    (both / "other").rename(both / "low_noise")
+    with pytest.raises(ValueError, match="high_noise holds an adapter that was trained for low_noise"):
+        load_adapted_pipeline(str(tmp_path / "model"), str(both), num_frames=5, use_cpu=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tgol_trainer import adapters
 from tgol_trainer.likelihoods import Draw
 
 from .conditioning import Conditioning, Rows
@@ -71,6 +72,17 @@ class WanFamily(VideoFlowFamily):
     def frame_rate(cls, pipeline: DiffusionPipeline) -> int:
         """Return 24 for Wan 2.2 5B."""
         return 24 if pipeline.config.get("expand_timesteps") else cls.frames_per_second
+
+    def usage(self, location: str, prompt: str) -> str:
+        """The snippet of a card, with a line for the other expert's adapter where there are two."""
+        usage = super().usage(location, prompt)
+        if self.pipeline.config.get("boundary_ratio") is None:
+            return usage
+        other = "transformer" if self.denoiser_name == "transformer_2" else "transformer_2"
+        options = "".join(f", {name}={value}" for name, value in adapters.loading_options(other).items())
+        line = next(line for line in usage.splitlines() if line.startswith("pipe.load_lora_weights"))
+        more = f"# The other expert's adapter, where there is one: pipe.load_lora_weights(...{options})"
+        return usage.replace(line, f"{line}\n{more}")
 
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noise levels and times of the transformer that is trained."""

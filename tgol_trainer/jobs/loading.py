@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from tgol_trainer import adapters
 from tgol_trainer.families import FamilySettings, load_family
 from tgol_trainer.rewards import REWARDS, load_reward
 from tgol_trainer.saving.files import recorded_expert
+
+EXPERTS = ("high_noise", "low_noise")
 
 
 def load_adapted_pipeline(
@@ -28,7 +31,9 @@ def load_adapted_pipeline(
 
     Args:
         model (`str`): Hub id, folder, or the name of an embedded model.
-        adapter (`str`, *optional*): Folder or Hub id of a LoRA adapter or of fully fine-tuned weights.
+        adapter (`str`, *optional*):
+            Folder or Hub id of a LoRA adapter or of fully fine-tuned weights. A folder with `high_noise` and
+            `low_noise` in it, one run each, loads both into the two transformers of Wan 2.2 A14B.
         revision (`str`, *optional*): Revision on the Hub.
         dtype (`str`, *optional*): Name of a torch dtype.
         model_init_kwargs (`dict`, *optional*): Further options of [`load_family`].
@@ -48,11 +53,23 @@ def load_adapted_pipeline(
     if twice:
         raise ValueError(f"`model_init_kwargs`: {min(twice)!r} is also given on its own. Give it once.")
     options |= model_init_kwargs or {}
-    expert = None if adapter is None else recorded_expert(adapter)
-    family = load_family(model, options, FamilySettings(num_frames=num_frames, expert=expert))
-    if adapter is not None:
-        adapters.load_trained(family.pipeline, family.denoiser_name, adapter)
+    sources = {} if adapter is None else _by_expert(adapter)
+    family = load_family(model, options, FamilySettings(num_frames=num_frames, expert=next(iter(sources), None)))
+    for expert, source in sources.items():
+        denoiser = "transformer_2" if expert == "low_noise" else family.denoiser_name
+        adapters.load_trained(family.pipeline, denoiser, source)
     return family.to(process_device(use_cpu)).pipeline, family.origin.revision
+
+
+def _by_expert(adapter: str) -> dict[str | None, str]:
+    """Return the adapters of both experts, where a folder holds them, or the one, by what each was trained for."""
+    folders = {expert: str(Path(adapter).expanduser() / expert) for expert in EXPERTS}
+    if not all(Path(folder).is_dir() for folder in folders.values()):
+        return {recorded_expert(adapter): adapter}
+    for expert, folder in folders.items():
+        if (recorded := recorded_expert(folder) or expert) != expert:
+            raise ValueError(f"{folder} holds an adapter that was trained for {recorded}. Rename the folders.")
+    return {**folders}
 
 
 def process_device(use_cpu: bool) -> str:
