@@ -154,6 +154,16 @@ STABLE_DIFFUSION_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedu
 STABLE_DIFFUSION_NOISE |= {"steps_offset": 1}
 WITHOUT_QUANT_CONV = {"use_quant_conv": False, "use_post_quant_conv": False}
 
+SDXL_UNET = {
+    "cross_attention_dim": 64,  # both encoders side by side
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}
+
 # ---- Pipelines ----
 
 
@@ -195,15 +205,7 @@ def stable_diffusion_xl(prediction_type: str = "epsilon", seed: int = 0) -> Stab
         networks = {
             "text_encoder": CLIPTextModel(clip_config(tokenizer)),
             "text_encoder_2": CLIPTextModelWithProjection(clip_config(tokenizer)),
-            "unet": unet(
-                cross_attention_dim=64,  # both encoders side by side
-                attention_head_dim=(2, 4),
-                use_linear_projection=True,
-                transformer_layers_per_block=(1, 2),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + 32,
-            ),
+            "unet": unet(**SDXL_UNET),
             "vae": kl_autoencoder(0.13025),
         }
     scheduler = EulerDiscreteScheduler(

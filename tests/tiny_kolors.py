@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from tests.tiny import STABLE_DIFFUSION_NOISE, assembled, kl_autoencoder, seeded, unet
+from tests.tiny import SDXL_UNET, STABLE_DIFFUSION_NOISE, assembled, kl_autoencoder, seeded, unet
 
 
 def chatglm_tokenizer() -> Any:
@@ -49,17 +49,7 @@ def kolors(seed: int = 0) -> Any:
         for name, weight in encoder.named_parameters():
             if "norm" in name:  # left empty by the class
                 torch.nn.init.ones_(weight)
-        denoiser = unet(
-            cross_attention_dim=64,
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-            transformer_layers_per_block=(1, 2),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 32,
-            encoder_hid_dim_type="text_proj",
-            encoder_hid_dim=32,
-        )
+        denoiser = unet(**SDXL_UNET, encoder_hid_dim_type="text_proj", encoder_hid_dim=32)
         networks = {"text_encoder": encoder, "unet": denoiser, "vae": kl_autoencoder(0.13025)}
     noise = {**STABLE_DIFFUSION_NOISE, "beta_end": 0.014, "num_train_timesteps": 1100}
     scheduler = EulerDiscreteScheduler(timestep_spacing="leading", **noise)

@@ -4,22 +4,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests import (
-    ROOT,
-    tiny,
-    tiny_images,
-    tiny_kandinsky,
-    tiny_kolors,
-    tiny_language,
-    tiny_layers,
-    tiny_ltx,
-    tiny_qwen,
-    tiny_video,
-)
+from tests import ROOT, tiny, tiny_images, tiny_kandinsky, tiny_language, tiny_layers, tiny_ltx, tiny_qwen, tiny_video
 from tests.clips import encoded
 from tests.conftest import scored_dataset
 from tests.helpers import quick
-from tests.pipelines import four_clips
+from tests.pipelines import TINY, four_clips
 from tgol_trainer.cli import main
 
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -49,7 +38,7 @@ TWINS = {
     "lumina2": tiny_images.lumina2,
     "aura_flow": tiny_images.aura_flow,
     "chroma": tiny_images.chroma,
-    "kolors": tiny_kolors.kolors,
+    "kolors": lambda: TINY["kolors"].build(),
     "cogview4": tiny_images.cogview4,
     "kandinsky5_image": tiny_kandinsky.kandinsky5_image,
     "kandinsky5_video": tiny_kandinsky.kandinsky5_video,

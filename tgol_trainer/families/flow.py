@@ -99,7 +99,17 @@ class RowByRowFamily(FlowFamily):
         return super().predict(model, draw, conditioning)
 
 
-class PackedFlowFamily(FlowFamily):
+class PipelineSizedFamily(FlowFamily):
+    """A pipeline that has the model's size, while the transformer has none or a smaller one."""
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The pipeline's default."""
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+
+class PackedFlowFamily(PipelineSizedFamily):
     """
     A pipeline whose transformer takes latents as a row of tokens, one for each square of `patch`×`patch` latents.
 
@@ -109,12 +119,6 @@ class PackedFlowFamily(FlowFamily):
 
     patch = 2
     """Side in latents of what the transformer takes as one token."""
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """The pipeline's default; the transformer itself has no size."""
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
 
     @property
     def resolution_multiple(self) -> int:

@@ -9,13 +9,13 @@ import torch
 from tgol_trainer.likelihoods import Draw
 
 from .conditioning import Conditioning, Rows, tensor_of
-from .flow import FlowFamily
+from .flow import PipelineSizedFamily
 
 _TOKENS = 128
 """Default of the pipeline's `max_sequence_length`."""
 
 
-class HiDreamFamily(FlowFamily):
+class HiDreamFamily(PipelineSizedFamily):
     """
     `HiDreamImagePipeline`: two CLIP text encoders, T5 and Llama 3, a transformer with a mixture of experts.
 
@@ -38,12 +38,6 @@ class HiDreamFamily(FlowFamily):
         """Freeze every component, and have the transformer return images in training too."""
         super().prepare_pipeline()
         self.denoiser.register_to_config(force_inference_output=True)
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """The pipeline's default, to whose area it brings every size."""
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
 
     @property
     def resolution_multiple(self) -> int:

@@ -63,13 +63,13 @@ def load_adapted_pipeline(
 
 def _by_expert(adapter: str) -> dict[str | None, str]:
     """Return the adapters of both experts, where a folder holds them, or the one, by what each was trained for."""
-    folders = {expert: str(Path(adapter).expanduser() / expert) for expert in EXPERTS}
+    folders: dict[str | None, str] = {expert: str(Path(adapter).expanduser() / expert) for expert in EXPERTS}
     if not all(Path(folder).is_dir() for folder in folders.values()):
         return {recorded_expert(adapter): adapter}
     for expert, folder in folders.items():
         if (recorded := recorded_expert(folder) or expert) != expert:
             raise ValueError(f"{folder} holds an adapter that was trained for {recorded}. Rename the folders.")
-    return {**folders}
+    return folders
 
 
 def process_device(use_cpu: bool) -> str:
