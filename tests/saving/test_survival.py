@@ -23,8 +23,9 @@ from tests.helpers import quick
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLConfig, TGOLTrainer, cli
 from tgol_trainer.data import DataError
-from tgol_trainer.saving.checkpoints import SaveError, flaws
+from tgol_trainer.saving.checkpoints import SaveError, flaws, seal
 from tgol_trainer.saving.divergence import TrainingDivergedError
+from tgol_trainer.saving.resuming import alone_in
 from tgol_trainer.saving.stopping import StopOnSignal, TrainingStopped
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -76,6 +77,15 @@ def spoil_with_nan(checkpoint):
     start = 8 + int.from_bytes(data[:8], "little")
     data[start : start + 4] = struct.pack("<f", float("nan"))
     (checkpoint / WEIGHTS).write_bytes(data)
+    (checkpoint / "checkpoint.json").unlink()
+    seal(checkpoint, resumable=True)  # as if they had been written so
+
+
+def change_a_byte(file):
+    """As a disk may."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 # ---- Checkpoints are whole ----
@@ -87,6 +97,7 @@ SPOILED = {
     "state": (lambda folder: (folder / "trainer_state.json").unlink(), "holds no trainer_state.json"),
     "cut": (lambda folder: os.truncate(folder / "optimizer.pt", 1000), "optimizer.pt has 1000 bytes instead of"),
     "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], f"holds no {WEIGHTS}, optimizer.pt"),
+    "changed": (lambda folder: change_a_byte(folder / "optimizer.pt"), "optimizer.pt holds other bytes"),
     "not finite": (spoil_with_nan, "its weights are not finite"),
 }
 
@@ -270,6 +281,24 @@ def test_a_new_run_in_a_used_folder_is_refused_before_anything_is_loaded(run, co
         cli.main(["train", *flags, "--use_cpu", "true"])
     assert "resume_from_checkpoint true" in capsys.readouterr().err
     assert content(run) == before
+
+
+def test_a_run_in_a_folder_that_another_run_trains_in_is_refused_and_waits_for_one_that_ends(
+    run, config, dataset, monkeypatch
+):
+    before, waits = content(run), []
+    with alone_in(run):
+        monkeypatch.setattr("time.sleep", waits.append)
+        with pytest.raises(FileExistsError, match=r"Another run trains in `output_dir` .*run at this moment"):
+            trainer_in(run, config, dataset, max_steps=8).train(resume_from_checkpoint=True)
+    assert content(run) == before and sum(waits) == 20
+    other = alone_in(run)
+    other.__enter__()
+    monkeypatch.setattr("time.sleep", lambda seconds: other.__exit__(None, None, None))
+    trainer_in(run, config, dataset, max_steps=8).train(resume_from_checkpoint=True)
+    assert "checkpoint-8" in names(run)
+    with alone_in(run):  # which was let go of
+        pass
 
 
 def test_a_resume_from_an_older_checkpoint_names_the_later_ones(run, config, dataset, caplog):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -26,11 +27,12 @@ from .hub import checkpoints
 logger = logging.getLogger(__name__)
 
 CONTENTS_NAME = "checkpoint.json"
-"""File of a checkpoint that lists the others with their sizes; written last."""
+"""File of a checkpoint that lists the others with their sizes and hashes; written last."""
 
 DRAFTS = "_saving"
 """Folder in a run's folder where checkpoints and weights are written before they are moved to their place."""
 
+_HASHED_AT_ONCE = 2**20
 # The card and the list of settings are for people, who may change them.
 _NOT_NEEDED = {"README.md", FACTS_NAME, ARGUMENTS_NAME}
 _EXPECTED = (WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, STATE_NAME, CONTENTS_NAME)
@@ -49,7 +51,7 @@ def seal(folder: Path, *, resumable: bool) -> None:
         resumable (`bool`): Whether optimizer and scheduler are among it.
     """
     files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _hash(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in _NOT_NEEDED
     }
@@ -68,10 +70,12 @@ def flaws(folder: Path) -> list[str]:
         return [f"its {CONTENTS_NAME} cannot be read"]
     missing = [name for name in contents["files"] if not (folder / name).is_file()]
     found = [f"it holds no {', '.join(missing)}"] if missing else []
-    for name, size in contents["files"].items():
+    for name, (size, digest) in contents["files"].items():
         file = folder / name
         if name not in missing and file.stat().st_size != size:
             found.append(f"its {name} has {file.stat().st_size} bytes instead of {size}")
+        elif name not in missing and _hash(file) != digest:
+            found.append(f"its {name} holds other bytes than were written")
     if not contents["resumable"]:
         found.append("it was saved with `save_only_model=True`, without optimizer and scheduler")
     if not found:
@@ -81,6 +85,14 @@ def flaws(folder: Path) -> list[str]:
             return [f"its weights cannot be read ({error})"]
         found += [f"its weights are not finite (such as {broken})"] if broken else []
     return found
+
+
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as opened:
+        while part := opened.read(_HASHED_AT_ONCE):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def newest_complete(folder: str | Path, *, warn: bool = False) -> Path | None:

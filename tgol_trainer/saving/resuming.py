@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .checkpoints import CONTENTS_NAME, flaws, newest_complete
 from .hub import checkpoints
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBE_BYTES = 65536
+_SECONDS = 20
+"""After a kill, processes that load data end within 5 of them."""
 
 
 def starting_point(folder: str | Path, asked: str | bool | None) -> Path | None:
@@ -102,6 +112,50 @@ def is_finished(state: TrainerState, args: TGOLConfig, checkpoint: Path) -> bool
             f"`{name}`, or resume from an earlier checkpoint."
         )
     return step >= last
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """
+    Train in an output folder that no other run trains in; the system lets go of it however this process ends.
+
+    Args:
+        folder (`str` or `Path`): Output folder of a run; made where missing. Where a disk has no locks, none is taken.
+
+    Raises:
+        FileExistsError: if another run still has the folder after 20 seconds.
+    """
+    if fcntl is None:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(_SECONDS):
+            if _lock(handle):
+                break
+            time.sleep(1)
+        else:
+            raise FileExistsError(
+                f"Another run trains in `output_dir` {folder} at this moment, and the two would replace each other's "
+                "checkpoints. Wait for its end, or give another `output_dir`."
+            )
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # processes that load data may have the folder open longer
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Return whether nobody else has a folder, which is now locked if its disk has locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # as on some network disks
+        return True
+    return True
 
 
 def open_output(folder: str | Path, needed: int = 0) -> None:

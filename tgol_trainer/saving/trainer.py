@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import logging
@@ -33,7 +34,7 @@ from .finite import FiniteTrainer
 from .heartbeat import Heartbeat
 from .hub import Repository, RunPushes, open_repository, resume_command
 from .progress import EveryPassTrains
-from .resuming import is_finished, open_output, starting_point
+from .resuming import alone_in, is_finished, open_output, starting_point
 from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
 from .sharing import check_share_formats, shared_files
 from .stopping import StopOnSignal
@@ -110,7 +111,7 @@ class SavingTrainer(FiniteTrainer):
             `transformers.trainer_utils.TrainOutput`
 
         Raises:
-            FileExistsError: for a new run in a folder that holds checkpoints.
+            FileExistsError: for a new run in a folder that holds checkpoints, and where another run trains in it.
             FileNotFoundError: if the checkpoint that was named is not complete.
             ValueError: if the run is another one than the checkpoint's, by name of what differs.
             TrainingDivergedError: if a loss or a weight is not finite.
@@ -118,6 +119,11 @@ class SavingTrainer(FiniteTrainer):
             SaveError: if a checkpoint cannot be written.
             DataError: if a pass over the training data makes no update.
         """
+        with alone_in(self.args.output_dir) if self.args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()  # nobody looks for checkpoints that another run is still writing
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._watch, self.already_saved = FiniteWatch(self.args.device), False
         self._filter = UpdateFilter(self.args.device) if self.args.on_nan == "skip" else None
         self._check_scaling()
