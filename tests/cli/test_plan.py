@@ -160,7 +160,8 @@ def test_checkpointing_is_switched_on_where_the_plan_needs_it_and_the_user_did_n
     arguments += ["--per_device_train_batch_size", "256", *flags]
     assert main(arguments) == 0
     [training] = seen
-    assert bool(training.activation_checkpointing) == (switched_on or "--gradient_checkpointing" in flags)
+    asked = training.activation_checkpointing or training.gradient_checkpointing  # transformers 5.15 knows this alone
+    assert bool(asked) == (switched_on or "--gradient_checkpointing" in flags)
     said = capsys.readouterr().err
     assert ("Activations are recomputed" in said) == switched_on
     assert ("of the 1.3 GiB of a card without" in said) == switched_on
