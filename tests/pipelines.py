@@ -228,6 +228,8 @@ class Facts:
     """Arguments with which the pipeline calls the denoiser once a step."""
     inverted: bool = False
     """Whether the scheduler's levels and times run from 0 (noise) to 1, and its velocity with them."""
+    negated: bool = False
+    """Whether the pipeline hands its scheduler latents - noise at times that fall."""
     unpack: Callable = lambda pipe, value, height, width: value
     """Latents as the family has them, of what the pipeline hands to its scheduler, and the image's size in pixels."""
 
@@ -295,6 +297,9 @@ TINY = {
         unguided={"guidance_scale": 3.5},
     ),
     "ltx": Facts(tiny_ltx.ltx, sizes=((512, 704), 32), long_prompts=(2, 128), **_LTX),
+    "ltx condition": Facts(
+        tiny_ltx.ltx_condition, sizes=((512, 704), 32), long_prompts=(2, 256), negated=True, **_LTX
+    ),
     "ltx-2": Facts(tiny_ltx.ltx2, **_LTX2),
     "krea-2": Facts(
         tiny_images.krea2,
@@ -454,7 +459,7 @@ if find_spec("sentencepiece"):
 
 SLOW = (
     *("cogview4", "kandinsky-5", "kandinsky-5 video", "hidream", "fibo", "ideogram-4", "hunyuan video 1.5"),
-    *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video", "kolors"),
+    *("cogvideox", "cogvideox 2b", "cogvideox 1.5", "mochi", "sana-video", "kolors", "ltx condition"),
 )
 """Families of which the fast tests only compare predictions with the pipeline's; all else of them is slow."""
 

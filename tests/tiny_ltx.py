@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
@@ -73,6 +74,11 @@ def ltx(timestep_conditioning: bool = False, seed: int = 0) -> LTXPipeline:
             "vae": ltx_autoencoder(AutoencoderKLLTXVideo, timestep_conditioning=timestep_conditioning, **blocks),
         }
     return assembled(LTXPipeline, **networks, tokenizer=tokenizer, scheduler=ltx_scheduler())
+
+
+def ltx_condition() -> LTXConditionPipeline:
+    """The same with a scheduler without shifts, as from 0.9.5 on."""
+    return LTXConditionPipeline(**ltx().components | {"scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
 def ltx2(version: str = "2.0", seed: int = 0) -> LTX2Pipeline:

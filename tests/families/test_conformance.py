@@ -34,6 +34,7 @@ def steps_of(name, pipe, prompt):
         made = step(scheduler, *args, **kwargs)
         inputs, output, after = (facts.unpack(pipe, value, height, width) for value in (*values, made[0].clone()))
         time, output = (1000 - given["timestep"], -output) if facts.inverted else (given["timestep"], output)
+        output = -output if facts.negated else output
         steps.append(SimpleNamespace(time=time, inputs=inputs, output=output, after=after))
         return made
 

@@ -38,7 +38,7 @@ from .kept_prompts import KeptPrompts, keeps_prompts
 from .kolors import KolorsFamily
 from .krea2 import Krea2Family
 from .licenses import hub_license
-from .ltx import LTX2Family, LTXFamily
+from .ltx import LTX2Family, LTXConditionFamily, LTXFamily
 from .lumina2 import Lumina2Family
 from .meissonic import MeissonicFamily, load_meissonic
 from .mochi import MochiFamily
@@ -93,6 +93,7 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "Ideogram4Pipeline": Ideogram4Family,
     "HunyuanVideo15Pipeline": HunyuanVideo15Family,
     "LTXPipeline": LTXFamily,
+    "LTXConditionPipeline": LTXConditionFamily,
     "LTX2Pipeline": LTX2Family,
     "Pipeline": MeissonicFamily,
 }

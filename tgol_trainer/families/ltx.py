@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tgol_trainer.likelihoods import Draw
+from tgol_trainer.likelihoods import Draw, to_device
 
 from .conditioning import Conditioning, Rows, real_tokens
 from .flow import PackedFlowFamily
@@ -25,7 +25,7 @@ class LTXFamily(VideoFlowFamily, PackedFlowFamily):
     default_target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
     default_density = "logit_normal"
     required_components: tuple[str, ...] = ("tokenizer", "text_encoder", "vae", "transformer")
-    token_limits = {"tokenizer": 128}  # default of the pipeline's `max_sequence_length`
+    token_limits: dict[str, int | None] = {"tokenizer": 128}  # default of the pipeline's `max_sequence_length`
     mask_argument = "encoder_attention_mask"
     default_size, default_frames = (512, 704), 161
     frames_per_second = 25
@@ -60,6 +60,24 @@ class LTXFamily(VideoFlowFamily, PackedFlowFamily):
         vae = self.pipeline.vae
         time = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
         return vae.decode(latents, time, return_dict=False)[0]
+
+
+class LTXConditionFamily(LTXFamily):
+    """
+    `LTXConditionPipeline` (LTX-Video from 0.9.5 on), without images or videos to begin from.
+
+    Its latents have places in seconds and pixels, the first alone at its own, and prompts have up to 256 tokens.
+    """
+
+    token_limits = {"tokenizer": 256}  # default of the pipeline's `max_sequence_length`
+
+    def token_arguments(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """Return the places of latents; no mask where no prompt is padded."""
+        grid = self.pipeline._prepare_video_ids(len(latents), *latents.shape[2:])
+        places = self.pipeline._scale_video_ids(grid, self.resolution_multiple, self.frames_joined).float()
+        places[:, 0] *= 1 / self.frames_per_second
+        arguments = {"video_coords": to_device(places, latents.device)}
+        return arguments if self.mask_argument in conditioning else {**arguments, self.mask_argument: None}
 
 
 class LTX2Family(LTXFamily):
