@@ -66,3 +66,4 @@ def test_code_that_asks_for_a_value_gets_one():
         length = torch.empty(3).sum()
         assert torch.empty(7)[: length.long()].shape == (1,)
         assert torch.empty(2, 3, dtype=torch.float64).numpy().tolist() == [[0.0] * 3] * 2
+        assert torch.equal(torch.empty(3), torch.empty(5))  # such as whether a tokenizer cut a prompt: no
