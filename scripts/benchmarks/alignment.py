@@ -6,15 +6,16 @@ After training, the adapter is scaled until the drift is 2, 5 and 10, and images
 is interpolated, and no run is left out. Drift is 1000 times the mean squared change of the network's output. The
 divergence of sampling paths, which weights early and late times differently, stands beside it.
 
-Every method has four settings of its one strength. They are compared on the tuning seeds, and the best one is run on
-the reporting seeds, which have training images, noise and evaluation images of their own. A quarter of the prompts are
-never trained on. The report calls a method no worse than another where the 95 % interval of the difference, seed by
-seed, lies above -0.05 standard deviations of the base model's score. This margin was fixed before the runs.
+Every method has four settings of its one strength, and more where the best of a rival lay at an end. They are compared
+on the tuning seed, and the best one for a score is run on the reporting seeds, which have training images, noise and
+evaluation images of their own. A quarter of the prompts are never trained on. The report calls a method no worse than
+another where the 95 % interval of the difference, seed by seed, lies above -0.05 standard deviations of the base
+model's score. This margin was fixed before the runs.
 
 Each run is one line of JSON. Runs that the file already holds are skipped, so the program can be stopped and started
 again, and a file kept in git grows.
 
-    python scripts/benchmarks/alignment.py --tune               # four settings of each method on the tuning seeds
+    python scripts/benchmarks/alignment.py --tune               # every setting of each method on the tuning seed
     python scripts/benchmarks/alignment.py --compare            # the best setting of each on the reporting seeds
     python scripts/benchmarks/alignment.py --quick              # four methods, one seed, one score, 32 updates
     python scripts/benchmarks/alignment.py --report docs        # write tables from the results file
@@ -48,7 +49,7 @@ from alignment_worlds import WORLDS, Pictures, World, encoded, measured, stored,
 RATE, WARMUP, UPDATES, BATCH = 2e-4, 10, 128, 32
 DRIFTS = (2.0, 5.0, 10.0)
 TUNED_AT = 5.0
-TUNING, REPORTING = (0, 1), tuple(range(2, 10))
+TUNING, REPORTING = (0,), tuple(range(2, 10))
 IMAGES_PER_PROMPT, EVALUATED_PER_PROMPT = 40, 3
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.5, "batch_size": 72}
 METER_ROWS = 96
@@ -150,15 +151,37 @@ class Training:
             sampler.set_epoch(sampler.epoch + 1)
         return np.array(found[: self.run.updates * BATCH]).reshape(-1, BATCH)
 
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the (BATCH / draws,) rows of a step; with several draws, blocks are images of different prompts."""
+        rows = self.order[step].reshape(-1, GROUP).T.ravel() if self.method.draws > 1 else self.order[step]
+        return rows[: BATCH // self.method.draws]
+
     def draw(self, step: int) -> Any:
         """Return the noised latents of a step, the same for all runs of a seed that share noise, or do not."""
         from tgol_trainer.likelihoods import RowGenerators
 
+        if self.method.draws > 1:
+            return self.stratified_draw(step)
         rows = self.order[step]
         # Blocks have a number of their own: two blocks of a prompt differ in noise.
         keys = np.arange(BATCH) // GROUP if self.method.shared else rows
         generators = RowGenerators(self.run.seed, step, keys.tolist())
         return self.family.likelihood.draw(self.rows.latents[rows], generators)
+
+    def stratified_draw(self, step: int) -> Any:
+        """Return several noised versions of each image of a step, their times one in each of as many equal parts."""
+        from tgol_trainer.likelihoods import RowGenerators
+
+        draws = self.method.draws
+        part = torch.arange(BATCH) % draws
+
+        class Stratified(RowGenerators):
+            def integers(self, purpose: str, high: int) -> torch.Tensor:
+                return ((part + self.uniform(purpose)) / draws * high).long()
+
+        rows = np.repeat(self.rows_of(step), draws)
+        keys = np.arange(BATCH) + step * BATCH
+        return self.family.likelihood.draw(self.rows.latents[rows], Stratified(self.run.seed, step, keys.tolist()))
 
     @functools.cached_property
     def references(self) -> torch.Tensor:
@@ -168,12 +191,13 @@ class Training:
         from tgol_trainer import adapters
 
         kind = "shared" if self.method.shared else "own"
+        kind = f"{self.method.draws}_draws" if self.method.draws > 1 else kind
         file = self.folder / f"reference_{kind}_{self.run.seed}_{self.run.updates}.safetensors"
         if not file.exists():
             found = []
             with torch.no_grad(), adapters.reference_policy(self.family.denoiser):
-                for step, rows in enumerate(self.order):
-                    texts = [self.rows.prompts[row] for row in rows]
+                for step in range(self.run.updates):
+                    texts = [self.rows.prompts[row] for row in np.repeat(self.rows_of(step), self.method.draws)]
                     found.append(self.family.predict(self.family.denoiser, self.draw(step), self.conditioning(texts)))
             save_file({"predictions": torch.stack(found)}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
@@ -193,13 +217,13 @@ class Training:
 
     def loss(self, step: int) -> torch.Tensor:
         """Return the loss of a batch, with gradient."""
-        rows, draw = self.order[step], self.draw(step)
+        rows, draw = self.rows_of(step), self.draw(step)
         margin = self.labels.margin[rows]
-        texts = [self.rows.prompts[row] for row in rows]
+        texts = [self.rows.prompts[row] for row in np.repeat(rows, self.method.draws)]
         if self.method.suffixed:
             texts = [text + CSFT_SUFFIXES[int(value < 0)] for text, value in zip(texts, margin, strict=True)]
         batch = {name: torch.from_numpy(getattr(self.labels, name)[rows]) for name in ("score", "margin", "weight")}
-        batch["group"] = torch.arange(BATCH) // GROUP
+        batch["group"] = torch.arange(len(rows)) // GROUP
         prediction = self.family.predict(self.family.denoiser, draw, self.conditioning(texts))
         passed = Passed(
             prediction,
@@ -210,6 +234,7 @@ class Training:
             self.labeler.score_std,
             self.labeler.weighting,
             self.profile,
+            self.method.draws,
         )
         return self.method.loss(passed, self.args, self.run.strength).mean()
 
@@ -365,17 +390,18 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     trained = time.process_time() - start
     meter = Meter(training)
     own = meter()[0]
-    drifts = DRIFTS if run.seed not in TUNING else (TUNED_AT,)
+    drifts = DRIFTS if run.seed in REPORTING else (TUNED_AT,)
     points = [point(training, meter, drift) for drift in drifts]
     seconds = {"training": round(trained, 1), "all": round(time.process_time() - start, 1)}
     return {**dataclasses.asdict(run), "own_drift": round(own, 4), "points": points, "cpu_seconds": seconds}
 
 
 def best_strength(lines: Sequence[dict[str, Any]], method: str, score: str, place: str = "shapes") -> float | None:
-    """Return the strength that gained most on the tuning seeds; `None` where none was run."""
+    """Return the strength that gained most on the tuning seed; `None` where none was run."""
     gains: dict[float, list[float]] = {}
     for line in lines:
-        if (line["method"], line["score"], line["world"]) == (method, score, place) and line["seed"] in TUNING:
+        kind = tuple(line[name] for name in ("method", "score", "world", "regime"))
+        if kind == (method, score, place, "dense") and line["seed"] in TUNING:
             gains.setdefault(line["strength"], []).append(line["points"][0]["gains"][score]["gain"])
     return max(gains, key=lambda strength: float(np.mean(gains[strength])), default=None)
 
@@ -387,14 +413,14 @@ def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[R
         return [Run(name, METHODS[name].strengths[1], score, 0, updates=32) for name in QUICK]
     names = [name for name in METHODS if args.methods is None or name in args.methods]
     scores = [score for score in world(args.world).trained if args.scores is None or score in args.scores]
-    seeds = [seed for seed in (TUNING if args.tune else REPORTING) if args.seeds is None or seed in args.seeds]
+    seeds = args.seeds or (TUNING if args.tune else REPORTING)
     if args.tune:
         return [
-            Run(name, METHODS[name].strengths[place], score, seed, args.regime, args.world)
+            Run(name, strength, score, seed, args.regime, args.world)
             for seed in seeds
-            for place in (1, 2, 0, 3)  # the middle of each search first
-            for score in scores
             for name in names
+            for strength in (args.strengths or METHODS[name].strengths)
+            for score in scores
         ]
     found = []
     for seed in seeds:
@@ -422,11 +448,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do the runs that are missing in the results file, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tune", action="store_true", help="run every setting on the tuning seeds")
+    what.add_argument("--tune", action="store_true", help="run every setting on the tuning seed")
     what.add_argument("--compare", action="store_true", help="run the best setting of each method on other seeds")
     what.add_argument("--quick", action="store_true", help="run four methods with one seed for 32 updates")
     what.add_argument("--report", type=Path, help="only write benchmarks_alignment.md into this folder")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these methods")
+    parser.add_argument("--strengths", nargs="+", type=float, help="only these settings, with --tune")
     parser.add_argument("--scores", nargs="+", help="only these scores")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--regime", choices=REGIMES, default="dense", help="kind of scores (default: %(default)s)")

@@ -32,6 +32,7 @@ class Passed:
         score_std (`float`): Standard deviation of the scores.
         weighting ([`thresholds.Weighting`]): Margins to weights.
         profile ([`ErrorProfile`]): The reference's mean error by time.
+        draws (`int`): Draws of an image, side by side; errors are their means, and `rows` has each image once.
     """
 
     prediction: torch.Tensor
@@ -42,6 +43,7 @@ class Passed:
     score_std: float
     weighting: thresholds.Weighting
     profile: ErrorProfile
+    draws: int = 1
 
     def error_of(self, prediction: torch.Tensor) -> torch.Tensor:
         """Mean squared error of a prediction."""
@@ -51,7 +53,9 @@ class Passed:
     def errors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Error of the policy, error of the reference, and the mean squared difference of their predictions."""
         change = (self.prediction - self.reference).square().flatten(1).mean(1)
-        return self.error_of(self.prediction), self.error_of(self.reference), change
+        each = (self.error_of(self.prediction), self.error_of(self.reference), change)
+        error, reference_error, change = (values.unflatten(0, (-1, self.draws)).mean(1) for values in each)
+        return error, reference_error, change
 
     @property
     def advantage(self) -> torch.Tensor:
@@ -70,11 +74,12 @@ class Method:
 
     Args:
         loss (`Callable`): The loss of a batch.
-        strengths (`tuple[float, ...]`): Settings that are tried on the tuning seeds: T, b, λ or what the loss has.
+        strengths (`tuple[float, ...]`): Settings that are tried on the tuning seed: T, b, λ or what the loss has.
         fields (`dict[str, Any]`): Fields of `TGOLConfig` that make its labels.
         shared (`bool`): Whether the images of a prompt share noise and time in a batch.
         rival (`bool`): Whether it is one of the methods that ours are compared with.
         suffixed (`bool`): Whether the label stands in the prompt.
+        draws (`int`): Noised versions of an image in a batch, one in each of as many parts of the times.
     """
 
     loss: Loss
@@ -83,6 +88,7 @@ class Method:
     shared: bool = False
     rival: bool = False
     suffixed: bool = False
+    draws: int = 1
 
 
 def of_library(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
@@ -133,6 +139,11 @@ def anchored_evenly(passed: Passed, args: MethodArguments, strength: float) -> t
     return unevenly(passed, args, strength) / passed.profile.scale(passed.timesteps, 0.5)
 
 
+def anchored_clipped(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
+    """'tgol_anchored' with the advantage clipped at two standard deviations; the strength is λ."""
+    return losses.anchored_loss(*passed.errors, passed.advantage.clamp(-2.0, 2.0), anchor=strength).loss
+
+
 def most_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
     """'tgol_anchored' divided by the reference's error instead of its root."""
     return unevenly(passed, args, strength) / passed.errors[1]
@@ -180,6 +191,7 @@ DISTANCE = {**MEAN, "weight_form": "abs"}
 ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
 ANCHORS = (0.05, 0.15, 0.5, 1.5)
+B = (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)
 ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
 METHODS: dict[str, Method] = {
     "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
@@ -188,6 +200,9 @@ METHODS: dict[str, Method] = {
     "pairs, w=d": Method(of_library, T, {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP}, shared=True),
     "anchored": Method(of_library, ANCHORS, ANCHORED),
     "anchored, shared noise": Method(of_library, ANCHORS, ANCHORED, shared=True),
+    "anchored, 4 draws": Method(of_library, ANCHORS, ANCHORED, draws=4),
+    "tgo, w=d, 4 draws": Method(of_library, T, DISTANCE, draws=4),
+    "anchored, clipped": Method(anchored_clipped, ANCHORS, ANCHORED),
     "anchored, uneven": Method(unevenly, ANCHORS, ANCHORED),
     "anchored, most even": Method(most_evenly, ANCHORS, ANCHORED),
     "anchored, even": Method(anchored_evenly, ANCHORS, ANCHORED),
@@ -200,14 +215,20 @@ METHODS: dict[str, Method] = {
     "tgo, w=1": Method(of_library, T, {**MEAN, "weight_form": "none"}),
     "tgo, w=1+5d": Method(of_library, T, MEAN),
     "tgo, w=d, oracle": Method(of_library, T, {**DISTANCE, **ORACLE}),
-    "dpo": Method(of_library, T, {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
-    "kto": Method(of_library, T, {"loss_type": "kto", **MEAN}, rival=True),
-    "nft": Method(nft, (0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
-    "dspo": Method(dspo, (0.001, 0.01, 0.05, 0.2), {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
-    "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0), {"loss_type": "sft"}, rival=True),
+    "dpo": Method(of_library, (0.0005, 0.001, *T), {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
+    "kto": Method(of_library, (0.001, *T), {"loss_type": "kto", **MEAN}, rival=True),
+    "nft": Method(nft, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
+    "dspo": Method(
+        dspo,
+        (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0),
+        {"loss_type": "dpo", "group_size": GROUP},
+        shared=True,
+        rival=True,
+    ),
+    "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0, 95.0), {"loss_type": "sft"}, rival=True),
     "csft": Method(supervised, (50.0, 65.0, 80.0, 90.0), {"loss_type": "csft"}, rival=True, suffixed=True),
 }
-"""Name of a method to what it does. Every method has four strengths."""
+"""Name of a method to what it does. Each has four strengths, and more beyond an end at which a rival was best."""
 
 
 def arguments(method: Method, strength: float) -> MethodArguments:

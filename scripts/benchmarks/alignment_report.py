@@ -86,7 +86,7 @@ def by_method(lines: Sequence[Line]) -> dict[str, dict[int, Line]]:
 
 
 def tuning_table(lines: Sequence[Line]) -> str:
-    """Return the gains on the tuning seeds: one row per method and score, its strengths in the cells."""
+    """Return the gains on the tuning seed: one row per method and score, its strengths in the cells."""
     rows = ["| trained on | method | strength: gain |", "|---|---|---|"]
     groups: dict[tuple[str, str], dict[float, list[float]]] = {}
     for line in lines:
@@ -137,7 +137,7 @@ def difference(mine: Line, theirs: Line, name: str, drift: float, equal_gain: bo
     return at_gain(mine, gain, name) - at_gain(theirs, gain, name)
 
 
-def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0, 1)) -> str:
+def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0,), first: int = 2) -> str:
     """
     Write `benchmarks_alignment.md`.
 
@@ -148,6 +148,8 @@ def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0
             The folder that it is written into.
         tuning (`Sequence[int]`):
             Seeds on which settings were chosen; they stand in a table of their own.
+        first (`int`):
+            Settings were chosen without the seeds from this one on. Those between are in no table.
 
     Returns:
         `str`: the page.
@@ -158,9 +160,9 @@ def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0
     tuned = [line for line in lines if line["seed"] in tuning and line["regime"] == "dense"]
     if tuned:
         drift = tuned[0]["points"][0]["drift"]
-        heading = f"## Settings tried on the tuning seeds: gain at a drift of {drift:.0f} (number of seeds)"
+        heading = f"## Settings tried on the tuning seed: gain at a drift of {drift:.0f} (number of seeds)"
         parts.append(f"{heading}\n\n{tuning_table(tuned)}")
-    reported = [line for line in lines if line["seed"] not in tuning]
+    reported = [line for line in lines if line["seed"] >= first]
     for key in dict.fromkeys((line["world"], line["regime"], line["score"]) for line in reported):
         chosen = [line for line in reported if (line["world"], line["regime"], line["score"]) == key]
         parts.append(f"## {key[0]}, {key[1]} scores, trained on {key[2]}")

@@ -45,15 +45,15 @@ def test_a_verdict_needs_the_whole_interval(report, bounds, expected):
 
 
 def test_differences_are_taken_seed_by_seed(report, tmp_path):
-    """Seeds differ by 10 in both methods alike, which a paired interval must not see. Seed 1 is a tuning seed."""
+    """Seeds differ by 10 in both methods alike, which a paired interval must not see. Seed 0 is the tuning seed."""
     lines = [
         run({5.0: (gain + 10 * seed, -gain)}, method, seed)
         for method, gain in (("tgo", 5), ("dpo", 3))
-        for seed in (1, 2, 3, 4)
+        for seed in (0, 2, 3, 4)
     ]
     rows = report.write_report(lines, tmp_path).splitlines()
     assert "| dpo (0.1) | 3 | 2.00 ± 0.00 better | -2.00 ± 0.00 worse |" in rows
-    assert "| dark | tgo | 0.1: 15.00 (1) |" in rows
+    assert "| dark | tgo | 0.1: 5.00 (1) |" in rows
     row = next(row for row in rows if row.startswith("| tgo (0.1) | 3 | 35.00 ± "))
     assert row.split(" | ")[3].startswith("17.50 ± ") and row.endswith("| 3.0 |")
     assert (tmp_path / "benchmarks_alignment.md").read_text().splitlines() == rows
