@@ -23,8 +23,8 @@ FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance
 FAMILIES = [name for name in FAMILIES if name not in ("mochi", "hidream", "hunyuan video 1.5")]  # not traceable
 KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16", "offload", "8 bits")
 # Of Qwen-Image a plan also counts weights that no gradient reaches, and the mask of a prompt, large beside so small a
-# text encoder, which a real pass leaves out where it hides nothing. Of the twins of LTX-Video the peak is predicted 29 %
-# and 10 % too high; the cause was not found.
+# text encoder, which a real pass leaves out where it hides nothing. Of the twins of LTX-Video the peak is predicted
+# 29 % and 10 % too high; the cause was not found.
 APART = ("qwen-image", "ltx", "ltx condition")
 CASES = [(name, kind) for name in FAMILIES for kind in KINDS if name not in APART or kind == "LoRA"]
 CASES.remove(("ltx-2", "all weights"))  # a plan counts those of sound, which no gradient reaches
