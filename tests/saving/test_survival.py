@@ -558,7 +558,8 @@ def test_the_command_ends_with_the_signals_number_and_with_the_command_that_goes
     # The first start of a job that is queued again and again.
     assert cli.main([*command(tmp_path / "run"), "--resume_from_checkpoint=true"]) == 128 + signal.SIGTERM
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == shlex.join(["tgol", *command(tmp_path / "run"), "--resume_from_checkpoint", "true"])
+    assert shlex.split(last)[1:] == [*command(tmp_path / "run"), "--resume_from_checkpoint", "true"]
+    assert Path(shlex.split(last)[0]).name == "tgol"  # by its path where the shell does not find it
     assert not (tmp_path / "run" / WEIGHTS).exists()
     assert cli.main(shlex.split(last)[1:]) == 0
     ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "whole"))
