@@ -38,6 +38,15 @@ hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse versions with which pytest-xdist does not see groups: each worker would make what a group shares."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    if any("@" not in item.nodeid and item.get_closest_marker("xdist_group") for item in items):
+        raise pytest.UsageError(f"pytest-xdist does not group tests with pytest {pytest.__version__}: use below 9.2.")
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collection.
 

@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen-image": tiny_qwen.qwen_image,
     "wan": tiny.wan,
     "ltx": tiny_ltx.ltx,
+    "ltx condition": tiny_ltx.ltx_condition,
     "ltx-2": tiny_ltx.ltx2,
     "amused": tiny.amused,
 }
@@ -166,6 +167,7 @@ COMFYUI_NAMES = {
     ],
     "qwen-image": ["diffusion_model.transformer_blocks.1.attn.to_out.0.lora_A.weight"],
     "ltx": ["diffusion_model.transformer_blocks.1.attn2.to_out.0.lora_A.weight"],
+    "ltx condition": ["diffusion_model.transformer_blocks.0.attn2.to_k.lora_B.weight"],
     "ltx-2": ["diffusion_model.transformer_blocks.0.attn1.to_q.alpha"],
     "wan": ["diffusion_model.blocks.1.cross_attn.o.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.alpha"],
 }
@@ -399,7 +401,7 @@ def test_every_family_that_is_supported_has_a_layout_or_is_known_to_have_none():
     none |= {"SanaPipeline", "Lumina2Pipeline", "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline"}
     none |= {"Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "CogVideoXPipeline", "MochiPipeline"}
     none |= {"SanaVideoPipeline", "HiDreamImagePipeline", "BriaFiboPipeline", "Ideogram4Pipeline"}
-    none |= {"HunyuanVideo15Pipeline"}
+    none |= {"HunyuanVideo15Pipeline", "KolorsPipeline"}
     assert set(FAMILIES) - set(LAYOUTS) == none
 
 

@@ -103,7 +103,7 @@ LAYOUTS: dict[str, Layout] = {
         prefix="diffusion_model.",  # with "transformer." diffusers would not read the file
     ),
     **dict.fromkeys(
-        ("LTXPipeline", "LTX2Pipeline"),
+        ("LTXPipeline", "LTXConditionPipeline", "LTX2Pipeline"),
         Layout(
             r"transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))",
             prefix="diffusion_model.",

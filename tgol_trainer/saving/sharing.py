@@ -45,6 +45,7 @@ _UNREAD_BY_DIFFUSERS = (
     "Flux2Pipeline",
     "Flux2KleinPipeline",
     "LTXPipeline",
+    "LTXConditionPipeline",
     "LTX2Pipeline",
 )
 _LATER = "`tgol export --format comfyui` writes it"
