@@ -344,6 +344,27 @@ def test_four_images_of_a_prompt_are_advised_a_recipe_and_nothing_more_is_with_i
     assert "images to compare" not in topics(tmp_path, scores, prompts=[f"prompt {index // 3}" for index in range(64)])
 
 
+def test_thresholds_of_groups_are_advised_only_where_scores_differ_inside_of_them(tmp_path):
+    """Seven prompts with one score each, then with a second one in three and in four of them."""
+    prompt = np.arange(420) % 7
+    for number, advised in ((0, False), (3, False), (4, True)):
+        scores = 9.0 * prompt
+        scores[420 - 7 : 420 - 7 + number] += 1
+        found = topics(tmp_path, scores)
+        flags = [found["variance between groups"], found["one-sided groups"]]
+        assert all(("--threshold_strategy group" in flag) is advised for flag in flags)
+        assert all(f"within {7 - number} of these 7 values of 'prompt'" in flag for flag in flags if not advised)
+        assert ("images to compare" in found) is advised
+        plain = label(tmp_path, "--dataset_name", tmp_path / "rows.parquet")["prompts"]
+        assert plain["num_differing"] == number
+    grouped = label(
+        tmp_path,
+        *("--dataset_name", parquet(tmp_path / "rows.parquet", prompt=[f"{p}" for p in prompt], score=9.0 * prompt)),
+        *("--threshold_strategy", "group", "--group_column", "prompt"),
+    )["prompts"]
+    assert grouped["num_positive_only"] + grouped["num_negative_only"] == 7  # what the flags would have mended
+
+
 def test_a_settings_file_of_training_is_understood_and_flags_win(tmp_path):
     path = parquet(tmp_path / "rows.parquet", prompt=list("abcdef"), rating=[1.0, 2, 3, 4, 5, 60])
     settings = {"dataset_name": str(path), "score_column": "rating", "learning_rate": 1e-5, "output_dir": "training"}

@@ -221,7 +221,7 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
                 "variance between groups",
                 f"{part.between_share:.0%} of the variance of the scores lies between {what}, so one threshold mostly "
                 "separates those and not better from worse images.",
-                _group_flags(part),
+                _group_remedy(part),
             )
         )
     excess = part.one_sided_share - part.one_sided_by_chance
@@ -232,7 +232,7 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
                 f"Of {part.num_several:,} {what} with several rows, {part.num_positive_only:,} have positive labels "
                 f"alone and {part.num_negative_only:,} negative alone ({part.one_sided_share:.0%}; by chance "
                 f"{part.one_sided_by_chance:.0%}): nothing contrasts within them.",
-                "more images each" if own else f"more images each, or {_group_flags(part)}",
+                "more images each" if own else _group_remedy(part, "more images each, or "),
             )
         )
     return found
@@ -241,7 +241,7 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
 def _of_images(report: LabelReport) -> list[Advice]:
     """Several images a prompt can be compared with each other."""
     images = report.labeler.threshold.num_scores / report.prompts.num_groups
-    if images < _COMPARED or report.prompts.num_groups == 1:
+    if images < _COMPARED or report.prompts.num_groups == 1 or not _is_divided(report.prompts):
         return []
     return [
         Advice(
@@ -253,5 +253,15 @@ def _of_images(report: LabelReport) -> list[Advice]:
     ]
 
 
-def _group_flags(part: GroupReport) -> str:
-    return f"--threshold_strategy group --group_column {part.column}"
+def _group_remedy(part: GroupReport, data: str = "") -> str:
+    """Thresholds of groups, where scores differ inside most of them; else images, since those would divide nothing."""
+    if _is_divided(part):
+        return f"{data}--threshold_strategy group --group_column {part.column}"
+    return (
+        f"images of other quality, or scores that tell them apart: within {part.num_several - part.num_differing:,} of "
+        f"these {part.num_several:,} values of {part.column!r} all scores are equal, and no threshold divides them"
+    )
+
+
+def _is_divided(part: GroupReport) -> bool:
+    return 2 * part.num_differing >= part.num_several

@@ -51,9 +51,10 @@ class GroupReport:
     Args:
         column (`str`): The column.
         num_groups (`int`): Different texts.
-        num_several (`int`): Groups of at least two rows. The next three fields count only these.
+        num_several (`int`): Groups of at least two rows. The next four fields count only these.
         num_positive_only (`int`): Groups whose labels are all positive.
         num_negative_only (`int`): Groups whose labels are all negative.
+        num_differing (`int`): Groups whose scores are not all equal.
         one_sided_by_chance (`float`):
             Share of the groups, 0 to 1, that would have one label only if labels fell on rows at random.
         between_share (`float`, *optional*):
@@ -66,6 +67,7 @@ class GroupReport:
     num_several: int
     num_positive_only: int
     num_negative_only: int
+    num_differing: int
     one_sided_by_chance: float
     between_share: float | None
     largest: list[Group]
@@ -331,6 +333,7 @@ def summarize_groups(
         [`GroupReport`]
     """
     within, between = thresholds.variance_components(values, numbers)
+    num_differing = thresholds.count_differing(numbers, values)
     counts = thresholds.count_groups(numbers, values, tau)
     spare = values.size - len(counts)
     share = between / (between + within) if spare >= 10 and between + within > 0 else None
@@ -341,6 +344,7 @@ def summarize_groups(
         num_several=int(np.count_nonzero(counts.several)),
         num_positive_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive > 0))),
         num_negative_only=int(np.count_nonzero(counts.one_sided & (counts.num_positive == 0))),
+        num_differing=num_differing,
         one_sided_by_chance=counts.one_sided_by_chance(),
         between_share=share,
         largest=[

@@ -2,7 +2,7 @@
 
 from .base import Threshold, ThresholdError
 from .combination import CombinationMethod, ScoreCombination, check_combination, combined_name, fit_combination
-from .counts import GroupCounts, count_groups
+from .counts import GroupCounts, count_differing, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
 from .normalization import NormalizationMethod, ScoreNormalization, fit_normalization
 from .oracle import OracleThresholds, estimate_oracle_thresholds
@@ -44,6 +44,7 @@ __all__ = [
     "check_combination",
     "combined_name",
     "confidence_weights",
+    "count_differing",
     "count_groups",
     "estimate_group_thresholds",
     "estimate_oracle_thresholds",

@@ -74,3 +74,21 @@ def count_groups(groups: np.ndarray, scores: np.ndarray, threshold: float | np.n
         if own
         else np.broadcast_to(np.float64(threshold), num_rows.shape),
     )
+
+
+def count_differing(groups: np.ndarray, scores: np.ndarray) -> int:
+    """
+    Count the groups whose scores are not all equal: those that a threshold of their own divides.
+
+    Args:
+        groups (`np.ndarray`): (N,) integers 0 .. G - 1, each number present; see [`group_ids`].
+        scores (`np.ndarray`): (N,) float64.
+
+    Returns:
+        `int`
+    """
+    one = np.empty(int(groups.max()) + 1)
+    one[groups] = scores
+    differs = np.zeros(one.size, dtype=bool)
+    differs[groups[scores != one[groups]]] = True
+    return int(np.count_nonzero(differs))
