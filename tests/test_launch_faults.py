@@ -1,9 +1,11 @@
-"""Real processes on a CPU: three follow one, a NaN on one of two is left out on both, a frozen one is named."""
+"""Real processes on a CPU: more or fewer of them, a NaN on one that is left out on all, a frozen one that is named."""
 
 import json
 import os
 import re
+import shutil
 import signal
+import sys
 import time
 from itertools import chain
 
@@ -14,9 +16,11 @@ from safetensors.torch import load_file
 
 from tests.launch.processes import (
     PROGRAM,
+    SCRIPT,
     alone,
     assert_same_log,
     flags_for,
+    launch,
     lines,
     records_of,
     succeed,
@@ -58,6 +62,32 @@ def test_three_processes_train_what_one_process_trains(place):
     for record in records:
         assert_same_log(lines(whole), lines(record))
     assert_same_weights(place / "one", place / "three")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_is_refused_by_name_and_goes_on_to_the_same_weights_if_allowed(
+    place, before, after
+):
+    """Four updates of 12 rows, the last two shared among another number of processes."""
+
+    def run(processes, folder, **options):
+        settings = {"save_strategy": "steps", "save_steps": 2, **options}
+        flags = flags_for(place / "data", place / folder, 12 // processes, **settings)
+        start = torchrun(processes=processes) if processes > 1 else [sys.executable]
+        return launch([*start, SCRIPT, *flags], place)
+
+    assert run(before, "whole").returncode == 0
+    shutil.copytree(place / "whole", place / "cut")
+    shutil.rmtree(place / "cut" / "checkpoint-4")
+    (place / "cut" / "pytorch_lora_weights.safetensors").unlink()
+    refused = run(after, "cut", resume_from_checkpoint="true")
+    assert refused.returncode != 0
+    assert f"world_size from {before} to {after}" in refused.err and "--allow_changed" in refused.err
+    assert not (place / "cut" / "pytorch_lora_weights.safetensors").exists()
+    done = run(after, "cut", resume_from_checkpoint="true", allow_changed="all")
+    assert done.returncode == 0, done.err[-3000:]
+    assert_same_weights(place / "whole", place / "cut")
+    assert f"world_size from {before} to {after}" in (place / "cut" / "README.md").read_text()
 
 
 def test_an_update_that_is_nan_on_one_of_two_processes_is_left_out_on_both(place):

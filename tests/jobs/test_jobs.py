@@ -282,6 +282,37 @@ def test_options_of_a_reward_and_weights_are_given_on_the_command_line(generated
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["rows", "stream"])
+def test_scores_of_other_options_are_not_taken_for_those_of_this_command(images, tmp_path, monkeypatch, streaming):
+    (tmp_path / "of_options.py").write_text(
+        "class Scaled:\n    def __init__(self, factor, retries=0):\n        self.factor = factor\n"
+        "    def __call__(self, images, prompts):\n        return [self.factor or float('nan')] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stream_of(images, tmp_path / "source")
+    arguments = [
+        "score",
+        str(tmp_path / "source"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--rewards",
+        "of_options:Scaled",
+    ]
+
+    def run(*more, **options):
+        options = json.dumps({"of_options:Scaled": options})
+        return cli.main([*arguments, "--use_cpu", *streaming, *more, "--reward_options", options])
+
+    with pytest.raises(SystemExit):
+        run(factor=0)  # NaN: there are no scores, so the options may change
+    assert run(factor=3) == 0
+    assert run(factor=3, retries=2) == 0  # how often a server is asked decides no score
+    for more, factor in ((), 4), (("--dtype", "bfloat16"), 3):
+        with pytest.raises(SystemExit):
+            run(*more, factor=factor)
+    assert set(rows(tmp_path / "out")["Scaled"]) == {3.0}
+
+
 def stream_of(dataset, folder):
     """Two Parquet files, of four rows and of three."""
     folder.mkdir(exist_ok=True)

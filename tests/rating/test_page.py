@@ -212,6 +212,11 @@ def test_all_fits_the_screen_and_is_large_enough_for_a_thumb(browser, serve, kin
     picture = browser.run("document.querySelector('.picture').getBoundingClientRect().height")
     assert picture > high * (0.25 if kind == "pairs" else 0.4)
     assert browser.run("document.querySelectorAll('#strip .thumb').length") == (0 if kind == "pairs" else 3)
+    hints = browser.run(
+        "[...document.querySelectorAll('.hints span')].filter(node => node.getClientRects().length)"
+        ".map(node => node.innerText).join('')"
+    )
+    assert "S skip, U undo, Z zoom" in hints if wide > 600 else hints == "Tap to enlarge"
     browser.click("#choices button:last-child")
     until(browser, "document.querySelector('#count').innerText === '1 of 6'")
     assert stored(folder) == [{"ratings": 5, "thumbs": "up", "pairs": "second"}[kind]]

@@ -136,7 +136,7 @@ def test_a_busy_server_is_asked_again_after_what_it_says_and_then_after_longer_t
 
 def test_a_refusal_is_told_at_once_and_a_server_that_stays_away_after_the_retries(serve, tmp_path, no_waiting):
     server = serve(lambda body: (404, {}, b'{"error": "no model a-model"}'))
-    with pytest.raises(ValueError, match=r"HTTP 404: .*no model a-model.*\n.*start the same command again") as caught:
+    with pytest.raises(ValueError, match=r"HTTP 404: .*no model a-model.*\n.*start the command again") as caught:
         score_images(judge(server, tmp_path), images(1), ["a"])
     assert no_waiting == [] and len(server.asked) == 1 and "Traceback" not in str(caught.value)
     server.shutdown()
@@ -251,12 +251,23 @@ def test_a_plain_scorer_gets_image_and_prompt_and_answers_with_a_number(serve, t
         ({"pattern": "("}, "no regular expression"),
         ({"pattern": r"\d"}, "must have one group"),
         ({"template": " "}, "`template` is empty"),
+        ({"template": "questoin.txt"}, "`template` is 'questoin.txt', and there is no such file"),
         ({"num_parallel": 0}, "`num_parallel` must be at least 1"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_before_any_request(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Judge(**{"url": "http://127.0.0.1:9/v1", "model": "m", "template": "{prompt}", **options})
+
+
+def test_options_that_a_judge_does_not_take_are_named_with_those_that_it_takes():
+    known = {"url": "http://127.0.0.1:9/v1", "model": "m", "template": "{prompt}"}
+    everything = "url, model, template, pattern, parameters, facts, key, num_parallel, retries, timeout"
+    with pytest.raises(TypeError, match=f"'judge': got an unexpected keyword argument 'retry'. It takes {everything}"):
+        load_reward("judge", **known, retry=1)
+    with pytest.raises(TypeError, match=r"missing a required argument: 'url'\. It takes url, version"):
+        load_reward("http")
+    assert load_reward("judge", **known, retries=1).url == known["url"]
 
 
 def test_a_retry_date_is_waited_for(serve, tmp_path, no_waiting):

@@ -433,6 +433,10 @@ def test_a_resume_with_another_setting_is_refused_by_name(run, config, dataset):
 
 
 def test_a_resume_on_another_base_model_or_other_rows_is_refused_by_name(run, config, dataset):
+    with pytest.raises(
+        ValueError, match=r"other settings: model from .* in float32, .* in bfloat16, .*--allow_changed"
+    ):
+        resume_changed(run, config, dataset, pipe=stable_diffusion().to(torch.bfloat16))
     other = stable_diffusion()
     next(other.vae.parameters()).data.view(-1)[0] += 1e-6
     with pytest.raises(ValueError, match="other settings: model from StableDiffusionPipeline in float32, weights"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .console import add_hub_options, json_object, open_dataset, plain_errors, push_complete_dataset, set_up_logging
 
@@ -67,6 +70,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+_OF_REQUESTS = ("api_key_env", "cache", "num_parallel", "retries", "timeout")  # how a server is asked, not what
+
+
+def _fingerprint(spec: str, dtype: str | None, options: Mapping[str, Any]) -> str:
+    """Hash what decides the scores of a reward; options may hold what nobody else is to read."""
+    decides = {name: value for name, value in options.items() if name not in _OF_REQUESTS}
+    return hashlib.blake2b(json.dumps([spec, dtype, decides], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Score this process's share.
@@ -117,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_size=args.shard_size,
             batch_size=args.batch_size,
             num_workers=args.num_workers,
+            made_of={
+                spec.rpartition(":")[2]: _fingerprint(spec, args.dtype, options.get(spec, {})) for spec in args.rewards
+            },
         )
         if args.streaming:
             name = f"{args.source} ({args.split})"

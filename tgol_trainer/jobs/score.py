@@ -30,6 +30,7 @@ from .shards import Shards, process_share, write_parquet
 logger = logging.getLogger(__name__)
 
 WEIGHTED = "weighted_sum"
+_MADE_OF = "made_of_blake2b"
 _BATCH_SIZES = {"image": 32, "video": 2}
 
 Loaders = Mapping[str, Callable[[], RewardFunction]]
@@ -54,6 +55,9 @@ class ScoringSettings:
         shard_size (`int`, *optional*, defaults to 1024): Rows per shard.
         batch_size (`int`, *optional*): Images or videos per call of a reward; 32 images or 2 videos by default.
         num_workers (`int`, *optional*, defaults to 2): Threads that decode images and videos.
+        made_of (`Mapping[str, str]`, *optional*):
+            Column of a reward to a fingerprint of what decides its scores; `output_dir` keeps it, and scores that were
+            made of something else are refused there.
     """
 
     columns: Columns = dataclasses.field(default_factory=Columns)
@@ -64,6 +68,7 @@ class ScoringSettings:
     shard_size: int = 1024
     batch_size: int | None = None
     num_workers: int = 2
+    made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
         """Raise a [`DataError`] for a size below 1, with which no row would ever be scored."""
@@ -126,6 +131,7 @@ def score_dataset(
     settings.check()
     source = source_of(dataset, settings)
     check_rewards(dataset, list(rewards), source, settings.weights)
+    check_made_of(Path(output_dir), settings.made_of)
     dataset = _undecoded(dataset, source)
     work = _Work(dataset, _shards(dataset, Path(output_dir), source, settings.shard_size), source, settings)
     mine = work.shards.share(*(share or process_share()))
@@ -234,6 +240,21 @@ def check_rewards(dataset: AnyDataset, rewards: Sequence[str], source: Source, w
         raise DataError(f"`weights`: {unknown[0]!r} is not a column of these rewards: {', '.join(rewards)}.")
 
 
+def check_made_of(folder: Path, made_of: Mapping[str, str]) -> None:
+    """Raise a [`DataError`] where a folder holds scores of a reward that were made of something else."""
+    before = read_rewards(folder)
+    for name in made_of:
+        if before.get(name, {}).get(_MADE_OF, made_of[name]) != made_of[name]:
+            raise DataError(
+                f"`output_dir`: the scores of {name!r} in {folder} come from another function or other options. Give "
+                "another folder for these."
+            )
+
+
+def _fingerprint(name: str, made_of: Mapping[str, str]) -> dict[str, str]:
+    return {_MADE_OF: made_of[name]} if name in made_of else {}
+
+
 def _shards(dataset: datasets.Dataset, folder: Path, source: Source, shard_size: int) -> Shards:
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.select_columns([source.prompt]).with_format("arrow").iter(10_000):
@@ -300,7 +321,8 @@ class _Work:
             features = datasets.Features({column: datasets.Value("float64") for column in columns})
             file = self.part(name, shard)
             write_parquet(file, datasets.Dataset.from_dict(columns, features=features))
-            write_json(file.with_name("facts.json"), dataclasses.asdict(reward_facts(rewards[name])))
+            facts = {**dataclasses.asdict(reward_facts(rewards[name])), **_fingerprint(name, self.settings.made_of)}
+            write_json(file.with_name("facts.json"), facts)
         note_rewards(self.shards.folder, self._facts())
 
     def _facts(self) -> dict[str, Any]:

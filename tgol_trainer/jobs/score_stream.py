@@ -21,6 +21,7 @@ from .score import (
     WEIGHTED,
     Loaders,
     ScoringSettings,
+    check_made_of,
     check_rewards,
     note_rewards,
     report_missing,
@@ -78,6 +79,7 @@ def score_stream(
     record = {"streaming": True, "source": name, "num_files": num_files, "shard_size": settings.shard_size}
     record |= {"columns": [source.prompt, source.visual], "mean_over_frames": settings.mean_over_frames}
     claim_folder(folder, SCORED, record)
+    check_made_of(folder, settings.made_of)
     rank, world_size = share or process_share()
     if num_files < world_size and rank == 0:
         logger.warning(

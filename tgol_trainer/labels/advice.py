@@ -258,8 +258,8 @@ def _group_remedy(part: GroupReport, data: str = "") -> str:
     if _is_divided(part):
         return f"{data}--threshold_strategy group --group_column {part.column}"
     return (
-        f"images of other quality, or scores that tell them apart: within {part.num_several - part.num_differing:,} of "
-        f"these {part.num_several:,} values of {part.column!r} all scores are equal, and no threshold divides them"
+        f"images of other quality, or scores that tell them apart: within {part.num_several - part.num_differing:,} "
+        f"of these {part.num_several:,} values of {part.column!r} all scores are equal, and no threshold divides them"
     )
 
 

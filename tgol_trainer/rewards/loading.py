@@ -69,17 +69,31 @@ def load_reward(
     make: Any = getattr(found, "from_pretrained", found)
     if make is not found:
         options = {"device": device, "dtype": _as_dtype(dtype), **options}
+    taken = _arguments(make)
+    unknown = sorted(options.keys() - set(taken))
     try:
         inspect.signature(make).bind(**options)
+        if unknown and spec in REWARDS:  # a class of one's own may use what it takes as `**options`
+            raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
     except TypeError as error:
-        raise TypeError(
-            f"`rewards`: {spec!r}: {error}. It takes {', '.join(inspect.signature(make).parameters)}."
-        ) from error
+        raise TypeError(f"`rewards`: {spec!r}: {error}. It takes {', '.join(taken)}.") from error
     made = make(**options)
     if not callable(made):
         raise TypeError(f"`rewards`: objects of {spec!r} cannot be called with images and prompts.")
     check_call(made, spec)
     return made
+
+
+def _arguments(make: Any) -> list[str]:
+    """Return the names of what a function or class takes, with what it passes to its bases."""
+    names: list[str] = []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for each in make.__mro__[:-1] if isinstance(make, type) else (make,):
+        parameters = inspect.signature(each).parameters.values()
+        names += [given.name for given in parameters if given.kind in kinds and given.name not in names]
+        if not any(given.kind is inspect.Parameter.VAR_KEYWORD for given in parameters):
+            break
+    return names
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -177,7 +177,7 @@ class ServedReward:
                 time.sleep(min(_LONGEST_WAIT, 2.0**attempt if wait is None else wait))
         raise ValueError(
             f"{self.facts.name}: {url} gave no answer. {cause}\nScores of finished shards and all answers so far are "
-            "kept: start the same command again once the server is there."
+            "kept: start the command again once that is mended."
         )
 
 
@@ -245,6 +245,8 @@ class Judge(ServedReward):
         file = Path(template)
         if len(template) < 500 and "\n" not in template and file.suffix and file.is_file():
             template = file.read_text(encoding="utf-8-sig")
+        elif file.suffix and len(template.split()) == 1 and "{prompt}" not in template:
+            raise ValueError(f"`template` is {template!r}, and there is no such file. Give the question or its file.")
         if not template.strip():
             raise ValueError("`template` is empty: write the question into it.")
         if "{prompt}" not in template:
