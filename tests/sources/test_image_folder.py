@@ -19,6 +19,7 @@ from tests.sources.pictures import PARAMETERS, RATED, SIZE, comment, image, rate
 from tgol_trainer.data import Columns, DataError, prepare_dataset
 from tgol_trainer.sources import load_scored_dataset
 from tgol_trainer.sources.comfyui import read_graph
+from tgol_trainer.sources.files import read_file
 from tgol_trainer.sources.found import found_in
 from tgol_trainer.sources.generation import read_parameters
 from tgol_trainer.sources.loading import load_columns
@@ -579,3 +580,11 @@ def test_a_zip_file_that_grows_a_thousandfold_holds_links_or_is_broken_is_refuse
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match="cannot be unpacked: File is not a zip file"):
         load_scored_dataset(str(tmp_path / "broken.zip"))
+
+
+def test_a_phones_image_whose_package_is_not_there_is_named_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("tgol_trainer.data.images._PLUGIN_FORMATS", ())
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (tmp_path / "IMG_2.HEIC").write_bytes(b"neither this nor that" + bytes(40))
+    unread = [read_file(tmp_path / f"IMG_{number}.HEIC", tmp_path).unread for number in (1, 2)]
+    assert unread == ["it is HEIF, which `pip install 'tgol_trainer[formats]'` reads", "its format is not read"]

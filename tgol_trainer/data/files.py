@@ -56,8 +56,11 @@ def read_url(url: str) -> io.BytesIO:
             return io.BytesIO(file.read())
     from datasets.utils.file_utils import xopen
 
-    with xopen(url, "rb") as file:  # with the user's token
-        return io.BytesIO(file.read())
+    try:
+        with xopen(url, "rb") as file:  # with the user's token
+            return io.BytesIO(file.read())
+    except KeyError as error:  # from fsspec before 2026, for a name that an archive lacks
+        raise FileNotFoundError(f"{url}: {error}") from error
 
 
 def _plain(name: str) -> str:

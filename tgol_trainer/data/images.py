@@ -124,9 +124,7 @@ def open_image(value: Any) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             # Without Pillow's own ending, the address of a buffer.
             message = f"cannot identify image file. These formats are read: {', '.join(readable_formats())}"
-            format = _plugin_format(content_of(value, ImageError))
-            if format is not None:
-                message = f"it is {format}, which `pip install 'tgol_trainer[formats]'` reads"
+            message = lacking_package(content_of(value, ImageError)) or message
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:
@@ -149,8 +147,16 @@ def _open(value: Any) -> Image.Image:
         return _loaded(image)
 
 
-def _plugin_format(value: Any) -> str | None:
-    """Return the name of a file's format if it is one that a package is missing for."""
+def lacking_package(value: Any) -> str | None:
+    """
+    Say which format a file has and what reads it, if a package is missing for that.
+
+    Args:
+        value (`str`, `pathlib.Path` or `bytes`): A path or encoded bytes.
+
+    Returns:
+        `str`, *optional*: `None` for any other file.
+    """
     with _encoded(value) as file:
         start = file.read(16)
     format = None
@@ -158,7 +164,9 @@ def _plugin_format(value: Any) -> str | None:
         format = "HEIF"
     elif start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         format = "JXL"
-    return None if format in readable_formats() else format
+    if format is None or format in readable_formats():
+        return None
+    return f"it is {format}, which `pip install 'tgol_trainer[formats]'` reads"
 
 
 def open_header(path: Path) -> ImageFile.ImageFile:

@@ -13,7 +13,7 @@ from PIL import ImageFile, UnidentifiedImageError
 
 from tgol_trainer._files import NotTextError, read_text
 from tgol_trainer.data.files import same_name
-from tgol_trainer.data.images import UNREADABLE, open_header
+from tgol_trainer.data.images import UNREADABLE, lacking_package, open_header
 
 from .folders import IMAGES
 from .generation import Generation, exif_texts, is_parameters, read_parameters, read_texts
@@ -55,7 +55,7 @@ def read_file(path: Path, folder: Path) -> FileFacts:
             with open_header(path) as image:
                 made, score, score_from = _inside(image, unread)
         except UnidentifiedImageError:  # the check of the images says more
-            unread.append("its format is not read")
+            unread.append(lacking_package(path) or "its format is not read")
         except UNREADABLE as error:
             unread.append(f"it cannot be opened: {error}")
     beside, (stars, place) = _caption(path, folder, unread), _sidecar(path, folder, unread)
