@@ -69,18 +69,19 @@ class Origin:
 
     Args:
         name: Of the log.
+        host: In its address, a name of 127.0.0.1.
         routes: The first that matches answers.
         faults: Looked up by the name of the route.
         log: Gets every request.
     """
 
-    def __init__(self, name: str, routes: list[Route], faults: Faults, log: list[Request]) -> None:
+    def __init__(self, name: str, host: str, routes: list[Route], faults: Faults, log: list[Request]) -> None:
         self.name, self.faults, self.log = name, faults, log
         self.routes = [(route, method, re.compile(path), work) for route, method, path, work in routes]
         handler = type("Handler", (_Handler,), {"origin": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"http://{host}:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:

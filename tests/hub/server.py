@@ -49,8 +49,9 @@ class LoopbackHub:
         self._stopped = threading.Event()
         shared = self.faults, self.requests
         self._origins = [
-            Origin("hub", self._hub_routes(), *shared),
-            Origin("storage", self._storage_routes(), *shared),
+            Origin("hub", "127.0.0.1", self._hub_routes(), *shared),
+            # Of another name, as on the Hub: huggingface_hub 1 tells origins apart by their hosts alone.
+            Origin("storage", "localhost", self._storage_routes(), *shared),
         ]
         self.endpoint, self.storage = (origin.url for origin in self._origins)
         self._timer = threading.Timer(LIFE, self.stop)
@@ -97,8 +98,8 @@ class LoopbackHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_DATASETS_CACHE": str(Path(home) / "datasets"),
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",
             "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms",
         }
