@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.launch.processes import (
     PROGRAM,
@@ -215,10 +214,6 @@ def test_two_processes_draw_their_shares_of_the_images_of_one_and_agree_on_their
 # ---- Resuming, with the other launcher ----
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"),
-    reason="transformers 5.15 cannot restore an optimizer on several CPU processes ('cpu:0'); 5.23 can",
-)
 def test_accelerate_launch_resumes_a_checkpoint_of_two_processes_to_the_same_losses(place, two):
     """The script itself: that there were two is shown by their random states, one a process, in the checkpoint."""
     output = place / "resumed"
@@ -271,7 +266,7 @@ def test_a_checkpoint_of_fsdp2_holds_both_adapters_and_no_frozen_weight_and_goes
         "reference_lora_weights.safetensors",
     }
     assert not list(folder.glob("pytorch_model*"))  # of 5.4 MB
-    metadata = torch.distributed.checkpoint.FileSystemReader(folder / "optimizer_0").read_metadata()
+    metadata = FileSystemReader(folder / "optimizer_0").read_metadata()
     moments = [key for key in metadata.state_dict_metadata if ".exp_avg." in f"{key}."]
     assert moments and all(".lora_" in key for key in moments)
     wanted = lines(launched.records["sharded"][0])[4:]

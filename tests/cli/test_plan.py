@@ -160,7 +160,7 @@ def test_checkpointing_is_switched_on_where_the_plan_needs_it_and_the_user_did_n
     arguments += ["--per_device_train_batch_size", "256", *flags]
     assert main(arguments) == 0
     [training] = seen
-    asked = training.activation_checkpointing or training.gradient_checkpointing  # transformers 5.15 knows this alone
+    asked = training.activation_checkpointing or training.gradient_checkpointing  # transformers 5.18 knows this alone
     assert bool(asked) == (switched_on or "--gradient_checkpointing" in flags)
     said = capsys.readouterr().err
     assert ("Activations are recomputed" in said) == switched_on

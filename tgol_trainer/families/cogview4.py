@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from tgol_trainer.likelihoods import FlowLikelihood, Levels, to_device
 
 from .conditioning import Rows
 from .flow import RowByRowFamily
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = 1024
 """Default of the pipeline's `max_sequence_length`."""
@@ -28,6 +32,21 @@ class CogView4Family(RowByRowFamily):
     required_components = ("tokenizer", "text_encoder", "vae", "transformer")
     token_limits = {"tokenizer": _TOKENS}
     rows_per_image = 1  # the pass with the empty prompt comes after the other
+
+    def prepare_pipeline(self) -> None:
+        """Freeze every component, and warn of a scheduler that drops the times which the pipeline gives it."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        super().prepare_pipeline()
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=[1.0], timesteps=[500.0])
+        drops = scheduler.timesteps.tolist() != [500.0]  # diffusers 0.40 and 0.41, huggingface/diffusers#14461
+        if drops and isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            logger.warning(
+                "This version of diffusers samples CogView4 at shifted times, which the model was not trained at: "
+                "images that are drawn with it are not what the model can do. Training uses the right times. Draw "
+                "with diffusers 0.42, which needs Python 3.11."
+            )
 
     def make_likelihood(self) -> FlowLikelihood:
         """Return the likelihood on the noise levels of each size, whatever the density of times."""
