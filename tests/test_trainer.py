@@ -204,7 +204,7 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "tgol_anchored"},
+        {"loss_type": "tgol_anchored", "value_baseline": True},
         {"loss_type": "kto"},
         {"loss_type": "nft"},
         {"loss_type": "csft"},
@@ -216,7 +216,11 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_no_loss_waits_for_the_device(config, dataset, monkeypatch, options):
-    assert step_without_waiting(TGOLTrainer(stable_diffusion(), config(**options), dataset), monkeypatch)
+    trainer = TGOLTrainer(stable_diffusion(), config(**options), dataset)
+    if trainer.args.value_baseline:
+        trainer._fit_value()
+        trainer._value = trainer._value.to("meta")
+    assert step_without_waiting(trainer, monkeypatch)
 
 
 @pytest.mark.gpu
@@ -278,6 +282,7 @@ RESUMED = {
     "full": {"full_finetuning": True, "learning_rate": 1e-4},
     "synced": {"reference_update": "epoch", "max_steps": -1, "num_train_epochs": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "random_flip": True},
+    "valued": {"loss_type": "tgol_anchored", "value_baseline": True, "reference_update": "epoch"},
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from . import adapters
-from .caching import EncodingCache, ReferenceErrors, Workers, encode_batch
+from .caching import EncodingCache, ReferenceErrors, Workers, encode_batch, encode_images
 from .config import TGOLConfig
 from .data import Buckets, Collator, ScoredDataset, decode_prompts
 from .families import Conditioning, ModelFamily
@@ -141,6 +141,12 @@ class BatchDraws:
         if args.share_group_noise:
             rows = RowGenerators(args.seed, step, inputs["group"].tolist())
         return latents, rows, conditioning
+
+    def clean_latents(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the latents of a batch (B, C, ...): the modes of their posteriors, no image mirrored."""
+        rows = RowGenerators(self.args.seed, EVALUATION_STEP, inputs["row_id"].tolist())
+        encoded = encode_images(self.family, self.cache, inputs, [False] * len(rows.row_ids))
+        return self.family.latents(encoded, rows, sample=False)
 
     def _reference_key(self, cache: EncodingCache, network: torch.nn.Module) -> list[str]:
         """Return what the reference's errors depend on, beside rows and steps."""

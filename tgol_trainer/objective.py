@@ -31,6 +31,7 @@ class ScoredBatch:
         error (`torch.Tensor`): float32 error of the policy, with gradient.
         reference_error (`torch.Tensor`): float32 error of the reference on the same draw; NaN where it did not run.
         change (`torch.Tensor`): float32 distance of the two predictions; NaN where the reference's is not at hand.
+        value (`torch.Tensor`): float32 part of the advantage that the noised latents tell; 0 without `value_baseline`.
         batch (`dict[str, torch.Tensor]`): Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
         mixed_error (`Callable[[float], torch.Tensor]`): Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
     """
@@ -39,6 +40,7 @@ class ScoredBatch:
     error: torch.Tensor
     reference_error: torch.Tensor
     change: torch.Tensor
+    value: torch.Tensor
     batch: dict[str, torch.Tensor]
     mixed_error: Callable[[float], torch.Tensor]
 
@@ -68,7 +70,7 @@ def training_loss(
         return losses.threshold_guided_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "tgol_anchored":
         errors = (scored.error, scored.reference_error, scored.change)
-        return losses.anchored_loss(*errors, margin / score_std, anchor=args.anchor)
+        return losses.anchored_loss(*errors, margin / score_std, anchor=args.anchor, value=scored.value)
     if args.loss_type == "kto":
         return losses.kto_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "dpo":

@@ -62,6 +62,7 @@ from .saving.files import STATE_NAME, ReportedConfig
 from .saving.resuming import open_output
 from .saving.trainer import SavingTrainer
 from .starts import Starts, check_base
+from .value_baseline import ValueBaseline, check_value_baseline, fit_value_baseline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -104,6 +105,7 @@ class TGOLTrainer(SavingTrainer):
     # Each micro-batch's loss is its own mean; Trainer divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
     _passes: StreamPasses | None = None
+    _value: ValueBaseline | None = None
 
     def __init__(
         self,
@@ -148,6 +150,8 @@ class TGOLTrainer(SavingTrainer):
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
+            if args.value_baseline:
+                check_value_baseline(self.family.likelihood, train_rows)
             train_rows = self._label(train_rows)
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
@@ -297,15 +301,22 @@ class TGOLTrainer(SavingTrainer):
         if all(compile_blocks(network, *options) for network in networks):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile all in one
 
-    def _check_base(self) -> None:
-        def predict(draw: Draw, conditioning: Conditioning) -> torch.Tensor:
-            with torch.no_grad(), self.accelerator.autocast():
-                return self._reference_pass(draw, conditioning)[0]
+    def _reference_prediction(self, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._reference_pass(draw, conditioning)[0]
 
+    def _check_base(self) -> None:
         if not self.args.allow_bad_base:
             latents = partial(self.draws.latents, step=EVALUATION_STEP)
             size = self.args.per_device_train_batch_size
-            check_base(self.train_dataset, self.collator, size, self.family.likelihood, latents, predict)
+            likelihood, predict = self.family.likelihood, self._reference_prediction
+            check_base(self.train_dataset, self.collator, size, likelihood, latents, predict)
+
+    def _fit_value(self) -> None:
+        args, std = self.args, self.labeler.score_std if self.labeler else 1.0
+        rows = (self.train_dataset, self.collator, args.per_device_train_batch_size)
+        progress = self.is_world_process_zero() and not args.disable_tqdm
+        self._value = fit_value_baseline(*rows, self.draws, std, self._reference_prediction, progress=progress)
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -486,6 +497,9 @@ class TGOLTrainer(SavingTrainer):
             self._reference_epoch = current
             if again:
                 self._label(self.train_dataset)
+            first = True
+        if self.args.value_baseline and first:  # of this reference, after a resume too
+            self._fit_value()
 
     # ---- Loss ----
 
@@ -581,6 +595,9 @@ class TGOLTrainer(SavingTrainer):
         if reference_prediction is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and args.loss_type == "tgol_anchored"):
                 change = likelihood.change(prediction, reference_prediction, draw)
+        value = torch.zeros_like(change)
+        if self._value is not None and training:
+            value = self._value(likelihood.denoised(reference_prediction, draw), inputs["row_id"], draw)
         if reference_error is None:
             reference_error = unknown
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(
@@ -592,7 +609,7 @@ class TGOLTrainer(SavingTrainer):
 
         batch = {name: to_device(inputs[name], error.device) for name in (*LABELS, "group") if name in inputs}
         errors = {"error": error, "reference_error": reference_error, "change": change}
-        scored = ScoredBatch(log_ratio=log_ratio, **errors, batch=batch, mixed_error=mixed_error)
+        scored = ScoredBatch(log_ratio=log_ratio, **errors, value=value, batch=batch, mixed_error=mixed_error)
         labeler = self.labeler
         weighting = labeler.weighting if labeler else args.weighting
         result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)

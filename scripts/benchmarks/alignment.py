@@ -44,6 +44,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
 
 from alignment_methods import CSFT_SUFFIXES, GROUP, METHODS, Passed, arguments  # noqa: E402
+from alignment_value import baseline_values  # noqa: E402
 from alignment_worlds import WORLDS, Pictures, World, encoded, measured, stored, world  # noqa: E402
 
 RATE, WARMUP, UPDATES, BATCH = 2e-4, 10, 128, 32
@@ -215,6 +216,13 @@ class Training:
             errors.append(self.family.likelihood.error(prediction, draw))
         return ErrorProfile.measure(torch.cat(times), torch.cat(errors), len(self.family.likelihood.alphas_cumprod))
 
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """(updates, rows) what the noised latents of each step tell of the advantages; 0 without a baseline."""
+        if not self.args.value_baseline:
+            return torch.zeros(self.run.updates, BATCH // self.method.draws)
+        return baseline_values(self)
+
     def loss(self, step: int) -> torch.Tensor:
         """Return the loss of a batch, with gradient."""
         rows, draw = self.rows_of(step), self.draw(step)
@@ -234,6 +242,7 @@ class Training:
             self.labeler.score_std,
             self.labeler.weighting,
             self.profile,
+            self.values[step],
             self.method.draws,
         )
         return self.method.loss(passed, self.args, self.run.strength).mean()

@@ -32,6 +32,7 @@ class Passed:
         score_std (`float`): Standard deviation of the scores.
         weighting ([`thresholds.Weighting`]): Margins to weights.
         profile ([`ErrorProfile`]): The reference's mean error by time.
+        value (`torch.Tensor`): (B,) what the noised latents tell of the advantage; 0 where the method has no baseline.
         draws (`int`): Draws of an image, side by side; errors are their means, and `rows` has each image once.
     """
 
@@ -43,6 +44,7 @@ class Passed:
     score_std: float
     weighting: thresholds.Weighting
     profile: ErrorProfile
+    value: torch.Tensor
     draws: int = 1
 
     def error_of(self, prediction: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,7 @@ def of_library(passed: Passed, args: MethodArguments, strength: float) -> torch.
     """The loss as `TGOLTrainer` computes it; the strength is T, or λ of 'tgol_anchored'."""
     error, reference_error, change = passed.errors
     log_ratio = (reference_error - error) / strength
-    scored = ScoredBatch(log_ratio, error, reference_error, change, passed.rows, lambda share: error)
+    scored = ScoredBatch(log_ratio, error, reference_error, change, passed.value, passed.rows, lambda share: error)
     return training_loss(scored, args, passed.weighting, passed.score_std).loss
 
 
@@ -190,6 +192,7 @@ MEAN = {"threshold_strategy": "group", "group_statistic": "mean", "score_normali
 DISTANCE = {**MEAN, "weight_form": "abs"}
 ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
+VALUED = {**ANCHORED, "value_baseline": True}
 ANCHORS = (0.05, 0.15, 0.5, 1.5)
 B = (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)
 ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
@@ -199,6 +202,7 @@ METHODS: dict[str, Method] = {
     "tgo, w=d, shared noise": Method(of_library, T, DISTANCE, shared=True),
     "pairs, w=d": Method(of_library, T, {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP}, shared=True),
     "anchored": Method(of_library, ANCHORS, ANCHORED),
+    "anchored, value": Method(of_library, (0.15, 0.25, 0.5, 1.0), VALUED),
     "anchored, shared noise": Method(of_library, ANCHORS, ANCHORED, shared=True),
     "anchored, 4 draws": Method(of_library, ANCHORS, ANCHORED, draws=4),
     "tgo, w=d, 4 draws": Method(of_library, T, DISTANCE, draws=4),

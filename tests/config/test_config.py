@@ -161,6 +161,7 @@ CONDITIONAL = {
     "num_ref_draws": (2, {"precompute_ref_log_probs": True}),
     "csft_suffixes": (["a", "b"], {"loss_type": "csft"}),
     "anchor": (0.1, {"loss_type": "tgol_anchored"}),
+    "value_baseline": (True, {"loss_type": "tgol_anchored"}),
     "nft_mix": (0.5, {"loss_type": "nft"}),
 }
 WITHOUT_EFFECT = {"threshold_percentile": {"threshold": 0.5}, "confidence_scale": {"weight_form": "abs"}}

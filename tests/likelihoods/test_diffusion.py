@@ -1,5 +1,7 @@
 """Draws, errors and log-likelihoods, held against the formulas and against diffusers' own scheduler."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
@@ -55,3 +57,17 @@ def test_the_training_schedule_does_not_depend_on_the_sampler_or_on_generation(s
     pipe.scheduler = sampler.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(5)
     assert torch.equal(load_family(pipe).likelihood.alphas_cumprod, expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_true_target_implies_the_clean_latents_and_no_signal_implies_nothing(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    found = DiffusionLikelihood(scheduler)
+    drawn = found.draw(LATENTS, rows())
+    torch.testing.assert_close(found.denoised(drawn.target, drawn), LATENTS, rtol=1e-3, atol=1e-3)
+    last = torch.full((3,), 999)  # nothing but noise
+    blind = dataclasses.replace(drawn, timesteps=last, inputs=torch.ones_like(LATENTS))
+    expected = {"epsilon": 0.0, "v_prediction": -2.0, "sample": 2.0}[prediction_type]
+    torch.testing.assert_close(
+        found.denoised(torch.full_like(LATENTS, 2.0), blind), torch.full_like(LATENTS, expected)
+    )

@@ -40,6 +40,7 @@ def test_inputs_are_those_of_diffusers_scheduler_and_the_target_is_noise_minus_l
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(drawn.inputs, scheduler.scale_noise(latents, drawn.timesteps, noise))
     torch.testing.assert_close(drawn.target, noise - latents, rtol=0, atol=0)
+    torch.testing.assert_close(likelihood(density).denoised(drawn.target, drawn), latents)
     assert len(set(drawn.timesteps.tolist())) == 3
     assert drawn.noise_level.tolist() == pytest.approx((drawn.timesteps / 1000).tolist())
 

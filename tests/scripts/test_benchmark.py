@@ -65,11 +65,12 @@ def test_the_first_loss_of_tgo_is_the_mean_weight_times_ln_2(benchmark, folder):
 
 
 @pytest.mark.parametrize(
-    "method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored", "anchored, even", "tilted"]
+    "method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored", "anchored, value", "anchored, even", "tilted"]
 )
 def test_each_kind_of_loss_moves_the_adapter(benchmark, folder, method):
     training = of(benchmark, folder, method)
     training.loss(0).backward()
+    assert (training.values.abs().max() > 0) == method.endswith("value")
     norms = [each.grad.norm() for each in training.family.denoiser.parameters() if each.grad is not None]
     assert torch.isfinite(torch.stack(norms)).all() and torch.stack(norms).max() > 0
 

@@ -192,10 +192,17 @@ def encode_batch(
         [`ModelFamily.encode`] return.
     """
     height, width = inputs["resolution"][0].tolist()
-    resolution = (height, width)
+    encoded = encode_images(family, cache, inputs, mirrored)
+    read = cache.read_prompts if cache is not None and "image_key" in inputs else None
+    return family.condition(prompts, inputs["geometry"], (height, width), read), encoded
+
+
+def encode_images(
+    family: ModelFamily, cache: EncodingCache | None, inputs: dict[str, torch.Tensor], mirrored: Sequence[bool]
+) -> Encoded:
+    """Return the encoded images of a batch alone; arguments as those of [`encode_batch`]."""
     if cache is not None and "image_key" in inputs:
-        encoded = cache.read_images(inputs["image_key"].cpu().numpy().view(np.uint64), mirrored, resolution)
-        return family.condition(prompts, inputs["geometry"], resolution, cache.read_prompts), encoded
+        height, width = inputs["resolution"][0].tolist()
+        return cache.read_images(inputs["image_key"].cpu().numpy().view(np.uint64), mirrored, (height, width))
     images = zip(inputs["pixel_values"], mirrored, strict=True)
-    encoded = family.encode(torch.stack([image.flip(-1) if mirror else image for image, mirror in images]))
-    return family.condition(prompts, inputs["geometry"], resolution), encoded
+    return family.encode(torch.stack([image.flip(-1) if mirror else image for image, mirror in images]))

@@ -156,6 +156,13 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             "larger λ holds the policy closer."
         },
     )
+    value_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Count advantages of 'tgol_anchored' from what noised latents tell of the score: less noise in "
+            "the gradient, the same mean. Fitted before the first step."
+        },
+    )
     csft_suffixes: list[str] = field(
         default_factory=lambda: [", high quality", ", low quality"],
         metadata={
@@ -371,6 +378,7 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "num_ref_draws": (lambda args: args.precompute_ref_log_probs, "with `precompute_ref_log_probs=True`"),
     "csft_suffixes": (lambda args: args.loss_type == "csft", "with `loss_type='csft'`"),
     "anchor": (lambda args: args.loss_type == "tgol_anchored", "with `loss_type='tgol_anchored'`"),
+    "value_baseline": (lambda args: args.loss_type == "tgol_anchored", "with `loss_type='tgol_anchored'`"),
     "nft_mix": (lambda args: args.loss_type == "nft", "with `loss_type='nft'`"),
 }
 """Fields that act only under a condition: the condition, and how a message says it."""

@@ -109,6 +109,15 @@ class Likelihood(Protocol):
         """Return how far a prediction is from the reference's on the same draw: (B,) float32, 0 where they agree."""
         ...
 
+    def denoised(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """
+        Return the clean latents that a prediction (B, ...) implies: float32, of the same shape.
+
+        Raises:
+            ValueError: for models of masked tokens.
+        """
+        ...
+
 
 class SquaredError:
     """The error of models that predict noise, velocity or clean latents."""

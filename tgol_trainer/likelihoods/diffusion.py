@@ -56,6 +56,17 @@ class DiffusionLikelihood(SquaredError):
         found = {kind: self._target(kind, latents, noise, *levels) for kind in kinds}
         return found | {f"minus {kind}": -target for kind, target in found.items()}
 
+    def denoised(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """`(x_t - √(1-ā)·ε)/√ā`, `√ā·x_t - √(1-ā)·v` or x0; 0 for a model of ε where nothing is left, at ā = 0."""
+        prediction, noised = prediction.float(), draw.inputs.float()
+        if self.prediction_type == "sample":
+            return prediction
+        alpha = per_row(to_device(self.alphas_cumprod, noised.device)[draw.timesteps], noised)
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "v_prediction":
+            return signal * noised - sigma * prediction
+        return torch.where(signal > 0, (noised - sigma * prediction) / signal.clamp(min=1e-12), 0.0)
+
     def _levels(self, timesteps: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = per_row(self.alphas_cumprod[timesteps], latents)
         return alpha.sqrt(), (1 - alpha).sqrt()

@@ -69,6 +69,13 @@ class FlowLikelihood(SquaredError):
         times, level = (to_device(values[index], latents.device) for values in (timesteps, sigmas))
         return Draw(noised.to(latents.dtype), times, noise - clean, noise_level=level)
 
+    def denoised(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """`x_σ - σ·v`."""
+        if draw.noise_level is None:
+            raise ValueError("The draw has no `noise_level`: make it with `FlowLikelihood.draw`.")
+        noised = draw.inputs.float()
+        return noised - per_row(draw.noise_level, noised) * prediction.float()
+
     def targets(self, latents: torch.Tensor, rows: RowGenerators) -> dict[str, torch.Tensor]:
         """Return `ε - x0`, its opposite, ε and x0."""
         noise, clean = rows.normal("noise", latents), latents.float()

@@ -71,3 +71,7 @@ class MaskedTokenLikelihood:
             divergence = torch.nn.functional.kl_div(policy, base, reduction="none", log_target=True).sum(0)
             found.append(torch.where(mask, divergence, 0.0).sum() / mask.sum())
         return torch.stack(found)
+
+    def denoised(self, prediction: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Refuse: tokens have no noise."""
+        raise ValueError("A model of masked tokens has no noised latents.")

@@ -64,14 +64,18 @@ def anchored_loss(
     advantage: torch.Tensor,
     *,
     anchor: float = 1.0,
+    value: torch.Tensor | None = None,
 ) -> LossRecord:
     """
-    Move the prediction along the score's covariance with the target: `(2a⟨e, D⟩ + λ|D|²)/|e|`.
+    Move the prediction along the score's covariance with the target: `(2(a - V)⟨e, D⟩ + λ|D|²)/|e|`.
 
     It is convex for any a. Where predictions are free its minimum is `D = Cov(a, v | x_t)/λ`, for a reference that
     predicts the mean target. To first order in 1/λ that is the optimum of the reward under a KL penalty, with λ as the
     penalty's strength. The division by |e|, the root of the reference's error, evens out the times: without it the
     times whose targets are hardest to predict, the last steps of sampling, carry most of the gradient.
+
+    V, the `value`, is what the noised latents tell of a. Where the reference predicts the mean target it changes the
+    noise of the gradient alone, not its mean.
 
     For models of masked tokens, whose error is a cross-entropy, `change` is the KL divergence from the reference. What
     is left of the change of the error is then exactly linear in the logits.
@@ -82,6 +86,7 @@ def anchored_loss(
         change (`torch.Tensor`): (B,) |D|², with gradient.
         advantage (`torch.Tensor`): (B,) a = (s - τ)/sd, in standard deviations of the scores.
         anchor (`float`, *optional*, defaults to 1.0): λ > 0.
+        value (`torch.Tensor`, *optional*): (B,) V, in the unit of the advantage; by default 0.
 
     Returns:
         [`LossRecord`]: 0 while policy and reference agree. `implicit_reward` is `-2⟨e, D⟩/(λ|e|)`, `weight` is |a|.
@@ -89,7 +94,8 @@ def anchored_loss(
     linear = linear_change(error, reference_error, change)
     check_vectors(error=error, advantage=advantage)
     advantage, size = advantage.float(), reference_error.float().sqrt()
-    loss = (advantage * linear + anchor * change.float()) / size
+    counted = advantage if value is None else advantage - value.float()
+    loss = (counted * linear + anchor * change.float()) / size
     return LossRecord(loss, -linear / (anchor * size), advantage >= 0, advantage.abs())
 
 
