@@ -218,8 +218,8 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
 def test_no_loss_waits_for_the_device(config, dataset, monkeypatch, options):
     trainer = TGOLTrainer(stable_diffusion(), config(**options), dataset)
     if trainer.args.value_baseline:
-        trainer._fit_value()
-        trainer._value = trainer._value.to("meta")
+        trainer._value.fit(trainer.train_dataset, 1.0)
+        trainer._value.regression = trainer._value.regression.to("meta")
     assert step_without_waiting(trainer, monkeypatch)
 
 

@@ -9,7 +9,7 @@ from tests.tiny import amused, stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.draws import EVALUATION_STEP
 from tgol_trainer.likelihoods import Draw
-from tgol_trainer.value_baseline import BINS, FOLDS, ValueBaseline, folds_of, pooled
+from tgol_trainer.value_baseline import BINS, FOLDS, ValueRegression, folds_of, pooled
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -36,11 +36,11 @@ def test_features_are_means_over_an_8_by_8_grid_and_a_coarser_one_where_channels
 
 def test_a_rows_value_does_not_change_with_its_own_score_but_with_those_of_other_folds():
     latents, advantage, ids = rows_of()
-    before = ValueBaseline.fit(pooled(latents), advantage, ids)
+    before = ValueRegression.fit(pooled(latents), advantage, ids)
     own = folds_of(ids) == 2
     changed = advantage.clone()
     changed[own] = changed[own].flip(0)  # the mean stays
-    after = ValueBaseline.fit(pooled(latents), changed, ids)
+    after = ValueRegression.fit(pooled(latents), changed, ids)
     torch.testing.assert_close(before.predict(latents, ids)[own], after.predict(latents, ids)[own])
     assert (before.predict(latents, ids) - after.predict(latents, ids))[~own].abs().max() > 0.01
     assert torch.bincount(folds_of(ids)).min() > 400 / FOLDS / 2
@@ -49,14 +49,14 @@ def test_a_rows_value_does_not_change_with_its_own_score_but_with_those_of_other
 def test_the_share_explained_is_that_of_the_linear_part_and_about_zero_for_noise():
     """Half of the variance is linear in the latents: an oracle explains 0.5, and 18 weights cost little."""
     latents, advantage, ids = rows_of(2000)
-    assert ValueBaseline.fit(pooled(latents), advantage, ids).explained == pytest.approx(0.5, abs=0.05)
+    assert ValueRegression.fit(pooled(latents), advantage, ids).explained == pytest.approx(0.5, abs=0.05)
     noise = torch.randn(2000, generator=torch.Generator().manual_seed(9))
-    assert abs(ValueBaseline.fit(pooled(latents), noise, ids).explained) < 0.03
+    assert abs(ValueRegression.fit(pooled(latents), noise, ids).explained) < 0.03
 
 
 def test_the_slope_of_a_noise_level_is_that_of_least_squares_and_zero_for_noise():
     latents, advantage, ids = rows_of(2000)
-    baseline = ValueBaseline.fit(pooled(latents), advantage, ids)
+    baseline = ValueRegression.fit(pooled(latents), advantage, ids)
     generator = torch.Generator().manual_seed(3)
     predicted, level = torch.randn(2000, generator=generator), torch.arange(2000) / 2000
     truth = torch.where(level < 0.5, 2 * predicted, torch.randn(2000, generator=generator))
@@ -70,7 +70,7 @@ def test_the_slope_of_a_noise_level_is_that_of_least_squares_and_zero_for_noise(
 
 def test_noise_left_in_the_estimate_counts_for_no_more_than_clean_latents_do():
     latents, advantage, ids = rows_of()
-    baseline = ValueBaseline.fit(pooled(latents), advantage, ids)
+    baseline = ValueRegression.fit(pooled(latents), advantage, ids)
     assert baseline.predict(100 * latents, ids).abs().max() == pytest.approx(baseline.limit)
     assert baseline.predict(latents, ids).abs().max() <= baseline.limit * (1 + 1e-6)
 
@@ -87,7 +87,7 @@ def test_the_loss_in_training_counts_the_advantage_from_the_value_and_evaluation
     """Both from the predictions of policy and reference themselves, after two steps that part them."""
     trainer = anchored(config, dataset, anchor=0.25, learning_rate=1e-2, max_steps=2)
     trainer.train()
-    trainer._value.slopes.fill_(1.0)  # scores at random give slopes of 0
+    trainer._value.regression.slopes.fill_(1.0)  # scores at random give slopes of 0
     batch, likelihood = trainer.collator([trainer.train_dataset[row] for row in range(8)]), trainer.family.likelihood
     for training, step in ((True, trainer.state.global_step), (False, EVALUATION_STEP)):
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_the_loss_in_training_counts_the_advantage_from_the_value_and_evaluation
                 old = trainer.family.predict(reference, draw, conditioning)
         alpha = likelihood.alphas_cumprod[draw.timesteps].view(-1, 1, 1, 1)
         clean = (draw.inputs - (1 - alpha).sqrt() * old) / alpha.sqrt()
-        value = trainer._value(clean, batch["row_id"], draw)
+        value = trainer._value.regression(clean, batch["row_id"], draw)
         assert value.abs().max() > 0.01
         counted = batch["margin"] / trainer.labeler.score_std - (value if training else 0)
         mistake, change = old - draw.target, new - old
@@ -112,11 +112,11 @@ def test_a_baseline_is_fitted_to_images_of_several_sizes_without_a_cache(config,
     trainer = anchored(config, rows, cache=False, aspect_buckets=True, max_steps=1)
     trainer.train()
     assert len({len(trainer.train_dataset[row]["resolution"]) for row in range(len(rows))}) == 1
-    assert trainer._value.mean.shape == (4 * 64,)
+    assert trainer._value.regression.mean.shape == (4 * 64,)
 
 
 def test_a_stream_and_a_model_of_tokens_are_refused_with_the_remedy(config, dataset):
-    with pytest.raises(ValueError, match=r"a stream does not have: use a `datasets\.Dataset`"):
+    with pytest.raises(ValueError, match="^`value_baseline` needs a dataset with a length: load it without"):
         anchored(config, dataset.to_iterable_dataset(), max_steps=1)
-    with pytest.raises(ValueError, match="masked tokens: leave `value_baseline` False"):
+    with pytest.raises(ValueError, match="this model has masked tokens: leave it at False"):
         anchored(config, dataset, amused)

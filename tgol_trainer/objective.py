@@ -31,7 +31,7 @@ class ScoredBatch:
         error (`torch.Tensor`): float32 error of the policy, with gradient.
         reference_error (`torch.Tensor`): float32 error of the reference on the same draw; NaN where it did not run.
         change (`torch.Tensor`): float32 distance of the two predictions; NaN where the reference's is not at hand.
-        value (`torch.Tensor`): float32 part of the advantage that the noised latents tell; 0 without `value_baseline`.
+        value (`torch.Tensor`, *optional*): float32 part of the advantage that the noised latents tell.
         batch (`dict[str, torch.Tensor]`): Batch of [`data.Collator`]: `score`, `margin`, `weight`, `group` and so on.
         mixed_error (`Callable[[float], torch.Tensor]`): Returns the (B,) error of `v_ref + b·(v_θ - v_ref)` for any b.
     """
@@ -40,7 +40,7 @@ class ScoredBatch:
     error: torch.Tensor
     reference_error: torch.Tensor
     change: torch.Tensor
-    value: torch.Tensor
+    value: torch.Tensor | None
     batch: dict[str, torch.Tensor]
     mixed_error: Callable[[float], torch.Tensor]
 

@@ -62,7 +62,7 @@ from .saving.files import STATE_NAME, ReportedConfig
 from .saving.resuming import open_output
 from .saving.trainer import SavingTrainer
 from .starts import Starts, check_base
-from .value_baseline import ValueBaseline, check_value_baseline, fit_value_baseline
+from .value_baseline import ValueBaseline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -105,7 +105,6 @@ class TGOLTrainer(SavingTrainer):
     # Each micro-batch's loss is its own mean; Trainer divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
     _passes: StreamPasses | None = None
-    _value: ValueBaseline | None = None
 
     def __init__(
         self,
@@ -141,17 +140,15 @@ class TGOLTrainer(SavingTrainer):
 
         self.proxy_dataset = proxy_dataset
         self.data_reports: dict[str, DataReport] = {}
-        self.dataset_facts = []
-        self.example_prompt = None
+        self.dataset_facts, self.example_prompt = [], None
         self.labeler: Labeler | None = None
         size = args.training_size(self.family.native_size, self.family.resolution_multiple)
         self.collator = Collator(size, num_frames=self.family.num_frames)
         self.draws = BatchDraws(self.family, args, self.collator)
+        self._value = ValueBaseline(self.draws, self._reference_prediction) if args.value_baseline else None
         train_rows = self._prepare_dataset(train_dataset, "train_dataset") if train_dataset is not None else None
         if train_rows is not None:
             self._record_facts(train_dataset, train_rows)
-            if args.value_baseline:
-                check_value_baseline(self.family.likelihood, train_rows)
             train_rows = self._label(train_rows)
         eval_rows = self._prepare_eval_dataset(eval_dataset)
         self._train_metrics = MetricSums()
@@ -308,15 +305,8 @@ class TGOLTrainer(SavingTrainer):
     def _check_base(self) -> None:
         if not self.args.allow_bad_base:
             latents = partial(self.draws.latents, step=EVALUATION_STEP)
-            size = self.args.per_device_train_batch_size
-            likelihood, predict = self.family.likelihood, self._reference_prediction
-            check_base(self.train_dataset, self.collator, size, likelihood, latents, predict)
-
-    def _fit_value(self) -> None:
-        args, std = self.args, self.labeler.score_std if self.labeler else 1.0
-        rows = (self.train_dataset, self.collator, args.per_device_train_batch_size)
-        progress = self.is_world_process_zero() and not args.disable_tqdm
-        self._value = fit_value_baseline(*rows, self.draws, std, self._reference_prediction, progress=progress)
+            rows = (self.train_dataset, self.collator, self.args.per_device_train_batch_size)
+            check_base(*rows, self.family.likelihood, latents, self._reference_prediction)
 
     def _prepare_dataset(self, dataset: AnyDataset, name: str) -> ScoredDataset | ScoredStream:
         if self.args.score_columns and isinstance(dataset, datasets.IterableDataset):
@@ -498,8 +488,8 @@ class TGOLTrainer(SavingTrainer):
             if again:
                 self._label(self.train_dataset)
             first = True
-        if self.args.value_baseline and first:  # of this reference, after a resume too
-            self._fit_value()
+        if self._value and first:  # of this reference, after a resume too
+            self._value.fit(self.train_dataset, self.labeler.score_std if self.labeler else 1.0)
 
     # ---- Loss ----
 
@@ -595,9 +585,7 @@ class TGOLTrainer(SavingTrainer):
         if reference_prediction is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and args.loss_type == "tgol_anchored"):
                 change = likelihood.change(prediction, reference_prediction, draw)
-        value = torch.zeros_like(change)
-        if self._value is not None and training:
-            value = self._value(likelihood.denoised(reference_prediction, draw), inputs["row_id"], draw)
+        value = self._value(reference_prediction, draw, inputs) if self._value and training else None
         if reference_error is None:
             reference_error = unknown
         log_ratio = log_likelihood(likelihood, error, args.temperature) - log_likelihood(

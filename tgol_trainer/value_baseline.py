@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .data import Collator, ScoredDataset, ScoredStream
+from .data import ScoredDataset
 from .draws import EVALUATION_STEP, BatchDraws
 from .families import Conditioning
-from .likelihoods import Draw, Likelihood, to_device
+from .likelihoods import Draw, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ def folds_of(row_ids: torch.Tensor) -> torch.Tensor:
 
 
 @dataclasses.dataclass
-class ValueBaseline:
+class ValueRegression:
     """
-    What noised latents tell of the advantage. Made by [`ValueBaseline.fit`].
+    What noised latents tell of the advantage. Made by [`ValueRegression.fit`].
 
     Args:
         mean (`torch.Tensor`): (F,) float32 mean of the features.
@@ -76,7 +76,7 @@ class ValueBaseline:
     slopes: torch.Tensor = dataclasses.field(default_factory=lambda: torch.ones(BINS))
 
     @classmethod
-    def fit(cls, features: torch.Tensor, advantage: torch.Tensor, row_ids: torch.Tensor) -> ValueBaseline:
+    def fit(cls, features: torch.Tensor, advantage: torch.Tensor, row_ids: torch.Tensor) -> ValueRegression:
         """
         Fit five ridge regressions, each without a fifth of the rows; of six penalties the one that predicts it best.
 
@@ -143,78 +143,95 @@ class ValueBaseline:
         """
         return self.slopes[_bins(_levels_of(draw))] * self.predict(denoised, row_ids)
 
-    def to(self, device: torch.device) -> ValueBaseline:
+    def to(self, device: torch.device) -> ValueRegression:
         """Return a copy whose tensors are on a device."""
         tensors = {name: getattr(self, name).to(device) for name in ("mean", "weights", "slopes")}
         return dataclasses.replace(self, **tensors)
 
 
-def check_value_baseline(likelihood: Likelihood, rows: ScoredDataset | ScoredStream | None) -> None:
+class ValueBaseline:
     """
-    Refuse a model or data that a baseline cannot be fitted for.
-
-    Raises:
-        ValueError: for a model of masked tokens, and for a stream.
-    """
-    if not likelihood.temperature_applies:
-        raise ValueError(
-            "`value_baseline` reads noised latents, and this model has masked tokens: leave `value_baseline` False."
-        )
-    if isinstance(rows, ScoredStream):
-        raise ValueError(
-            "`value_baseline` is fitted to all rows before the first step, which a stream does not have: use a "
-            "`datasets.Dataset`, or leave `value_baseline` False."
-        )
-
-
-def fit_value_baseline(
-    rows: ScoredDataset,
-    collator: Collator,
-    batch_size: int,
-    draws: BatchDraws,
-    score_std: float,
-    predict: Callable[[Draw, Conditioning], torch.Tensor],
-    *,
-    progress: bool,
-) -> ValueBaseline:
-    """
-    Fit a baseline to training rows, at most 20,000, and its slopes on draws of at most 512 of them.
-
-    Every process fits the same one.
+    The baseline of a run: fitted to its training rows, applied to the reference's predictions.
 
     Args:
-        rows ([`ScoredDataset`]): Labelled rows.
-        collator ([`Collator`]): Makes batches of rows.
-        batch_size (`int`): Rows of a pass.
         draws ([`BatchDraws`]): Makes latents and draws of batches.
-        score_std (`float`): Standard deviation of the normalised scores.
         predict (`Callable[[Draw, dict], torch.Tensor]`): Returns the reference's prediction (B, ...) on a draw.
-        progress (`bool`): Show a progress bar.
+
+    Raises:
+        ValueError: for a model of masked tokens.
     """
-    likelihood = draws.family.likelihood
-    order = np.random.default_rng(draws.args.seed).permutation(len(rows))
-    features, found = list[torch.Tensor](), list[dict[str, torch.Tensor]]()
-    for batch in _batches(rows, order[:MAX_ROWS], collator, batch_size, "Reading latents", progress):
-        features.append(pooled(draws.clean_latents(batch)).cpu())
-        found.append({name: batch[name] for name in ("margin", "row_id")})
-    advantage = torch.cat([each["margin"] for each in found]) / score_std
-    row_ids = torch.cat([each["row_id"] for each in found])
-    baseline = ValueBaseline.fit(torch.cat(features), advantage, row_ids).to(draws.family.device)
-    predicted, levels, margins = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
-    for batch in _batches(rows, order[:MAX_DRAWS], collator, batch_size, "Calibrating the baseline", progress):
-        draw, conditioning = draws(batch, EVALUATION_STEP)
-        denoised = likelihood.denoised(predict(draw, conditioning), draw)
-        predicted.append(baseline.predict(denoised, batch["row_id"]).cpu())
-        levels.append(_levels_of(draw).cpu())
-        margins.append(batch["margin"])
-    baseline.calibrate(torch.cat(predicted), torch.cat(margins) / score_std, torch.cat(levels))
-    slopes = ", ".join(f"{slope:.2f}" for slope in baseline.slopes.tolist())
-    logger.info(
-        "Clean latents explain %.0f%% of the advantages. Slopes from the lowest tenth of noise levels to the highest: "
-        "%s.",
-        *(100 * max(baseline.explained, 0.0), slopes),
-    )
-    return baseline.to(draws.family.device)
+
+    def __init__(self, draws: BatchDraws, predict: Callable[[Draw, Conditioning], torch.Tensor]) -> None:
+        if not draws.family.likelihood.temperature_applies:
+            raise ValueError(
+                "`value_baseline` reads noised latents, and this model has masked tokens: leave it at False."
+            )
+        self.draws, self.predict = draws, predict
+        self.regression: ValueRegression | None = None
+
+    def fit(self, rows: ScoredDataset, score_std: float) -> None:
+        """
+        Fit the regressions to labelled rows, at most 20,000, and their slopes on draws of at most 512 of them.
+
+        Every process fits the same ones.
+
+        Args:
+            rows ([`ScoredDataset`]): The rows, with labels.
+            score_std (`float`): Standard deviation of the normalised scores.
+        """
+        order = np.random.default_rng(self.draws.args.seed).permutation(len(rows))
+        features, found = list[torch.Tensor](), list[dict[str, torch.Tensor]]()
+        for batch in self._batches(rows, order[:MAX_ROWS], "Reading latents"):
+            features.append(pooled(self.draws.clean_latents(batch)).cpu())
+            found.append({name: batch[name] for name in ("margin", "row_id")})
+        advantage = torch.cat([each["margin"] for each in found]) / score_std
+        row_ids = torch.cat([each["row_id"] for each in found])
+        regression = ValueRegression.fit(torch.cat(features), advantage, row_ids).to(self.draws.family.device)
+        predicted, levels, margins = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        for batch in self._batches(rows, order[:MAX_DRAWS], "Calibrating the value baseline"):
+            draw, conditioning = self.draws(batch, EVALUATION_STEP)
+            denoised = self.draws.family.likelihood.denoised(self.predict(draw, conditioning), draw)
+            predicted.append(regression.predict(denoised, batch["row_id"]).cpu())
+            levels.append(_levels_of(draw).cpu())
+            margins.append(batch["margin"])
+        regression.calibrate(torch.cat(predicted), torch.cat(margins) / score_std, torch.cat(levels))
+        self.regression = regression.to(self.draws.family.device)
+        if self.draws.args.should_log:
+            logger.info(
+                "Clean latents explain %.0f%% of the advantages. Slopes from the lowest tenth of noise levels to the "
+                "highest: %s.",
+                *(100 * max(regression.explained, 0.0), [round(slope, 2) for slope in regression.slopes.tolist()]),
+            )
+
+    def __call__(self, prediction: torch.Tensor, draw: Draw, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Return what the noised latents of a batch tell of the advantages, (B,) float32.
+
+        Args:
+            prediction (`torch.Tensor`): (B, C, ...) of the reference on the draw.
+            draw ([`Draw`]): The draw.
+            inputs (`dict[str, torch.Tensor]`): The batch of [`data.Collator`].
+
+        Raises:
+            RuntimeError: before [`fit`].
+        """
+        if self.regression is None:
+            raise RuntimeError("The value baseline is fitted when training starts: call `train()`, or `fit`.")
+        return self.regression(self.draws.family.likelihood.denoised(prediction, draw), inputs["row_id"], draw)
+
+    def _batches(self, rows: ScoredDataset, chosen: np.ndarray, title: str) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield batches of rows, each of images of one size."""
+        args, parts = self.draws.args, [chosen]
+        if rows.resolutions is not None:
+            _, size = np.unique(rows.resolutions[chosen], axis=0, return_inverse=True)
+            parts = [chosen[size.reshape(-1) == number] for number in range(int(size.max()) + 1)]
+        hidden = args.disable_tqdm or not args.should_log
+        with tqdm(total=len(chosen), desc=title, unit="row", disable=hidden) as bar:
+            for part in parts:
+                for start in range(0, len(part), args.per_device_train_batch_size):
+                    wanted = part[start : start + args.per_device_train_batch_size]
+                    yield self.draws.collator([rows[int(index)] for index in wanted])
+                    bar.update(len(wanted))
 
 
 def _ridges(inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -234,19 +251,3 @@ def _levels_of(draw: Draw) -> torch.Tensor:
     if draw.noise_level is None:
         raise ValueError("The draw has no `noise_level`: make it with the likelihood's `draw`.")
     return draw.noise_level
-
-
-def _batches(
-    rows: ScoredDataset, chosen: np.ndarray, collator: Collator, batch_size: int, title: str, progress: bool
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of rows, each of images of one size."""
-    parts = [chosen]
-    if rows.resolutions is not None:
-        _, size = np.unique(rows.resolutions[chosen], axis=0, return_inverse=True)
-        parts = [chosen[size.reshape(-1) == number] for number in range(int(size.max()) + 1)]
-    with tqdm(total=len(chosen), desc=title, unit="row", disable=not progress) as bar:
-        for part in parts:
-            for start in range(0, len(part), batch_size):
-                wanted = part[start : start + batch_size]
-                yield collator([rows[int(index)] for index in wanted])
-                bar.update(len(wanted))

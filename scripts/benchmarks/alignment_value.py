@@ -19,12 +19,12 @@ def baseline_values(training: Any) -> torch.Tensor:
     """
     from tgol_trainer import adapters
     from tgol_trainer.likelihoods import RowGenerators
-    from tgol_trainer.value_baseline import MAX_DRAWS, ValueBaseline, pooled
+    from tgol_trainer.value_baseline import MAX_DRAWS, ValueRegression, pooled
 
     family, latents, batch = training.family, training.rows.latents, training.order.shape[1]
     likelihood, ids = family.likelihood, torch.arange(len(latents))
     advantage = torch.from_numpy(training.labels.margin) / training.labeler.score_std
-    baseline = ValueBaseline.fit(pooled(latents), advantage, ids)
+    regression = ValueRegression.fit(pooled(latents), advantage, ids)
     predicted, levels = [], []
     chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(training.run.seed))[:MAX_DRAWS]
     for rows in chosen.split(batch):
@@ -32,11 +32,11 @@ def baseline_values(training: Any) -> torch.Tensor:
         texts = [training.rows.prompts[row] for row in rows]
         with torch.no_grad(), adapters.reference_policy(family.denoiser):
             prediction = family.predict(family.denoiser, draw, training.conditioning(texts))
-        predicted.append(baseline.predict(likelihood.denoised(prediction, draw), rows))
+        predicted.append(regression.predict(likelihood.denoised(prediction, draw), rows))
         levels.append(draw.noise_level)
-    baseline.calibrate(torch.cat(predicted), advantage[chosen], torch.cat(levels))
+    regression.calibrate(torch.cat(predicted), advantage[chosen], torch.cat(levels))
     found = []
     for step, prediction in enumerate(training.references):
         draw = training.draw(step)
-        found.append(baseline(likelihood.denoised(prediction, draw), torch.from_numpy(training.order[step]), draw))
+        found.append(regression(likelihood.denoised(prediction, draw), torch.from_numpy(training.order[step]), draw))
     return torch.stack(found)

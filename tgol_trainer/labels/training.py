@@ -67,8 +67,9 @@ def check_sources(
             "`reference_update='epoch'` needs a dataset with a length: the epochs of a stream are not known when "
             "training resumes. Use a `datasets.Dataset`, or leave it at 'never'."
         )
-    if streamed and args.precompute_ref_log_probs:
-        raise ValueError("`precompute_ref_log_probs` needs a dataset with a length: load it without `streaming=True`.")
+    for name in ("precompute_ref_log_probs", "value_baseline"):
+        if streamed and getattr(args, name):
+            raise ValueError(f"`{name}` needs a dataset with a length: load it without `streaming=True`.")
     if streamed and (args.uses_groups or args.dead_zone):
         what = "a dead zone" if args.dead_zone else "groups (thresholds of groups, `group_size`, 'dpo')"
         raise ValueError(f"{what} need a dataset with a length: load it without `streaming=True`.")
