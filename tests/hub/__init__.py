@@ -9,9 +9,9 @@ Not built: pull requests, buckets, paging of trees.
 A client process may ask for faults itself: POST `/loopback/fail` with the arguments of `LoopbackHub.fail` as JSON, and
 `/loopback/clear`. `python -m tests.hub` serves for trials by hand.
 
-Two servers on two ports, of two names, stand for two origins, the Hub and its storage, so that a test can see that a token never
-reaches the second. An unknown route is answered with 501 and remembered; `check()` raises for it. Bodies, the store
-and the life of a server are bounded, and the threads end with the process.
+Two servers on two ports, of two names, stand for two origins, the Hub and its storage, so that a test can see that a
+token never reaches the second. An unknown route is answered with 501 and remembered; `check()` raises for it. Bodies,
+the store and the life of a server are bounded, and the threads end with the process.
 """
 
 from .faults import Fault
