@@ -239,7 +239,7 @@ def test_accelerate_launch_resumes_a_checkpoint_of_two_processes_to_the_same_los
 
 def test_a_signal_to_one_process_stops_both_at_one_step_and_the_run_goes_on_as_if_it_had_not(place, launched, two):
     assert launched.err.count("refused with exit code 143") == 2
-    assert launched.err.count("Go on with the same command and --resume_from_checkpoint true.") == 1
+    assert launched.err.count("is saved. Go on with the same command and --resume_from_checkpoint true.") == 1
     state = json.loads((place / "stopped" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3  # the step after the one that got the signal: then they agree
     wanted = [line["loss"] for line in lines(two.records[0])]

@@ -666,6 +666,7 @@ def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config
     ("settings", "environment", "message"),
     [
         ({"fp16": True}, {}, "`fp16=True` has no effect on a CPU"),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "'bf16', and the run's settings for none. Add `--bf16 true`"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "`deepspeed` is not supported"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp` is of version 1.*Use version 2"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "`fsdp` is of version 1.*Use version 2"),

@@ -300,16 +300,16 @@ def _tell_of_few_updates(num_rows: int, training: TGOLConfig) -> None:
         )
 
 
-def _resume_line(arguments: list[str], rounds: bool) -> str:
-    """Return the command that goes on."""
+def _resume_lines(arguments: list[str], rounds: bool) -> str:
+    """Return the command that goes on, on a line of its own; of several processes, how it differs from this one."""
     flag = "--resume_from_checkpoint"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return f"Go on with the same command and {flag} true."
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the launcher's own words are not known here
+        return "Go on with the same command" + ("." if rounds else f" and {flag} true.")
     kept = [word for word in arguments if not word.startswith(f"{flag}=")]
     while flag in kept:
         at = kept.index(flag)
         kept[at : at + 2] = []
-    return shlex.join([program(), "train", *kept, *([] if rounds else [flag, "true"])])
+    return "Go on with:\n" + shlex.join([program(), "train", *kept, *([] if rounds else [flag, "true"])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -335,11 +335,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return (_train_rounds if script.rounds is not None else _train)(script, training, model, sample)
     except TrainingStopped as stopped:
-        number, said = stopped.signal, f"Stopped. {stopped.checkpoint} is saved. Go on with:"
+        number, said = stopped.signal, f"Stopped. {stopped.checkpoint} is saved."
     except KeyboardInterrupt:
-        number, said = signal.SIGINT, f"Ended at once. {last_good(training.output_dir)} Go on with:"
+        number, said = signal.SIGINT, f"Ended at once. {last_good(training.output_dir)}"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{said}\n{_resume_line(arguments, script.rounds is not None)}", file=sys.stderr)
+        print(f"{said} {_resume_lines(arguments, script.rounds is not None)}", file=sys.stderr)
     return 128 + number
 
 

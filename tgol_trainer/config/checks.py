@@ -108,6 +108,13 @@ def check_processes(args: TrainingArguments) -> None:
             "`fp16=True` has no effect on a CPU, where training would run in float32. Leave it out, or use "
             "`bf16=True`."
         )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and not (args.bf16 or args.fp16):  # which Trainer would follow, and nothing else here
+        wanted = launched if launched == "fp16" else "bf16"
+        raise ValueError(
+            f"The launcher asks for mixed precision, {launched!r}, and the run's settings for none. Add `--{wanted} "
+            f"true` (TGOLConfig({wanted}=True)), or `--mixed_precision no` to `accelerate launch`."
+        )
     if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "`deepspeed` is not supported: it unpickles its checkpoints, which can run code, and a resumed run would "
