@@ -1,12 +1,12 @@
 """
-Time the steps of diffusers' Diffusion-DPO example on the model and the images of `throughput.py`.
+Time the steps of other projects' scripts on the model and the images of `throughput.py`.
 
-The script is found in a folder and started as it is, in a process of its own:
+Each script is found in a folder and started as it is, in a process of its own:
 
-    python scripts/benchmarks/throughput.py --network shapes --batch_size 64 --peers /folder/with/diffusers
+    python scripts/benchmarks/throughput.py --network shapes --batch_size 64 --peers /folder/with/the/scripts
 
-What it imports and this machine may lack is replaced: the image transforms of torchvision by ones on Pillow and
-PyTorch of the same result up to rounding, and wandb, which it does not use here, by an empty module.
+What they import and this machine may lack is replaced: the image transforms of torchvision by ones on Pillow and
+PyTorch of the same result up to rounding, and wandb, which they do not use here, by an empty module.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from typing import Any
 
 import datasets
 
-SCRIPT = "train_diffusion_dpo.py"
+DPO, KTO = "diffusers' Diffusion-DPO example", "Diffusion-KTO's script"
+PEERS = {DPO: "train_diffusion_dpo.py", KTO: "train_kto_sd_v1.5.py"}
+"""Name to the file of the script."""
 
 
-def write_pairs(rows: datasets.Dataset, file: Path) -> None:
-    """Write rows of images as pairs of neighbours, in the columns of the Pick-a-Pic dataset."""
+def pairs(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return rows of images as pairs of neighbours, in the columns of the Pick-a-Pic dataset."""
 
     def encoded(image: Any) -> bytes:
         buffer = io.BytesIO()
@@ -44,35 +46,43 @@ def write_pairs(rows: datasets.Dataset, file: Path) -> None:
         "label_0": [int(a > b) for a, b in zip(rows["score"][::2], rows["score"][1::2], strict=True)],
         "caption": rows["prompt"][::2],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns).to_parquet(file)
+    return datasets.Dataset.from_dict(columns)
 
 
-def peer_steps(peers: Path, model: Path, rows: datasets.Dataset, options: Any, folder: Path) -> list[float]:
+def labelled(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return rows of images with a caption and whether the score is above 0."""
+    labels = [int(score > 0) for score in rows["score"]]
+    return datasets.Dataset.from_dict({"image": list(rows["image"]), "caption": rows["prompt"], "label": labels})
+
+
+def peer_steps(name: str, peers: Path, model: Path, rows: datasets.Dataset, options: Any, folder: Path) -> list[float]:
     """
-    Run the example for a few steps; return the seconds of each step but the first.
+    Run a script for a few steps; return the seconds of each step but the first two, between which one of them saves.
 
     Args:
+        name (`str`): A key of `PEERS`.
         peers (`Path`): Folder somewhere below which the script lies.
         model (`Path`): Saved pipeline.
         rows (`datasets.Dataset`): Prompts, images and scores; a batch of B images is B/2 pairs.
         options (`argparse.Namespace`): Those of `throughput.py`.
         folder (`Path`): What is written lies there.
     """
-    scripts = sorted(peers.rglob(SCRIPT))
+    scripts = sorted(peers.rglob(PEERS[name]))
     if not scripts:
-        raise SystemExit(f"There is no {SCRIPT} below {peers}.")
-    if not (folder / "pairs").is_dir():
-        write_pairs(rows, folder / "pairs" / "train.parquet")
+        raise RuntimeError(f"There is no {PEERS[name]} below {peers}.")
+    data = folder / Path(PEERS[name]).stem
+    if not data.is_dir():
+        data.mkdir()
+        (pairs if name == DPO else labelled)(rows).to_parquet(data / "train.parquet")
     flags = {
         "pretrained_model_name_or_path": model,
-        "dataset_name": folder / "pairs",
+        "dataset_name": data,
         "dataset_split_name": "train",
         "output_dir": folder / "peer",
         "resolution": rows[0]["image"].height,
-        "train_batch_size": options.batch_size // 2,
+        "train_batch_size": options.batch_size // (2 if name == DPO else 1),
         "vae_encode_batch_size": options.batch_size,
-        "max_train_steps": options.steps + 1,
+        "max_train_steps": options.steps + 2,
         "rank": 8,
         "report_to": "wandb",
         "mixed_precision": "no",
@@ -80,30 +90,38 @@ def peer_steps(peers: Path, model: Path, rows: datasets.Dataset, options: Any, f
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     if options.gradient_checkpointing:
         given.append("--gradient_checkpointing")
-    command = [sys.executable, __file__, str(scripts[0]), *given, "--no_hflip"]
+    given += ["--no_hflip"] if name == DPO else ["--use_lora"]
+    command = [sys.executable, __file__, str(scripts[0]), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise SystemExit(f"{scripts[0]} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{scripts[0]} failed:\n{done.stderr[-3000:]}")
     ends = json.loads(done.stdout.splitlines()[-1])
-    return [end - start for start, end in itertools.pairwise(ends)]
+    return [end - start for start, end in itertools.pairwise(ends)][1:]
 
 
 def stand_in_transforms() -> types.ModuleType:
-    """Return the transforms that the script uses."""
+    """Return the transforms that the scripts use; one of them transforms tensors (C, H, W), the other images."""
     import numpy as np
     import torch
     from PIL import Image
 
     def resize(size: int, interpolation: Any) -> Callable[[Image.Image], Image.Image]:
-        def call(image: Image.Image) -> Image.Image:
+        def call(image: Any) -> Any:
+            if isinstance(image, torch.Tensor):
+                factor = size / min(image.shape[1:])
+                sides = [round(side * factor) for side in image.shape[1:]]
+                return torch.nn.functional.interpolate(image[None], sides, mode="bilinear", antialias=True)[0]
             factor = size / min(image.size)
             return image.resize((round(image.width * factor), round(image.height * factor)), interpolation)
 
         return call
 
     def centre_crop(size: int) -> Callable[[Image.Image], Image.Image]:
-        def call(image: Image.Image) -> Image.Image:
+        def call(image: Any) -> Any:
+            if isinstance(image, torch.Tensor):
+                top, left = ((side - size) // 2 for side in image.shape[1:])
+                return image[:, top : top + size, left : left + size]
             left, top = (image.width - size) // 2, (image.height - size) // 2
             return image.crop((left, top, left + size, top + size))
 
@@ -125,6 +143,7 @@ def stand_in_transforms() -> types.ModuleType:
         "Compose": compose,
         "Resize": resize,
         "CenterCrop": centre_crop,
+        "RandomHorizontalFlip": lambda p: lambda image: image.flip(-1),  # p is 1: the script draws itself
         "Lambda": lambda function: function,
         "ToTensor": lambda: tensor,
         "Normalize": lambda mean, std: lambda value: (value - mean[0]) / std[0],
@@ -143,6 +162,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     transforms = stand_in_transforms()
     torchvision = types.ModuleType("torchvision")
+    functional = types.ModuleType("torchvision.transforms.functional")
+    functional.crop = None  # type: ignore[attr-defined] - imported, and used for random crops alone
     torchvision.transforms = transforms  # type: ignore[attr-defined]
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
@@ -151,6 +172,7 @@ def main() -> None:
     import transformers  # noqa: F401
 
     sys.modules |= {"torchvision": torchvision, "torchvision.transforms": transforms}
+    sys.modules["torchvision.transforms.functional"] = functional
     sys.modules["wandb"] = types.ModuleType("wandb")
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,14 +1,15 @@
 """
 Time a training step: a plain LoRA loop as the floor, and this library's losses with and without its caches.
 
-All variants train the same network with the same adapter, in one process, in turns, so that what slows the machine for
-a while slows them all. A line of the results file holds one variant of one run:
+All variants train the same network with the same adapter, each in a process of its own, in turns, so that what slows
+the machine for a while slows them all. A line of the results file holds one variant of one run:
 
     python scripts/benchmarks/throughput.py --network shapes --batch_size 64
     python scripts/benchmarks/throughput.py --network sd15 --resolution 256
     python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
 
-`--peers` adds diffusers' Diffusion-DPO example where it lies in a folder (`peers.py`), with as many images a batch.
+`--peers` adds diffusers' Diffusion-DPO example and the script of Diffusion-KTO, which lie in a folder (`peers.py`),
+with as many images a batch.
 
 `shapes` is the embedded model. `sd15` has the architecture of Stable Diffusion 1.5 and random weights.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from tgol_trainer.shapes import PROMPTS, load_pipeline
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import peer_steps
+from peers import PEERS, peer_steps
 
 RESULTS = Path(__file__).parent / "results" / "throughput.jsonl"
 LORA = {
@@ -63,7 +64,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of each variant; the cache of images and prompts is on by default."""
 FLOOR = "plain LoRA loop"
-PEER = "diffusers' Diffusion-DPO example"
 
 
 def random_sd15(resolution: int) -> StableDiffusionPipeline:
@@ -137,13 +137,8 @@ def network_time(trainer: TGOLTrainer) -> Iterator[list[float]]:
     yield spent
 
 
-def reset_peak() -> None:
-    """Let the peak of this process's memory start anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory() -> int:
-    """Return the peak since [`reset_peak`], in bytes."""
+    """Return the peak of this process's memory in bytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
@@ -210,6 +205,26 @@ def trainer_steps(
     return seconds, sum(spent[times.first :]) / sum(seconds)
 
 
+def load(options: argparse.Namespace) -> StableDiffusionPipeline:
+    """Return a fresh pipeline of the network that is asked for."""
+    return load_pipeline() if options.network == "shapes" else random_sd15(options.resolution)
+
+
+def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[float], float | None, int | None]:
+    """Run one variant in this process; return seconds of each step, the network's share and the peak of memory."""
+    torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    rows = scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
+    if name in PEERS:
+        return peer_steps(name, options.peers, Path(folder) / "model", rows, options, Path(folder)), None, None
+    if name == FLOOR:
+        seconds, network = plain_steps(load(options), options)
+    else:
+        seconds, network = trainer_steps(load(options), options, VARIANTS[name], rows, folder)
+    return seconds, network, peak_memory()
+
+
 def main() -> None:
     """Run the variants in turns and append the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,60 +235,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every variant (default: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--peers", type=Path, help="folder in which diffusers' examples lie")
+    parser.add_argument("--peers", type=Path, help="folder in which the scripts of other projects lie")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    pipeline = load_pipeline() if options.network == "shapes" else random_sd15(options.resolution)
-    rows = scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"seconds": [], "network": [], "memory": []}
-        for name in (FLOOR, *VARIANTS, *([PEER] if options.peers else []))
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    found: dict[str, list[tuple[list[float], float | None, int | None]]] = {
+        name: [] for name in (FLOOR, *options.variants, *(PEERS if options.peers else []))
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         if options.peers:
-            pipeline.save_pretrained(f"{folder}/model")
+            load(options).save_pretrained(f"{folder}/model")
         for turn in range(options.rounds):
-            for name in found:
-                reset_peak()
-                if name == PEER:
-                    place = Path(folder)
-                    seconds, network = peer_steps(options.peers, place / "model", rows, options, place), math.nan
-                elif name == FLOOR:
-                    seconds, network = plain_steps(pipeline, options)
-                else:
-                    seconds, network = trainer_steps(pipeline, options, VARIANTS[name], rows, folder)
-                pipeline.unet.unload_lora()
-                pipeline.unet.disable_gradient_checkpointing()
-                found[name]["seconds"] += seconds
-                found[name]["network"].append(network)
-                found[name]["memory"].append(peak_memory())
-                print(f"round {turn + 1}: {name}: {statistics.median(seconds):.3f} s", flush=True)
-    floor = statistics.median(found[FLOOR]["seconds"])
-    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers")}
+            for name, runs in found.items():
+                runs.append(pool.apply(measure, (name, options, folder)))
+                print(f"round {turn + 1}: {name}: {statistics.median(runs[-1][0]):.3f} s", flush=True)
+    medians = {name: statistics.median(second for run in runs for second in run[0]) for name, runs in found.items()}
+    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers", "variants")}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     print(f"\n{'variant':35} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
     with options.output.open("a") as file:
-        for name, values in found.items():
-            step = statistics.median(values["seconds"])
-            own = name in VARIANTS
+        for name, runs in found.items():
+            peaks = [run[2] for run in runs if run[2] is not None]
+            shares = [run[1] for run in runs if run[1] is not None and name in VARIANTS]
             line = {
                 "variant": name,
-                "seconds": step,
-                "ratio": step / floor,
-                "outside_network": 1 - statistics.mean(values["network"]) if own else None,
-                "peak_bytes": None if name == PEER else max(values["memory"]),
-                "all_seconds": values["seconds"],
+                "seconds": medians[name],
+                "ratio": medians[name] / medians[FLOOR],
+                "outside_network": 1 - statistics.mean(shares) if shares else None,
+                "peak_bytes": max(peaks, default=None),
+                "all_seconds": [second for run in runs for second in run[0]],
                 "machine": machine,
                 **facts,
             }
             file.write(json.dumps(line) + "\n")
-            memory = "" if name == PEER else f"{line['peak_bytes'] / 1e9:.2f} GB"
-            outside = f"{100 * line['outside_network']:.1f} %" if own else ""
-            print(f"{name:35} {step:8.3f} {step / floor:6.2f} {outside:>16} {memory:>12}")
+            memory = f"{line['peak_bytes'] / 1e9:.2f} GB" if peaks else ""
+            outside = f"{100 * line['outside_network']:.1f} %" if shares else ""
+            print(f"{name:35} {medians[name]:8.3f} {line['ratio']:6.2f} {outside:>16} {memory:>12}")
 
 
 if __name__ == "__main__":
