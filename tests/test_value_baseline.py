@@ -9,7 +9,7 @@ from tests.tiny import amused, stable_diffusion
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.draws import EVALUATION_STEP
 from tgol_trainer.likelihoods import Draw
-from tgol_trainer.value_baseline import BINS, FOLDS, ValueRegression, folds_of, pooled
+from tgol_trainer.value_baseline import FOLDS, ValueRegression, folds_of, pooled
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -46,33 +46,54 @@ def test_a_rows_value_does_not_change_with_its_own_score_but_with_those_of_other
     assert torch.bincount(folds_of(ids)).min() > 400 / FOLDS / 2
 
 
-def test_the_share_explained_is_that_of_the_linear_part_and_about_zero_for_noise():
-    """Half of the variance is linear in the latents: an oracle explains 0.5, and 18 weights cost little."""
-    latents, advantage, ids = rows_of(2000)
-    assert ValueRegression.fit(pooled(latents), advantage, ids).explained == pytest.approx(0.5, abs=0.05)
-    noise = torch.randn(2000, generator=torch.Generator().manual_seed(9))
-    assert abs(ValueRegression.fit(pooled(latents), noise, ids).explained) < 0.03
+def test_values_are_those_of_kernel_ridge_regression_on_the_other_folds():
+    """By the textbook: k(x, X)(K + rI)⁻¹y over the rows of the other folds, with the r of the least error."""
+    latents, advantage, ids = rows_of(150)
+    found = ValueRegression.fit(pooled(latents), advantage, ids)
+    inputs = pooled(latents).double()
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0, unbiased=False)
+    kernel = torch.exp(-0.3 * ((inputs[:, None] - inputs[None]) ** 2).mean(2))
+    target, folds = (advantage - advantage.mean()).double(), folds_of(ids)
+    tried = []
+    for noise in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0):
+        values = torch.zeros(150, dtype=torch.float64)
+        for fold in range(FOLDS):
+            seen = folds != fold
+            weights = torch.linalg.solve(kernel[seen][:, seen] + noise * torch.eye(int(seen.sum())), target[seen])
+            values[~seen] = kernel[~seen][:, seen] @ weights
+        tried.append((((values - target) ** 2).mean().item(), values))
+    missed, expected = min(tried, key=lambda each: each[0])
+    torch.testing.assert_close(found.predict(latents, ids), expected.float(), rtol=1e-3, atol=1e-3)
+    assert found.explained == pytest.approx(1 - missed / target.var(unbiased=False).item(), abs=1e-3)
 
 
-def test_the_slope_of_a_noise_level_is_that_of_least_squares_and_zero_for_noise():
-    latents, advantage, ids = rows_of(2000)
-    baseline = ValueRegression.fit(pooled(latents), advantage, ids)
-    generator = torch.Generator().manual_seed(3)
-    predicted, level = torch.randn(2000, generator=generator), torch.arange(2000) / 2000
-    truth = torch.where(level < 0.5, 2 * predicted, torch.randn(2000, generator=generator))
-    baseline.calibrate(predicted, truth, level)
-    assert baseline.slopes[:5].tolist() == pytest.approx([2.0] * 5, abs=0.02)
-    assert baseline.slopes[5:].max() < 0.15
-    draw = Draw(latents, torch.zeros(4), latents, noise_level=torch.tensor([0.0, 0.45, 0.95, 1.0]))
-    expected = baseline.slopes[[0, 4, BINS - 1, BINS - 1]] * baseline.predict(latents[:4], ids[:4])
-    torch.testing.assert_close(baseline(latents[:4], ids[:4], draw), expected)
+def test_the_share_explained_is_large_where_latents_tell_the_score_and_about_zero_for_noise_with_few_landmarks(
+    monkeypatch,
+):
+    monkeypatch.setattr("tgol_trainer.value_baseline.MAX_LANDMARKS", 300)
+    latents, advantage, ids = rows_of(1000)  # an oracle explains half
+    found = ValueRegression.fit(pooled(latents), advantage, ids)
+    assert found.landmarks.shape == (250, 128) and 0.35 < found.explained < 0.55
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(9))
+    assert abs(ValueRegression.fit(pooled(latents), noise, ids).explained) < 0.05
 
 
-def test_noise_left_in_the_estimate_counts_for_no_more_than_clean_latents_do():
+def test_the_slope_falls_with_the_noise_as_the_advantage_does_and_lies_from_0_to_2():
     latents, advantage, ids = rows_of()
-    baseline = ValueRegression.fit(pooled(latents), advantage, ids)
-    assert baseline.predict(100 * latents, ids).abs().max() == pytest.approx(baseline.limit)
-    assert baseline.predict(latents, ids).abs().max() <= baseline.limit * (1 + 1e-6)
+    regression = ValueRegression.fit(pooled(latents), advantage, ids)
+    predicted = torch.randn(2000, generator=torch.Generator().manual_seed(3))
+    level = torch.arange(2000) / 2000
+    assert regression.calibrate(predicted, (1.6 - 2 * level) * predicted, level) == pytest.approx(1.0, abs=0.02)
+    draw = Draw(latents, torch.zeros(3), latents, noise_level=torch.tensor([0.0, 0.5, 1.0]))
+    regression.slopes[0] += 0.5  # 2.1, 1.1 and 0.1
+    expected = torch.tensor([2.0, 1.1, 0.1]) * regression.predict(latents[:3], ids[:3])
+    torch.testing.assert_close(regression(latents[:3], ids[:3], draw), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_noise_left_in_the_estimate_counts_for_nothing():
+    latents, advantage, ids = rows_of()
+    regression = ValueRegression.fit(pooled(latents), advantage, ids)
+    assert regression.predict(100 * latents, ids).abs().max() < 1e-6 < regression.predict(latents, ids).abs().max()
 
 
 # ---- Through the trainer ----
@@ -87,7 +108,9 @@ def test_the_loss_in_training_counts_the_advantage_from_the_value_and_evaluation
     """Both from the predictions of policy and reference themselves, after two steps that part them."""
     trainer = anchored(config, dataset, anchor=0.25, learning_rate=1e-2, max_steps=2)
     trainer.train()
-    trainer._value.regression.slopes.fill_(1.0)  # scores at random give slopes of 0
+    regression = trainer._value.regression
+    regression.scale *= 100  # a random network's estimates are far from all rows, and scores at random
+    regression.slopes = torch.tensor([1.0, -0.5, 0.0])
     batch, likelihood = trainer.collator([trainer.train_dataset[row] for row in range(8)]), trainer.family.likelihood
     for training, step in ((True, trainer.state.global_step), (False, EVALUATION_STEP)):
         with torch.no_grad():
@@ -98,7 +121,7 @@ def test_the_loss_in_training_counts_the_advantage_from_the_value_and_evaluation
                 old = trainer.family.predict(reference, draw, conditioning)
         alpha = likelihood.alphas_cumprod[draw.timesteps].view(-1, 1, 1, 1)
         clean = (draw.inputs - (1 - alpha).sqrt() * old) / alpha.sqrt()
-        value = trainer._value.regression(clean, batch["row_id"], draw)
+        value = regression(clean, batch["row_id"], draw)
         assert value.abs().max() > 0.01
         counted = batch["margin"] / trainer.labeler.score_std - (value if training else 0)
         mistake, change = old - draw.target, new - old

@@ -3,9 +3,9 @@ Fit what noised latents tell of the score, so that advantages are counted from i
 
 The loss 'tgol_anchored' learns the covariance of the advantage a and the target, given the noised latents x_t. Where
 the reference predicts the mean target, any function V(x_t) may be taken from a: the mean of the gradient stays, and
-its noise falls by what V explains of a. V is a ridge regression of the advantage on pooled clean latents. A row's
-value comes from the regression that did not see it. In training it is applied to the reference's estimate of the clean
-latents, and multiplied by a slope for each tenth of the noise levels, since that estimate tells less as noise grows.
+its noise falls by what V explains of a. V is a kernel ridge regression of the advantage on pooled clean latents. A
+row's value comes from the regression that did not see it. In training it is applied to the reference's estimate of the
+clean latents, and multiplied by a slope that depends on the noise level: the estimate tells less as noise grows.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from .likelihoods import Draw, to_device
 logger = logging.getLogger(__name__)
 
 GRID, MAX_FEATURES = 8, 2048
-FOLDS, BINS = 5, 10
-MAX_ROWS, MAX_DRAWS = 20_000, 512
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Penalties that are tried, in units of the mean eigenvalue of the features' correlations."""
+FOLDS = 5
+MAX_ROWS, MAX_LANDMARKS, MAX_DRAWS = 10_000, 2048, 512
+WIDTH = 0.3
+"""γ of the kernel exp(-γ·d²), with d² the mean over features of squared differences in standard deviations."""
+MAX_SLOPE = 2.0
+NOISES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Variances of the part of the advantage that latents do not tell, in units of the part that they tell: all tried."""
 
 
 def pooled(latents: torch.Tensor) -> torch.Tensor:
@@ -63,22 +66,26 @@ class ValueRegression:
 
     Args:
         mean (`torch.Tensor`): (F,) float32 mean of the features.
-        weights (`torch.Tensor`): (5, F) float32; the first was fitted to the rows of all folds but the first.
-        limit (`float`): No prediction is larger than this: noise that the reference leaves may not count for more.
+        scale (`torch.Tensor`): (F,) float32 standard deviation of the features.
+        landmarks (`torch.Tensor`): (M, F) float32 standardised features of rows.
+        weights (`torch.Tensor`): (5, M) float32; the first were fitted to the rows of all folds but the first.
         explained (`float`): Share of the advantages' variance that clean latents explain in rows that were not seen.
-        slopes (`torch.Tensor`): (10,) float32 factors for the tenths of the noise levels, see [`calibrate`].
+        slopes (`torch.Tensor`): (3,) float32 coefficients of a polynomial of the noise level, see [`calibrate`].
     """
 
     mean: torch.Tensor
+    scale: torch.Tensor
+    landmarks: torch.Tensor
     weights: torch.Tensor
-    limit: float
     explained: float
-    slopes: torch.Tensor = dataclasses.field(default_factory=lambda: torch.ones(BINS))
+    slopes: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor([1.0, 0.0, 0.0]))
 
     @classmethod
     def fit(cls, features: torch.Tensor, advantage: torch.Tensor, row_ids: torch.Tensor) -> ValueRegression:
         """
-        Fit five ridge regressions, each without a fifth of the rows; of six penalties the one that predicts it best.
+        Fit five kernel ridge regressions, each without a fifth of the rows; of six noises the one that predicts best.
+
+        Up to 2,048 rows they are exact. Of more rows every second, third or so is a landmark (Nyström's method).
 
         Args:
             features (`torch.Tensor`): (N, F) of clean latents, see [`pooled`].
@@ -86,18 +93,27 @@ class ValueRegression:
             row_ids (`torch.Tensor`): (N,) int64.
         """
         folds, mean = folds_of(row_ids), features.double().mean(0)
-        inputs, target = features.double() - mean, advantage.double() - advantage.double().mean()
-        scale = inputs.std(0, unbiased=False).clamp(min=1e-12)
-        weights = torch.zeros(len(RIDGES), FOLDS, features.shape[1], dtype=torch.float64)
-        predicted = torch.zeros(len(RIDGES), len(target), dtype=torch.float64)
+        target = advantage.double() - advantage.double().mean()
+        scale = features.double().std(0, unbiased=False)
+        scale = scale.clamp(min=max(0.01 * scale.mean().item(), 1e-12))
+        inputs = (features.double() - mean) / scale
+        landmarks = inputs[:: math.ceil(len(inputs) / MAX_LANDMARKS)]
+        # The kernel's feature map on the landmarks: K(x, landmarks)·map has the inner products of the kernel.
+        values, vectors = torch.linalg.eigh(_kernel(landmarks, landmarks))
+        kept = values > 1e-10 * values[-1]
+        mapping = vectors[:, kept] / values[kept].sqrt()
+        mapped = _kernel(inputs, landmarks) @ mapping
+        weights = torch.zeros(len(NOISES), FOLDS, len(landmarks), dtype=torch.float64)
+        predicted = torch.zeros(len(NOISES), len(target), dtype=torch.float64)
         for fold in range(FOLDS):
             seen, unseen = folds != fold, folds == fold
-            weights[:, fold] = _ridges(inputs[seen] / scale, target[seen]) / scale
-            predicted[:, unseen] = weights[:, fold] @ inputs[unseen].T
+            found = _ridges(mapped[seen], target[seen])
+            weights[:, fold] = found @ mapping.T
+            predicted[:, unseen] = found @ mapped[unseen].T
         missed = ((predicted - target) ** 2).mean(1)
         best = int(missed.argmin())
         explained = 1 - (missed[best] / target.var(unbiased=False).clamp(min=1e-300)).item()
-        return cls(mean.float(), weights[best].float(), predicted[best].abs().max().item(), explained)
+        return cls(mean.float(), scale.float(), landmarks.float(), weights[best].float(), explained)
 
     def predict(self, latents: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -108,29 +124,30 @@ class ValueRegression:
             row_ids (`torch.Tensor`): (B,) int64, on the CPU.
         """
         weights = self.weights[to_device(folds_of(row_ids), self.weights.device)]
-        values = ((pooled(latents) - self.mean) * weights).sum(1)
-        return values.clamp(-self.limit, self.limit)
+        inputs = (pooled(latents) - self.mean) / self.scale
+        return (_kernel(inputs, self.landmarks) * weights).sum(1)
 
-    def calibrate(self, predicted: torch.Tensor, advantage: torch.Tensor, noise_level: torch.Tensor) -> None:
+    def calibrate(self, predicted: torch.Tensor, advantage: torch.Tensor, noise_level: torch.Tensor) -> float:
         """
-        Set the slope of each tenth of the noise levels: least squares, pulled to 0 by its own variance, at least 0.
+        Fit the slope, a polynomial of second degree of the noise level, by least squares; it acts from 0 to 2.
 
         Args:
             predicted (`torch.Tensor`): (N,) values of the reference's estimates of clean latents.
             advantage (`torch.Tensor`): (N,) a of the same rows.
             noise_level (`torch.Tensor`): (N,) from 0 to 1.
+
+        Returns:
+            `float`: the share of the advantages' variance that is explained.
         """
-        places, predicted = _bins(noise_level), predicted.double()
         target = advantage.double() - advantage.double().mean()
-        self.slopes = torch.zeros(BINS)
-        for number in range(BINS):
-            x, y = predicted[places == number], target[places == number]
-            power = (x * x).sum().item()
-            if len(x) < 3 or power == 0:
-                continue
-            slope = (x * y).sum().item() / power
-            variance = ((y - slope * x) ** 2).sum().item() / (len(x) - 1) / power
-            self.slopes[number] = max(slope - variance / slope, 0.0) if slope > 0 else 0.0
+        columns = predicted.double()[:, None] * _powers(noise_level.double())
+        slopes = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+        self.slopes = slopes.float()
+        missed = target - self._slope(noise_level).double() * predicted.double()
+        return 1 - ((missed**2).mean() / (target**2).mean().clamp(min=1e-300)).item()
+
+    def _slope(self, noise_level: torch.Tensor) -> torch.Tensor:
+        return (_powers(noise_level) @ self.slopes).clamp(0.0, MAX_SLOPE)
 
     def __call__(self, denoised: torch.Tensor, row_ids: torch.Tensor, draw: Draw) -> torch.Tensor:
         """
@@ -141,11 +158,13 @@ class ValueRegression:
             row_ids (`torch.Tensor`): (B,) int64, on the CPU.
             draw ([`Draw`]): The draw.
         """
-        return self.slopes[_bins(_levels_of(draw))] * self.predict(denoised, row_ids)
+        return self._slope(_levels_of(draw)) * self.predict(denoised, row_ids)
 
     def to(self, device: torch.device) -> ValueRegression:
         """Return a copy whose tensors are on a device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("mean", "weights", "slopes")}
+        tensors = {
+            name: getattr(self, name).to(device) for name in ("mean", "scale", "landmarks", "weights", "slopes")
+        }
         return dataclasses.replace(self, **tensors)
 
 
@@ -171,7 +190,7 @@ class ValueBaseline:
 
     def fit(self, rows: ScoredDataset, score_std: float) -> None:
         """
-        Fit the regressions to labelled rows, at most 20,000, and their slopes on draws of at most 512 of them.
+        Fit the regressions to labelled rows, at most 10,000, and their slope on draws of at most 512 of them.
 
         Every process fits the same ones.
 
@@ -194,13 +213,12 @@ class ValueBaseline:
             predicted.append(regression.predict(denoised, batch["row_id"]).cpu())
             levels.append(_levels_of(draw).cpu())
             margins.append(batch["margin"])
-        regression.calibrate(torch.cat(predicted), torch.cat(margins) / score_std, torch.cat(levels))
+        share = regression.calibrate(torch.cat(predicted), torch.cat(margins) / score_std, torch.cat(levels))
         self.regression = regression.to(self.draws.family.device)
         if self.draws.args.should_log:
             logger.info(
-                "Clean latents explain %.0f%% of the advantages. Slopes from the lowest tenth of noise levels to the "
-                "highest: %s.",
-                *(100 * max(regression.explained, 0.0), [round(slope, 2) for slope in regression.slopes.tolist()]),
+                "The value baseline explains %.0f%% of the advantages from clean latents, %.0f%% from noised ones.",
+                *(100 * max(regression.explained, 0.0), 100 * max(share, 0.0)),
             )
 
     def __call__(self, prediction: torch.Tensor, draw: Draw, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -234,17 +252,23 @@ class ValueBaseline:
                     bar.update(len(wanted))
 
 
+def _kernel(inputs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return (B, M) kernel values of standardised features (B, F) and (M, F), computed without cancellation."""
+    exact = "donot_use_mm_for_euclid_dist" if inputs.dtype == torch.float32 else "use_mm_for_euclid_dist"
+    return torch.exp(-WIDTH / inputs.shape[1] * torch.cdist(inputs, others, compute_mode=exact) ** 2)
+
+
 def _ridges(inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return (R, F) weights, one row for each penalty in `RIDGES`, of standardised inputs (N, F) and a target (N,)."""
-    count = max(len(inputs), 1)
-    values, vectors = torch.linalg.eigh(inputs.T @ inputs / count)
-    moments = vectors.T @ (inputs.T @ target / count)
-    penalties = torch.tensor(RIDGES, dtype=values.dtype)[:, None]
-    return (moments / (values.clamp(min=0.0) + penalties)) @ vectors.T
+    """Return (R, F) weights, one row for each entry of `NOISES`, of inputs (N, F) and a target (N,)."""
+    values, vectors = torch.linalg.eigh(inputs.T @ inputs)
+    moments = vectors.T @ (inputs.T @ target)
+    noises = torch.tensor(NOISES, dtype=values.dtype)[:, None]
+    return (moments / (values.clamp(min=0.0) + noises)) @ vectors.T
 
 
-def _bins(noise_level: torch.Tensor) -> torch.Tensor:
-    return (noise_level * BINS).long().clamp(0, BINS - 1)
+def _powers(noise_level: torch.Tensor) -> torch.Tensor:
+    """Return (B, 3): 1, the noise level and its square."""
+    return torch.stack([torch.ones_like(noise_level), noise_level, noise_level**2], 1)
 
 
 def _levels_of(draw: Draw) -> torch.Tensor:
