@@ -272,6 +272,25 @@ def test_of_a_parquet_file_the_images_are_not_even_read(tmp_path):
 # ---- The report ----
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--score_normalization", "zscore", "--group_column", "prompt"],
+        ["--score_columns", "score", "other", "--score_combination", "min"],
+    ],
+)
+def test_a_zero_that_rounding_moved_is_shown_as_zero(tmp_path, capsys, options):
+    """Standardised scores, whose mean and median are 0; computed, they are ±1e-17."""
+    scores = np.linspace(-1, 1, 40)
+    scores = (scores - scores.mean()) / scores.std()
+    assert 0 < abs(np.median(scores)) < 1e-15
+    parquet(tmp_path / "x.parquet", prompt=list("abcd") * 10, score=scores, other=scores**3)
+    label(tmp_path, "--dataset_name", tmp_path / "x.parquet", *options)
+    said = capsys.readouterr()
+    assert "τ = 0" in said.out and not re.search(r"\de-1\d", said.out + said.err)
+
+
 def test_prompts_and_groups_are_counted_as_by_hand(tmp_path, capsys):
     """τ = 2.5: prompt a is one-sided up, b down, c mixed, d single; group x 2 of 3 positive, y 1 of 4."""
     path = tmp_path / "rows.csv"

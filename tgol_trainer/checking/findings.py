@@ -17,7 +17,7 @@ from tgol_trainer.data.checks import check_columns, check_score_columns
 from tgol_trainer.data.images import DataError, cropped_share
 from tgol_trainer.data.prompts import REMEDY
 from tgol_trainer.data.rows import CAUSES, Columns
-from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold
+from tgol_trainer.thresholds import Threshold, ThresholdError, estimate_threshold, shown
 
 from .duplicates import DEFAULT_DISTANCE, group_marks
 from .limits import ModelLimits
@@ -228,9 +228,10 @@ def _scores(survey: Survey) -> tuple[list[Threshold | None], list[Finding], dict
             remedy = "Such numbers often stand for a missing score: remove these rows, or set `score_normalization`."
             findings.append(Finding("scores too large", "warning", len(scores), text, remedy=remedy))
         if threshold.moved_from is not None:
+            lowest, moved = (shown(value, found["std"]) for value in (threshold.moved_from, threshold.value))
             text = (
-                f"column {column!r}: the median score equals the smallest, {threshold.moved_from:g}; training moves "
-                f"the threshold to {threshold.value:g}: {threshold.num_positive} positive, {threshold.num_negative} "
+                f"column {column!r}: the median score equals the smallest, {lowest:g}; training moves "
+                f"the threshold to {moved:g}: {threshold.num_positive} positive, {threshold.num_negative} "
                 "negative."
             )
             findings.append(Finding("tied scores", "note", threshold.num_scores, text))

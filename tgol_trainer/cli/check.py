@@ -203,6 +203,9 @@ def _facts(facts: dict[str, Any]) -> list[str]:
 
 
 def _extent(scores: dict[str, Any]) -> str:
+    from tgol_trainer.thresholds import shown
+
     labels = f"; {scores['num_positive']} at or above the threshold" if "threshold" in scores else ""
-    extent = f"{scores['min']:g} to {scores['max']:g}, median {scores['median']:g}"
+    low, high, middle = (shown(scores[name], scores["std"]) for name in ("min", "max", "median"))
+    extent = f"{low:g} to {high:g}, median {middle:g}"
     return f"{extent}, {scores['num_distinct']} different{labels}"

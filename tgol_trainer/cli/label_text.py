@@ -29,8 +29,9 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
         causes["in the dead zone"] = report.labeler.strategy["num_in_dead_zone"]
     left_out = report.num_rows - total
     lines = [f"Rows       {total:,} labelled" + (f", {left_out:,} left out: {_counts(causes)}" if left_out else "")]
+    low, high, mean = (_shown(value, scores.std) for value in (scores.min, scores.max, scores.mean))
     lines.append(
-        f"Scores     {report.score_column}: {scores.min:.6g} to {scores.max:.6g}, mean {scores.mean:.6g}, standard "
+        f"Scores     {report.score_column}: {low:.6g} to {high:.6g}, mean {mean:.6g}, standard "
         f"deviation {scores.std:.4g}, {scores.num_distinct:,} different values"
     )
     if report.labeler.combination is not None:
@@ -51,9 +52,9 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
             f"carry {weights.top_1_percent_share:.1%} of the weight"
         )
         lines.append(f"           percentiles {', '.join(report.weight_percentiles)}: {spread}")
-    lines += _group_lines("Prompts", report.prompts, names=False)
+    lines += _group_lines("Prompts", report.prompts)
     if report.groups is not None:
-        lines += _group_lines("Groups", report.groups, names=True)
+        lines += _group_lines("Groups", report.groups, scores.std)
     one = report.raw_threshold if report.labeler.rows is None else None
     lines += ["", *histogram_lines(report.histogram, one), "", *_example_lines(report)]
     for item in advice or []:
@@ -63,6 +64,12 @@ def report_lines(report: LabelReport, advice: list[Advice] | None = None) -> lis
     return lines
 
 
+def _shown(value: float, spread: float) -> float:
+    from tgol_trainer.thresholds import shown  # not for `--help`: NumPy
+
+    return shown(value, spread)
+
+
 def _counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{cause} {count:,}" for cause, count in dropped.items())
 
@@ -70,10 +77,10 @@ def _counts(dropped: dict[str, int]) -> str:
 def _threshold_lines(report: LabelReport) -> list[str]:
     threshold, unit, unsure = report.labeler.threshold, report.labeler.normalization, report.uncertainty
     facts, total = report.labeler.strategy, threshold.num_scores
-    normalised = (
-        "" if unit.method == "none" else f" in {unit.method} units, {report.raw_threshold:.6g} in the column's"
-    )
-    lines = [f"Threshold  τ = {threshold.value:.6g}{normalised} ({_origin(report)})"]
+    spread = report.labeler.score_std
+    raw = _shown(report.raw_threshold, report.scores.std)
+    normalised = "" if unit.method == "none" else f" in {unit.method} units, {raw:.6g} in the column's"
+    lines = [f"Threshold  τ = {_shown(threshold.value, spread):.6g}{normalised} ({_origin(report)})"]
     if facts["name"] == "group":
         lines.append(
             f"           each of {facts['num_groups']:,} groups has its own, of which its {facts['statistic']} counts "
@@ -94,7 +101,7 @@ def _threshold_lines(report: LabelReport) -> list[str]:
             f"{unsure.median_width:.4g}; {about}{flips} change inside theirs"
         )
         return lines
-    ends = f"{unsure.interval.low:.6g} to {unsure.interval.high:.6g}"
+    ends = " to ".join(f"{_shown(end, spread):.6g}" for end in (unsure.interval.low, unsure.interval.high))
     if unsure.of == "running":
         lines += [
             "           training starts at that of the last scores read; 95% of the τ that the first rows then meet",
@@ -119,7 +126,8 @@ def _origin(report: LabelReport) -> str:
     return which + source + (", moved off the smallest score" if threshold.moved_from is not None else "")
 
 
-def _group_lines(title: str, part: GroupReport, *, names: bool) -> list[str]:
+def _group_lines(title: str, part: GroupReport, spread: float | None = None) -> list[str]:
+    """Return what is said of groups; with the standard deviation of the scores also a table of the largest."""
     label = f"{title:<11}"
     lines = [f"{label}{part.num_groups:,} different, {part.num_several:,} of them with several rows"]
     if part.num_several:
@@ -129,13 +137,14 @@ def _group_lines(title: str, part: GroupReport, *, names: bool) -> list[str]:
         )
     if part.between_share is not None and part.num_groups > 1:
         lines.append(f"           {part.between_share:.0%} of the variance of the scores lies between them")
-    if names:
+    if spread is not None:
         width = min(40, max(len(_short(group.name)) for group in part.largest))
         lines.append(f"           {'':<{width}}  {'rows':>10}  {'positive':>8}  {'mean':>10}  {'τ':>10}")
         for group in part.largest:
             lines.append(
                 f"           {_short(group.name):<{width}}  {group.num_rows:>10,}  "
-                f"{group.num_positive / group.num_rows:>8.1%}  {group.mean:>10.4g}  {group.threshold:>10.4g}"
+                f"{group.num_positive / group.num_rows:>8.1%}  {_shown(group.mean, spread):>10.4g}  "
+                f"{_shown(group.threshold, spread):>10.4g}"
             )
         if part.num_groups > len(part.largest):
             lines.append(f"           ... and {part.num_groups - len(part.largest):,} more")
@@ -150,7 +159,9 @@ def histogram_lines(bars: Sequence[tuple[float, float, int]], threshold: float |
         bars (`Sequence[tuple[float, float, int]]`): (low, high, count), see [`score_bars`].
         threshold (`float`, *optional*): τ, whose place is marked.
     """
-    labels = [f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}" for low, high, _ in bars]
+    spread = bars[-1][1] - bars[0][0]
+    pairs = [(_shown(low, spread), _shown(high, spread)) for low, high, _ in bars]
+    labels = [f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}" for low, high in pairs]
     width, largest = max(map(len, labels)), max(count for *_, count in bars)
     marked = None
     if threshold is not None:  # the bar that τ lies in, or the first one above it
@@ -165,7 +176,7 @@ def histogram_lines(bars: Sequence[tuple[float, float, int]], threshold: float |
 def _example_lines(report: LabelReport) -> list[str]:
     width = max(len(f"{example.row}") for example in report.examples)
     return [
-        f"  {example.place:<14} row {example.row:>{width}}  {example.score:>10.5g}  "
+        f"  {example.place:<14} row {example.row:>{width}}  {_shown(example.score, report.scores.std):>10.5g}  "
         f"{'positive' if example.positive else 'negative'}  weight {example.weight:<7.4g} {_short(example.prompt, 60)}"
         for example in report.examples
     ]

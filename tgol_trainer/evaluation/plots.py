@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tgol_trainer._files import replacing
+from tgol_trainer.thresholds import shown
 
 from .drawing import INK, printable
 
@@ -94,7 +95,9 @@ def save_score_histogram(
             np.cumsum(weights, out=weights)
             sums = np.diff(np.concatenate([[0], weights])[_cuts(values, distinct, edges)]) * values.size / weights[-1]
             handles.append(_draw_outline(axes, sums, distinct, edges))
-        text = f"threshold τ = {threshold:.6g}" + (f" ({ties:,} tied with it)" if ties else "")
+        text = f"threshold τ = {shown(threshold, float(values.std())):.6g}" + (
+            f" ({ties:,} tied with it)" if ties else ""
+        )
         handles.append(axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.5, label=text))
         if few and distinct.size <= 10:
             axes.set_xticks(distinct)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tgol_trainer.thresholds import CombinationMethod, ScoreCombination, ThresholdError, fit_combination
+from tgol_trainer.thresholds import CombinationMethod, ScoreCombination, ThresholdError, fit_combination, shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ def combination_lines(combination: ScoreCombination) -> list[str]:
     lines = [f"Score s = {combination.formula}, where z is standardised by mean and standard deviation:"]
     taus = combination.raw_thresholds
     for index, column in enumerate(combination.columns):
-        line = f"  {column}: mean {combination.centers[index]:.6g}, standard deviation {combination.scales[index]:.4g}"
-        lines.append(line + (f", threshold {taus[index]:.6g}" if taus else ""))
+        spread = combination.scales[index]
+        line = f"  {column}: mean {shown(combination.centers[index], spread):.6g}, standard deviation {spread:.4g}"
+        lines.append(line + (f", threshold {shown(taus[index], spread):.6g}" if taus else ""))
     return lines
 
 

@@ -142,7 +142,7 @@ def fit_labels(
         labeler = dataclasses.replace(labeler, weighting=weighting)
         labels = dataclasses.replace(labels, weight=weighting(labels.margin).astype(np.float32, copy=False))
     weights = thresholds.summarize_weights(labels.weight)
-    _log(labeler.threshold, weights)
+    _log(labeler, weights)
     return FittedLabels(dataclasses.replace(labeler, weights=weights), labels, kept)
 
 
@@ -158,11 +158,13 @@ def _check_weights(weights: np.ndarray, scores: np.ndarray, name: str) -> None:
         )
 
 
-def _log(threshold: Threshold, weights: thresholds.WeightSummary) -> None:
+def _log(labeler: Labeler, weights: thresholds.WeightSummary) -> None:
+    threshold = labeler.threshold
+    value = thresholds.shown(threshold.value, labeler.score_std)
     logger.info(
         "Threshold %.6g (%s): %d positive, %d negative, %d tied. Weights: mean %.3g, max %.3g, the largest 1 %% carry "
         "%.1f %%.",
-        *(threshold.value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
+        *(value, threshold.source, threshold.num_positive, threshold.num_negative, threshold.num_ties),
         *(weights.mean, weights.max, 100 * weights.top_1_percent_share),
     )
 

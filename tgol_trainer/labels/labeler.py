@@ -161,7 +161,7 @@ class Labeler:
             logger.warning(
                 "The checkpoint's threshold is %.6g, the threshold of the data given now is %.6g. Training resumes "
                 "with the checkpoint's. Start anew if the data were meant to change.",
-                *(threshold.value, self.threshold.value),
+                *(thresholds.shown(value, self.score_std) for value in (threshold.value, self.threshold.value)),
             )
         if saved["row_thresholds_blake2b"] != self.to_dict()["row_thresholds_blake2b"]:
             logger.warning(

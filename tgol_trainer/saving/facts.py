@@ -15,7 +15,7 @@ from tgol_trainer.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, MethodAr
 from tgol_trainer.families import hub_license
 from tgol_trainer.labels import Labeler
 from tgol_trainer.scaling import Scaling
-from tgol_trainer.thresholds import ScoreCombination
+from tgol_trainer.thresholds import ScoreCombination, shown
 
 from .card import CardFacts, DatasetFacts, Hyperparameter, SharedFile
 from .settings import TRAINING_FIELDS, Change
@@ -112,9 +112,11 @@ def _training(state: TrainerState) -> dict[str, Any]:
 
 def _combination_facts(combination: ScoreCombination) -> dict[str, Any]:
     columns = zip(combination.columns, combination.weights, combination.centers, combination.scales, strict=True)
-    rows = [dict(zip(("name", "weight", "mean", "std"), column, strict=True)) for column in columns]
+    rows: list[dict[str, Any]] = [
+        {"name": name, "weight": weight, "mean": shown(mean, std), "std": std} for name, weight, mean, std in columns
+    ]
     for row, tau in zip(rows, combination.raw_thresholds, strict=False):
-        row["threshold"] = tau
+        row["threshold"] = shown(tau, row["std"])
     return {"method": combination.method, "columns": rows}
 
 
@@ -124,6 +126,7 @@ def _label_facts(labeler: Labeler | None) -> tuple[dict[str, Any], dict[str, Any
         return {}, {}
     threshold = {
         **labeler.threshold.to_dict(),
+        "value": shown(labeler.threshold.value, labeler.score_std),
         "num_negative": labeler.threshold.num_negative,
         "normalization": dataclasses.asdict(labeler.normalization),
         **({"combination": _combination_facts(labeler.combination)} if labeler.combination else {}),

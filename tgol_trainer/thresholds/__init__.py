@@ -1,6 +1,6 @@
 """Turn scores into thresholds τ, labels and weights, with NumPy alone."""
 
-from .base import Threshold, ThresholdError
+from .base import Threshold, ThresholdError, shown
 from .combination import CombinationMethod, ScoreCombination, check_combination, combined_name, fit_combination
 from .counts import GroupCounts, count_differing, count_groups
 from .groups import GroupStatistic, GroupThresholds, estimate_group_thresholds, group_ids, variance_components
@@ -54,6 +54,7 @@ __all__ = [
     "group_draw",
     "group_ids",
     "oracle_draw",
+    "shown",
     "summarize_weights",
     "variance_components",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_ROUNDING = 1e-13
+
 
 class ThresholdError(ValueError):
     """The scores cannot be divided into two classes as asked; the message says why and what to change."""
@@ -77,6 +79,11 @@ def rounding_error(values: np.ndarray) -> float:
     with np.errstate(over="ignore"):
         single = bool((values.astype(np.float32) == values).all())
     return 16 * float(np.finfo(np.float32 if single else np.float64).eps) * float(np.abs(values).max())
+
+
+def shown(value: float, spread: float) -> float:
+    """Return a number in the unit of scores as a person is told it: 0 where it is rounding beside their `spread`."""
+    return 0.0 if abs(value) < _ROUNDING * spread else value
 
 
 def deviation(values: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import ThresholdError, checked_scores, deviation, rounding_error
+from .base import ThresholdError, checked_scores, deviation, rounding_error, shown
 from .percentile import estimate_threshold
 
 CombinationMethod = Literal["sum", "min"]
@@ -55,7 +55,7 @@ class ScoreCombination:
             text = " ".join(f"{_signed(w)}·z({c})" for w, c in zip(self.weights, self.columns, strict=True))
             return text.removeprefix("+ ")
         parts = zip(self.weights, self.columns, self.thresholds, strict=True)
-        return f"min({', '.join(f'{w:g}·(z({c}) {_signed(-tau)})' for w, c, tau in parts)})"
+        return f"min({', '.join(f'{w:g}·(z({c}) {_signed(-shown(tau, 1.0))})' for w, c, tau in parts)})"
 
     @property
     def raw_thresholds(self) -> tuple[float, ...]:
