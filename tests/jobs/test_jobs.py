@@ -451,6 +451,27 @@ def test_an_image_that_cannot_be_decoded_is_none_and_counted(images, tmp_path, c
     assert "2 of 7 rows have no score" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["rows", "stream"])
+def test_a_reward_that_gives_no_row_a_score_ends_the_command(images, tmp_path, monkeypatch, capsys, streaming):
+    """As a judge does whose answers hold no number; a reward that gives one row a score is taken."""
+    (tmp_path / "silent.py").write_text(
+        "def none(images, prompts):\n    return [None] * len(prompts)\n"
+        "def one(images, prompts):\n    return [1.0 if prompt == 'p4' else None for prompt in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stream_of(images, tmp_path / "source")
+    command = ["score", str(tmp_path / "source"), "--use_cpu", "--shard_size", "2", *streaming]
+    for name, number in (("none", 7), ("one", 6)):
+        arguments = [*command, "--rewards", f"silent:{name}", "--output_dir", str(tmp_path / name)]
+        if name == "one":
+            assert cli.main(arguments) == 0
+            assert f"rows without a score: one {number}." in capsys.readouterr().out
+            continue
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert f"`rewards`: 'none' gave none of the {number} rows a score" in capsys.readouterr().err
+
+
 def test_images_behind_addresses_become_part_of_the_scored_files(images, tmp_path):
     """As a streamed archive names its members; of what is not there, or is no image, the row stays."""
     archive = tmp_path / "all.zip"

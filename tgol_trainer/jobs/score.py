@@ -124,8 +124,8 @@ def score_dataset(
 
     Raises:
         DataError: if no reward is given, if a column is missing or the name of a reward is taken, if a reward scores
-            images and the rows hold videos or the other way round, or if `output_dir` was begun with another dataset
-            or other shards.
+            images and the rows hold videos or the other way round, if a reward gave no row a score, or if `output_dir`
+            was begun with another dataset or other shards.
     """
     settings = settings or ScoringSettings()
     settings.check()
@@ -137,6 +137,8 @@ def score_dataset(
     mine = work.shards.share(*(share or process_share()))
     for loaders in rewards_in_turn(rewards, settings.one_at_a_time):
         work.score(loaders, mine, progress)
+    if share is None:
+        work.refuse_silence(list(rewards), mine)
     missing = work.assemble(list(rewards), mine)
     if report:
         report_missing(missing, work.shards.count(mine), source.medium)
@@ -333,6 +335,13 @@ class _Work:
             found[file.parent.name] = {**json.loads(file.read_text(encoding="utf-8")), "columns": names}
         return found
 
+    def refuse_silence(self, rewards: list[str], mine: Sequence[int]) -> None:
+        """Raise a [`DataError`] for a reward that gave no row a score; other processes may have rows that have one."""
+        for name in rewards if mine else ():
+            parts = [pyarrow.parquet.read_table(file) for file in self.part(name, 0).parent.glob("*.parquet")]
+            if not any(column.null_count < len(part) for part in parts for column in part.columns):
+                raise DataError(no_scores(name, sum(map(len, parts))))
+
     def assemble(self, rewards: list[str], mine: Sequence[int]) -> dict[str, int]:
         """Write the shards that lack a column or the present weighted sum; return how many rows have no score."""
         weights = self.settings.weights
@@ -421,6 +430,15 @@ def _with_bytes(value: Any) -> Any:
             return {"bytes": file.read(), "path": Path(path.partition("::")[0]).name}
     except (OSError, NotAFileError):
         return None
+
+
+def no_scores(name: str, num_rows: int) -> str:
+    """Return the error of a reward that gave no row a score."""
+    return (
+        f"`rewards`: {name!r} gave none of the {num_rows} rows a score. Of a judge, `pattern` must match its answers, "
+        "which are shown above; `tgol check` lists images that cannot be decoded. Mend that and give another "
+        "`output_dir`: answers are kept."
+    )
 
 
 def report_missing(missing: Mapping[str, int], num_rows: int, medium: str) -> None:

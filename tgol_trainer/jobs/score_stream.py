@@ -23,6 +23,7 @@ from .score import (
     ScoringSettings,
     check_made_of,
     check_rewards,
+    no_scores,
     note_rewards,
     report_missing,
     rewards_in_turn,
@@ -186,4 +187,7 @@ def _count_missing(paths: Sequence[Path], columns: Sequence[str], medium: str) -
         for column in columns:
             missing[column] += table[column].null_count
     report_missing(missing, num_rows, medium)
+    silent = [column for column in columns if num_rows and missing[column] == num_rows]
+    if silent:
+        raise DataError(no_scores(silent[0], num_rows))
     return missing
