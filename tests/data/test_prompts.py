@@ -20,6 +20,12 @@ SIZE = (8, 8)
         ("a cat <lora:ink:0.8>", "network"),
         ("a cat BREAK a dog", "BREAK"),
         ("a cat,BREAK", "BREAK"),
+        ("a cat AND a dog", "AND"),
+        ("a cat :1.2 AND The dog :0.5", "AND"),
+        ("a [cat|dog] asleep", "alternatives"),
+        ("a {red|dark blue|} hat", "alternatives"),
+        ("a {2$$red|blue} hat", "alternatives"),
+        ("a __colours/warm__ hat", "wildcard"),
         ("a [cat:dog:0.5]", "change"),
         ("a [:hat:10]", "change"),
         ("a cat\nNegative prompt: a dog", "negative"),
@@ -43,6 +49,13 @@ def test_instructions_for_other_programs_are_seen(prompt, kind):
         "BREAKING NEWS",
         "take a break",
         "a [red] hat",
+        "a street in the [1920s]",
+        "a sign that says BLACK AND WHITE",
+        "ROCK AND ROLL, a poster",
+        "a cat and a dog, AND",
+        "a dark|light theme",
+        "file__name__old",
+        "a line ____ to fill in",
         "ratio 16:9",
         "(16:9)",
         '{"a": 1}',
@@ -65,6 +78,11 @@ def test_plain_prompts_are_left_alone(prompt):
         ("a cat BREAK a dog, BREAK", "a cat, a dog"),
         ("a [cat:dog:0.5] and [:a hat:10], [sun::3]", "a dog and a hat, sun"),
         ("a cat\nNegative prompt: a dog\nSteps: 3, Sampler: x", "a cat"),
+        ("a cat :1.2 AND a dog :0.5", "a cat, a dog"),
+        ("a clock at 12:30 AND a cat", "a clock at 12:30, a cat"),
+        ("a [cat|dog] asleep, {red|0.5::dark blue|} hat", "a cat dog asleep, red or dark blue hat"),
+        ("a {2$$ and $$(red:1.2)|blue} hat", "a red or blue hat"),
+        ("a __colours/warm__ hat, __place__", "a hat"),
         ("<lora:ink:1>", ""),
         ("Negative prompt: a dog", ""),
     ],
@@ -74,12 +92,14 @@ def test_the_plain_text_of_a_prompt_keeps_its_words_and_nothing_else(prompt, pla
     assert foreign_syntax(plain) is None
 
 
-@pytest.mark.parametrize("prompt", ["a cat (asleep),  two blanks ", "a clock at 12:30 (noon)", "a [red] hat , {x|y}"])
+@pytest.mark.parametrize("prompt", ["a cat (asleep),  two blanks ", "a clock at 12:30 (noon)", "a [red] hat , {x"])
 def test_a_plain_prompt_stays_to_the_letter(prompt):
     assert strip_syntax(prompt) == prompt
 
 
-@pytest.mark.parametrize("sign", ["(", "[", "{", "(a:", "1::", "\\(", " ", "[a:"])
+@pytest.mark.parametrize(
+    "sign", ["(", "[", "{", "(a:", "1::", "\\(", " ", "[a:", "[a|", "{a|", "__a-", "a AND ", "a AND a :"]
+)
 def test_prompts_of_a_hundred_thousand_signs_do_not_stop_a_run(sign):
     strip_syntax(sign * 20_000 + "(a:1.2)")
 

@@ -19,13 +19,23 @@ _BREAK = re.compile(r"(?:^|(?<=[\s,]))BREAK(?=[\s,]|$)")
 _SETTINGS = re.compile(r"\bnegative prompt:.*|\bSteps: \d+, Sampler:.*", re.IGNORECASE | re.DOTALL)
 _CHANGE = re.compile(r"\[([^\[\]:]*):(?:([^\[\]:]*):)?\s*\d*\.?\d+\s*\]")
 _NUMBERED = re.compile(r"-?\d+(?:\.\d+)?::(.*?)::", re.DOTALL)
+# Upper case between two prompts; not in a line of capitals, such as the words on a sign.
+_AND = re.compile(r"(?<=[^\sA-Z])\s+AND\s+(?!\W*[A-Z]+\b)(?=\S)")
+_WEIGHT_OF_PART = re.compile(r"(?<![\d\s])\s*:\s*-?\d*\.?\d+\s*$")
+_BOTH = re.compile(r"\[([^\[\]{}|]*(?:\|[^\[\]{}|]*)+)\]")
+_EITHER = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+_CHANCE = re.compile(r"^\s*[\d-]+\$\$(?:[^$]*\$\$)?|(?:^|(?<=\|))\s*\d*\.?\d+::")
+_WILDCARD = re.compile(r"(?<!\w)__[^\W\d_](?:[\w/*-]{0,80}[^\W_])?__(?!\w)")
 _SYNTAX = {
     "a weight such as (word:1.3)": re.compile(rf"\([^()]+{_WEIGHT}\)"),
     "emphasis such as ((word)) or {word}": re.compile(r"\(\(|\[\[|\\[()\[\]]|\{\{|\{[\w ,'-]+\}"),
     "a weight such as 1.3::word::": _NUMBERED,
     "a change such as [a:b:0.5]": _CHANGE,
+    "alternatives such as [a|b] or {a|b}": re.compile(f"{_BOTH.pattern}|{_EITHER.pattern}"),
+    "a wildcard such as __colour__": _WILDCARD,
     "a network such as <lora:name:0.8>": _NETWORK,
     "BREAK": _BREAK,
+    "AND between prompts": _AND,
     "a negative prompt or settings": _SETTINGS,
 }
 _EMPHASIS = (
@@ -52,8 +62,9 @@ def strip_syntax(prompt: str) -> str:
     """
     Return the plain text of a prompt that holds instructions for other programs; any other prompt as it is.
 
-    Weights and emphasis leave their words, a change `[a:b:0.5]` what it ends with, networks leave nothing, and BREAK a
-    comma. A negative prompt or settings, and what follows them, go.
+    Weights and emphasis leave their words, a change `[a:b:0.5]` what it ends with, `[a|b]` both, and `{a|b}`, of which
+    the text does not say which it was, "a or b". Networks and wildcards leave nothing, BREAK and AND a comma. A
+    negative prompt or settings, and what follows them, go.
 
     Args:
         prompt (`str`): A prompt in the syntax of A1111, ComfyUI or NovelAI.
@@ -63,12 +74,15 @@ def strip_syntax(prompt: str) -> str:
     """
     if foreign_syntax(prompt) is None:
         return prompt
-    text = _NETWORK.sub("", _SETTINGS.sub("", prompt))
+    text = _WILDCARD.sub("", _NETWORK.sub("", _SETTINGS.sub("", prompt)))
+    text = ", ".join(_WEIGHT_OF_PART.sub("", part) for part in parts) if len(parts := _AND.split(text)) > 1 else text
     for written, sign in _ESCAPED.items():
         text = text.replace(written, sign)
     text = _NUMBERED.sub(r"\1", text)
     for _ in range(_DEEPEST):
         before = text
+        text = _BOTH.sub(lambda found: " ".join(_alternatives(found[1])), text)
+        text = _EITHER.sub(lambda found: " or ".join(_alternatives(_CHANCE.sub("", found[1]))), text)
         text = _CHANGE.sub(lambda found: (found[2] or "").strip() or found[1].strip(), text)
         for pattern in _EMPHASIS:
             text = pattern.sub(r"\1", text)
@@ -80,6 +94,10 @@ def strip_syntax(prompt: str) -> str:
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"\s*,(?:\s*,)+\s*|\s+,\s*", ", ", text)
     return text.strip(" ,")
+
+
+def _alternatives(inside: str) -> list[str]:
+    return [text.strip() for text in inside.split("|") if text.strip()]
 
 
 def apply_syntax(prompt: str, syntax: PromptSyntax) -> str:
