@@ -88,6 +88,25 @@ def test_rows_without_prompt_or_image_are_counted_and_ids_tell_nothing_of_files(
     assert set(name) <= set(string.hexdigits) and found.content(name) == encoded("PNG")
 
 
+def test_images_whose_package_is_missing_are_left_out_and_named(tmp_path, monkeypatch):
+    """By their first bytes, of files and of what a table holds: the name of a file says nothing."""
+    monkeypatch.setattr("tgol_trainer.data.images.readable_formats", lambda: ["PNG"])
+    heic = b"\0\0\0\x18ftypheic" + bytes(8)
+    (tmp_path / "IMG_1.png").write_bytes(heic)
+    cells = [{"path": str(tmp_path / "IMG_1.png")}, {"bytes": heic}, {"bytes": encoded("PNG")}]
+
+    def pictures(number):
+        cast = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+        images = [{"path": None, "bytes": None, **cell} for cell in cells[:number]]
+        return Pictures(datasets.Dataset.from_dict({"prompt": ["a"] * number, "image": images}, cast), folder=tmp_path)
+
+    found = pictures(3)
+    assert [line.partition(":")[0] for line in found.lacking] == ["IMG_1.png", "row 1"]
+    assert [picture.row for picture in found.by_id.values()] == [2] and found.num_left_out == 0
+    with pytest.raises(DataError, match=r"IMG_1.png: it is HEIF, which `pip install 'tgol_trainer\[formats\]'` reads"):
+        pictures(2)
+
+
 def test_a_turned_webp_which_browsers_show_unturned_is_sent_upright(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6

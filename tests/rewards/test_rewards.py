@@ -156,6 +156,19 @@ def test_an_async_function_is_told_how_it_can_be_called():
     coroutine.close()
 
 
+def test_arguments_whose_names_do_not_tell_are_swapped_where_the_reward_works_that_way_round():
+    def swapped(a, b):
+        return [len(text) + image.width for text, image in zip(a, b, strict=True)]
+
+    def failing(a, b):
+        return [image.absent for image in a]
+
+    with pytest.raises(TypeError, match=r"'swapped' takes prompts first: .*TypeError.* Swap its arguments"):
+        score_images(swapped, some_images(2), ["p", "q"])
+    with pytest.raises(AttributeError, match="absent"):
+        score_images(failing, some_images(2), ["p", "q"])
+
+
 def test_swapped_arguments_and_another_number_of_them_are_refused_before_the_first_call(tmp_path, monkeypatch):
     def swapped(prompts, images):
         raise AssertionError

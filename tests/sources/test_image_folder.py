@@ -468,6 +468,20 @@ def test_columns_have_the_names_that_are_asked_for_and_json_beside_images_is_no_
     assert dataset["text"] == ["p"]
 
 
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({}, r"no scores yet.*tgol score.*tgol rate"),
+        ({"jpeg": [1.0], "hps": [2]}, r"'hps', 'jpeg'.*--score_column hps`"),
+    ],
+)
+def test_generated_images_are_to_be_scored_and_scored_ones_have_the_column_named(more, remedy):
+    made = {"prompt": ["p"], "image": [Image.new("RGB", SIZE)], "seed": [1], "image_index": [0]}
+    made |= {"model": ["m"], "settings": ["{}"]}
+    with pytest.raises(DataError, match=remedy):
+        prepare_dataset(datasets.Dataset.from_dict({**made, **more}), Columns(), SIZE)
+
+
 def test_without_scores_training_is_refused_with_the_ways_to_give_them(tmp_path):
     image(tmp_path / "a.png", {"parameters": "p"})
     with pytest.raises(DataError, match=r"no image of the folder has a score.*--folder_scores.*tgol score"):

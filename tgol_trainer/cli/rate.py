@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tgol_trainer.sources.ratings import RateSettings
 
 LOOPBACK = ("127.0.0.1", "localhost")
+_SHOWN = 3
 _TRAINED = ("--recipe", "anchored", "--max_steps", "200")
 """Of the commands at the end: a pass over a hundred ratings is twelve updates, of which nothing can be seen."""
 
@@ -179,6 +180,9 @@ def _session(args: argparse.Namespace, dataset: datasets.Dataset, ratings: str |
     if pictures.num_left_out:
         rows = counted(pictures.num_left_out, "row")
         _say(f"{rows} without a prompt or {pictures.medium}: not shown. `tgol check` says why.")
+    if pictures.lacking:
+        shown = "; ".join(pictures.lacking[:_SHOWN]) + ("; ..." if len(pictures.lacking) > _SHOWN else "")
+        _say(f"{counted(len(pictures.lacking), 'image')} not shown: {shown}.")
     tasks = make_tasks(list(pictures.by_id.values()), args.kind, args.seed)
     # A path of this machine would be pushed with the ratings.
     source = os.path.relpath(path.resolve(), args.output_dir.resolve()) if local else args.source

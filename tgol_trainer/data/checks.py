@@ -39,6 +39,9 @@ SYNONYMS = {
 _TEXTS = ("string", "large_string", "string_view")
 _NUMBERS = ("int", "uint", "float", "bool")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
+_MADE = {"seed", "model", "settings"}
+"""Columns of what `tgol generate` wrote; what `tgol score` adds to them is a column of numbers that is not here:"""
+_NO_SCORES = {"seed", "image_index", "video_index", "fps", "num_frames"}
 _PAIRS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
 _SHOWN_ROWS = 5
 
@@ -86,7 +89,7 @@ def check_columns(
     if set(missing) & {"image", "score"}:
         _refuse_pairs(present, columns, name, missing)
     if missing:
-        raise _missing_columns(present, roles, missing, name)
+        raise _missing_columns(present, roles, missing, name, features or {})
     if features is None:  # a stream after `map`; its rows are checked as they come
         return
     _check_prompt_type(features[columns.prompt], columns.prompt, name)
@@ -157,7 +160,12 @@ def _refuse_other_medium(present: list[str], features: Any, columns: Columns, na
         )
 
 
-def _missing_columns(present: list[str], roles: dict[str, str], missing: list[str], name: str) -> DataError:
+def _missing_columns(
+    present: list[str], roles: dict[str, str], missing: list[str], name: str, features: Any
+) -> DataError:
+    if missing == ["score"] and set(present) >= _MADE and "prompt_from" not in present:
+        scored = sorted(c for c in features if c not in _NO_SCORES and _is_number_type(features[c]))
+        return _without_score(scored, roles["score"], name)
     free = [column for column in present if column not in roles.values()]
     lowered = {column.lower(): column for column in reversed(free)}
     lines, fields, flags = [], [], []
@@ -182,6 +190,20 @@ def _missing_columns(present: list[str], roles: dict[str, str], missing: list[st
         f"`{', '.join(fields)}` in TGOLConfig, `{' '.join(flags)}` on a command line; or rename it:\n"
         + "\n".join(lines)
         + (f"\nNo image that the table names has a score either. {ways}" if of_files else "")
+    )
+
+
+def _without_score(scored: list[str], wanted: str, name: str) -> DataError:
+    """Return the error for generated images that have no score, or scores under the names of rewards."""
+    if scored:
+        columns = ", ".join(map(repr, scored))
+        return DataError(
+            f"{name}: the images have scores in {columns}, and none is called {wanted!r}. Name one: `score_column="
+            f"{scored[0]!r}` in TGOLConfig, `--score_column {scored[0]}` on a command line."
+        )
+    return DataError(
+        f"{name}: these images of `tgol generate` have no scores yet. Let a reward function score them (`tgol score`) "
+        "or rate them in the browser (`tgol rate`), and go on with the folder that it writes."
     )
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tgol_trainer._files import write_file
 from tgol_trainer.data.checks import check_class
 from tgol_trainer.data.files import open_file
-from tgol_trainer.data.images import DataError, open_image
+from tgol_trainer.data.images import DataError, lacking_package, open_image
 from tgol_trainer.data.rows import prompt_problem
 from tgol_trainer.data.videos import coding, encode_webm
 from tgol_trainer.sources.ratings import IMAGES, Kind, Medium
@@ -72,6 +72,7 @@ class Pictures:
         medium (`str`): `"image"` or `"video"`.
         numbered (`bool`): Whether images have no paths, so that their rows' numbers tell them apart.
         num_left_out (`int`): Rows without a prompt or a file.
+        lacking (`list[str]`): Images that are left out since the package which reads them is missing, each with that.
 
     Raises:
         DataError: for a missing column, or if no row can be rated.
@@ -101,20 +102,28 @@ class Pictures:
         self._webm = functools.lru_cache(maxsize=8)(lambda picture: encode_webm(self.content(picture)))
         self._image = image
         self.numbered, self.num_left_out = False, 0
+        self.lacking: list[str] = []
         found: dict[str, Picture] = {}
         row = 0
         for table in self._files.with_format("arrow").iter(batch_size=1000):
-            paths, inside = _paths(table.column(image))
-            for text, path, has_bytes in zip(table.column(prompt).to_pylist(), paths, inside, strict=True):
-                if prompt_problem(text) is None and (has_bytes or (path and os.path.isfile(path))):
-                    self.numbered |= has_bytes
-                    name = os.path.relpath(path, folder) if path and not has_bytes else f"row {row}"
+            columns = (table.column(prompt).to_pylist(), *_paths(table.column(image)))
+            for text, path, start in zip(*columns, strict=True):
+                if prompt_problem(text) is None and (start or (path and os.path.isfile(path))):
+                    self.numbered |= bool(start)
+                    name = os.path.relpath(path, folder) if path and not start else f"row {row}"
+                    lacking = None if self.medium == "video" else lacking_package(start or path)
+                    if lacking is not None:
+                        self.lacking.append(f"{name}: {lacking}")
+                        row += 1
+                        continue
                     key = digest(name, text)
                     found.setdefault(key, Picture(key, row, text))
                 else:
                     self.num_left_out += 1
                 row += 1
         self.by_id = found
+        if not found and self.lacking:
+            raise DataError(f"source: no image can be shown. {self.lacking[0]}.")
         if not found:
             what = "an image" if self.medium == "image" else "a video"
             raise DataError(
@@ -166,11 +175,11 @@ class Pictures:
         return name
 
 
-def _paths(column: pa.ChunkedArray) -> tuple[list[str | None], list[bool]]:
-    """Return path and whether there are bytes for a column of undecoded images, without reading the bytes."""
+def _paths(column: pa.ChunkedArray) -> tuple[list[str | None], list[bytes | None]]:
+    """Return the paths of a column of undecoded images, and the first bytes of those that it holds itself."""
     cells = column.combine_chunks()
-    sizes = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), 0)
-    return pc.struct_field(cells, "path").to_pylist(), pc.greater(sizes, 0).to_pylist()
+    starts = pc.binary_slice(pc.struct_field(cells, "bytes"), 0, 16)
+    return pc.struct_field(cells, "path").to_pylist(), starts.to_pylist()
 
 
 def _format(content: bytes) -> str:

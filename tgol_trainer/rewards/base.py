@@ -239,7 +239,7 @@ def _score(
             batch = images[start : start + batch_size]
             present = [index for index, image in enumerate(batch) if image is not None]
             texts = [prompts[start + index] for index in present]
-            returned = call([batch[index] for index in present], texts)
+            returned = _called(call, name, [batch[index] for index in present], texts)
             if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
                 raise ValueError(
                     f"`columns` of the reward {name!r} must return a dictionary with the same keys each time, and '' "
@@ -253,6 +253,24 @@ def _score(
                 found.setdefault(ending, []).extend(scores)
             bar.update(len(batch))
     return found
+
+
+def _called(
+    call: Callable[[list[Any], list[str]], Any], name: str, images: list[Any], prompts: list[str]
+) -> Mapping[str, Any]:
+    """Call a reward; where it takes prompts first under names that do not say so, raise an error that does."""
+    try:
+        returned: Mapping[str, Any] = call(images, prompts)
+        return returned
+    except (AttributeError, TypeError) as error:
+        try:
+            call(prompts, images)  # type: ignore[arg-type]
+        except Exception:  # then it fails for another reason, which its own error says
+            raise error from None
+        raise TypeError(
+            f"The reward {name!r} takes prompts first: called with images and prompts it fails, "
+            f"{type(error).__name__}: {error}, and the other way round it does not. Swap its arguments."
+        ) from error
 
 
 def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> list[float | None]:
