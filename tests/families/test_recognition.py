@@ -80,7 +80,8 @@ def test_the_error_for_an_unknown_pipeline_says_what_was_found_and_what_was_not(
     assert all(fact in found for fact in ("levels of DDPM", "AutoencoderKL: scaling_factor", "encode_prompt"))
     assert all(fact in missing for fact in ("HunyuanDiT2DModel has no `add_adapter`", "load_lora_weights"))
     assert "CONTRIBUTING.md, 'A new model family'" in text
-    assert parts_of_index({"_class_name": "x", **parts}).keys() == {"scheduler", "transformer", "vae"}
+    values = {"_class_name": "x", "text_encoder_select_layers": [2, 5], "sizes": [1], "image_encoder": [None, None]}
+    assert parts_of_index({**values, **parts}).keys() == {"scheduler", "transformer", "vae"}
 
 
 def test_pipelines_that_cannot_be_inspected_say_why():

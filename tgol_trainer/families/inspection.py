@@ -45,8 +45,13 @@ def inspect_pipeline(name: str, parts: dict[str, str]) -> str:
 
 
 def parts_of_index(index: dict[str, Any]) -> dict[str, str]:
-    """Return the class names of components from a `model_index.json`."""
-    return {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
+    """Return the class names of components from a `model_index.json`, which may hold other lists (Krea 2's layers)."""
+    return {name: value[1] for name, value in index.items() if is_component(value) and value[1]}
+
+
+def is_component(value: Any) -> bool:
+    """Whether an entry of a `model_index.json` names a library and a class, or two nulls."""
+    return isinstance(value, list) and len(value) == 2 and all(each is None or isinstance(each, str) for each in value)
 
 
 def _note(fact: str | None, what: str, found: list[str], missing: list[str]) -> None:

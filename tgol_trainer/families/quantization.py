@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .inspection import parts_of_index
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
@@ -35,11 +36,11 @@ def denoiser_quantization(index: dict[str, Any], config: Any) -> PipelineQuantiz
                 "(`pip install 'tgol_trainer[quantization]'`) on a machine with a GPU. Without one leave it out; "
                 "`dtype='bfloat16'` halves the memory that the base model takes."
             ) from error
-    denoisers = [name for name in ("transformer", "transformer_2", "unet") if (index.get(name) or [None])[-1]]
+    denoisers = [name for name in ("transformer", "transformer_2", "unet") if name in parts_of_index(index)]
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(denoisers, config))
 
 
-def add_text_encoders(index: Mapping[str, Any], options: dict[str, Any]) -> None:
+def add_text_encoders(index: dict[str, Any], options: dict[str, Any]) -> None:
     """
     Add the large text encoders of a pipeline, in NF4 of bitsandbytes, to the options of `from_pretrained`.
 
@@ -49,8 +50,7 @@ def add_text_encoders(index: Mapping[str, Any], options: dict[str, Any]) -> None
     from diffusers import PipelineQuantizationConfig
     from transformers import BitsAndBytesConfig
 
-    kinds = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
-    names = [name for name, kind in kinds.items() if _is_large_text_encoder(name, kind)]
+    names = [name for name, kind in parts_of_index(index).items() if _is_large_text_encoder(name, kind)]
     if not names:
         raise ValueError("`text_encoders_in_4bit`: this pipeline has CLIP's text encoders alone, which are small.")
     mapping = dict(options["quantization_config"].quant_mapping or {}) if "quantization_config" in options else {}

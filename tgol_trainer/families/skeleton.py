@@ -13,6 +13,7 @@ from tgol_trainer.shapes import embedded_model
 
 from . import read_dtype, read_index, wrap_pipeline
 from .base import FamilySettings, ModelFamily
+from .inspection import is_component
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -60,7 +61,7 @@ def load_skeleton(
     for name, value in index.items():
         if name not in known:
             continue
-        if not isinstance(value, (list, tuple)):
+        if not is_component(value):
             arguments[name] = value
         elif name in _LEFT_OUT or value[1] is None:
             arguments[name] = None
