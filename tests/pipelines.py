@@ -294,7 +294,7 @@ TINY = {
         tiny_video.hunyuan_video,
         sizes=((720, 1280), 16),
         **{**_WAN, "latents": (4, 2, 2, 4), "long_prompts": (2, 253)},
-        unguided={"guidance_scale": 3.5},
+        unguided={},
     ),
     "ltx": Facts(tiny_ltx.ltx, sizes=((512, 704), 32), long_prompts=(2, 128), **_LTX),
     "ltx condition": Facts(
@@ -356,6 +356,7 @@ TINY = {
     "mochi": Facts(
         tiny_video.mochi,
         inverted=True,
+        learning_rate=1e-2,
         sizes=((480, 848), 16),
         **{**_WAN, **_MOCHI, "long_prompts": (2, 256)},
     ),

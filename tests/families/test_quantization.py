@@ -29,8 +29,6 @@ bnb = pytest.importorskip("bitsandbytes")
 GPU = torch.cuda.is_available()
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 BITS = {"4 bits": (NF4, bnb.nn.Params4bit), "8 bits": ({"load_in_8bit": True}, bnb.nn.Int8Params)}
-TRAINED = [name for name in TINY if name not in ("sd v", "sd3", "flux without guidance")]
-"""Those left out differ in nothing that quantisation touches."""
 
 
 @pytest.fixture
@@ -96,17 +94,16 @@ def adapter_of(model):
     return found
 
 
-LATER = ("ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow", "chroma", *SLOW)
-"""Loaded and trained by the code of those before them; slow tests."""
+LATER = (
+    *("sd v", "sd3", "flux without guidance", "ltx", "ltx-2", "krea-2", "ernie-image", "sana", "lumina-2", "auraflow"),
+    *("chroma", *SLOW),
+)
+"""Loaded and trained by the code of the others; slow tests."""
 # Each other family in 4 bits; in 8, one of the usual kind and the one that needs layers left out.
 # The CPU kernel of bitsandbytes for 8 bits takes no more dimensions than rows and columns, and Kandinsky 5 has a grid.
 CASES = quick(
-    [
-        case
-        for case in itertools.product(TRAINED, BITS)
-        if not (case[0].startswith("kandinsky") and case[1] == "8 bits")
-    ],
-    *((name, "4 bits") for name in TRAINED if name not in LATER),
+    [case for case in itertools.product(TINY, BITS) if not (case[0].startswith("kandinsky") and case[1] == "8 bits")],
+    *((name, "4 bits") for name in TINY if name not in LATER),
     *((name, "8 bits") for name in ("sd", "amused")),
 )
 

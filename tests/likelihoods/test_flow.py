@@ -166,10 +166,10 @@ def test_the_networks_times_run_to_1000_for_sd3_and_to_1_for_flux():
 
 
 def test_flux_is_given_the_guidance_of_the_run_where_it_takes_any():
-    settings = [FamilySettings(guidance=guidance) for guidance in (1.0, 3.5)]
-    distilled = [load_family(flux(), settings=each).probe() for each in settings]
-    assert not torch.allclose(*distilled, atol=1e-4)
-    schnell = [load_family(flux(guidance_embeds=False), settings=each).probe() for each in settings]
+    settings = [FamilySettings(guidance=guidance) for guidance in (1.0, 3.5, None)]
+    low, *own = (load_family(flux(), settings=each).probe() for each in settings)
+    assert torch.equal(*own) and not torch.allclose(low, own[0], atol=1e-4)
+    schnell = [load_family(flux(guidance_embeds=False), settings=each).probe() for each in settings[:2]]
     assert torch.equal(*schnell)
 
 
@@ -189,7 +189,7 @@ def test_flux_cuts_images_that_are_not_square_as_the_pipeline_does():
 def test_density_and_guidance_of_the_run_reach_the_family(config, dataset):
     family = TGOLTrainer(flux(), config(timestep_sampling="logit_normal", train_guidance=2.0), dataset).family
     assert family.settings == FamilySettings("logit_normal", 2.0)
-    assert TGOLTrainer(flux(), config(), dataset).family.settings == FamilySettings(None, 3.5)
+    assert TGOLTrainer(flux(), config(), dataset).family.settings == FamilySettings()
 
 
 def test_the_patches_of_sd3_count_in_the_multiple_of_the_resolution():

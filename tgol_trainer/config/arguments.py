@@ -191,9 +191,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             "for large images. Other models do not use it."
         },
     )
-    train_guidance: float = field(
-        default=3.5,
-        metadata={"help": "Guidance value that guidance-distilled models (FLUX.1-dev) get in both passes."},
+    train_guidance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance value that guidance-distilled models get in both passes. By default 3.5 (FLUX.1-dev, "
+            "FLUX.2 dev), 6 (HunyuanVideo)."
+        },
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",

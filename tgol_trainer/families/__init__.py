@@ -299,7 +299,7 @@ def wrap_pipeline(
     unused = []
     if family.settings.timestep_sampling and not isinstance(family.likelihood, FlowLikelihood):
         unused.append("`timestep_sampling` is for models of flow matching")
-    if family.settings.guidance != FamilySettings.guidance and not family.denoiser.config.get("guidance_embeds"):
+    if family.settings.guidance is not None and not family.denoiser.config.get("guidance_embeds"):
         unused.append("`train_guidance` is for models distilled with guidance")
     if warning := warn_of_distillation(pipeline):
         logger.warning("%s", warning)

@@ -32,8 +32,9 @@ class FamilySettings:
         timestep_sampling (`str`, *optional*):
             `"uniform"`, `"logit_normal"` or `"shifted"`, the density of times of flow-matching models; by default the
             family's own.
-        guidance (`float`, *optional*, defaults to 3.5):
-            Guidance value given to guidance-distilled models, the same for policy and reference.
+        guidance (`float`, *optional*):
+            Guidance value given to guidance-distilled models, the same for policy and reference; by default the
+            family's own.
         num_frames (`int`, *optional*):
             Frames of a training clip; by default as many as the pipeline generates. Models of videos only.
         expert (`str`, *optional*):
@@ -44,7 +45,7 @@ class FamilySettings:
     """
 
     timestep_sampling: str | None = None
-    guidance: float = 3.5
+    guidance: float | None = None
     num_frames: int | None = None
     expert: str | None = None
     vae_tiling: bool = False

@@ -31,11 +31,21 @@ class FlowFamily(ModelFamily):
     velocity_sign = 1
     """-1 where the transformer predicts `latents - noise`, and the pipeline negates it."""
 
+    default_guidance = 3.5  # FLUX.1 and FLUX.2 dev, as diffusers' examples train them
+    """Guidance that a transformer distilled with guidance is given where the run sets none."""
+
     def make_likelihood(self) -> FlowLikelihood:
         """Return the likelihood on the pipeline's own noise levels."""
         sigmas, timesteps = self.schedule()
         density = self.settings.timestep_sampling or self.default_density
         return FlowLikelihood(sigmas, self.network_times(timesteps), density, self.sampled_levels)
+
+    def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Return the run's guidance (B,) for a transformer distilled with guidance, `None` for others."""
+        if not self.denoiser.config.get("guidance_embeds"):
+            return None
+        value = self.default_guidance if self.settings.guidance is None else self.settings.guidance
+        return torch.full((len(latents),), value, device=latents.device)
 
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noise levels (N,) to train on, falling, and the scheduler's times (N,); see [`flow_schedule`]."""
@@ -145,12 +155,6 @@ class PackedFlowFamily(PipelineSizedFamily):
             **conditioning,
         )[0][:, -math.prod(grid) :]  # after the text, where that comes out too
         return self.velocity_sign * pixel_shuffle(tokens.transpose(1, 2).contiguous().unflatten(2, grid), patch)
-
-    def guidance(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """Return the run's guidance (B,) for a transformer distilled with guidance, `None` for others."""
-        if not self.denoiser.config.get("guidance_embeds"):
-            return None
-        return torch.full((len(latents),), self.settings.guidance, device=latents.device)
 
 
 def grid_positions(height: int, width: int) -> torch.Tensor:

@@ -24,6 +24,9 @@ class HunyuanVideoFamily(VideoFlowFamily):
     since diffusers has no example that trains this model.
     """
 
+    # As the pipeline generates. Trainers on real videos give 1 (github.com/a-r-r-o-w/finetrainers and
+    # github.com/tdrussell/diffusion-pipe, models/hunyuan_video).
+    default_guidance = 6.0
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     default_size, default_frames, frames_per_second = (720, 1280), 129, 24
@@ -51,6 +54,6 @@ class HunyuanVideoFamily(VideoFlowFamily):
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity (B, C, f, h, w)."""
-        inputs = draw.inputs
-        guidance = torch.full((len(inputs),), 1000 * self.settings.guidance, dtype=inputs.dtype, device=inputs.device)
-        return super().predict(model, draw, {**conditioning, "guidance": guidance})
+        if (guidance := self.guidance(draw.inputs)) is not None:
+            conditioning = {**conditioning, "guidance": (1000 * guidance).to(draw.inputs.dtype)}
+        return super().predict(model, draw, conditioning)
