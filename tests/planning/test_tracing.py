@@ -61,6 +61,31 @@ def test_attention_without_memory_keeps_no_matrix_of_tokens_by_tokens():
     assert live.flops == 7 * 2 * 4096**2 * 64 * 8
 
 
+def test_whole_numbers_from_constants_are_computed_and_select_what_they_do_with_memory():
+    """Of masks, `nonzero`, `repeat_interleave`, slices, and gradients through them."""
+
+    def shapes():
+        places = torch.arange(12)
+        mask = places[None] >= 5
+        tokens = torch.ones(12, 3, requires_grad=True)
+        long = tokens.repeat_interleave(torch.where(mask, 4, 1)[0], dim=0)
+        filled = torch.zeros(9, 3).index_put((torch.tensor([True] * 7 + [False] * 2),), tokens[mask[0]])
+        filled.sum().backward()
+        head = tokens[: int(mask.sum())]
+        return [each.shape for each in (long, tokens[~mask[0]], mask[0].nonzero(), filled, tokens.grad, head)]
+
+    with without_memory():
+        found = shapes()
+    assert found == shapes() == [(33, 3), (5, 3), (7, 1), (9, 3), (12, 3), (7, 3)]
+
+
+def test_masks_without_values_share_out_the_rows():
+    with without_memory(shares=4):
+        expert = torch.empty(24, 5).topk(2, dim=-1).indices.view(-1)
+        assert torch.empty(48, 3)[expert == 1].shape == (12, 3)
+        assert expert.bincount().numpy().tolist() == [12] * 4
+
+
 def test_code_that_asks_for_a_value_gets_one():
     with without_memory():
         length = torch.empty(3).sum()

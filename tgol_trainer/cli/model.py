@@ -194,7 +194,7 @@ def check_memory(script: Any, training: TGOLConfig, model: ModelArguments) -> No
     Where the plan needs more than the card and the user did not say whether to recompute activations, that is switched
     on in `training`.
     """
-    from tgol_trainer.planning import KNOWN_OPTIMIZERS, NotPlannableError, found_card, predict, refusal
+    from tgol_trainer.planning import KNOWN_OPTIMIZERS, found_card, predict, refusal
 
     card = None if training.use_cpu or not script.check_memory else found_card()
     elsewhere = training.adapter_name_or_path or "meissonic_repository" in training.pipeline_kwargs
@@ -205,11 +205,7 @@ def check_memory(script: Any, training: TGOLConfig, model: ModelArguments) -> No
     if setup.optimizer not in KNOWN_OPTIMIZERS:
         setup = dataclasses.replace(setup, optimizer="sgd")  # which keeps nothing
     with plain_errors():
-        try:
-            prediction = predict(setup)
-        except NotPlannableError as error:
-            logger.info("%s", error)
-            return
+        prediction = predict(setup)
         if not training.checkpointing_given and prediction.needed > card.memory:
             kept, prediction = prediction, predict(dataclasses.replace(setup, checkpointing=True))
             training.activation_checkpointing = training.gradient_checkpointing = True

@@ -124,9 +124,6 @@ class ModelFamily(abc.ABC):
     num_frames: int | None = None
     """Frames of a training clip; `None` for models of images."""
 
-    traceable = True
-    """Whether shapes in the denoiser follow from shapes alone, without which `tgol plan` cannot run it."""
-
     rows_per_image = 2
     """Rows of one pass of the denoiser for each image that the pipeline generates: guidance adds the empty prompt."""
 
@@ -168,6 +165,11 @@ class ModelFamily(abc.ABC):
     @abc.abstractmethod
     def make_likelihood(self) -> Likelihood:
         """Return how a prediction of this pipeline becomes an error."""
+
+    @property
+    def shares(self) -> int:
+        """Experts among which the denoiser shares out its tokens by what they are: `tgol plan` does so evenly."""
+        return 1
 
     @property
     def native_size(self) -> tuple[int, int]:

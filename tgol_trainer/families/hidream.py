@@ -32,12 +32,16 @@ class HiDreamFamily(PipelineSizedFamily):
     )
     token_limits = {"tokenizer_3": _TOKENS, "tokenizer_4": _TOKENS}  # CLIP only adds one pooled vector
     velocity_sign = -1
-    traceable = False  # the transformer reads which tokens go to which expert
 
     def prepare_pipeline(self) -> None:
         """Freeze every component, and have the transformer return images in training too."""
         super().prepare_pipeline()
         self.denoiser.register_to_config(force_inference_output=True)
+
+    @property
+    def shares(self) -> int:
+        """Experts of a block."""
+        return self.denoiser.config.num_routed_experts
 
     @property
     def resolution_multiple(self) -> int:

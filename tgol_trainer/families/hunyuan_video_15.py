@@ -25,7 +25,6 @@ class HunyuanVideo15Family(VideoFlowFamily):
     default_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     default_frames, frames_per_second = 121, 24
-    traceable = False  # the transformer reads which tokens are padding
     rows_per_image = 1  # the pass with the negative prompt comes after the other
 
     @property
@@ -53,9 +52,13 @@ class HunyuanVideo15Family(VideoFlowFamily):
 
     def encode_unique_prompts(self, prompts: list[str]) -> Rows:
         """`encoder_hidden_states` (N, 1000, D) and `encoder_hidden_states_2` (N, 256, E), each with its mask."""
-        encoded = self.pipeline.encode_prompt(prompts, device=self.device, batch_size=len(prompts))
-        names = ("encoder_hidden_states", "encoder_attention_mask")
-        return dict(zip([*names, *(f"{name}_2" for name in names)], encoded, strict=True))
+        text, mask, quoted, quoted_mask = self.pipeline.encode_prompt(
+            prompts, device=self.device, batch_size=len(prompts)
+        )
+        return {
+            **{"encoder_hidden_states": text, "encoder_attention_mask": mask.bool()},
+            **{"encoder_hidden_states_2": quoted, "encoder_attention_mask_2": quoted_mask.bool()},
+        }
 
     def predict(self, model: torch.nn.Module, draw: Draw, conditioning: Conditioning) -> torch.Tensor:
         """Velocity (B, C, f, h, w)."""

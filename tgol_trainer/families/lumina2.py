@@ -58,5 +58,6 @@ class Lumina2Family(FlowFamily):
         """Velocity (B, C, h, w)."""
         if self.mask_argument not in conditioning:  # which the transformer wants in any case
             prompts = tensor_of(conditioning, "encoder_hidden_states")
-            conditioning = {**conditioning, self.mask_argument: prompts.new_ones(prompts.shape[:2], dtype=torch.bool)}
+            mask = torch.ones(prompts.shape[:2], dtype=torch.bool, device=prompts.device)
+            conditioning = {**conditioning, self.mask_argument: mask}
         return super().predict(model, draw, conditioning)

@@ -25,7 +25,6 @@ class MochiFamily(VideoFlowFamily):
     token_limits = {"tokenizer": _TOKENS}
     default_size, default_frames, frames_per_second = (480, 848), 19, 30
     velocity_sign = -1
-    traceable = False  # the transformer reads which tokens are padding
 
     @property
     def frames_joined(self) -> int:

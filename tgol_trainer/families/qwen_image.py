@@ -58,7 +58,6 @@ class QwenImage21Family(RowByRowFamily, QwenImageFamily):
     required_components = ("transformer", "vae", "text_encoder", "processor")
     mask_argument = None
     patch = 1
-    traceable = False  # the transformer reads the places of text and image
 
     @property
     def native_size(self) -> tuple[int, int]:

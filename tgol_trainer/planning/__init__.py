@@ -3,7 +3,7 @@
 from .cards import CARDS, Card, found_card
 from .fitting import Fit, fit, refusal
 from .memory import KNOWN_OPTIMIZERS, Encoding, Phase, Prediction, Step, predict
-from .networks import NotPlannableError, Setup
+from .networks import Setup
 from .quantized import Quantization
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Card",
     "Encoding",
     "Fit",
-    "NotPlannableError",
     "Phase",
     "Prediction",
     "Quantization",

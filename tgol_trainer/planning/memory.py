@@ -179,7 +179,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         raise ValueError(
             f"`resolution` {size[0]}x{size[1]} is not a multiple of {family.resolution_multiple} on both sides."
         )
-    with without_memory():
+    with without_memory(family.shares):
         for network in networks(family).values():
             forget_weights(network)
         if family.blocks is not None:
@@ -297,7 +297,7 @@ def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
     """Encode one prompt and one image."""
     geometry = torch.empty(1, 4, dtype=torch.int64)
     with LiveBytes() as live:
-        encoded = family.encode_prompts(_prompts(family, 1))
+        encoded = family.encode_prompts(_prompts(1))
         prompts = live.peak
         live.restart()
         kept = live.now
@@ -308,7 +308,7 @@ def trace_encoding(family: ModelFamily, size: tuple[int, int]) -> Encoding:
         images=images,
         bytes_per_prompt=sum(_bytes(value[0]) for value in encoded.values()),
         bytes_per_image=sum(map(_bytes, image.values())),
-        conditioning=family.condition(_prompts(family, 1), geometry, size, lambda texts: encoded),
+        conditioning=family.condition(_prompts(1), geometry, size, lambda texts: encoded),
         latents=family.latents(image, RowGenerators(0, 0, [0]), sample=True),
     )
 
@@ -325,14 +325,13 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     trained = [each for each in family.denoiser.parameters() if each.requires_grad]
     kept, encoding_peaks = 0, [0, 0]
 
-    def forward(live: LiveBytes) -> torch.Tensor:
+    def forward(live: LiveBytes, pixels: torch.Tensor) -> torch.Tensor:
         nonlocal kept
         if setup.cache:
             conditioning = _conditioning_of_batch(encoding.conditioning, batch)
             latents = _of_batch(encoding.latents, batch)
         else:
-            pixels = _pixels(family, batch, size)
-            conditioning = family.condition(_prompts(family, batch), geometry, size)
+            conditioning = family.condition(_prompts(batch), geometry, size)
             encoding_peaks[0] = live.peak
             live.restart()
             latents = family.encode_images(pixels, rows, sample=True)
@@ -352,8 +351,9 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
         if setup.accumulation > 1:  # those of the passes before
             for each in trained:
                 each.grad = torch.empty_like(each)
+        pixels = _pixels(family, 0 if setup.cache else batch, size)
         with _autocast(setup):
-            loss = forward(live)
+            loss = forward(live, pixels)
         loss.backward()
     gradients = sum(_bytes(each.grad) for each in trained if each.grad is not None)
     for each in trained:
@@ -369,7 +369,7 @@ def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], enc
     geometry = torch.empty(batch, 4, dtype=torch.int64)
     with LiveBytes() as live, torch.no_grad():
         # All at once, as pipelines do.
-        conditioning = family.condition(_prompts(family, batch), geometry, size, family.encode_unique_prompts)
+        conditioning = family.condition(_prompts(batch), geometry, size, family.encode_unique_prompts)
         conditioning = _conditioning_of_batch(conditioning, rows)
         prompts = live.peak
         live.restart()
@@ -387,10 +387,9 @@ def _autocast(setup: Setup) -> Iterator[None]:
         yield
 
 
-def _prompts(family: ModelFamily, batch: int) -> list[str]:
-    """Return different prompts, longer than any limit where a prompt has its own length in the denoiser."""
-    own_length = family.mask_argument is not None or family.list_arguments
-    return [f"prompt {index}" + " and so on" * (400 if own_length else 0) for index in range(batch)]
+def _prompts(batch: int) -> list[str]:
+    """Return different prompts, longer than any limit."""
+    return [f"prompt {index}" + " and so on" * 400 for index in range(batch)]
 
 
 def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Tensor:
@@ -399,7 +398,9 @@ def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Ten
 
 
 def _of_batch(value: torch.Tensor, batch: int) -> torch.Tensor:
-    return value.new_empty(batch, *value.shape[1:])
+    """Return a batch of such rows; a mask of prompts hides nothing."""
+    make = torch.empty if value.is_floating_point() else torch.ones
+    return make(batch, *value.shape[1:], dtype=value.dtype)
 
 
 def _conditioning_of_batch(conditioning: Conditioning, batch: int) -> Conditioning:

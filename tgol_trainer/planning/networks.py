@@ -90,10 +90,6 @@ class Setup:
         return "".join(f", {part}" for part in parts if part)
 
 
-class NotPlannableError(ValueError):
-    """The memory of a model's denoiser depends on more than shapes."""
-
-
 def build(setup: Setup) -> ModelFamily:
     """
     Return the family with its networks on the meta device, the denoiser ready to train.
@@ -106,7 +102,6 @@ def build(setup: Setup) -> ModelFamily:
 
     Raises:
         ValueError: for what [`load_skeleton`] refuses, and for a combination that training refuses.
-        NotPlannableError: for a family that cannot be planned for.
     """
     stored = "group_offload" if setup.group_offload else "storage_dtype" if setup.storage_dtype else None
     if stored and (setup.lora is None or setup.lora.use_dora or setup.quantization is not None):
@@ -121,11 +116,6 @@ def build(setup: Setup) -> ModelFamily:
         dtype=setup.dtype,
         settings=FamilySettings(num_frames=setup.num_frames, expert=setup.expert, vae_tiling=setup.vae_tiling),
     )
-    if not family.traceable:
-        raise NotPlannableError(
-            f"{type(family.pipeline).__name__} cannot be planned for: its transformer reads numbers, and a plan has "
-            "only shapes. Try a run of two steps (`max_steps=2`) and watch the memory."
-        )
     prepare(family, setup)
     return family
 

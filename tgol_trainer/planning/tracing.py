@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _aten = torch.ops.aten
@@ -82,42 +87,111 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
 
 
 @contextlib.contextmanager
-def without_memory() -> Iterator[None]:
+def without_memory(shares: int = 1) -> Iterator[None]:
     """
-    Make every tensor of the block one without memory: shapes, dtypes and graph are real, values do not exist.
+    Make every tensor of the block one without memory: shapes, dtypes and graph are real.
 
     They pretend to be on a CPU. There, as on a GPU, attention is one operator that keeps no matrix of tokens by
-    tokens; the meta device would have one. Code that asks for a value gets 1, or an array of zeros; one that
-    picks rows by a mask gets all.
+    tokens; the meta device would have one. Whole numbers that come from constants alone, such as a prompt's tokens and
+    the places of an image, are computed beside it. Other values do not exist: code that asks for one gets 1, or an
+    array of zeros.
+
+    Args:
+        shares (`int`, *optional*, defaults to 1):
+            Among how many masks without values the rows are shared out, such as those of experts: evenly.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _AnyNumber(), _AnyArray():
+    with FakeTensorMode(allow_non_fake_inputs=True), _WholeNumbers(shares), _Arrays():
         yield
 
 
-class _AnyNumber(TorchDispatchMode):
-    """Answer `tensor.item()`, such as the length of a prompt in Wan's pipeline, and whether a prompt was cut: no."""
+_INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
+_LARGE = 2**20
+"""Elements from which on a tensor of whole numbers, such as a mask of tokens by tokens, is not computed."""
+
+
+class _WholeNumbers(TorchDispatchMode):
+    """Keep whole numbers beside tensors without memory (`whole`), and answer with them what asks for values."""
+
+    def __init__(self, shares: int) -> None:
+        super().__init__()
+        self._shares = shares
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.equal.default:  # whether a prompt was cut, of which the pipeline would warn
+            return True
+        if func._overloadpacket in _INDEXING:
+            args = args[0], [place for each in args[1] for place in self._places(each)], *args[2:]
+        known = _is_known(func, args, kwargs)
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         except DataDependentOutputException:
-            if func not in (_aten._local_scalar_dense.default, _aten.equal.default):
+            if func is not _aten._local_scalar_dense.default:
                 raise
-            return 1
+            return _computed(func, args, kwargs) if known else 1
+        except DynamicOutputShapeException:
+            if not known and func is not _aten.bincount.default:
+                raise
+            whole = _computed(func, args, kwargs) if known else self._evenly(args[0].numel())
+            result = torch.empty(whole.shape, dtype=whole.dtype)
+            vars(result)["whole"] = whole
+            return result
+        made = [each for each in tree_leaves(result) if isinstance(each, FakeTensor)]
+        known &= all(map(_is_small, made))
+        values = tree_leaves(_computed(func, args, kwargs)) if known and made else [None] * len(made)
+        for each, value in zip(made, values, strict=True):
+            vars(each)["whole"] = value
+        return result
+
+    def _places(self, index: Any) -> Sequence[Any]:
+        """Return an index, a mask as numbers of the rows that it picks."""
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.bool:
+            return [index]
+        if (whole := _whole(index)) is not None:
+            with _disable_current_modes():
+                return whole.nonzero(as_tuple=True)
+        rows = torch.zeros(index.numel() // self._shares, dtype=torch.int64)
+        return [rows] * index.dim()
+
+    def _evenly(self, rows: int) -> torch.Tensor:
+        with _disable_current_modes():
+            return torch.full((self._shares,), rows // self._shares)
 
 
-class _AnyArray(TorchFunctionMode):
-    """
-    Answer `tensor.numpy()`, such as Meissonic's positions, and `torch.split` by the lengths of Qwen's prompts.
+def _is_known(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation takes whole numbers alone, and makes the same of them each time."""
+    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    wholes = [_whole(each) for each in given]
+    if any(each is None or each.is_meta or not _is_small(each) for each in wholes):
+        return False
+    arbitrary = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name
+    return not arbitrary and str(kwargs.get("device") or "cpu") == "cpu"
 
-    A mask lets every row through.
-    """
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the values of a tensor; `None` where they are not known."""
+    return vars(tensor).get("whole") if isinstance(tensor, FakeTensor) else tensor
+
+
+def _is_small(value: torch.Tensor) -> bool:
+    """Whether these are whole numbers, and not too many."""
+    return value.numel() < _LARGE and not value.is_floating_point() and not value.is_complex()
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call an operation on whole numbers themselves."""
+    args, kwargs = tree_map(lambda each: _whole(each) if isinstance(each, torch.Tensor) else each, (args, kwargs))
+    with _disable_current_modes():
+        return func(*args, **kwargs)
+
+
+class _Arrays(TorchFunctionMode):
+    """Answer `tensor.numpy()`, such as Meissonic's positions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.Tensor.numpy:
-            return np.zeros(args[0].shape, dtype=str(args[0].dtype).removeprefix("torch."))
-        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
-            return args[0].flatten(0, args[1].dim() - 1)
-        if func is torch.split and isinstance(args[1], list):
-            return args[0].chunk(len(args[1]), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.numpy:
+            return func(*args, **(kwargs or {}))
+        if (whole := _whole(args[0])) is None:
+            return np.zeros(args[0].shape, str(args[0].dtype).removeprefix("torch."))
+        with _disable_current_modes():
+            return whole.numpy()
