@@ -141,5 +141,5 @@ def test_a_baseline_is_fitted_to_images_of_several_sizes_without_a_cache(config,
 def test_a_stream_and_a_model_of_tokens_are_refused_with_the_remedy(config, dataset):
     with pytest.raises(ValueError, match="`value_baseline` needs a dataset with a length"):
         anchored(config, dataset.to_iterable_dataset(), max_steps=1)
-    with pytest.raises(ValueError, match="this model has masked tokens: leave it at False"):
+    with pytest.raises(ValueError, match="this model has masked tokens: set it to False"):
         anchored(config, dataset, amused)

@@ -183,7 +183,8 @@ class ValueBaseline:
     def __init__(self, draws: BatchDraws, predict: Callable[[Draw, Conditioning], torch.Tensor]) -> None:
         if not draws.family.likelihood.temperature_applies:
             raise ValueError(
-                "`value_baseline` reads noised latents, and this model has masked tokens: leave it at False."
+                "`value_baseline` reads noised latents, and this model has masked tokens: set it to False, beside the "
+                "recipe 'anchored' too."
             )
         self.draws, self.predict = draws, predict
         self.regression: ValueRegression | None = None

@@ -115,6 +115,7 @@ HELP_PROGRAM = """
 import contextlib, json, runpy, sys
 from pathlib import Path
 from types import SimpleNamespace
+import tgol_trainer  # first, as the command does: on some processors bitsandbytes speaks when transformers imports it
 from transformers import TrainingArguments
 
 before = set(sys.modules)

@@ -44,7 +44,8 @@ def test_a_file_overrides_a_recipe_and_flags_override_both(parsed):
     found = parsed("--anchor", "0.3", "--group_statistic", "mean", file=file)
     assert (found.loss_type, found.anchor, found.group_statistic) == ("tgol_anchored", 0.3, "mean")
     assert parsed("--recipe", "paper", file="recipe: anchored\n").loss_type == "tgol"
-    assert TGOLConfig.from_recipe("anchored", loss_type="kto", use_cpu=True).loss_type == "kto"
+    found = TGOLConfig.from_recipe("anchored", loss_type="kto", value_baseline=False, use_cpu=True)
+    assert (found.loss_type, found.threshold_strategy) == ("kto", "group")
 
 
 def test_label_shows_the_labels_of_a_recipe(tmp_path):

@@ -28,8 +28,6 @@ TRAINED_SCORES = ["background_darkness", "colour_faithfulness"]
 SCORE_WEIGHTS = [1.0, 0.5]
 """They are added in their own standard deviations: darkness alone would cost the shapes some of their colour."""
 RECIPE = "anchored"
-ANCHOR = 0.18
-"""A λ with which 104 updates end where the change can be seen."""
 EVALUATION_SEED = 1_000_000
 """First seed of the evaluation images. Seeds of training images count up from 0 and stay below."""
 
@@ -127,7 +125,6 @@ class Quickstart:
             args=TGOLConfig.from_recipe(
                 RECIPE,
                 output_dir=str(self.output_dir),
-                anchor=ANCHOR,
                 score_columns=TRAINED_SCORES,
                 score_weights=SCORE_WEIGHTS,
                 per_device_train_batch_size=32,

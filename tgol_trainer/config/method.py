@@ -150,7 +150,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
 
     # Settings of other losses, and the reference
     anchor: float = field(
-        default=0.15,
+        default=0.25,
         metadata={
             "help": "λ of the loss 'tgol_anchored': how much the squared distance from the reference costs. A "
             "larger λ holds the policy closer."

@@ -11,6 +11,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "threshold_strategy": "group",
         "group_statistic": "mean",
         "score_normalization": "zscore",
+        "value_baseline": True,
     },
 }
 """Name to the fields of [`TGOLConfig`] that it sets. 'paper' is the defaults. docs/benchmarks.md compares them."""
