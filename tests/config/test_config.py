@@ -188,7 +188,7 @@ NAN, INF = float("nan"), float("inf")
     ("name", "good", "bad", "wanted"),
     [
         ("beta", [1e-9, 5000], [0, -1, NAN, INF], "larger than 0 and finite"),
-        ("anchor", [0.15], [0, -1, NAN, INF], "larger than 0 and finite"),
+        ("anchor", [0.25], [0, -1, NAN, INF], "larger than 0 and finite"),
         ("temperature", [1e-9, 10], [0, -0.001, NAN, INF], "larger than 0 and finite"),
         ("confidence_scale", [0, 100], [-0.1, NAN, INF], "at least 0 and finite"),
         ("threshold_percentile", [0, 50, 100], [-0.1, 100.1, NAN, INF], "at least 0 and at most 100"),
