@@ -9,7 +9,7 @@ _SAME_WEIGHTS = (
     "Its weights are those of {plain}: load them with `diffusers.{plain}.from_pretrained(...)` and pass the object."
 )
 _DISTILLED = "It is distilled to few steps, which training by the error of many undoes. Train {base} instead."
-_MOTION = "Its UNet is put together from one of images and a motion module, each with adapters of its own."
+_MOTION = "Its UNet is put together from one of images and a motion module, and nobody has written a family for it."
 _HISTORY = "It draws a video in parts, each from those before it, and a training clip has no such parts."
 
 REASONS: dict[str, str] = {
@@ -23,7 +23,8 @@ REASONS: dict[str, str] = {
         "that the conditioning depends on the time. Train a Bria FIBO instead (BriaFiboPipeline)."
     ),
     "Cosmos2_5_PredictBasePipeline": (
-        "It cannot be loaded without NVIDIA's guardrail, a package with models of its own, and was never tried."
+        "Its constructor asks for NVIDIA's guardrail, a package with models of its own, and nobody has written a "
+        "family for it."
     ),
     "Flux2KleinKVPipeline": _DISTILLED.format(base="the base model of its size (Flux2KleinPipeline)"),
     "HeliosPipeline": _HISTORY,
