@@ -405,14 +405,20 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     return {**dataclasses.asdict(run), "own_drift": round(own, 4), "points": points, "cpu_seconds": seconds}
 
 
-def best_strength(lines: Sequence[dict[str, Any]], method: str, score: str, place: str = "shapes") -> float | None:
-    """Return the strength that gained most on the tuning seed; `None` where none was run."""
+def best_strength(lines: Sequence[dict[str, Any]], method: str, score: str | None) -> float | None:
+    """
+    Return the strength that gained most on the tuning seed of the shapes world; `None` where none was run.
+
+    Without a score it is the one that gained most on average over the scores, among those that were run on all of them.
+    """
     gains: dict[float, list[float]] = {}
     for line in lines:
-        kind = tuple(line[name] for name in ("method", "score", "world", "regime"))
-        if kind == (method, score, place, "dense") and line["seed"] in TUNING:
-            gains.setdefault(line["strength"], []).append(line["points"][0]["gains"][score]["gain"])
-    return max(gains, key=lambda strength: float(np.mean(gains[strength])), default=None)
+        kind = tuple(line[name] for name in ("method", "world", "regime"))
+        if kind == (method, "shapes", "dense") and line["seed"] in TUNING and score in (None, line["score"]):
+            gains.setdefault(line["strength"], []).append(line["points"][0]["gains"][line["score"]]["gain"])
+    most = max(map(len, gains.values()), default=0)
+    complete = {strength: float(np.mean(found)) for strength, found in gains.items() if len(found) == most}
+    return max(complete, key=lambda strength: complete[strength], default=None)
 
 
 def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[Run]:
@@ -435,7 +441,7 @@ def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[R
     for seed in seeds:
         for score in scores:
             for name in names:
-                strength = best_strength(lines, name, score)
+                strength = best_strength(lines, name, score if args.world == "shapes" else None)
                 if strength is not None:
                     found.append(Run(name, strength, score, seed, args.regime, args.world))
     return found
