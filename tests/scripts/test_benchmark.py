@@ -25,7 +25,7 @@ def folder(benchmark, tmp_path_factory):
         patch.setattr(benchmark, "IMAGES_PER_PROMPT", 4)
         patch.setattr(benchmark, "EVALUATED_PER_PROMPT", 1)
         patch.setitem(benchmark.SAMPLING, "num_inference_steps", 2)
-        patch.setattr(benchmark, "METER_ROWS", 16)
+        patch.setattr("alignment_meter.METER_ROWS", 16)
         yield found
 
 
