@@ -90,6 +90,13 @@ def test_the_slope_falls_with_the_noise_as_the_advantage_does_and_lies_from_0_to
     torch.testing.assert_close(regression(latents[:3], ids[:3], draw), expected, rtol=1e-2, atol=1e-3)
 
 
+def test_a_row_that_is_not_finite_breaks_neither_the_fit_nor_the_values_of_other_rows():
+    latents, advantage, ids = rows_of()
+    latents[0], latents[1, 0, 0, 0], latents[2, 0, 0, 0] = float("nan"), float("inf"), 3e38
+    found = ValueRegression.fit(pooled(latents), advantage, ids)
+    assert torch.isfinite(found.predict(latents, ids)).all()
+
+
 def test_noise_left_in_the_estimate_counts_for_nothing():
     latents, advantage, ids = rows_of()
     regression = ValueRegression.fit(pooled(latents), advantage, ids)

@@ -41,13 +41,15 @@ def pooled(latents: torch.Tensor) -> torch.Tensor:
     """
     Return the features of latents: means over the fields of an 8 by 8 grid, coarser for more than 32 channels.
 
+    What is not finite counts as 0 here; the loss of such a row is not finite either, and training says so.
+
     Args:
         latents (`torch.Tensor`): (B, C, h, w), or (B, C, f, h, w), whose frames are averaged.
 
     Returns:
         `torch.Tensor`: (B, C·g·g) float32, on the device of the latents.
     """
-    latents = latents.float()
+    latents = latents.float().nan_to_num(0.0, 0.0, 0.0)
     if latents.dim() == 5:
         latents = latents.mean(2)
     side = max(min(GRID, math.isqrt(MAX_FEATURES // latents.shape[1])), 1)
