@@ -116,7 +116,9 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(asked, arguments, mes
 def test_training_on_a_card_that_is_too_small_is_refused_unless_asked_not_to_look(asked, monkeypatch, tmp_path):
     arguments = ["--model_name_or_path", "shapes", "--dataset_name", str(tmp_path / "none"), "--optim", "lomo"]
     monkeypatch.setattr(planning, "found_card", lambda: Card("a card", 10 * GIB - 1))
-    with pytest.raises(SystemExit, match=r"error: Training takes at least 10.0 GiB.*--check_memory false tries it"):
+    with pytest.raises(
+        SystemExit, match=r"error: Training takes 10.0 GiB with prompts of full length.*--check_memory false tries it"
+    ):
         main(["train", *arguments])
     # The least, where it is not known; then with activations recomputed, before it is refused.
     assert [(setup.optimizer, setup.checkpointing) for setup in asked] == [("sgd", False), ("sgd", True)]

@@ -143,9 +143,12 @@ def test_an_embedded_model_stays_what_it_is():
 def test_only_tensors_count_when_a_run_is_refused():
     prediction = made_up(Setup("x", lora=LORA, batch_size=2))  # 6 GiB of tensors, 7.2 with the estimates
     assert refusal(prediction, 6 * GIB) is None
-    assert refusal(prediction, 6 * GIB - 1) == "Training takes at least 6.0 GiB, and the card has 6.0 GiB"
+    assert (
+        refusal(prediction, 6 * GIB - 1)
+        == "Training takes 6.0 GiB with prompts of full length, and the card has 6.0 GiB"
+    )
     encoders = dataclasses.replace(prediction, encoding=Phase({"text encoders": 9 * GIB}, 0))
-    assert refusal(encoders, 8 * GIB) == "Encoding takes at least 9.0 GiB, and the card has 8.0 GiB"
+    assert refusal(encoders, 8 * GIB) == "Encoding takes 9.0 GiB with prompts of full length, and the card has 8.0 GiB"
 
 
 def test_a_card_is_known_by_the_longest_name_in_its_own(monkeypatch):

@@ -150,7 +150,7 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     assert step.gradients == gradients
     close = 0.15 if name == "qwen-image" else 0.05
     assert max(step.peak, step.prompts, step.images) == pytest.approx(live.peak, rel=close)
-    # Of these the hooks find up to 19 % more than is planned, while the peaks agree within 1 %: not explained.
+    # Of these the hooks find up to 19 % more than is planned, while the peaks agree as above: not explained.
     if kind in ("LoRA", "all weights") and name not in ("cogview4", "qwen-image", "qwen-image 2.1"):
         kept = saved_for_backward(trainer.family, size)
         assert step.activations == pytest.approx(kept, rel=0.1)

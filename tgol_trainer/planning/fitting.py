@@ -77,7 +77,8 @@ def refusal(prediction: Prediction, memory: int) -> str | None:
     """
     Say why a run cannot fit a card, or return `None` where it may.
 
-    Only tensors count, not what is estimated, so a run that is refused would have run out of memory.
+    Only tensors count, not what is estimated. Prompts are as long as the model takes them: where short prompts are kept
+    short, a run with them may fit a card that this refuses.
 
     Args:
         prediction ([`Prediction`]): Of the run.
@@ -86,7 +87,7 @@ def refusal(prediction: Prediction, memory: int) -> str | None:
     for name, phase in (("Encoding", prediction.encoding), ("Training", prediction.training)):
         if phase is not None and phase.tensors > memory:
             needed, there = (f"{size / 2**30:.1f} GiB" for size in (phase.tensors, memory))
-            return f"{name} takes at least {needed}, and the card has {there}"
+            return f"{name} takes {needed} with prompts of full length, and the card has {there}"
     return None
 
 
