@@ -77,8 +77,8 @@ def refusal(prediction: Prediction, memory: int) -> str | None:
     """
     Say why a run cannot fit a card, or return `None` where it may.
 
-    Only tensors count, not what is estimated. Prompts are as long as the model takes them: where short prompts are kept
-    short, a run with them may fit a card that this refuses.
+    Only tensors count, not what is estimated. Prompts are as long as the model takes them: where short prompts are
+    kept short, a run with them may fit a card that this refuses.
 
     Args:
         prediction ([`Prediction`]): Of the run.
