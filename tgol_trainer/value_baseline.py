@@ -2,10 +2,12 @@
 Fit what noised latents tell of the score, so that advantages are counted from it.
 
 The loss 'tgol_anchored' learns the covariance of the advantage a and the target, given the noised latents x_t. Where
-the reference predicts the mean target, any function V(x_t) may be taken from a: the mean of the gradient stays, and
-its noise falls by what V explains of a. V is a kernel ridge regression of the advantage on pooled clean latents. A
-row's value comes from the regression that did not see it. In training it is applied to the reference's estimate of the
-clean latents, and multiplied by a slope that depends on the noise level: the estimate tells less as noise grows.
+the reference predicts the mean target, any function V(x_t) may be taken from a: the noise of the gradient falls by
+what V explains of a. Its mean stays, but for what |e|, by which the loss divides, varies at an x_t.
+
+V is a kernel ridge regression of the advantage on pooled clean latents. A row's value comes from the regression that
+did not see it. In training it is applied to the reference's estimate of the clean latents, and multiplied by a slope
+that depends on the noise level: the estimate tells less as noise grows.
 """
 
 from __future__ import annotations

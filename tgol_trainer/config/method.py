@@ -159,8 +159,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     value_baseline: bool = field(
         default=False,
         metadata={
-            "help": "Count advantages of 'tgol_anchored' from what noised latents tell of the score: less noise in "
-            "the gradient, the same mean. Fitted before the first step."
+            "help": "Count advantages of 'tgol_anchored' from what noised latents tell of the score, which lowers "
+            "the noise of the gradient. Fitted before the first step. Streams and token models are refused."
         },
     )
     csft_suffixes: list[str] = field(

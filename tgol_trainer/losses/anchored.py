@@ -74,8 +74,8 @@ def anchored_loss(
     penalty's strength. The division by |e|, the root of the reference's error, evens out the times: without it the
     times whose targets are hardest to predict, the last steps of sampling, carry most of the gradient.
 
-    V, the `value`, is what the noised latents tell of a. Where the reference predicts the mean target it changes the
-    noise of the gradient alone, not its mean.
+    V, the `value`, is what the noised latents x_t tell of a. Where the reference predicts the mean target, `V·e` is 0
+    on average at every x_t: V lowers the noise of the gradient, and moves its mean only by what |e| varies there.
 
     For models of masked tokens, whose error is a cross-entropy, `change` is the KL divergence from the reference. What
     is left of the change of the error is then exactly linear in the logits.
