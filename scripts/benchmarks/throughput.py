@@ -236,12 +236,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--peers", type=Path, help="folder in which the scripts of other projects lie")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     found: dict[str, list[tuple[list[float], float | None, int | None]]] = {
-        name: [] for name in (FLOOR, *options.variants, *(PEERS if options.peers else []))
+        name: [] for name in (FLOOR, *VARIANTS, *(PEERS if options.peers else []))
     }
     with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         if options.peers:
@@ -251,7 +250,7 @@ def main() -> None:
                 runs.append(pool.apply(measure, (name, options, folder)))
                 print(f"round {turn + 1}: {name}: {statistics.median(runs[-1][0]):.3f} s", flush=True)
     medians = {name: statistics.median(second for run in runs for second in run[0]) for name, runs in found.items()}
-    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers", "variants")}
+    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers")}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     print(f"\n{'variant':35} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
