@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tests import ROOT, tiny, tiny_language
 from tests.hub import LoopbackHub
 from tgol_trainer import cli
+from tgol_trainer.cli.score import _fingerprint
 from tgol_trainer.data import DataError
 from tgol_trainer.jobs import (
     GenerationSettings,
@@ -311,6 +312,19 @@ def test_scores_of_other_options_are_not_taken_for_those_of_this_command(images,
         with pytest.raises(SystemExit):
             run(*more, factor=factor)
     assert set(rows(tmp_path / "out")["Scaled"]) == {3.0}
+
+
+def test_a_judges_scores_are_those_of_its_model_and_question_wherever_it_is_served(tmp_path):
+    question = tmp_path / "question.txt"
+
+    def fingerprint(url, text, reward="judge"):
+        question.write_text(text)
+        return _fingerprint(reward, None, {"url": url, "model": "m", "template": str(question)})
+
+    first = fingerprint("http://a/v1", "Rate {prompt}")
+    assert fingerprint("http://b/v1", "Rate {prompt}") == first
+    assert fingerprint("http://a/v1", "Rate {prompt} again") != first
+    assert fingerprint("http://a", "", "http") != fingerprint("http://b", "", "http")
 
 
 def stream_of(dataset, folder):

@@ -17,6 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests.sources.pictures import PARAMETERS, RATED, SIZE, comment, image, rated, rows, stars
 from tgol_trainer.data import Columns, DataError, prepare_dataset
+from tgol_trainer.data.images import ImageError, open_image
+from tgol_trainer.data.rows import CAUSES
 from tgol_trainer.sources import load_scored_dataset
 from tgol_trainer.sources.comfyui import read_graph
 from tgol_trainer.sources.files import read_file
@@ -602,3 +604,10 @@ def test_a_phones_image_whose_package_is_not_there_is_named_with_what_to_install
     (tmp_path / "IMG_2.HEIC").write_bytes(b"neither this nor that" + bytes(40))
     unread = [read_file(tmp_path / f"IMG_{number}.HEIC", tmp_path).unread for number in (1, 2)]
     assert unread == ["it is HEIF, which `pip install 'tgol_trainer[formats]'` reads", "its format is not read"]
+    remedies = []
+    for number in (1, 2):
+        with pytest.raises(ImageError) as caught:
+            open_image(str(tmp_path / f"IMG_{number}.HEIC"))
+        remedies.append(CAUSES[caught.value.cause][1])
+    assert remedies[0] == "# pip install 'tgol_trainer[formats]'"
+    assert "save the {medium} again" in remedies[1]

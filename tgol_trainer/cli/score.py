@@ -75,8 +75,19 @@ _OF_REQUESTS = ("api_key_env", "cache", "num_parallel", "retries", "timeout")  #
 
 def _fingerprint(spec: str, dtype: str | None, options: Mapping[str, Any]) -> str:
     """Hash what decides the scores of a reward; options may hold what nobody else is to read."""
-    decides = {name: value for name, value in options.items() if name not in _OF_REQUESTS}
+    of_requests = (*_OF_REQUESTS, "url") if spec == "judge" else _OF_REQUESTS  # a judge's `model` answers, anywhere
+    decides = {name: _content(value) for name, value in options.items() if name not in of_requests}
     return hashlib.blake2b(json.dumps([spec, dtype, decides], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """Return the hash of a file that an option names, such as a judge's question, and any other value as it is."""
+    if not isinstance(value, str) or "\n" in value or len(value) > 500 or not Path(value).is_file():
+        return value
+    from huggingface_hub.utils.sha import sha_fileobj
+
+    with Path(value).open("rb") as file:
+        return sha_fileobj(file).hex()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,7 +58,7 @@ class VisualError(DataError):
         message (`str`): What went wrong, in the decoder's words where it has any.
         cause (`str`, *optional*, defaults to `"undecodable image"` or `"undecodable video"`):
             `"missing image"`, `"image file not found"`, `"truncated image"` or `"undecodable image"`, the same for
-            videos, or `"too few frames"`.
+            videos, `"too few frames"` or `"image of a missing package"`.
     """
 
     medium = "image"
@@ -122,9 +122,10 @@ def open_image(value: Any) -> Image.Image:
         if isinstance(error, Image.DecompressionBombError):
             message += " Save it with fewer pixels."
         if isinstance(error, UnidentifiedImageError):
+            if (lacking := lacking_package(content_of(value, ImageError))) is not None:
+                raise ImageError(lacking, "image of a missing package") from error
             # Without Pillow's own ending, the address of a buffer.
             message = f"cannot identify image file. These formats are read: {', '.join(readable_formats())}"
-            message = lacking_package(content_of(value, ImageError)) or message
         truncated = isinstance(error, EOFError) or "truncated" in message.lower()
         raise ImageError(message, "truncated image" if truncated else None) from error
     if not image.width or not image.height:

@@ -131,6 +131,7 @@ CAUSES: dict[str, tuple[str, str]] = {
     "image file not found": ("image", _MISSING_FILE),
     "truncated image": ("image", _BROKEN_FILE),
     "undecodable image": ("image", _BROKEN_FILE),
+    "image of a missing package": ("image", "# pip install 'tgol_trainer[formats]'"),
     "missing video": ("video", "# give every row a video, or remove the row"),
     "video file not found": ("video", _MISSING_FILE),
     "truncated video": ("video", _BROKEN_FILE),

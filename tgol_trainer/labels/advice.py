@@ -116,7 +116,7 @@ def _of_sides(labeler: Labeler, breaker: float | None, largest: float) -> list[A
         found.append(
             Advice(
                 "ties",
-                f"{threshold.num_ties:,} rows ({ties:.1%}) have exactly the threshold's score; all count as positive.",
+                f"Rows that have the threshold's score: {threshold.num_ties:,} ({ties:.1%}); all are positive.",
                 flag or f"a lower `--threshold`; no score is above {largest:g}",
             )
         )
