@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from tgol_trainer import TGOLConfig
 from tgol_trainer.adapters import WEIGHTS_NAME, load_trained
+from tgol_trainer.data import DataError
 from tgol_trainer.jobs import image_seed
+from tgol_trainer.rewards import RewardLoader
 from tgol_trainer.rounds import read_shards, train_rounds
 from tgol_trainer.shapes import PROMPTS, background_darkness, load_pipeline
 
@@ -48,6 +50,13 @@ def rounds_in(folder, num_rounds, **settings):
         sampling={"images_per_prompt": 4, **SAMPLING},
         trainer_options={"peft_config": LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"])},
     )
+
+
+def test_a_reward_of_videos_is_refused_before_a_model_of_images_draws(tmp_path):
+    args = TGOLConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    with pytest.raises(DataError, match="'videoreward' scores videos"):
+        train_rounds("shapes", args, PROMPTS[:4], {"videoreward": RewardLoader("videoreward")}, load, num_rounds=1)
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 @pytest.fixture(scope="module")

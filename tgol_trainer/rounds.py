@@ -17,7 +17,8 @@ import numpy as np
 
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig
-from tgol_trainer.jobs import GenerationSettings, generate_dataset, score_dataset
+from tgol_trainer.evaluation import makes_videos
+from tgol_trainer.jobs import GenerationSettings, check_medium, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.saving.hub import checkpoints
 from tgol_trainer.trainer import TGOLTrainer
@@ -115,6 +116,7 @@ def _samples(
     """Return scored images of the policy; images that are there are not made again."""
     with _without_bars_of_files():
         pipeline, revision = load(None if policy is None else str(policy))
+        check_medium(rewards, makes_videos(pipeline))
         settings = GenerationSettings(model=model, revision=revision, seed=seed, **options)
         generate_dataset(pipeline, prompts, folder / "pictures", settings)
         del pipeline

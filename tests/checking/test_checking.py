@@ -261,6 +261,15 @@ def test_json_on_standard_output_is_all_that_is_printed_there(tmp_path, capsys):
     assert report["facts"]["prompts"]["num_too_long"] is None
 
 
+def test_a_size_is_written_as_in_training(tmp_path, capsys):
+    rows().save_to_disk(tmp_path / "data")
+    _, text = check(capsys, tmp_path / "data", "--json", "-", "--resolution", "48x32")
+    assert json.loads(text)["facts"]["sizes"]["resolution"] == [48, 32]
+    with pytest.raises(SystemExit):
+        check(capsys, tmp_path / "data", "--resolution", "48x")
+    assert "'48x' is neither a side in pixels nor height and width as in 480x832" in capsys.readouterr().err
+
+
 def test_videos_are_checked_with_the_frames_they_need():
     clips = [
         np.full((frames, 8, 8, 3), level, np.uint8).tolist() for frames, level in ((4, 1), (4, 1), (2, 2), (4, 3))

@@ -117,6 +117,7 @@ def test_every_pipeline_that_loads_lora_is_supported_or_named_with_the_reason():
     reasons = {name: reason_for(name, FAMILIES) for name in names - FAMILIES.keys()}
     assert [name for name, reason in reasons.items() if reason is None] == []
     told = {name for name, reason in reasons.items() if "takes an image or a video" not in reason}
+    told -= {f"{name.removesuffix('Pipeline')}PAGPipeline" for name in FAMILIES}
     # Of another package, or of a later diffusers.
     absent = {
         name for name in REASONS if ".dummy_" in getattr(getattr(diffusers, name, None), "__module__", ".dummy_")
@@ -139,6 +140,9 @@ def test_a_pipeline_that_takes_an_image_names_the_plain_one():
     assert "those of StableDiffusionXLPipeline" in reason_for("StableDiffusionXLInpaintPipeline", FAMILIES)
     assert "modular blocks alone" in reason_for("AnimaModularPipeline", FAMILIES)
     assert "deprecated" in reason_for("TextToVideoSDPipeline", FAMILIES)
+    assert "diffusers.SanaPipeline.from_pretrained" in reason_for("SanaPAGPipeline", FAMILIES)
+    assert "takes no `prompt`" in reason_for("LEditsPPPipelineStableDiffusionXL", FAMILIES)
+    assert reason_for("OnnxStableDiffusionPipeline", FAMILIES) is None
     assert reason_for("HunyuanDiTPipeline", FAMILIES) is None
 
 

@@ -22,6 +22,7 @@ from tgol_trainer.jobs import (
     run_evaluation,
 )
 from tgol_trainer.jobs.evaluate_adapters import named_adapters
+from tgol_trainer.rewards import RewardLoader
 from tgol_trainer.saving.card import CardFacts, read_facts, write_card
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]
@@ -195,6 +196,29 @@ def test_videos_flow_through_with_their_motion(tmp_path):
     assert rows["x"].scores["brightness"] != rows["base"].scores["brightness"]
     gallery = job.gallery(None)
     assert gallery.previews[1][5][:4] == b"RIFF" and b"ANIM" in gallery.previews[1][5]
+
+
+@pytest.mark.parametrize(
+    ("make", "reward", "mean", "said"),
+    [
+        (
+            tiny.wan,
+            "jpeg_compressibility",
+            None,
+            "'jpeg_compressibility' scores images, and 'video' is a column of vid",
+        ),
+        (tiny.stable_diffusion, "videoreward", None, "'videoreward' scores videos, and 'image' is a column of images"),
+        (tiny.stable_diffusion, "jpeg_compressibility", 8, "`mean_over_frames`: the column 'image' holds images"),
+    ],
+)
+def test_a_reward_that_cannot_score_what_the_model_draws_is_refused_before_it_draws(
+    make, reward, mean, said, tmp_path
+):
+    job = EvaluationJob(tmp_path, {"base": None}, PROMPTS)
+    settings = ScoringSettings(mean_over_frames=mean)
+    with pytest.raises(DataError, match=said):
+        run_evaluation(job, Loader(make), {reward: RewardLoader(reward)}, settings, share=(0, 1), progress=False)
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_weights_that_were_fine_tuned_whole_are_loaded(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--num_frames", type=int, help="frames of a training clip (default: the model's)")
     add("--model_name_or_path", help="model to train: Hub id, folder or `shapes`; its token limit and size are used")
     add("--model_revision", help="revision of the model on the Hub")
-    text = "training size: side, or height and width (default: the model's, or 512)"
-    add("--resolution", "-r", type=int, nargs="+", metavar="PIXELS", help=text)
+    text = "training size: a side, or height and width as in 480x832 (default: the model's, or 512)"
+    add("--resolution", "-r", type=_size, metavar="PIXELS", help=text)
     text = "bits of 256 in which near duplicates may differ; lower it for drawings (default: %(default)s)"
     add("--max_distance", type=int, default=6, help=text)
     add("--num_proc", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes (default: %(default)s)")
@@ -60,13 +61,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--score_columns: name each column once, and leave out --score_column")
     if args.num_frames is not None and args.num_frames < 1:
         parser.error("--num_frames must be at least 1")
-    if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
-        parser.error("--resolution: give a side, or a height and a width, in pixels")
     if not 0 <= args.max_distance < 32:
         parser.error("--max_distance must lie between 0 and 31")
     if args.num_proc < 1:
         parser.error("--num_proc must be at least 1")
     return args
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return height and width of a size that is written as in training."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor height and width as in 480x832")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +121,7 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
 
     limits = load_limits(args.model_name_or_path, revision=args.model_revision, num_frames=args.num_frames)
     if args.resolution is not None:
-        limits = dataclasses.replace(limits, resolution=(args.resolution[0], args.resolution[-1]))
+        limits = dataclasses.replace(limits, resolution=args.resolution)
     video = args.video_column or ("video" if limits.num_frames else None)
     if video and not limits.num_frames:
         raise DataError(

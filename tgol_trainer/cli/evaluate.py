@@ -117,16 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tgol_trainer import jobs
     from tgol_trainer.jobs.evaluate_adapters import BASE, check_adapters, named_adapters, spread_prompts
     from tgol_trainer.jobs.loading import load_image_features
-    from tgol_trainer.rewards import find_reward, load_reward
+    from tgol_trainer.rewards import RewardLoader, find_reward
     from tgol_trainer.sources import load_prompts
 
     with plain_errors():
         disable_progress_bar()  # `datasets` shows one bar per file over ours
         adapters = named_adapters(args.adapters)
-        for spec in (*args.rewards, *filter(None, [args.features])):
-            find_reward(spec)
+        if args.features is not None:
+            find_reward(args.features)
         device = jobs.process_device(args.use_cpu)
-        rewards = {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in args.rewards}
+        rewards = {spec.rpartition(":")[2]: RewardLoader(spec, device=device) for spec in args.rewards}
         check_adapters(adapters, list(rewards), args.trained_rewards, update_cards=args.update_card)
         prompts = load_prompts(
             args.prompts,

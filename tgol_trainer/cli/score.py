@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tgol_trainer import jobs
     from tgol_trainer.data import Columns, DataError
-    from tgol_trainer.rewards import load_reward
+    from tgol_trainer.rewards import RewardLoader
     from tgol_trainer.saving.facts import dataset_facts
     from tgol_trainer.sources import load_scored_dataset
 
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = open_dataset(args)
         general = {"device": jobs.process_device(args.use_cpu), "dtype": dtype}
         rewards = {
-            spec.rpartition(":")[2]: partial(load_reward, spec, **{**general, **options.get(spec, {})})
+            spec.rpartition(":")[2]: RewardLoader(spec, **{**general, **options.get(spec, {})})
             for spec in args.rewards
         }
         dataset = load_scored_dataset(args.source, split=args.split, streaming=args.streaming, columns=columns)

@@ -190,7 +190,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     from functools import partial
 
     from tgol_trainer.jobs import load_adapted_pipeline, process_device
-    from tgol_trainer.rewards import load_reward
+    from tgol_trainer.rewards import RewardLoader
     from tgol_trainer.rounds import train_rounds
     from tgol_trainer.saving.stopping import StopOnSignal
     from tgol_trainer.sources import load_prompts
@@ -206,7 +206,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
             name,
             training,
             load_prompts(script.prompts or "", prompt_syntax=training.prompt_syntax).texts,
-            {spec.rpartition(":")[2]: partial(load_reward, spec, device=device) for spec in script.reward_funcs or ()},
+            {spec.rpartition(":")[2]: RewardLoader(spec, device=device) for spec in script.reward_funcs or ()},
             partial(
                 load_adapted_pipeline,
                 name,

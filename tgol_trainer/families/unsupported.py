@@ -32,7 +32,6 @@ REASONS: dict[str, str] = {
     "HunyuanVideoFramepackPipeline": _HISTORY,
     "IFPipeline": "It draws pixels in three stages, without latents, and predicts a variance beside the noise.",
     "Kandinsky3Pipeline": "Its UNet takes no adapters: Kandinsky3UNet has no `add_adapter`.",
-    "KolorsPAGPipeline": _SAME_WEIGHTS.format(plain="KolorsPipeline"),
     "LTX2ConditionPipeline": _SAME_WEIGHTS.format(plain="LTX2Pipeline"),
     "LTX2DFRPipeline": "It draws key frames beside a video and hands them on between stages (LTX-2.5).",
     "LTX2DFRTemporalRefinePipeline": "It refines a video that another pipeline has drawn (LTX-2.5).",
@@ -46,9 +45,6 @@ REASONS: dict[str, str] = {
         "Each of its frames has a noise level of its own, and a draw here has one for all. Train a SkyReels V2 "
         "without diffusion forcing instead (SkyReelsV2Pipeline)."
     ),
-    "StableDiffusion3PAGPipeline": _SAME_WEIGHTS.format(plain="StableDiffusion3Pipeline"),
-    "StableDiffusionPAGPipeline": _SAME_WEIGHTS.format(plain="StableDiffusionPipeline"),
-    "StableDiffusionXLPAGPipeline": _SAME_WEIGHTS.format(plain="StableDiffusionXLPipeline"),
     "StableUnCLIPPipeline": "Its UNet takes an image's embedding, which a second model draws from the prompt.",
 }
 """Pipelines that draw from a prompt alone and load LoRA adapters, and why each has no family; by class."""
@@ -72,6 +68,8 @@ def reason_for(name: str, supported: Collection[str]) -> str | None:
 
     if name in REASONS:
         return REASONS[name]
+    if (plain := name.replace("PAG", "")) != name and plain in supported:  # another guidance
+        return _SAME_WEIGHTS.format(plain=plain)
     kind = getattr(diffusers, name, None)
     if name.endswith("ModularPipeline"):
         reason = "diffusers has it as modular blocks alone, and training needs a whole pipeline."
@@ -81,6 +79,8 @@ def reason_for(name: str, supported: Collection[str]) -> str | None:
         reason = "diffusers keeps it among its deprecated pipelines."
     elif _INPUTS & inspect.signature(kind.__call__).parameters.keys():
         reason = "It takes an image or a video beside the prompt, which the rows of a dataset do not have."
+    elif not hasattr(kind, "_backends") and "prompt" not in inspect.signature(kind.__call__).parameters:
+        return "It takes no `prompt`, which each row of a dataset has."
     else:
         return None
     plain = max((each for each in supported if name.startswith(each.removesuffix("Pipeline"))), key=len)

@@ -6,7 +6,7 @@ from .evaluate import EvaluationJob, run_evaluation
 from .generate import GenerationSettings, generate_dataset, image_seed
 from .loading import load_adapted_pipeline, process_device
 from .publish import carry_rewards, check_complete, check_source_complete, note_source, push_dataset, wait_for_shards
-from .score import ScoringSettings, score_dataset
+from .score import ScoringSettings, check_medium, score_dataset
 from .score_stream import score_stream
 from .shards import Shards, process_share
 
@@ -17,6 +17,7 @@ __all__ = [
     "Shards",
     "carry_rewards",
     "check_complete",
+    "check_medium",
     "check_source_complete",
     "generate_dataset",
     "image_seed",

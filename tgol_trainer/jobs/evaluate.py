@@ -25,6 +25,7 @@ from tgol_trainer.evaluation import (
     ModelRows,
     encode_preview,
     encode_thumbnail,
+    makes_videos,
     measure_image,
     pixel_descriptor,
 )
@@ -32,7 +33,7 @@ from tgol_trainer.evaluation.measures import MEASURED_FRAMES, SPREAD
 from tgol_trainer.sources.shards import read_rewards
 
 from .generate import IMAGE_BATCH_SIZE, GenerationSettings, generate_dataset, whole_batches
-from .score import Loaders, ScoringSettings, free_memory, note_rewards, rewards_in_turn, score_one_shard
+from .score import Loaders, ScoringSettings, check_medium, free_memory, note_rewards, rewards_in_turn, score_one_shard
 from .shards import Shards, process_share, prompts_digest, weights_digest
 
 RECORD = "tgol_evaluate.json"
@@ -339,12 +340,20 @@ def run_evaluation(
         `int`: shards that other processes have not completed yet; the process that finds none writes the report.
 
     Raises:
-        DataError: for numbers out of range, or an `output_dir` begun with other settings.
+        DataError: for numbers out of range, an `output_dir` begun with other settings, or, before anything is drawn, a
+            reward of images for a pipeline of videos or the other way round.
     """
     columns = ["thumbnail", *rewards, *([FEATURES] if features is not None else [])]
     wanted = list(job.incomplete(columns, share or process_share()))
-    job.generate(load, wanted, progress)
+    settings = settings or ScoringSettings()
+
+    def load_fitting(adapter: str | None) -> tuple[Any, str | None]:
+        pipeline, revision = load(adapter)
+        check_medium(rewards, makes_videos(pipeline), settings)
+        return pipeline, revision
+
+    job.generate(load_fitting, wanted, progress)
     if wanted:
-        settings, computed = settings or ScoringSettings(), features() if features is not None else None
+        computed = features() if features is not None else None
         job.score(rewards, wanted, settings, features=computed, keep_images=keep_images, progress=progress)
     return len(list(job.incomplete(columns)))

@@ -21,7 +21,15 @@ from tqdm.auto import tqdm
 from tgol_trainer._files import write_json
 from tgol_trainer.data import Columns, DataError, ImageError, VideoError, frame_rate, open_image, read_video
 from tgol_trainer.data.files import NotAFileError, open_file, read_url
-from tgol_trainer.rewards import Clip, MeanOverFrames, RewardFunction, reward_facts, reward_takes, score_columns
+from tgol_trainer.rewards import (
+    Clip,
+    MeanOverFrames,
+    Medium,
+    RewardFunction,
+    reward_facts,
+    reward_takes,
+    score_columns,
+)
 from tgol_trainer.sources.loading import AnyDataset
 from tgol_trainer.sources.shards import REWARDS, SCORED, read_rewards
 
@@ -129,7 +137,7 @@ def score_dataset(
     """
     settings = settings or ScoringSettings()
     settings.check()
-    source = source_of(dataset, settings)
+    source = source_of(dataset.column_names, settings)
     check_rewards(dataset, list(rewards), source, settings.weights)
     check_made_of(Path(output_dir), settings.made_of)
     dataset = _undecoded(dataset, source)
@@ -171,11 +179,11 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def source_of(dataset: AnyDataset, settings: ScoringSettings) -> Source:
-    """Return the columns of a dataset that are read."""
+def source_of(names: Sequence[str], settings: ScoringSettings) -> Source:
+    """Return which of a dataset's columns are read."""
     columns, mean_over_frames = settings.columns, settings.mean_over_frames
     video = settings.video_column or columns.video
-    if video is None and columns.image not in dataset.column_names and "video" in dataset.column_names:
+    if video is None and columns.image not in names and "video" in names:
         video = "video"
     if video is None:
         if mean_over_frames is not None:
@@ -192,15 +200,37 @@ def source_of(dataset: AnyDataset, settings: ScoringSettings) -> Source:
 def _fitting(name: str, reward: RewardFunction, source: Source) -> RewardFunction:
     """Return the reward in a form that scores what the rows hold."""
     takes = reward_takes(reward)
-    if takes == f"{source.medium}s":
+    _check_takes(name, takes, source)
+    if takes == f"{source.medium}s" or source.mean_over_frames is None:
         return reward
+    return MeanOverFrames(reward, source.mean_over_frames)
+
+
+def check_medium(rewards: Loaders, videos: bool, settings: ScoringSettings | None = None) -> None:
+    """
+    Raise a [`DataError`] for a reward that does not score what a pipeline draws, before it draws for hours.
+
+    Args:
+        rewards (`Mapping[str, Callable]`):
+            As in [`score_dataset`]. Those without an attribute `takes` ([`RewardLoader`]) are not looked at.
+        videos (`bool`): Whether the pipeline draws videos.
+        settings ([`ScoringSettings`], *optional*): With `mean_over_frames`.
+    """
+    source = source_of(["prompt", "video" if videos else "image"], settings or ScoringSettings())
+    for name, load in rewards.items():
+        if takes := getattr(load, "takes", None):
+            _check_takes(name, takes, source)
+
+
+def _check_takes(name: str, takes: Medium, source: Source) -> None:
+    """Refuse a reward of videos for images, and one of images for videos without a mean over frames."""
+    if takes == f"{source.medium}s" or (takes == "images" and source.mean_over_frames is not None):
+        return
     if takes == "videos":
         raise DataError(
             f"`rewards`: {name!r} scores videos, and {source.visual!r} is a column of images. Leave it out, or name a "
             "column of videos (`video_column`)."
         )
-    if source.mean_over_frames is not None:
-        return MeanOverFrames(reward, source.mean_over_frames)
     raise DataError(
         f"`rewards`: {name!r} scores images, and {source.visual!r} is a column of videos. Ask for its mean over "
         "frames (`mean_over_frames=8`, which ignores motion), or name a reward of videos. "

@@ -74,7 +74,7 @@ def score_stream(
     _check_stream(dataset)
     settings = settings or ScoringSettings()
     settings.check()
-    source, weights = source_of(dataset, settings), settings.weights
+    source, weights = source_of(dataset.column_names, settings), settings.weights
     check_rewards(dataset, list(rewards), source, weights)
     folder, num_files = Path(output_dir), dataset.num_shards
     record = {"streaming": True, "source": name, "num_files": num_files, "shard_size": settings.shard_size}

@@ -2,6 +2,7 @@
 
 from .base import (
     Clip,
+    Medium,
     RewardFacts,
     RewardFunction,
     reward_facts,
@@ -12,15 +13,17 @@ from .base import (
 )
 from .frames import MeanOverFrames
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
-from .loading import REWARDS, find_reward, load_reward
+from .loading import REWARDS, RewardLoader, find_reward, load_reward
 from .weighted import WeightedReward
 
 __all__ = [
     "REWARDS",
     "Clip",
     "MeanOverFrames",
+    "Medium",
     "RewardFacts",
     "RewardFunction",
+    "RewardLoader",
     "WeightedReward",
     "find_reward",
     "jpeg_compressibility",

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .base import RewardFunction, check_call
+from .base import Medium, RewardFunction, check_call, reward_takes
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,30 @@ def load_reward(
         raise TypeError(f"`rewards`: objects of {spec!r} cannot be called with images and prompts.")
     check_call(made, spec)
     return made
+
+
+class RewardLoader:
+    """
+    Loads a reward when it is called. What is known of it before is checked now.
+
+    Args:
+        spec (`str`): As in [`load_reward`], which raises the same errors for a name that cannot be found.
+        options: Passed to [`load_reward`].
+
+    Attributes:
+        takes (`str`, *optional*):
+            `"images"` or `"videos"`; `None` for a class of one's own whose objects alone may say it.
+    """
+
+    def __init__(self, spec: str, **options: Any) -> None:
+        found = find_reward(spec)
+        known = spec in REWARDS or hasattr(found, "takes") or not isinstance(found, type)
+        self.takes: Medium | None = reward_takes(found) if known else None
+        self._spec, self._options = spec, options
+
+    def __call__(self) -> RewardFunction:
+        """Load the reward."""
+        return load_reward(self._spec, **self._options)
 
 
 def _arguments(make: Any) -> list[str]:
