@@ -692,13 +692,18 @@ def test_fsdp_that_accelerate_leaves_out_is_an_error(config, dataset, monkeypatc
         TGOLTrainer(stable_diffusion(), args, dataset)
 
 
-def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset, caplog):
+def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset, caplog, monkeypatch):
     long = dataset.map(
         lambda row, index: {"prompt": {3: "word " * 100, 4: "a (cat:1.3)"}.get(index, row["prompt"])},
         with_indices=True,
     )
     caplog.set_level(logging.WARNING)
-    TGOLTrainer(stable_diffusion(), config(), long)
+    family = TGOLTrainer(stable_diffusion(), config(), long).family
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    family.encode_prompts(["word " * 100])
+    assert "following part of your input was truncated" not in caplog.text  # counted, instead of a line for each
+    family.pipeline.encode_prompt("word " * 100, "cpu", 1, False)
+    assert "following part of your input was truncated" in caplog.text
     assert "1 of 7 different prompts are longer than the text encoder's 77 tokens" in caplog.text
     assert "1 of 7 different prompts hold instructions for other programs" in caplog.text
     assert "a weight such as (word:1.3) in 'a (cat:1.3)'" in caplog.text

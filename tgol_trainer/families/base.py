@@ -17,7 +17,7 @@ from .blocks import StoredBlocks
 from .compiling import uncompiled
 from .conditioning import Conditioning, Rows, join
 from .origin import ModelOrigin
-from .prompts import count_cut_prompts, seen_part
+from .prompts import count_cut_prompts, counted_cuts, seen_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -326,7 +326,7 @@ class ModelFamily(abc.ABC):
             `dict[str, list[torch.Tensor]]`: for each keyword of the denoiser N tensors, each without a dimension for
             the batch and at its prompt's own length where the family has such, in the text encoders' dtype.
         """
-        with self.present(*self.text_encoder_names), frozen_pass(self.device):
+        with self.present(*self.text_encoder_names), frozen_pass(self.device), counted_cuts():
             limits = self.prompt_limits()
             rows = [self.encode_unique_prompts([seen_part(prompt, limits)]) for prompt in prompts]
         return {name: [row[name][0] for row in rows] for name in rows[0]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _CHARACTERS, _MARGIN = 16, 4
@@ -29,6 +31,20 @@ def seen_part(prompt: str, limits: Sequence[tuple[Any, int]]) -> str:
             return part
         size *= 2
     return prompt
+
+
+@contextmanager
+def counted_cuts() -> Iterator[None]:
+    """Silence, for a block, what pipelines and tokenizers log of each prompt that they cut; these are counted."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines", "transformers.tokenization_utils_base")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def words_of(tokenizer: Any) -> Any:
