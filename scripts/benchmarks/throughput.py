@@ -8,6 +8,8 @@ the machine for a while slows them all. A line of the results file holds one var
     python scripts/benchmarks/throughput.py --network sd15 --resolution 256
     python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
 
+What is compiled is compiled in the step that is not timed.
+
 `--peers` adds diffusers' Diffusion-DPO example and the script of Diffusion-KTO, which lie in a folder (`peers.py`),
 with as many images a batch.
 
@@ -61,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tgol, encoded at each step": {"cache": False},
     "tgol": {},
     "tgol, precomputed reference": {"precompute_ref_log_probs": True},
+    "tgol, compiled": {"torch_compile": True},
+    "tgol, precomputed reference, compiled": {"precompute_ref_log_probs": True, "torch_compile": True},
 }
 """Settings of each variant; the cache of images and prompts is on by default."""
 FLOOR = "plain LoRA loop"
