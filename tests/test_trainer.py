@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from tests.conftest import scored_dataset
 from tests.helpers import quick, step_without_waiting
 from tests.tiny import stable_diffusion
 from tgol_trainer import TGOLTrainer, adapters
+from tgol_trainer.config.checks import check_processes, check_sharding
 from tgol_trainer.data import decode_prompts
 from tgol_trainer.families import load_family
 from tgol_trainer.likelihoods import RowGenerators
@@ -667,7 +669,7 @@ def test_more_processes_than_this_one_sees_is_an_error_that_names_use_cpu(config
     [
         ({"fp16": True}, {}, "`fp16=True` has no effect on a CPU"),
         ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "'bf16', and the run's settings for none. Add `--bf16 true`"),
-        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "`deepspeed` is not supported"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO stage 0 is not supported. Use stage 2"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp` is of version 1.*Use version 2"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "`fsdp` is of version 1.*Use version 2"),
         ({"fsdp": True}, {}, "there is one. Leave it out"),
@@ -683,6 +685,31 @@ def test_a_precision_and_shards_that_would_not_be_what_was_asked_for_are_refused
         TGOLTrainer(stable_diffusion(), args, dataset)
 
 
+ZERO2 = {"stage": 2, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "deepspeed", "message"),
+    [
+        ({}, {"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is not supported. Use stage 2"),
+        ({}, {"zero_optimization": {**ZERO2, "offload_optimizer": {"device": "cpu"}}}, "`offload_optimizer` is not"),
+        ({}, {"zero_optimization": ZERO2, "scheduler": {"type": "WarmupLR"}}, "name a `scheduler`"),
+        ({}, {"zero_optimization": ZERO2, "bf16": {"enabled": True}}, "16 bits of `bf16`"),
+        ({"bf16": True}, {"zero_optimization": ZERO2}, "16 bits of `bf16`"),
+        ({"optim": "adafactor"}, {"zero_optimization": ZERO2}, "`optim` is 'adafactor'"),
+        ({"on_nan": "skip"}, {"zero_optimization": ZERO2}, "`on_nan='skip'` comes too late"),
+    ],
+)
+def test_deepspeed_with_what_was_not_seen_to_train_the_same_is_refused(
+    config, monkeypatch, settings, deepspeed, message
+):
+    args = config(**settings)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=deepspeed)
+    with pytest.raises(ValueError, match=message):
+        check_processes(args)
+
+
 def test_fsdp_that_accelerate_leaves_out_is_an_error(config, dataset, monkeypatch):
     """As on several CPUs, where it runs DistributedDataParallel instead."""
     monkeypatch.setattr("tgol_trainer.trainer.check_processes", lambda args: None)
@@ -690,6 +717,14 @@ def test_fsdp_that_accelerate_leaves_out_is_an_error(config, dataset, monkeypatc
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="`fsdp` was asked for and does not run"):
         TGOLTrainer(stable_diffusion(), args, dataset)
+
+
+def test_deepspeed_that_accelerate_leaves_out_is_an_error(config, monkeypatch):
+    args = config()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_sharding(args, fsdp=False, deepspeed=True)
+    with pytest.raises(ValueError, match="`deepspeed` was asked for and does not run"):
+        check_sharding(args, fsdp=False, deepspeed=False)
 
 
 def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset, caplog, monkeypatch):

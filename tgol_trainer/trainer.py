@@ -179,7 +179,7 @@ class TGOLTrainer(SavingTrainer):
             ],
             optimizers=optimizers,
         )
-        check_sharding(args, self.is_fsdp_enabled)
+        check_sharding(args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if args.torch_compile:
             self._compile()
         for callback in run_callbacks:
@@ -272,7 +272,7 @@ class TGOLTrainer(SavingTrainer):
             add_limit=self.limits.append,
             keep_policy=self._keep_policy,
             callbacks=lambda: self.callback_handler.callbacks,
-            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            sharded=self.is_fsdp_enabled,
         )
 
     # ---- Data and labels ----

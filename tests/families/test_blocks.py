@@ -155,6 +155,12 @@ def test_what_does_not_go_with_stored_blocks_is_refused(options, message, config
         config(**{"group_offload": True, **options})
 
 
+def test_stored_blocks_are_refused_where_the_launcher_asks_for_shards(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`group_offload` does not go with `fsdp`"):
+        config(group_offload=True)
+
+
 @pytest.fixture
 def process_group():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

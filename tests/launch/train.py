@@ -5,8 +5,9 @@ Run scripts/train_tgol.py once for each group of flags, and write down what ever
 
 RECORDS gets a file `run-<n>-process-<rank>.json` for each run and process. A run whose flags follow the word `refused`
 must end with an exit code other than 0, and leaves no file. So must one that follows `stopped`, whose second process
-gets a SIGTERM in its second step. One that follows `sharded` shards with FSDP2. In one that follows `broken` the loss
-of the last process is NaN in the second step; in one that follows `frozen` that process stops itself there (SIGSTOP).
+gets a SIGTERM in its second step. One that follows `sharded` shards with FSDP2, one that follows
+`zero2` with DeepSpeed. In one that follows `broken` the loss of the last process is NaN in the second step; in one
+that follows `frozen` that process stops itself there (SIGSTOP).
 """
 
 import contextlib
@@ -145,6 +146,46 @@ def sharded():
             del os.environ[name]
 
 
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+"""What `accelerate launch` makes of scripts/accelerate_configs/zero2.yaml, and DeepSpeed's word for CPUs."""
+
+
+@contextlib.contextmanager
+def zero2():
+    """Use DeepSpeed as on GPUs: accelerate takes it, too, for a setting of GPUs."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    from tgol_trainer.trainer import TGOLTrainer
+
+    initialize, step = state.AcceleratorState.__init__, TGOLTrainer.training_step
+
+    def initialized(self, *args, deepspeed_plugin=None, **kwargs):
+        initialize(self, *args, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        if deepspeed_plugin is not None:
+            from deepspeed import comm
+
+            comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+            self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+
+    def checked(self, *args):
+        if type(self.optimizer.optimizer).__name__ != "DeepSpeedZeroOptimizer":
+            raise RuntimeError("the optimizer is whole: this tests nothing")
+        return step(self, *args)
+
+    state.AcceleratorState.__init__, TGOLTrainer.training_step = initialized, checked
+    os.environ.update(ZERO2)
+    try:
+        yield
+    finally:
+        state.AcceleratorState.__init__, TGOLTrainer.training_step = initialize, step
+        for name in ZERO2:
+            del os.environ[name]
+
+
 @contextlib.contextmanager
 def terminated():
     from tgol_trainer.trainer import TGOLTrainer
@@ -204,6 +245,7 @@ def must_be_refused(records, world_size, flags, number):
 
 WAYS = {
     "sharded": sharded,
+    "zero2": zero2,
     "refused": contextlib.nullcontext,
     "stopped": terminated,
     "broken": lambda: second_step(with_nan),

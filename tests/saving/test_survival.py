@@ -128,6 +128,15 @@ def test_what_holds_no_optimizer_is_no_checkpoint_whatever_else_it_holds(run, co
         only.train(resume_from_checkpoint=str(run.parent / "only" / "checkpoint-2"))
 
 
+def test_an_optimizer_that_was_divided_in_another_way_is_not_replaced_by_a_fresh_one(run, config, dataset):
+    checkpoint = run / "checkpoint-4"
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer_0.pt")  # as ZeRO-2 names the first process's part
+    (checkpoint / "checkpoint.json").unlink()
+    seal(checkpoint, resumable=True)
+    with pytest.raises(FileNotFoundError, match=r"holds no optimizer\.pt: its run was divided in another way"):
+        trainer_in(run, config, dataset).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_save_that_fails_names_the_last_checkpoint_and_leaves_only_whole_ones(tmp_path, config, dataset):
     """The third save meets a disk that takes no file of the size of an optimizer's state, as a full one would."""
     trainer = trainer_in(tmp_path, config, dataset, save_total_limit=1)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from tgol_trainer._secrets import is_secret
 
-from .checks import check_folder, check_ranges
+from .checks import check_folder, check_ranges, is_asked_for
 from .method import MethodArguments, check_choices, default_of
 from .recipes import recipe_fields
 
@@ -421,7 +421,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             ("fsdp", "which shards them"),
             ("deepspeed", "which shards them"),
         ):
-            if getattr(self, other):
+            if is_asked_for(self, other):
                 raise ValueError(f"`{name}` does not go with `{other}`, {reason}: leave one out.")
         if self.checkpointing_given and not self.activation_checkpointing:
             raise ValueError(

@@ -115,13 +115,9 @@ def check_processes(args: TrainingArguments) -> None:
             f"The launcher asks for mixed precision, {launched!r}, and the run's settings for none. Add `--{wanted} "
             f"true` (TGOLConfig({wanted}=True)), or `--mixed_precision no` to `accelerate launch`."
         )
-    if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "`deepspeed` is not supported: it unpickles its checkpoints, which can run code, and a resumed run would "
-            "not find its threshold and its reference again. Use several processes without it, or FSDP2 "
-            "(`fsdp=True`), which also divides the base model."
-        )
-    if not _wants_fsdp(args):
+    if is_asked_for(args, "deepspeed"):
+        _check_deepspeed(args)
+    if not is_asked_for(args, "fsdp"):
         return
     version = (args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 2
     if int(version) != 2:
@@ -135,27 +131,70 @@ def check_processes(args: TrainingArguments) -> None:
         raise ValueError("`fsdp` shards a model over several processes, and there is one. Leave it out.")
 
 
-def check_sharding(args: TrainingArguments, enabled: bool) -> None:
+def _check_deepspeed(args: TrainingArguments) -> None:
+    """Refuse what was not seen to train the same as without DeepSpeed, or is known not to."""
+    config: dict[str, Any] = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage != 2:
+        raise ValueError(
+            f"`deepspeed` with ZeRO stage {stage} is not supported. Use stage 2 "
+            "(scripts/accelerate_configs/zero2.yaml), or FSDP2 (`fsdp=True`), which also divides the base model."
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device", "none") != "none":
+            raise ValueError(f"`deepspeed` with `{name}` is not supported. Leave it out.")
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ValueError(
+                f"The settings of `deepspeed` name {'an' if name == 'optimizer' else 'a'} `{name}`, which the run's "
+                "own settings and the card would not tell of. Leave it out there."
+            )
+    if args.bf16 or args.fp16 or any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
+        raise ValueError(
+            "`deepspeed` turns the trained weights, too, into the 16 bits of `bf16` and `fp16`, and what is saved "
+            "would be those. Leave the precision out, or use FSDP2 (`fsdp=True`)."
+        )
+    if not args.optim.startswith("adamw_torch"):
+        raise ValueError(
+            f"`optim` is {args.optim.value!r}, and `deepspeed` hands an optimizer all weights as one row of numbers, "
+            "of which it may make something else than of matrices. Use 'adamw_torch' or 'adamw_torch_fused'."
+        )
+    if getattr(args, "on_nan", "stop") == "skip":
+        raise ValueError("`on_nan='skip'` comes too late with `deepspeed`, which updates in the backward pass.")
+
+
+def check_sharding(args: TrainingArguments, *, fsdp: bool, deepspeed: bool) -> None:
     """
-    Check that a model is sharded where that was asked for: on CPUs accelerate takes DistributedDataParallel instead.
+    Check that a run is sharded where that was asked for: on CPUs accelerate takes DistributedDataParallel instead.
 
     Args:
         args ([`TGOLConfig`]): The configuration.
-        enabled (`bool`): Whether FSDP runs.
+        fsdp (`bool`): Whether FSDP runs.
+        deepspeed (`bool`): Whether DeepSpeed runs.
 
     Raises:
         ValueError: if it does not, and should.
     """
-    if _wants_fsdp(args) and not enabled:
+    if is_asked_for(args, "deepspeed") and not deepspeed:
+        raise ValueError(
+            "`deepspeed` was asked for and does not run: accelerate starts it on GPUs alone, and would keep the whole "
+            "optimizer in each process. Leave it out."
+        )
+    if is_asked_for(args, "fsdp") and not fsdp:
         raise ValueError(
             "`fsdp` was asked for and does not run: accelerate shards over GPUs alone, and would keep a whole copy of "
             "the model in each process. Leave it out."
         )
 
 
-def _wants_fsdp(args: TrainingArguments) -> bool:
-    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+def is_asked_for(args: TrainingArguments, name: str) -> bool:
+    """
+    Return whether a setting is switched on, by the run or by `accelerate launch`.
 
-
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+    Args:
+        args ([`TGOLConfig`]): The configuration.
+        name (`str`): Such as `"fsdp"` or `"deepspeed"`, for which the launcher has a variable of the environment.
+    """
+    launched = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes")
+    return bool(getattr(args, name)) or launched

@@ -112,6 +112,17 @@ def newest_complete(folder: str | Path, *, warn: bool = False) -> Path | None:
     return None
 
 
+def optimizer_state(checkpoint: str, name: str) -> Path:
+    """Return where a checkpoint holds the optimizer's state; without it Trainer would begin with a fresh optimizer."""
+    place = Path(checkpoint, name)
+    if not place.exists():
+        raise FileNotFoundError(
+            f"{checkpoint} holds no {name}: its run was divided in another way (`fsdp`, `deepspeed`). Go on in "
+            "the way it began, or start a new run with `adapter_name_or_path` at the checkpoint."
+        )
+    return place
+
+
 def last_good(folder: str | Path) -> str:
     """Return the sentence of an error message that names the checkpoint to go on from."""
     checkpoint = newest_complete(folder)

@@ -50,7 +50,11 @@ class FiniteTrainer(Trainer):
         self._watch.add(loss, step, self._record, inputs["row_id"])
         if self._filter is not None:
             loss = self._filter.add(loss)
-        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:  # DeepSpeed looks at its own gradients
+        if self.accelerator.sync_gradients and self.is_deepspeed_enabled:
+            # It has made the update, or left it out without a word where the norm is not finite.
+            norm = torch.as_tensor(self.model_wrapped.get_global_grad_norm(), device=self.args.device)
+            self._watch.add_gradient(~torch.isfinite(norm.reshape(1)), step)
+        elif self.accelerator.sync_gradients:
             # A gradient scaler meets overflows while it looks for its scale, and leaves them out.
             broken = None if self.accelerator.scaler is not None else norm_overflows(self._trained_weights())
             if broken is not None:

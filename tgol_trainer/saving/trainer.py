@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from tgol_trainer import adapters
@@ -26,7 +26,7 @@ from tgol_trainer.metrics import RECORD
 from tgol_trainer.scaling import Scaling, drift_of_rows, scale_to_drift
 
 from .card import CardImage, DatasetFacts, SharedFile, write_card
-from .checkpoints import DRAFTS, explained_reads, explained_writes, read_back, rotate, seal
+from .checkpoints import DRAFTS, explained_reads, explained_writes, optimizer_state, read_back, rotate, seal
 from .divergence import FiniteWatch, UpdateFilter, all_finite
 from .facts import harvest_facts
 from .files import ARGUMENTS_NAME, STATE_NAME, public_arguments, saved_state
@@ -38,6 +38,7 @@ from .resuming import alone_in, is_finished, open_output, starting_point
 from .settings import Change, check_changes, decisive_settings, find_changes, log_harmless, set_learning_rate
 from .sharing import check_share_formats, shared_files
 from .stopping import StopOnSignal
+from .zero import load_optimizer, save_optimizer
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -161,10 +162,8 @@ class SavingTrainer(FiniteTrainer):
             raise ValueError(
                 "`target_drift` scales the update of a LoRA; that of DoRA does not scale: set `use_dora=False`."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "`target_drift` needs the whole adapter on each process: leave it out with FSDP or DeepSpeed."
-            )
+        if self.is_fsdp_enabled:
+            raise ValueError("`target_drift` needs the whole adapter on each process: leave it out with FSDP.")
 
     def _scale_to_drift(self) -> None:
         """Scale the policy to `target_drift`. Checkpoints hold it as it was trained, so that training can go on."""
@@ -218,9 +217,29 @@ class SavingTrainer(FiniteTrainer):
         self.changes = [Change(**each) for each in saved["changes"]] + changes
         log_harmless(json.loads((checkpoint / ARGUMENTS_NAME).read_text(encoding="utf-8")), self.args, str(checkpoint))
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> Any:
+        if checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        # Trainer would have DeepSpeed read the checkpoint, without threshold and reference.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(checkpoint)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
+
+    @property
+    def _optimizer_name(self) -> str:
+        if self.is_deepspeed_enabled:
+            return f"optimizer_{self.args.process_index}.pt"
+        return "optimizer_0" if self.is_fsdp_enabled else OPTIMIZER_NAME
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        place = optimizer_state(checkpoint, self._optimizer_name)
         with explained_reads(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)  # under DeepSpeed the scheduler alone
+            if self.is_deepspeed_enabled:
+                load_optimizer(self.optimizer.optimizer, place)
         for change in self.changes:
             if change.name == "learning_rate":
                 set_learning_rate(self.optimizer, self.lr_scheduler, change.now)
@@ -283,23 +302,26 @@ class SavingTrainer(FiniteTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`, which saves no adapter of a sharded model. Every process must call."""
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
         self._check_weights()
-        denoiser = self.family.denoiser
-        self._save(output_dir, gathered_adapters(denoiser, keep=self.args.should_save))
+        keep = self.args.should_save
+        self._save(output_dir, gathered_adapters(self.family.denoiser, keep=keep) if self.is_fsdp_enabled else None)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        # Trainer's own also writes the whole model, with the frozen base.
+        if self.is_deepspeed_enabled:
+            save_optimizer(self.optimizer.optimizer, Path(output_dir, self._optimizer_name))
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # Trainer's own also writes the whole model, with the frozen base.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
