@@ -729,7 +729,9 @@ def test_deepspeed_that_accelerate_leaves_out_is_an_error(config, monkeypatch):
 
 def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset, caplog, monkeypatch):
     long = dataset.map(
-        lambda row, index: {"prompt": {3: "word " * 100, 4: "a (cat:1.3)"}.get(index, row["prompt"])},
+        lambda row, index: {
+            "prompt": {3: "word " * 100, 4: "a (cat:1.3)", 5: "a <lora:x:1> (dog:1.1)"}.get(index, row["prompt"])
+        },
         with_indices=True,
     )
     caplog.set_level(logging.WARNING)
@@ -739,9 +741,10 @@ def test_long_prompts_and_prompts_of_other_programs_are_counted(config, dataset,
     assert "following part of your input was truncated" not in caplog.text  # counted, instead of a line for each
     family.pipeline.encode_prompt("word " * 100, "cpu", 1, False)
     assert "following part of your input was truncated" in caplog.text
-    assert "1 of 7 different prompts are longer than the text encoder's 77 tokens" in caplog.text
-    assert "1 of 7 different prompts hold instructions for other programs" in caplog.text
-    assert "a weight such as (word:1.3) in 'a (cat:1.3)'" in caplog.text
+    assert "1 of 8 different prompts are longer than the text encoder's 77 tokens" in caplog.text
+    assert "2 of 8 different prompts hold instructions for other programs" in caplog.text
+    assert "a weight such as (word:1.3) in 2, 'a (cat:1.3)'" in caplog.text
+    assert "a network such as <lora:name:0.8> in 1, 'a <lora:x:1> (dog:1.1)'" in caplog.text
 
 
 # ---- Streams ----

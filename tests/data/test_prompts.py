@@ -38,7 +38,7 @@ SIZE = (8, 8)
     ],
 )
 def test_instructions_for_other_programs_are_seen(prompt, kind):
-    assert kind in foreign_syntax(prompt)
+    assert any(kind in found for found in foreign_syntax(prompt))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_instructions_for_other_programs_are_seen(prompt, kind):
     ],
 )
 def test_plain_prompts_are_left_alone(prompt):
-    assert foreign_syntax(prompt) is None
+    assert not foreign_syntax(prompt)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_plain_prompts_are_left_alone(prompt):
 )
 def test_the_plain_text_of_a_prompt_keeps_its_words_and_nothing_else(prompt, plain):
     assert strip_syntax(prompt) == plain
-    assert foreign_syntax(plain) is None
+    assert not foreign_syntax(plain)
 
 
 @pytest.mark.parametrize("prompt", ["a cat (asleep),  two blanks ", "a clock at 12:30 (noon)", "a [red] hat , {x"])

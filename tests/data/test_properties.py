@@ -49,5 +49,5 @@ def test_a_row_of_anything_is_read_or_its_causes_are_named_and_nothing_is_raised
 def test_the_plain_text_of_any_prompt_holds_no_word_that_was_not_there(prompt):
     plain = strip_syntax(prompt)
     assert len(plain) <= len(prompt) + 2 * prompt.count("BREAK")
-    if foreign_syntax(prompt) is None:
+    if not foreign_syntax(prompt):
         assert plain == prompt

@@ -248,8 +248,11 @@ def _prompts(survey: Survey, *, counted: bool) -> tuple[list[Finding], dict[str,
     }
     findings = []
     if survey.foreign_prompts:
-        rows = sorted(chain(*survey.foreign_prompts.values()))
-        kinds = (f"{kind} ({_numbered(found[:_SHOWN], len(found))})" for kind, found in survey.foreign_prompts.items())
+        rows = sorted(set(chain(*survey.foreign_prompts.values())))
+        kinds = (
+            f"{kind} in {len(found)} ({_numbered(found[:_SHOWN], len(found))})"
+            for kind, found in survey.foreign_prompts.items()
+        )
         text = f"what other programs read as instructions, and the text encoder as words: {', '.join(kinds)}."
         findings.append(Finding("prompt syntax", "warning", len(rows), text, rows[:_SHOWN], REMEDY))
     if not counted:

@@ -92,8 +92,7 @@ class Survey:
         key = hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         if key not in self._prompts:
             self._new_prompts.append((row, prompt))
-            kind = foreign_syntax(prompt)
-            if kind is not None:
+            for kind in foreign_syntax(prompt):
                 self.foreign_prompts.setdefault(kind, []).append(row)
             if len(self._new_prompts) == _PROMPTS_AT_ONCE:
                 self.count_prompts()

@@ -53,9 +53,9 @@ REMEDY = (
 _SHOWN = 60
 
 
-def foreign_syntax(prompt: str) -> str | None:
-    """Return what a prompt holds that other programs read as an instruction, in words; `None` for a plain prompt."""
-    return next((name for name, pattern in _SYNTAX.items() if pattern.search(prompt)), None)
+def foreign_syntax(prompt: str) -> list[str]:
+    """Return what a prompt holds that other programs read as instructions, in words; nothing for a plain prompt."""
+    return [name for name, pattern in _SYNTAX.items() if pattern.search(prompt)]
 
 
 def strip_syntax(prompt: str) -> str:
@@ -72,7 +72,7 @@ def strip_syntax(prompt: str) -> str:
     Returns:
         `str`: may be empty.
     """
-    if foreign_syntax(prompt) is None:
+    if not foreign_syntax(prompt):
         return prompt
     text = _WILDCARD.sub("", _NETWORK.sub("", _SETTINGS.sub("", prompt)))
     text = ", ".join(_WEIGHT_OF_PART.sub("", part) for part in parts) if len(parts := _AND.split(text)) > 1 else text
@@ -123,21 +123,23 @@ def warn_of_prompts(name: str, prompts: Iterable[str], syntax: PromptSyntax = "k
             *(name, len(blank), len(texts), blank[0][:_SHOWN]),
         )
     shown: dict[str, str] = {}
+    number = 0
     for prompt in texts:
-        kind = foreign_syntax(prompt)
-        if kind is not None:
-            found[kind] += 1
+        kinds = foreign_syntax(prompt)
+        number += bool(kinds)
+        found.update(kinds)
+        for kind in kinds:
             shown.setdefault(kind, prompt)
     if found and syntax == "strip":
         first = next(iter(shown.values()))
         logger.info(
             "%s: instructions for other programs are taken out of %d of %d different prompts, such as %r, now %r.",
-            *(name, found.total(), len(texts), first[:_SHOWN], strip_syntax(first)[:_SHOWN]),
+            *(name, number, len(texts), first[:_SHOWN], strip_syntax(first)[:_SHOWN]),
         )
     elif found:
-        examples = ", ".join(f"{kind} in {prompt[:_SHOWN]!r}" for kind, prompt in shown.items())
+        examples = ", ".join(f"{kind} in {found[kind]}, {prompt[:_SHOWN]!r}" for kind, prompt in shown.items())
         logger.warning(
             "%s: %d of %d different prompts hold instructions for other programs, which the text encoder takes for "
             "words: %s. %s",
-            *(name, found.total(), len(texts), examples, REMEDY),
+            *(name, number, len(texts), examples, REMEDY),
         )
