@@ -37,7 +37,7 @@ DEVELOPMENT = [
     "pytest-xdist>=3.8",
     "ruff>=0.14",
 ]
-DEVELOPMENT += ["scipy>=1.13", "tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
+DEVELOPMENT += ["scipy>=1.13", "sentencepiece>=0.2.1", "tensorboard>=2.20", "types-PyYAML", "types-tqdm"]
 
 setup(
     name="tgol_trainer",

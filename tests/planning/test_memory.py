@@ -21,11 +21,10 @@ from tgol_trainer.planning.tracing import LiveBytes
 
 FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance")]
 KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16", "offload", "8 bits")
-# Of Qwen-Image and HunyuanVideo 1.5 a plan also counts weights that no gradient reaches; of Qwen-Image the mask of a
-# prompt too, large beside so small a text encoder, which a real pass leaves out where it hides nothing.
-APART = ("qwen-image", "qwen-image 2.1", "hunyuan video 1.5")
+# Without a cache a plan has twice the real peak of these. Qwen-Image's text encoder makes a mask only where a prompt
+# of the batch is short: with one, the plan is 7 % above. HunyuanVideo 1.5's is twice the peak then too: not explained.
+APART = ("qwen-image", "hunyuan video 1.5")
 CASES = [(name, kind) for name in FAMILIES for kind in KINDS if name not in APART or kind == "LoRA"]
-CASES.remove(("ltx-2", "all weights"))  # a plan counts those of sound, which no gradient reaches
 LORA = LoraConfig(r=16, lora_alpha=16)
 
 
@@ -84,7 +83,7 @@ def saved_for_backward(family, size):
     """Bytes of the storages that autograd keeps of a pass, by its own hooks; neither weights nor the batch."""
     pixels = torch.zeros(2, 3, *([family.num_frames] if family.num_frames else []), *size)
     geometry = torch.zeros(2, 4, dtype=torch.int64)
-    conditioning = family.condition([f"{number} and so on " * 400 for number in ("one", "two")], geometry, size)
+    conditioning = family.condition([f"prompt {number} " + "and so on " * 400 for number in (0, 1)], geometry, size)
     rows = RowGenerators(0, 0, [0, 1])
     draw = family.likelihood.draw(family.encode_images(pixels, rows, sample=True), rows)
     conditions = [each for value in conditioning.values() for each in (value if isinstance(value, list) else [value])]
@@ -126,8 +125,12 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     options |= {**stored, "activation_checkpointing": None} if stored else {}
     args = config(max_steps=2 if stored else 1, per_device_train_batch_size=2, **options, **facts.settings)
     # Longer than any limit: the plan is for the longest prompts.
-    rows = facts.dataset().map(
-        lambda row, index: {"prompt": f"prompt {index} " + "and so on " * 400}, with_indices=True
+    rows = facts.dataset()
+    if name == "ltx-2":  # whose text encoder makes a mask, which a plan has, only where a prompt of the batch is short
+        rows = rows.select(range(2))
+    times = [400, 0 if name == "ltx-2" else 400]
+    rows = rows.map(
+        lambda row, index: {"prompt": f"prompt {index} " + "and so on " * times[index % 2]}, with_indices=True
     )
     trainer = TGOLTrainer(facts.build(), args, rows)
     live, gradients, states = traced_run(trainer)
@@ -150,8 +153,8 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     assert step.gradients == gradients
     close = 0.15 if name == "qwen-image" else 0.05
     assert max(step.peak, step.prompts, step.images) == pytest.approx(live.peak, rel=close)
-    # Of these the hooks find up to 19 % more than is planned, while the peaks agree as above: not explained.
-    if kind in ("LoRA", "all weights") and name not in ("cogview4", "qwen-image", "qwen-image 2.1"):
+    # Of these two the hooks find up to a third more than is planned, while the peaks agree as above: not explained.
+    if kind in ("LoRA", "all weights") and name not in ("cogview4", "qwen-image"):
         kept = saved_for_backward(trainer.family, size)
         assert step.activations == pytest.approx(kept, rel=0.1)
     # The reference's pass counts with the LoRA, a large part of so small a network.

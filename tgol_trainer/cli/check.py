@@ -197,6 +197,7 @@ def _facts(facts: dict[str, Any]) -> list[str]:
         return lines
     scores, prompts, sizes = facts["scores"], facts["prompts"], facts["sizes"]
     common = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["most_common"][:3])
+    common += ", ..." if sizes["num_different"] > 3 else ""
     trained = ", ".join(f"{size['width']}x{size['height']} ({size['count']})" for size in sizes["buckets"][:4])
     limit = f", at most {prompts['token_limit']} tokens fit" if prompts["token_limit"] else ""
     most = counted(prompts["most_rows_of_one"], "row")
@@ -204,7 +205,7 @@ def _facts(facts: dict[str, Any]) -> list[str]:
         *lines,
         *(f"  {'scores' if len(scores) == 1 else column:<7}  {_extent(found)}" for column, found in scores.items()),
         f"  prompts  {prompts['num_distinct']} different, up to {most} each{limit}",
-        f"  sizes    {sizes['num_different']} different: {common}{', ...' if sizes['num_different'] > 3 else ''}",
+        f"  sizes    {sizes['num_different']} different (width x height): {common}",
         f"  buckets  trained at {trained}{', ...' if len(sizes['buckets']) > 4 else ''}",
     ]
 

@@ -69,6 +69,7 @@ class Step:
         flops (`int`): Floating-point operations, the reference's pass included where there is one.
         prompts (`int`, *optional*, defaults to 0): Most bytes while prompts are encoded, without a cache.
         images (`int`, *optional*, defaults to 0): Most bytes while images are encoded, without a cache.
+        states (`int`, *optional*, defaults to 0): Bytes that the optimizer keeps of weights that a gradient reaches.
     """
 
     peak: int
@@ -77,6 +78,7 @@ class Step:
     flops: int
     prompts: int = 0
     images: int = 0
+    states: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     """Predict what a setup takes with a family that [`build`] made; its networks are changed."""
     denoiser = family.denoiser
     at_denoiser, encoders = _weights(family, setup)
-    with_optimizer = {**at_denoiser, "optimizer": optimizer_bytes(denoiser, setup.optimizer)}
+    _check_optimizer(setup.optimizer)
     size = setup.resolution or family.native_size
     if any(side % family.resolution_multiple for side in size):
         raise ValueError(
@@ -187,6 +189,7 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
         encoding = trace_encoding(family, size)
         step = trace_step(family, setup, size, encoding)
         sampling = trace_sampling(family, setup, size, encoding) if setup.sampling_batch else (0, 0)
+    with_optimizer = {**at_denoiser, "optimizer": step.states}
     # What cannot leave the device while a cache is filled: a quantised or stored denoiser, and a frozen copy.
     stays = setup.quantization or family.blocks is not None
     staying = at_denoiser if stays else {"reference": at_denoiser["reference"]} if not setup.lora else {}
@@ -264,18 +267,17 @@ def _weights(family: ModelFamily, setup: Setup) -> tuple[dict[str, int], dict[st
 
 def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
     """
-    Return the bytes of an optimizer's states.
+    Return the bytes of an optimizer's states, which it makes for weights with a gradient.
 
     Args:
-        denoiser (`torch.nn.Module`): The network; its trained parameters count.
+        denoiser (`torch.nn.Module`): The network after a backward pass.
         name (`str`): `TrainingArguments.optim`. Paged states count as if they stayed on the device.
 
     Raises:
         ValueError: for an optimizer whose memory is not known.
     """
-    trained = [each for each in denoiser.parameters() if each.requires_grad]
-    if name not in KNOWN_OPTIMIZERS:
-        raise ValueError(f"`optim` is {name!r}, whose memory is not known here. Known: {', '.join(KNOWN_OPTIMIZERS)}.")
+    _check_optimizer(name)
+    trained = [each for each in denoiser.parameters() if each.grad is not None]
     if name in _TWO_STATES:
         return sum(2 * each.numel() * each.element_size() for each in trained)
     if name == "sgd":
@@ -288,6 +290,11 @@ def optimizer_bytes(denoiser: torch.nn.Module, name: str) -> int:
         per_state = each.numel() + scales if each.numel() >= _SMALLEST_8BIT else 4 * each.numel()
         total += _STATES_8BIT[name] * per_state
     return total
+
+
+def _check_optimizer(name: str) -> None:
+    if name not in KNOWN_OPTIMIZERS:
+        raise ValueError(f"`optim` is {name!r}, whose memory is not known here. Known: {', '.join(KNOWN_OPTIMIZERS)}.")
 
 
 # ---- Traces, inside `without_memory` ----
@@ -356,10 +363,11 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
             loss = forward(live, pixels)
         loss.backward()
     gradients = sum(_bytes(each.grad) for each in trained if each.grad is not None)
+    states = optimizer_bytes(family.denoiser, setup.optimizer)
     for each in trained:
         each.grad = None
     ahead = family.blocks.bytes_ahead if family.blocks is not None else 0  # from the second step on
-    return Step(live.peak + ahead, kept, gradients, live.flops, *encoding_peaks)
+    return Step(live.peak + ahead, kept, gradients, live.flops, *encoding_peaks, states)
 
 
 def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
