@@ -22,8 +22,8 @@ pytestmark = pytest.mark.xdist_group("hub training")
 RUN = {"README.md", "card_facts.json", "pytorch_lora_weights.safetensors", "tgol_state.json", "training_args.json"}
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
 PUSHED = {
-    "some families": ("sd", "wan", "meissonic"),
-    "all families": ("sd", "sdxl", "sd3", "flux", "wan", "amused", "meissonic"),
+    "some families": ("sd", "wan", "z-image", "meissonic"),
+    "all families": ("sd", "sdxl", "sd3", "flux", "wan", "z-image", "amused", "meissonic"),
 }
 """Some: an adapter that the pipeline loads, a video model, and an adapter that the denoiser loads."""
 

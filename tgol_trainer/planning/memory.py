@@ -367,7 +367,8 @@ def trace_step(family: ModelFamily, setup: Setup, size: tuple[int, int], encodin
     for each in trained:
         each.grad = None
     ahead = family.blocks.bytes_ahead if family.blocks is not None else 0  # from the second step on
-    return Step(live.peak + ahead, kept, gradients, live.flops, *encoding_peaks, states)
+    prompts, images = encoding_peaks
+    return Step(live.peak + ahead, kept, gradients, live.flops, prompts, images, states)
 
 
 def trace_sampling(family: ModelFamily, setup: Setup, size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
