@@ -204,16 +204,16 @@ class Training:
         return load_file(file)["predictions"]
 
     @functools.cached_property
-    def profile(self) -> Any:
-        """The reference's mean error by time, over all draws of the run."""
-        from tgol_trainer.likelihoods import ErrorProfile
-
-        times, errors = [], []
-        for step, prediction in enumerate(self.references):
-            draw = self.draw(step)
-            times.append(draw.timesteps)
-            errors.append(self.family.likelihood.error(prediction, draw))
-        return ErrorProfile.measure(torch.cat(times), torch.cat(errors), len(self.family.likelihood.alphas_cumprod))
+    def scales(self) -> torch.Tensor:
+        """(updates, draws) √(ē(t)·ē): the reference's mean error in 20 equal bins of time, and its mean over them."""
+        draws = [self.draw(step) for step in range(self.run.updates)]
+        pairs = zip(self.references, draws, strict=True)
+        errors = torch.cat([self.family.likelihood.error(prediction, draw) for prediction, draw in pairs]).double()
+        times = torch.cat([draw.timesteps for draw in draws])
+        bins = (times.double() / len(self.family.likelihood.alphas_cumprod) * 20).long().clamp(max=19)
+        count, total = torch.bincount(bins, minlength=20), torch.bincount(bins, errors, minlength=20)
+        means = torch.where(count > 0, total / count.clamp(min=1), errors.mean())
+        return (means[bins] * means.mean()).sqrt().float().view(self.run.updates, -1)
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
@@ -240,7 +240,7 @@ class Training:
             batch,
             self.labeler.score_std,
             self.labeler.weighting,
-            self.profile,
+            self.scales[step],
             self.values[step],
             self.method.draws,
         )

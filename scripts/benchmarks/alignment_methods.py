@@ -10,7 +10,6 @@ import torch
 
 from tgol_trainer import losses, thresholds
 from tgol_trainer.config import MethodArguments
-from tgol_trainer.likelihoods import ErrorProfile, calibrated_log_ratio, relative_log_ratio
 from tgol_trainer.objective import ScoredBatch, training_loss
 
 GROUP = 4
@@ -31,7 +30,7 @@ class Passed:
         rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight` and `group`.
         score_std (`float`): Standard deviation of the scores.
         weighting ([`thresholds.Weighting`]): Margins to weights.
-        profile ([`ErrorProfile`]): The reference's mean error by time.
+        scale (`torch.Tensor`): √(ē(t)·ē), the reference's mean error at the time of a draw and at all times.
         value (`torch.Tensor`): (B,) what the noised latents tell of the advantage; 0 where the method has no baseline.
         draws (`int`): Draws of an image, side by side; errors are their means, and `rows` has each image once.
     """
@@ -43,7 +42,7 @@ class Passed:
     rows: dict[str, torch.Tensor]
     score_std: float
     weighting: thresholds.Weighting
-    profile: ErrorProfile
+    scale: torch.Tensor
     value: torch.Tensor
     draws: int = 1
 
@@ -138,7 +137,7 @@ def unevenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Te
 
 def anchored_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
     """'tgol_anchored' with the reference's mean error at the time of a draw in place of its error on that draw."""
-    return unevenly(passed, args, strength) / passed.profile.scale(passed.timesteps, 0.5)
+    return unevenly(passed, args, strength) / passed.scale
 
 
 def anchored_clipped(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
@@ -152,15 +151,21 @@ def most_evenly(passed: Passed, args: MethodArguments, strength: float) -> torch
 
 
 def tilted(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """Exact regression for samples of the reference, w at most 5; the strength is β_r in standard deviations."""
+    """
+    Regression on the optimum under a KL penalty from samples of the reference: `2(w - 1)⟨e, D⟩ + w|D|²`.
+
+    w is `exp((s - τ*)/β_r)`, at most 5; the strength is β_r in standard deviations. With e and D as in
+    `losses.anchored_loss`, the error is `2⟨e, D⟩ + |D|²` above the reference's.
+    """
+    error, reference_error, change = passed.errors
     tilt = (passed.rows["margin"] / strength).exp().clamp(max=5.0)
-    return losses.tilted_loss(*passed.errors, tilt).loss
+    return (tilt - 1) * (error - reference_error) + change
 
 
 def symmetric(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """Eq. 10 on the symmetrised log-ratio, with 0.1/T times the squared change as anchor; the strength is T."""
+    """Eq. 10 on `-2⟨e, D⟩/T`, with 0.1/T times the squared change as anchor; the strength is T."""
     error, reference_error, change = passed.errors
-    log_ratio = losses.symmetric_log_ratio(error, reference_error, change, temperature=strength)
+    log_ratio = (reference_error - error + change) / strength
     loss = losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
     return loss + 0.1 / strength * change
 
@@ -168,24 +173,24 @@ def symmetric(passed: Passed, args: MethodArguments, strength: float) -> torch.T
 def calibrated(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
     """Eq. 10 with errors in units of the square root of the reference's error at that time; the strength is T."""
     error, reference_error, _ = passed.errors
-    scale = passed.profile.scale(passed.timesteps, 0.5)
-    log_ratio = calibrated_log_ratio(error, reference_error, scale, strength)
+    log_ratio = (reference_error - error) / (strength * passed.scale)
     return losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
 
 
 def relative(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
     """Eq. 10 with the log-ratio of fitted variances; the strength is T."""
     error, reference_error, _ = passed.errors
-    log_ratio = relative_log_ratio(error, reference_error, strength)
+    log_ratio = (reference_error.log() - error.log()) / strength
     return losses.threshold_guided_loss(log_ratio, passed.rows["margin"], passed.rows["weight"]).loss
 
 
 def soft(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """Soft labels with b one standard deviation; the strength is T."""
+    """Eq. 10 with the label `σ((s - τ)/sd)` instead of 0 or 1, and w = 1; the strength is T."""
     error, reference_error, _ = passed.errors
     log_ratio = (reference_error - error) / strength
-    margin, weight = passed.advantage, torch.ones_like(error)
-    return losses.soft_label_loss(log_ratio, margin, weight).loss
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        log_ratio, passed.advantage.sigmoid(), reduction="none"
+    )
 
 
 MEAN = {"threshold_strategy": "group", "group_statistic": "mean", "score_normalization": "zscore"}

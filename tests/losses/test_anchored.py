@@ -10,10 +10,6 @@ from tgol_trainer.losses import (
     anchored_loss,
     dspo_loss,
     nft_loss,
-    soft_label_loss,
-    symmetric_log_ratio,
-    threshold_guided_loss,
-    tilted_loss,
 )
 
 TARGET = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [0.0, 0.0]])
@@ -60,51 +56,6 @@ def test_the_anchored_loss_is_least_at_minus_a_over_lambda_times_the_references_
         (slope,) = torch.autograd.grad(loss, policy)
         step = -slope / (2 * 2.0 / (2 * mistake()[:, None]))
         assert step.flatten().tolist() == numbers((-(sign / 2.0) * (REFERENCE - TARGET)).flatten())
-
-
-def test_the_tilted_loss_has_the_gradient_of_weighted_regression_without_the_part_that_is_zero_on_average():
-    """d/dv_θ of w·|v_θ - v|² minus 2·(v_ref - v)/n, the gradient at the reference of a sample of weight 1."""
-    tilt = torch.tensor([0.5, 1.0, 2.0, 0.0])
-    policy = POLICY.clone().requires_grad_(True)
-    errors = [((policy - TARGET) ** 2).mean(1), passed()[1], ((policy - REFERENCE) ** 2).mean(1)]
-    (found,) = torch.autograd.grad(tilted_loss(*errors, tilt).loss.sum(), policy)
-    expected = tilt[:, None] * (POLICY - TARGET) - (REFERENCE - TARGET)
-    assert found.flatten().tolist() == numbers(expected.flatten())
-
-
-def test_no_gradient_comes_from_samples_of_weight_1_while_policy_and_reference_agree():
-    policy = REFERENCE.clone().requires_grad_(True)
-    errors = [((policy - TARGET) ** 2).mean(1), passed()[1], ((policy - REFERENCE) ** 2).mean(1)]
-    loss = tilted_loss(*errors, torch.ones(4)).loss
-    (slope,) = torch.autograd.grad(loss.sum(), policy)
-    assert loss.tolist() == [0, 0, 0, 0] and slope.abs().max() == 0
-
-
-def test_the_symmetric_log_ratio_is_odd_in_the_change_and_pays_nothing_for_moving_across():
-    """Half of the log-ratio of v_ref + D minus that of v_ref - D. Row 3: D = (½, 0), e = (0, 1): exactly 0."""
-    mirrored = 2 * REFERENCE - POLICY
-    there = symmetric_log_ratio(*passed(), temperature=0.5)
-    back = symmetric_log_ratio(*passed(mirrored), temperature=0.5)
-    errors = [((each - TARGET) ** 2).mean(1) for each in (mirrored, POLICY)]
-    assert there.tolist() == numbers((errors[0] - errors[1]) / (2 * 0.5))
-    assert back.tolist() == numbers(-there)
-    assert there[3].item() == 0
-
-
-def test_soft_labels_are_least_at_the_margin_over_the_softness_and_hard_ones_in_the_limit():
-    """σ(margin/b) - σ(ŝ) is minus the slope. At ŝ = 0 the loss is w·ln 2, as for hard labels."""
-    margin, weight = torch.tensor([2.0, -0.5, 0.0]), torch.tensor([1.0, 3.0, 2.0])
-    for log_ratio, expected in ((margin / 2, [0.0, 0.0, 0.0]), (torch.zeros(3), None)):
-        value = log_ratio.clone().requires_grad_(True)
-        record = soft_label_loss(value, margin, weight, softness=2.0)
-        (slope,) = torch.autograd.grad(record.loss.sum(), value)
-        if expected is not None:
-            assert slope.tolist() == pytest.approx(expected, abs=1e-6)
-        else:
-            assert record.loss.tolist() == numbers(weight * math.log(2))
-    log_ratio, decided = torch.tensor([0.3, -1.0]), torch.tensor([2.0, -0.5])
-    hard = threshold_guided_loss(log_ratio, decided, torch.ones(2)).loss
-    assert soft_label_loss(log_ratio, decided, torch.ones(2), softness=1e-4).loss.tolist() == numbers(hard)
 
 
 def test_dspo_is_the_error_of_the_winners_corrected_prediction():

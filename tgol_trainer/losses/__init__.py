@@ -1,20 +1,9 @@
 """Loss functions: tensors in, one value per example out. They know no model, no configuration and no log."""
 
-from .anchored import (
-    anchored_loss,
-    dspo_loss,
-    linear_change,
-    soft_label_loss,
-    symmetric_log_ratio,
-    tilted_loss,
-)
+from .anchored import anchored_loss, dspo_loss, linear_change
 from .base import LossRecord
 from .comparison import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
-from .groups import (
-    pair_margins,
-    pairwise_threshold_loss,
-    preference_loss,
-)
+from .groups import pair_margins, pairwise_threshold_loss, preference_loss
 from .threshold import threshold_guided_loss
 
 __all__ = [
@@ -29,9 +18,6 @@ __all__ = [
     "preference_loss",
     "quantile_regression_loss",
     "regression_loss",
-    "soft_label_loss",
     "supervised_loss",
-    "symmetric_log_ratio",
     "threshold_guided_loss",
-    "tilted_loss",
 ]

@@ -1,5 +1,5 @@
 """
-Losses that are quadratic in the change of the prediction, and a log-ratio without its quadratic part.
+Losses that are quadratic in the change of the prediction.
 
 For models that predict noise or a velocity. With `e = v_ref - v`, the reference's prediction minus the target, and
 `D = v_θ - v_ref`, all as means over the elements of a sample, the errors differ by a linear and a quadratic part:
@@ -13,7 +13,6 @@ below, is the squared distance from the reference; its mean over samples is the 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .base import LossRecord, check_vectors
 
@@ -32,29 +31,6 @@ def linear_change(error: torch.Tensor, reference_error: torch.Tensor, change: to
     """
     check_vectors(error=error, reference_error=reference_error, change=change)
     return error.float() - reference_error.float() - change.float()
-
-
-def symmetric_log_ratio(
-    error: torch.Tensor, reference_error: torch.Tensor, change: torch.Tensor, *, temperature: float
-) -> torch.Tensor:
-    """
-    Half the difference of the log-likelihoods of `v_ref + D` and `v_ref - D`: `-2⟨e, D⟩/T`.
-
-    The log-ratio itself is `-(2⟨e, D⟩ + |D|²)/T`. Its second part is never positive, so a loss that lowers the
-    log-ratio of negatives is paid for moving away in any direction. Here that part is gone, and a loss that is convex
-    in the log-ratio is convex in the prediction. Nothing then holds the policy where the log-ratio does not, so add a
-    multiple of `change` to the loss.
-
-    Args:
-        error (`torch.Tensor`): (B,) the policy's mean squared error.
-        reference_error (`torch.Tensor`): (B,) the reference's, on the same draw.
-        change (`torch.Tensor`): (B,) |D|².
-        temperature (`float`): T > 0, in the unit of the error.
-
-    Returns:
-        `torch.Tensor`: (B,) float32 with gradient, to be used as `log_ratio`.
-    """
-    return -linear_change(error, reference_error, change) / temperature
 
 
 def anchored_loss(
@@ -97,64 +73,6 @@ def anchored_loss(
     counted = advantage if value is None else advantage - value.float()
     loss = (counted * linear + anchor * change.float()) / size
     return LossRecord(loss, -linear / (anchor * size), advantage >= 0, advantage.abs())
-
-
-def tilted_loss(
-    error: torch.Tensor, reference_error: torch.Tensor, change: torch.Tensor, tilt: torch.Tensor
-) -> LossRecord:
-    """
-    Regress on the optimum of the reward under a KL penalty, from samples of the reference: `2(w - 1)⟨e, D⟩ + w|D|²`.
-
-    With `w = exp((s - τ*(x))/β_r)`, whose mean over samples of the reference is 1, the weighted error `w·|v_θ - v|²`
-    is least at the mean target of the optimal policy. It equals `w·|e|² + 2w⟨e, D⟩ + w|D|²`. The first part is
-    constant. Of the second, `2⟨e, D⟩` is 0 on average where the reference predicts the mean target of its own samples;
-    it is left out, and noise with it: at w = 1 everywhere nothing moves.
-
-    Args:
-        error (`torch.Tensor`): (B,) the policy's mean squared error, with gradient.
-        reference_error (`torch.Tensor`): (B,) the reference's, on the same draw.
-        change (`torch.Tensor`): (B,) |D|², with gradient.
-        tilt (`torch.Tensor`): (B,) w >= 0 with a mean of 1.
-
-    Returns:
-        [`LossRecord`]: 0 while policy and reference agree. `label` is true where w is at least 1, `weight` is w.
-    """
-    linear = linear_change(error, reference_error, change)
-    check_vectors(error=error, tilt=tilt)
-    tilt = tilt.float()
-    return LossRecord((tilt - 1) * linear + tilt * change.float(), -linear, tilt >= 1, tilt)
-
-
-def soft_label_loss(
-    log_ratio: torch.Tensor,
-    margin: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    softness: float = 1.0,
-    beta: float = 1.0,
-) -> LossRecord:
-    """
-    Eq. 10 of the paper with the label `l = σ((s - τ)/b)` instead of 0 or 1: `-w·(l·log σ(ŝ) + (1 - l)·log(1 - σ(ŝ)))`.
-
-    Its minimum is at `ŝ = (s - τ)/b`, which is finite; with hard labels the loss falls for ever. As b goes to 0 it is
-    Eq. 10.
-
-    Args:
-        log_ratio (`torch.Tensor`): (B,) log π_θ/π_ref.
-        margin (`torch.Tensor`): (B,) s - τ.
-        weight (`torch.Tensor`): (B,) w >= 0.
-        softness (`float`, *optional*, defaults to 1.0): b > 0, in the unit of the margin.
-        beta (`float`, *optional*, defaults to 1.0): β.
-
-    Returns:
-        [`LossRecord`]: at a log-ratio of 0 the loss is `w·ln 2`; `label` is true where the margin is at least 0.
-    """
-    check_vectors(log_ratio=log_ratio, margin=margin, weight=weight)
-    implicit_reward = beta * log_ratio.float()
-    share = torch.sigmoid(margin.float() / softness)
-    # -l·log σ(ŝ) - (1 - l)·log σ(-ŝ) = softplus(ŝ) - l·ŝ
-    loss = weight.float() * (F.softplus(implicit_reward) - share * implicit_reward)
-    return LossRecord(loss, implicit_reward, margin >= 0, weight.float())
 
 
 def dspo_loss(
