@@ -16,7 +16,7 @@ from .report import GroupReport, LabelReport, summarize_groups, tie_breaker
 # carry 2.8 % of it.
 _SMALL_MEAN_WEIGHT, _LARGE_MEAN_WEIGHT, _TOP_SHARE = 1.2, 12.0, 0.1
 _FLIP_SHARE, _TIE_SHARE, _MINORITY, _BETWEEN_SHARE, _ONE_SIDED_EXCESS = 0.1, 0.1, 0.2, 0.5, 0.2
-_COMPARED = 4  # images a prompt, on average
+_COMPARED, _ALONE = 4, 1.5  # images a prompt, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def advise(report: LabelReport, *, can_compare: bool = False) -> list[Advice]:
     found += _of_uncertainty(report)
     for part in (report.prompts, report.groups):
         found += _of_groups(part, labeler.rows is not None) if part is not None else []
-    found += _of_images(report) if can_compare else []
+    found += _of_recipe(report) if can_compare else []
     return _fitting_flags(found, labeler)
 
 
@@ -238,19 +238,18 @@ def _of_groups(part: GroupReport, own: bool) -> list[Advice]:
     return found
 
 
-def _of_images(report: LabelReport) -> list[Advice]:
-    """Several images a prompt can be compared with each other."""
+def _of_recipe(report: LabelReport) -> list[Advice]:
+    """The recipe, for the numbers of images a prompt that the benchmark has."""
     images = report.labeler.threshold.num_scores / report.prompts.num_groups
-    if images < _COMPARED or report.prompts.num_groups == 1 or not _is_divided(report.prompts):
+    if report.prompts.num_groups == 1:
         return []
-    return [
-        Advice(
-            "images to compare",
-            f"There are {images:,.1f} images a prompt: each prompt can have a threshold of its own, which cancels "
-            "what is common to its images.",
-            "--recipe anchored",
-        )
-    ]
+    if images >= _COMPARED and _is_divided(report.prompts):
+        why = "Each prompt can have a threshold of its own, which cancels what is common to its images."
+    elif images <= _ALONE:
+        why = "A loss that counts how far a score is from the threshold gained more than the default one."
+    else:
+        return []
+    return [Advice("recipe", f"Images a prompt: {images:,.1f}. {why}", "--recipe anchored")]
 
 
 def _group_remedy(part: GroupReport, data: str = "") -> str:
