@@ -5,16 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Video
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tgol_trainer import TGOLConfig
 from tgol_trainer.adapters import WEIGHTS_NAME, load_trained
-from tgol_trainer.data import DataError
+from tgol_trainer.data import DataError, read_video
 from tgol_trainer.jobs import image_seed
 from tgol_trainer.rewards import RewardLoader
 from tgol_trainer.rounds import read_shards, train_rounds
 from tgol_trainer.shapes import PROMPTS, background_darkness, load_pipeline
+
+from .tiny import wan
 
 SAMPLING = {"num_inference_steps": 4, "guidance_scale": 1.5, "batch_size": 16}
 
@@ -57,6 +60,32 @@ def test_a_reward_of_videos_is_refused_before_a_model_of_images_draws(tmp_path):
     with pytest.raises(DataError, match="'videoreward' scores videos"):
         train_rounds("shapes", args, PROMPTS[:4], {"videoreward": RewardLoader("videoreward")}, load, num_rounds=1)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_round_draws_at_the_trained_size_and_a_reward_of_images_scores_the_mean_over_frames(tmp_path):
+    """48x32 and 5 frames, where the pipeline's own are 480x832 and 81; the mean of two frames is computed again."""
+    settings = {"resolution": "48x32", "num_frames": 5, "output_dir": str(tmp_path / "run")}
+    args = TGOLConfig(**settings, max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to="none")
+    wan().save_pretrained(tmp_path / "wan")
+    sampling = {"images_per_prompt": 2, "num_inference_steps": 1, "mean_over_frames": 2}
+
+    def brightness(images, prompts):
+        return [float(np.asarray(image).mean()) for image in images]
+
+    train_rounds(
+        str(tmp_path / "wan"),
+        args,
+        ["a cat"],
+        {"brightness": lambda: brightness},
+        lambda adapter: (wan(), None),
+        num_rounds=1,
+        sampling=sampling,
+        trainer_options={"peft_config": LoraConfig(r=2, target_modules=["to_q"])},
+    )
+    rows = read_shards(tmp_path / "run" / "round-0" / "scored").cast_column("video", Video(decode=False))
+    drawn = [np.stack(read_video(video, None, np.asarray)) for video in rows["video"]]
+    assert [clip.shape for clip in drawn] == [(5, 48, 32, 3)] * 2
+    assert rows["brightness"] == pytest.approx([clip[[0, 4]].mean() for clip in drawn])
 
 
 @pytest.fixture(scope="module")

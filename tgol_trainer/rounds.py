@@ -18,7 +18,7 @@ import numpy as np
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig
 from tgol_trainer.evaluation import makes_videos
-from tgol_trainer.jobs import GenerationSettings, check_medium, generate_dataset, score_dataset
+from tgol_trainer.jobs import GenerationSettings, ScoringSettings, check_medium, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.saving.hub import checkpoints
 from tgol_trainer.trainer import TGOLTrainer
@@ -60,7 +60,9 @@ def train_rounds(
             Takes the folder of an adapter, or `None` for the base model. Returns the pipeline and its revision.
         num_rounds (`int`): Number of rounds in all, at least 1.
         sampling (`Mapping[str, Any]`, *optional*):
-            Fields of [`GenerationSettings`], such as `images_per_prompt` (here 8 by default) and `guidance_scale`.
+            Fields of [`GenerationSettings`], such as `images_per_prompt` (here 8 by default) and `guidance_scale`;
+            where `args` set `resolution` or `num_frames`, these are drawn. And `mean_over_frames`, as of
+            [`ScoringSettings`].
         trainer_options (`Mapping[str, Any]`, *optional*):
             Further arguments of [`TGOLTrainer`]: `peft_config` (of the first round; later ones continue its adapter)
             and `quantization_config`.
@@ -71,7 +73,7 @@ def train_rounds(
     Raises:
         ValueError: for settings that do not go with rounds, with the remedy.
     """
-    images = {"images_per_prompt": 8, **(sampling or {})}
+    images = {"images_per_prompt": 8, **_trained_size(args), **(sampling or {})}
     score = _checked(args, rewards, num_rounds, images["images_per_prompt"])
     output = Path(args.output_dir)
     records = _recorded(output)
@@ -114,14 +116,24 @@ def _samples(
     options: Mapping[str, Any],
 ) -> datasets.Dataset:
     """Return scored images of the policy; images that are there are not made again."""
+    sampling = dict(options)
+    scoring = ScoringSettings(mean_over_frames=sampling.pop("mean_over_frames", None))
     with _without_bars_of_files():
         pipeline, revision = load(None if policy is None else str(policy))
-        check_medium(rewards, makes_videos(pipeline))
-        settings = GenerationSettings(model=model, revision=revision, seed=seed, **options)
+        check_medium(rewards, makes_videos(pipeline), scoring)
+        settings = GenerationSettings(model=model, revision=revision, seed=seed, **sampling)
         generate_dataset(pipeline, prompts, folder / "pictures", settings)
         del pipeline
-        score_dataset(read_shards(folder / "pictures"), rewards, folder / "scored")
+        score_dataset(read_shards(folder / "pictures"), rewards, folder / "scored", scoring)
         return read_shards(folder / "scored")
+
+
+def _trained_size(args: TGOLConfig) -> dict[str, int]:
+    """Return the size and the frames that the run set, under the names of [`GenerationSettings`]."""
+    found = {} if args.num_frames is None else {"num_frames": args.num_frames}
+    if args.resolution is not None:
+        found["height"], found["width"] = args.training_size((0, 0), 1)  # the trainer checks the model's multiple
+    return found
 
 
 @contextlib.contextmanager

@@ -65,6 +65,10 @@ class TrainArguments(ScriptArguments):
         metadata={"help": "Prompts of --rounds: a text file, a table, a dataset or a named set of prompts."},
     )
     images_per_prompt: int = field(default=8, metadata={"help": "Images of each prompt in each of the --rounds."})
+    mean_over_frames: int | None = field(
+        default=None,
+        metadata={"help": "Score videos of --rounds with rewards of images: the mean over this number of frames."},
+    )
     check_memory: bool = field(
         default=True,
         metadata={
@@ -176,6 +180,8 @@ def _check_arguments(
             raise SystemExit(f"error: --{data[0]}: rounds make their own data. Leave it out, or leave out --rounds.")
         if script.prompts is None or not script.reward_funcs:
             raise SystemExit("error: --rounds needs --prompts and --reward_funcs.")
+    elif script.mean_over_frames is not None:
+        raise SystemExit("error: --mean_over_frames: has no effect without --rounds; `tgol score` takes it too.")
     elif script.dataset_name is None:
         raise SystemExit("error: --dataset_name is needed: a Hub id, a folder, or a CSV, JSONL or Parquet file.")
     fixed = [name for name in given if name in ("model_revision", "dtype")]
@@ -198,6 +204,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
     name, device = model.model_name_or_path or "", process_device(training.use_cpu)
     sampling = {
         "images_per_prompt": script.images_per_prompt,
+        "mean_over_frames": script.mean_over_frames,
         "num_inference_steps": sample.sample_num_inference_steps,
         "guidance_scale": sample.sample_guidance_scale,
     }
