@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TGOLConfig
+from .config import TGOLConfig, size_of
 from .families import FamilySettings, ModelFamily, StoredBlocks, load_family
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def load_model(
         expert=args.expert,
         vae_tiling=args.vae_tiling,
         text_encoders_in_4bit=args.text_encoders_in_4bit,
+        size=size_of(args.resolution),
     )
     family = load_family(model, options, settings, None if args.full_finetuning else args.device)
     if args.n_gpu > 1:

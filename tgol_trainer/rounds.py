@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 
 from tgol_trainer._files import write_json
-from tgol_trainer.config import TGOLConfig
+from tgol_trainer.config import TGOLConfig, size_of
 from tgol_trainer.evaluation import makes_videos
 from tgol_trainer.jobs import GenerationSettings, ScoringSettings, check_medium, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
@@ -131,9 +131,7 @@ def _samples(
 def _trained_size(args: TGOLConfig) -> dict[str, int]:
     """Return the size and the frames that the run set, under the names of [`GenerationSettings`]."""
     found = {} if args.num_frames is None else {"num_frames": args.num_frames}
-    if args.resolution is not None:
-        found["height"], found["width"] = args.training_size((0, 0), 1)  # the trainer checks the model's multiple
-    return found
+    return found | dict(zip(("height", "width"), size_of(args.resolution) or (), strict=False))
 
 
 @contextlib.contextmanager

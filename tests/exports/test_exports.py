@@ -25,7 +25,7 @@ from tgol_trainer.families import FluxFamily, ModelOrigin, load_family, wrap_pip
 from tgol_trainer.families.flux2 import Flux2Family
 from tgol_trainer.families.qwen_image import QwenImageFamily
 from tgol_trainer.families.z_image import ZImageFamily
-from tgol_trainer.saving.card import CardFacts, CardImage, EvaluationRow, read_facts, write_card
+from tgol_trainer.saving.card import CardFacts, CardImage, EvaluationRow, Hyperparameter, read_facts, write_card
 from tgol_trainer.saving.comfyui import LAYOUTS, apply_as_comfyui, from_comfyui
 from tgol_trainer.saving.sharing import in_other_program
 from tgol_trainer.shapes import EMBEDDED, load_pipeline
@@ -480,3 +480,10 @@ def test_an_adapter_in_pefts_format_names_its_base_only_by_hub_id(bases, tmp_pat
     export(tmp_path / "run", tmp_path / "b", "peft", model_name_or_path=str(bases("sd")))
     fields = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("o/b", "1")
+
+
+def test_the_snippet_of_an_export_draws_at_the_size_that_its_run_set(bases, tmp_path):
+    facts = CardFacts(model_name="x", hyperparameters=[Hyperparameter("resolution", "16x32")])
+    adapter_run(tmp_path / "run", bases("sd"), facts=facts)
+    export(tmp_path / "run", tmp_path / "out", "merged", model_name_or_path=str(bases("sd")))
+    assert ", height=16, width=32)" in read_facts(tmp_path / "out").usage

@@ -21,7 +21,7 @@ def test_a_name_loads_the_embedded_model_and_its_card_says_how(name):
     assert family.origin.hub_id is None and "embedded in tgol_trainer" in family.origin.note
     assert family.usage("me/dark", "a red circle").startswith(f"from tgol_trainer.shapes import {loader.__name__}\n")
     arguments = {"shapes": ", num_inference_steps=15, guidance_scale=1.5"}
-    assert family.origin.call_text == arguments.get(name, ", num_inference_steps=12, guidance_scale=2.0")
+    assert family.call_text == arguments.get(name, ", num_inference_steps=12, guidance_scale=2.0")
 
 
 @each_model

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests.tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tests.tiny_video import sana_video
 from tgol_trainer import TGOLTrainer
 from tgol_trainer.families import ModelOrigin, load_family, wrap_pipeline
 from tgol_trainer.saving.card import EvaluationRow
@@ -118,6 +120,24 @@ def test_the_usage_snippet_of_the_card_runs_as_written(config, dataset, tmp_path
     monkeypatch.chdir(tmp_path / "adapter")
     exec(compile(code, "card", "exec"), {})
     assert Image.open("sample.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "call"),
+    [
+        (stable_diffusion, {"resolution": 32}, ", height=32, width=32"),
+        (stable_diffusion, {}, ""),
+        (sana_video, {"resolution": "32x64", "num_frames": 5}, ", height=32, width=64, frames=5, output_type='pil'"),
+    ],
+)
+def test_the_cards_snippet_draws_at_the_size_and_frames_that_the_run_set(
+    build, settings, call, config, dataset, clips, tmp_path
+):
+    rows = clips if "num_frames" in settings else dataset
+    trainer = TGOLTrainer(build(), config(**settings), rows, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
+    trainer.save_model(str(tmp_path / "run"))
+    text = (tmp_path / "run" / "README.md").read_text().replace('"', "'")
+    assert re.search(r"pipe\(prompt='[^']*'(.*)\)\.(images|frames)", text)[1] == call
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "full"])

@@ -9,7 +9,7 @@ from .method import CONFIDENT_LOSSES, MethodArguments, default_of
 from .recipes import RECIPES, recipe_fields
 
 if TYPE_CHECKING:
-    from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
+    from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig, size_of
 
 __all__ = [
     "CHANGED_DEFAULTS",
@@ -21,6 +21,7 @@ __all__ = [
     "TGOLConfig",
     "default_of",
     "recipe_fields",
+    "size_of",
 ]
 
 

@@ -326,17 +326,17 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         Raises:
             ValueError: if one is not, with the nearest sizes that are.
         """
-        if self.resolution is None:
+        given = size_of(self.resolution)
+        if given is None:
             return native
         sides = [int(side) for side in str(self.resolution).split("x")]
-        height, width = sides[0], sides[-1]
         fitting = [max(round(side / multiple), 1) * multiple for side in sides]
         if fitting != sides:
             raise ValueError(
                 f"`resolution` {self.resolution} is not a multiple of {multiple}, the factor of the autoencoder"
                 f"{', on both sides' if len(sides) > 1 else ''}: use {'x'.join(map(str, fitting))}."
             )
-        return height, width
+        return given
 
     def _check_ranges(self) -> None:
         check_ranges(self)
@@ -434,6 +434,12 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
 
 _LARGEST_SIDE = 16384
 """Pixels. Larger images would fill the memory before anything is said of them."""
+
+
+def size_of(resolution: int | str | None) -> tuple[int, int] | None:
+    """Return the (height, width) that a `resolution` says; `None` where it is not given."""
+    sides = [] if resolution is None else [int(side) for side in str(resolution).split("x")]
+    return (sides[0], sides[-1]) if sides else None
 
 
 def _read_resolution(value: int | str | None) -> int | str | None:

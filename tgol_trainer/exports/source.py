@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tgol_trainer import adapters
+from tgol_trainer.config import size_of
 from tgol_trainer.families import FamilySettings, ModelFamily, ModelOrigin, load_family
 from tgol_trainer.saving.card import FACTS_NAME, CardFacts, read_facts
 from tgol_trainer.saving.files import recorded_expert
@@ -52,7 +53,12 @@ class Source:
     @property
     def settings(self) -> FamilySettings:
         """Choices of the run on which depends what was trained."""
-        return FamilySettings(expert=recorded_expert(str(self.directory)))
+        recorded = {item.name: item.value for item in self.facts.hyperparameters}
+        return FamilySettings(
+            expert=recorded_expert(str(self.directory)),
+            num_frames=recorded.get("num_frames"),
+            size=size_of(recorded.get("resolution")),
+        )
 
     def load_base(self, *, compute: bool = True) -> ModelFamily:
         """

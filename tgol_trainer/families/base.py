@@ -42,6 +42,7 @@ class FamilySettings:
         vae_tiling (`bool`, *optional*, defaults to `False`): Encode and decode images in tiles.
         text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
             Load text encoders other than CLIP in 4 bits. Only for a pipeline that is loaded here.
+        size (`tuple[int, int]`, *optional*): (height, width) that the run was told to train at, for its card.
     """
 
     timestep_sampling: str | None = None
@@ -50,6 +51,7 @@ class FamilySettings:
     expert: str | None = None
     vae_tiling: bool = False
     text_encoders_in_4bit: bool = False
+    size: tuple[int, int] | None = dataclasses.field(default=None, repr=False)  # caches are keyed by the others
 
 
 @contextmanager
@@ -484,4 +486,13 @@ class ModelFamily(abc.ABC):
         ]
 
     def _image_lines(self, prompt: str) -> list[str]:
-        return [f"image = pipe(prompt={prompt!r}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
+        return [f"image = pipe(prompt={prompt!r}{self.call_text}).images[0]", 'image.save("sample.png")']
+
+    @property
+    def call_text(self) -> str:
+        """What suits the model, and what the run was told to train at, as Python text that follows a prompt."""
+        arguments = {**self.origin.call_arguments, **self._drawn()}
+        return "".join(f", {name}={value!r}" for name, value in arguments.items())
+
+    def _drawn(self) -> dict[str, int]:
+        return dict(zip(("height", "width"), self.settings.size or (), strict=False))

@@ -134,10 +134,10 @@ class MeissonicFamily(MaskedTokenFamily):
             ")",
         ]
 
-    def _image_lines(self, prompt: str) -> list[str]:
+    def _drawn(self) -> dict[str, int]:
         side, _ = self.native_size
-        size = "" if side == 1024 else f", height={side}, width={side}"  # the pipeline's default is 1024
-        return [f"image = pipe(prompt={prompt!r}{size}{self.origin.call_text}).images[0]", 'image.save("sample.png")']
+        own = {} if side == 1024 else {"height": side, "width": side}  # the pipeline's default is 1024
+        return super()._drawn() or own
 
 
 def set_head_dim(transformer: ModelMixin) -> None:

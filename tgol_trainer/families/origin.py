@@ -39,11 +39,6 @@ class ModelOrigin:
     call_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     license: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
-    @property
-    def call_text(self) -> str:
-        """`call_arguments` as Python text that follows a first argument."""
-        return "".join(f", {name}={value!r}" for name, value in self.call_arguments.items())
-
     @classmethod
     def of_source(cls, source: str, revision: str | None = None, file: str = "model_index.json") -> ModelOrigin:
         """Describe what `from_pretrained(source, revision=revision)` loads; the commit is that of `file`'s copy."""

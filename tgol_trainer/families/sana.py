@@ -68,6 +68,7 @@ class SanaVideoFamily(VideoFlowFamily, _SanaPrompts):
 
     default_target_modules = ("to_k", "to_q", "to_v")  # as Sana
     default_size, default_frames, frames_per_second = (480, 832), 81, 16
+    frames_argument = "frames"
 
     @property
     def resolution_multiple(self) -> int:

@@ -34,6 +34,9 @@ class VideoFamily(ModelFamily):
     frames_per_second: int
     """Frame rate of the model's own videos."""
 
+    frames_argument = "num_frames"
+    """What the pipeline calls the number of frames."""
+
     @classmethod
     def frame_rate(cls, pipeline: DiffusionPipeline) -> int:
         """Return the frame rate of this pipeline's videos, where a family's models differ."""
@@ -67,9 +70,13 @@ class VideoFamily(ModelFamily):
         frames, side = self.frames_joined + 1, 2 * self.resolution_multiple
         return rows.normal("probe", torch.empty(1, 3, frames, side, side)).clamp(-1, 1)
 
+    def _drawn(self) -> dict[str, int]:
+        frames = self.settings.num_frames
+        return {**super()._drawn(), **({} if frames is None else {self.frames_argument: frames})}
+
     def _image_lines(self, prompt: str) -> list[str]:
         return [
-            f'frames = pipe(prompt={prompt!r}{self.origin.call_text}, output_type="pil").frames[0]',
+            f'frames = pipe(prompt={prompt!r}{self.call_text}, output_type="pil").frames[0]',
             "try:",
             "    from diffusers.utils import export_to_video",
             "",
