@@ -48,7 +48,8 @@ def assert_same_weights(one, two):
     ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+        # A twentieth of an update at this rate: where a gradient is nearly 0, Adam makes its rounding that large.
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=5e-5)
 
 
 def test_three_processes_train_what_one_process_trains(place):
