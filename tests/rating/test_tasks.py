@@ -115,11 +115,11 @@ def test_a_turned_webp_which_browsers_show_unturned_is_sent_upright(tmp_path):
     rows = {"prompt": ["a", "b"], "image": [str(tmp_path / name) for name in ("a.webp", "b.jpg")]}
     found = Pictures(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()))
     contents = {picture.prompt: found.for_browser(name) for name, picture in found.by_id.items()}
-    assert contents["a"][1] == "image/png" and Image.open(io.BytesIO(contents["a"][0])).size == (4, 6)
+    assert contents["a"][1] == "image/jpeg" and Image.open(io.BytesIO(contents["a"][0])).size == (4, 6)
     assert contents["b"] == ((tmp_path / "b.jpg").read_bytes(), "image/jpeg")
 
 
-def test_a_browser_gets_what_it_knows_as_it_is_and_png_of_all_else():
+def test_a_browser_gets_what_it_knows_as_it_is_and_png_of_what_has_no_losses():
     files = [encoded("PNG"), encoded("JPEG"), encoded("TIFF", 200), b"broken"]
     rows = {"prompt": ["a"] * 4, "image": [{"bytes": content, "path": None} for content in files]}
     features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
