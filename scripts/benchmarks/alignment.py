@@ -236,7 +236,6 @@ class Training:
             prediction,
             self.references[step],
             draw.target,
-            draw.timesteps,
             batch,
             self.labeler.score_std,
             self.labeler.weighting,

@@ -26,7 +26,6 @@ class Passed:
         prediction (`torch.Tensor`): (B, C, h, w) of the policy, with gradient.
         reference (`torch.Tensor`): (B, C, h, w) of the reference.
         target (`torch.Tensor`): (B, C, h, w).
-        timesteps (`torch.Tensor`): Times of the draws.
         rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight` and `group`.
         score_std (`float`): Standard deviation of the scores.
         weighting ([`thresholds.Weighting`]): Margins to weights.
@@ -38,7 +37,6 @@ class Passed:
     prediction: torch.Tensor
     reference: torch.Tensor
     target: torch.Tensor
-    timesteps: torch.Tensor
     rows: dict[str, torch.Tensor]
     score_std: float
     weighting: thresholds.Weighting

@@ -267,7 +267,7 @@ def test_a_size_is_written_as_in_training(tmp_path, capsys):
     assert json.loads(text)["facts"]["sizes"]["resolution"] == [48, 32]
     with pytest.raises(SystemExit):
         check(capsys, tmp_path / "data", "--resolution", "48x")
-    assert "'48x' is neither a side in pixels nor height and width as in 480x832" in capsys.readouterr().err
+    assert "a number of pixels, or height and width as in '480x832', got '48x'" in capsys.readouterr().err
 
 
 def test_videos_are_checked_with_the_frames_they_need():

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +48,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model_name_or_path", help="model to train: Hub id, folder or `shapes`; its token limit and size are used")
     add("--model_revision", help="revision of the model on the Hub")
     text = "training size: a side, or height and width as in 480x832 (default: the model's, or 512)"
-    add("--resolution", "-r", type=_size, metavar="PIXELS", help=text)
+    add("--resolution", "-r", type=_resolution, metavar="PIXELS", help=text)
     text = "bits of 256 in which near duplicates may differ; lower it for drawings (default: %(default)s)"
     add("--max_distance", type=int, default=6, help=text)
     add("--num_proc", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes (default: %(default)s)")
@@ -68,12 +67,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _size(text: str) -> tuple[int, int]:
-    """Return height and width of a size that is written as in training."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side in pixels nor height and width as in 480x832")
-    return int(match[1]), int(match[2] or match[1])
+def _resolution(text: str) -> int | str | None:
+    """Read a size that is written as in training."""
+    from tgol_trainer.config import read_resolution
+
+    try:
+        return read_resolution(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,13 +116,14 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
 
     from tgol_trainer.checking.findings import diagnose
     from tgol_trainer.checking.limits import load_limits, refuse_unnamed_videos
+    from tgol_trainer.config import size_of
     from tgol_trainer.data import Columns, DataError
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.sources.found import found_in
 
     limits = load_limits(args.model_name_or_path, revision=args.model_revision, num_frames=args.num_frames)
-    if args.resolution is not None:
-        limits = dataclasses.replace(limits, resolution=args.resolution)
+    if (size := size_of(args.resolution)) is not None:
+        limits = dataclasses.replace(limits, resolution=size)
     video = args.video_column or ("video" if limits.num_frames else None)
     if video and not limits.num_frames:
         raise DataError(

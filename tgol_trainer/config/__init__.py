@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from .method import CONFIDENT_LOSSES, MethodArguments, default_of
 from .recipes import RECIPES, recipe_fields
+from .resolution import read_resolution, size_of
 
 if TYPE_CHECKING:
-    from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig, size_of
+    from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
 
 __all__ = [
     "CHANGED_DEFAULTS",
@@ -20,6 +21,7 @@ __all__ = [
     "MethodArguments",
     "TGOLConfig",
     "default_of",
+    "read_resolution",
     "recipe_fields",
     "size_of",
 ]

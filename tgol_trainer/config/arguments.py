@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from tgol_trainer._secrets import is_secret
 from .checks import check_folder, check_ranges, is_asked_for
 from .method import MethodArguments, check_choices, default_of
 from .recipes import recipe_fields
+from .resolution import read_resolution, size_of
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
@@ -282,7 +282,7 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
         self.pipeline_kwargs  # noqa: B018 - refuses text that is not a JSON object
-        self.resolution = _read_resolution(self.resolution)
+        self.resolution = read_resolution(self.resolution)
         self._check_ranges()
         self._check_combinations()
         self._check_storage()
@@ -430,29 +430,6 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
             )
         self.activation_checkpointing = True
         self.gradient_checkpointing: bool | None = True
-
-
-_LARGEST_SIDE = 16384
-"""Pixels. Larger images would fill the memory before anything is said of them."""
-
-
-def size_of(resolution: int | str | None) -> tuple[int, int] | None:
-    """Return the (height, width) that a `resolution` says; `None` where it is not given."""
-    sides = [] if resolution is None else [int(side) for side in str(resolution).split("x")]
-    return (sides[0], sides[-1]) if sides else None
-
-
-def _read_resolution(value: int | str | None) -> int | str | None:
-    """Return a side as a number and height and width as `"480x832"`; from a command line both come as text."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:\s*[x×X*]\s*(\d+))?", str(value).strip())
-    if match is None or not all(0 < int(side) <= _LARGEST_SIDE for side in match.groups() if side is not None):
-        raise ValueError(
-            f"`resolution` must be at least 1 and at most {_LARGEST_SIDE}: a number of pixels, or height and width as "
-            f"in '480x832', got {value!r}."
-        )
-    return int(match[1]) if match[2] is None else f"{int(match[1])}x{int(match[2])}"
 
 
 def _as_text(value: Any) -> Any:

@@ -328,7 +328,7 @@ class ModelFamily(abc.ABC):
             `dict[str, list[torch.Tensor]]`: for each keyword of the denoiser N tensors, each without a dimension for
             the batch and at its prompt's own length where the family has such, in the text encoders' dtype.
         """
-        with self.present(*self.text_encoder_names), frozen_pass(self.device), counted_cuts():
+        with self.present(*self.text_encoder_names), frozen_pass(self.device), counted_cuts(self.pipeline):
             limits = self.prompt_limits()
             rows = [self.encode_unique_prompts([seen_part(prompt, limits)]) for prompt in prompts]
         return {name: [row[name][0] for row in rows] for name in rows[0]}

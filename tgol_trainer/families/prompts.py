@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tgol_trainer._quiet import Without
+
 _CHARACTERS, _MARGIN = 16, 4
 
 
@@ -34,17 +36,17 @@ def seen_part(prompt: str, limits: Sequence[tuple[Any, int]]) -> str:
 
 
 @contextmanager
-def counted_cuts() -> Iterator[None]:
-    """Silence, for a block, what pipelines and tokenizers log of each prompt that they cut; these are counted."""
-    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines", "transformers.tokenization_utils_base")]
-    levels = [logger.level for logger in loggers]
+def counted_cuts(pipeline: Any) -> Iterator[None]:
+    """Silence, for a block, what a pipeline logs of each prompt that it cuts; these are counted."""
+    loggers = [logging.getLogger(each.__module__) for each in type(pipeline).__mro__]
+    without = Without("The following part of your input was truncated")
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.addFilter(without)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(without)
 
 
 def words_of(tokenizer: Any) -> Any:

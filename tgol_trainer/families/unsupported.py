@@ -79,6 +79,7 @@ def reason_for(name: str, supported: Collection[str]) -> str | None:
         reason = "diffusers keeps it among its deprecated pipelines."
     elif _INPUTS & inspect.signature(kind.__call__).parameters.keys():
         reason = "It takes an image or a video beside the prompt, which the rows of a dataset do not have."
+    # A class that lacks a package is a stand-in, which has `_backends` and tells nothing of its arguments.
     elif not hasattr(kind, "_backends") and "prompt" not in inspect.signature(kind.__call__).parameters:
         return "It takes no `prompt`, which each row of a dataset has."
     else:
