@@ -18,6 +18,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tgol.py"
 
@@ -108,6 +109,16 @@ def run_group(records, world_size, group, number=0):
         (must_be_refused if word in ("refused", "stopped") else run)(records, world_size, flags, number)
 
 
+@contextlib.contextmanager
+def patched(state, trainer, environment, initialized, checked):
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(state, "__init__", initialized),
+        mock.patch.object(trainer, "training_step", checked),
+    ):
+        yield
+
+
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 SHARDED |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock"}
 """What `accelerate launch` makes of scripts/accelerate_configs/fsdp2.yaml."""
@@ -136,14 +147,8 @@ def sharded():
             raise RuntimeError("weights are whole: this tests nothing")
         return step(self, *args)
 
-    state.AcceleratorState.__init__, TGOLTrainer.training_step = initialized, checked
-    os.environ.update(SHARDED)
-    try:
+    with patched(state.AcceleratorState, TGOLTrainer, SHARDED, initialized, checked):
         yield
-    finally:
-        state.AcceleratorState.__init__, TGOLTrainer.training_step = initialize, step
-        for name in SHARDED:
-            del os.environ[name]
 
 
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
@@ -176,14 +181,8 @@ def zero2():
             raise RuntimeError("the optimizer is whole: this tests nothing")
         return step(self, *args)
 
-    state.AcceleratorState.__init__, TGOLTrainer.training_step = initialized, checked
-    os.environ.update(ZERO2)
-    try:
+    with patched(state.AcceleratorState, TGOLTrainer, ZERO2, initialized, checked):
         yield
-    finally:
-        state.AcceleratorState.__init__, TGOLTrainer.training_step = initialize, step
-        for name in ZERO2:
-            del os.environ[name]
 
 
 @contextlib.contextmanager
