@@ -12,19 +12,20 @@ PyTorch of the same result up to rounding, and wandb, which they do not use here
 from __future__ import annotations
 
 import io
-import itertools
-import json
 import os
 import runpy
-import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from turns import StepClock, peak_memory
 
 DPO, KTO = "diffusers' Diffusion-DPO example", "Diffusion-KTO's script"
 PEERS = {DPO: "train_diffusion_dpo.py", KTO: "train_kto_sd_v1.5.py"}
@@ -55,25 +56,23 @@ def labelled(rows: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(rows["image"]), "caption": rows["prompt"], "label": labels})
 
 
-def peer_steps(name: str, peers: Path, model: Path, rows: datasets.Dataset, options: Any, folder: Path) -> list[float]:
+def peer_command(name: str, model: Path, rows: datasets.Dataset, options: Any, folder: Path) -> list[str]:
     """
-    Run a script for a few steps; return the seconds of each step but the first two, between which one of them saves.
+    Return the command that runs a script for a few steps, two of them untimed, between which one of the scripts saves.
 
     Args:
         name (`str`): A key of `PEERS`.
-        peers (`Path`): Folder somewhere below which the script lies.
         model (`Path`): Saved pipeline.
         rows (`datasets.Dataset`): Prompts, images and scores; a batch of B images is B/2 pairs.
-        options (`argparse.Namespace`): Those of `throughput.py`.
+        options (`argparse.Namespace`): Those of `throughput.py`; the script lies somewhere below its `peers`.
         folder (`Path`): What is written lies there.
     """
-    scripts = sorted(peers.rglob(PEERS[name]))
+    scripts = sorted(options.peers.rglob(PEERS[name]))
     if not scripts:
-        raise RuntimeError(f"There is no {PEERS[name]} below {peers}.")
-    data = folder / Path(PEERS[name]).stem
-    if not data.is_dir():
-        data.mkdir()
-        (pairs if name == DPO else labelled)(rows).to_parquet(data / "train.parquet")
+        raise RuntimeError(f"There is no {PEERS[name]} below {options.peers}.")
+    data = folder / "data"
+    data.mkdir(parents=True)
+    (pairs if name == DPO else labelled)(rows).to_parquet(data / "train.parquet")
     flags = {
         "pretrained_model_name_or_path": model,
         "dataset_name": data,
@@ -91,13 +90,7 @@ def peer_steps(name: str, peers: Path, model: Path, rows: datasets.Dataset, opti
     if options.gradient_checkpointing:
         given.append("--gradient_checkpointing")
     given += ["--no_hflip"] if name == DPO else ["--use_lora"]
-    command = [sys.executable, __file__, str(scripts[0]), *given]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
-    if done.returncode:
-        raise RuntimeError(f"{scripts[0]} failed:\n{done.stderr[-3000:]}")
-    ends = json.loads(done.stdout.splitlines()[-1])
-    return [end - start for start, end in itertools.pairwise(ends)][1:]
+    return [sys.executable, __file__, str(scripts[0]), *given]
 
 
 def stand_in_transforms() -> types.ModuleType:
@@ -155,7 +148,7 @@ def stand_in_transforms() -> types.ModuleType:
 
 
 def main() -> None:
-    """Run the script of the first argument with the others, and print when each step of its optimizer ended."""
+    """Run the script of the first argument with the others; a turn ends with each step of its optimizer."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -165,8 +158,8 @@ def main() -> None:
     functional = types.ModuleType("torchvision.transforms.functional")
     functional.crop = None  # type: ignore[attr-defined] - imported, and used for random crops alone
     torchvision.transforms = transforms  # type: ignore[attr-defined]
-    ends: list[float] = []
-    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    clock = StepClock(untimed=2)
+    register_optimizer_step_post_hook(lambda *_: clock.end_step())
     import accelerate  # noqa: F401 - these look for torchvision and wandb, and find none
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
@@ -176,7 +169,7 @@ def main() -> None:
     sys.modules["wandb"] = types.ModuleType("wandb")
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    print("\n" + json.dumps(ends))
+    clock.write(peak_bytes=peak_memory())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """
 Time a training step: a plain LoRA loop as the floor, and this library's losses with and without its caches.
 
-All variants train the same network with the same adapter, each in a process of its own, in turns, so that what slows
-the machine for a while slows them all. A line of the results file holds one variant of one run:
+All variants train the same network with the same adapter, each in a process of its own. The processes take turns, one
+step at a time (`turns.py`), so that what slows the machine for a while slows them all. All stay in memory: about 1 GB
+each of `shapes`, 6 GB each of `sd15`. A line of the results file holds one variant of one run. Its ratio is the median
+over the turns of its step beside the plain loop's:
 
-    python scripts/benchmarks/throughput.py --network shapes --batch_size 64
-    python scripts/benchmarks/throughput.py --network sd15 --resolution 256
-    python scripts/benchmarks/throughput.py --network sd15 --resolution 512 --rounds 2 --steps 2
+    python scripts/benchmarks/throughput.py --network shapes --batch_size 64 --steps 12
+    python scripts/benchmarks/throughput.py --network sd15 --resolution 256 --variants sft tgol
 
-What is compiled is compiled in the step that is not timed.
+The first step is not timed. What is compiled is compiled there.
 
 `--peers` adds diffusers' Diffusion-DPO example and the script of Diffusion-KTO, which lie in a folder (`peers.py`),
 with as many images a batch.
@@ -27,8 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -48,7 +49,8 @@ from tgol_trainer.shapes import PROMPTS, load_pipeline
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import PEERS, peer_steps
+from peers import PEERS, peer_command
+from turns import Program, StepClock, peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "throughput.jsonl"
 LORA = {
@@ -109,17 +111,17 @@ def scored_images(number: int, resolution: int) -> datasets.Dataset:
 
 
 class StepTimes(TrainerCallback):
-    """Note when each step ends."""
+    """End a turn with each step."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
         self.spent: list[float] = []
         self.first = 0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time, and which passes came before the second step."""
-        self.ends.append(time.perf_counter())
+        """Note which passes came before the second step, and end the turn."""
         self.first = self.first or len(self.spent)
+        self.clock.end_step()
 
 
 @contextlib.contextmanager
@@ -141,14 +143,8 @@ def network_time(trainer: TGOLTrainer) -> Iterator[list[float]]:
     yield spent
 
 
-def peak_memory() -> int:
-    """Return the peak of this process's memory in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
-def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace) -> tuple[list[float], float]:
-    """Train as a plain script would, with all but the network prepared; return seconds and the network's share."""
+def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace, clock: StepClock) -> None:
+    """Train as a plain script would, with all but the network prepared."""
     unet, batch = pipeline.unet, options.batch_size
     alphas = load_family(pipeline).likelihood.alphas_cumprod
     unet.add_adapter(LoraConfig(**LORA))
@@ -159,10 +155,8 @@ def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace) 
     side = unet.config.sample_size
     latents = torch.randn(batch, unet.config.in_channels, side, side)
     text = torch.randn(batch, pipeline.tokenizer.model_max_length, unet.config.cross_attention_dim)
-    seconds = []
     unet.train()
     for _ in range(options.steps + 1):
-        began = time.perf_counter()
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, len(alphas), (batch,))
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
@@ -172,8 +166,7 @@ def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace) 
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:], 1.0
+        clock.end_step()
 
 
 def trainer_steps(
@@ -181,9 +174,10 @@ def trainer_steps(
     options: argparse.Namespace,
     settings: dict[str, Any],
     rows: datasets.Dataset,
-    folder: str,
-) -> tuple[list[float], float]:
-    """Train with this library; return seconds of each step but the first, and the share spent in the network."""
+    folder: Path,
+    clock: StepClock,
+) -> float:
+    """Train with this library; return the share of the timed steps that is spent in the network."""
     cache = {} if settings.get("cache") is False else {"cache_dir": f"{folder}/cache"}
     args = TGOLConfig(
         output_dir=f"{folder}/run",
@@ -200,13 +194,12 @@ def trainer_steps(
         **cache,
         **settings,
     )
-    times = StepTimes()
+    times = StepTimes(clock)
     trainer = TGOLTrainer(pipeline, args, rows, peft_config=LoraConfig(**LORA), callbacks=[times])
     with network_time(trainer) as spent:
         times.spent = spent
         trainer.train()
-    seconds = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
-    return seconds, sum(spent[times.first :]) / sum(seconds)
+    return sum(spent[times.first :]) / sum(clock.seconds)
 
 
 def load(options: argparse.Namespace) -> StableDiffusionPipeline:
@@ -214,19 +207,52 @@ def load(options: argparse.Namespace) -> StableDiffusionPipeline:
     return load_pipeline() if options.network == "shapes" else random_sd15(options.resolution)
 
 
-def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[float], float | None, int | None]:
-    """Run one variant in this process; return seconds of each step, the network's share and the peak of memory."""
+def rows_of(options: argparse.Namespace) -> datasets.Dataset:
+    """Return the images that every variant trains on."""
+    return scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
+
+
+def work(name: str, folder: Path, options: argparse.Namespace) -> None:
+    """Run one variant in this process, in turns with the others."""
     torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    rows = scored_images(max(options.batch_size, 8), 32 if options.network == "shapes" else options.resolution)
-    if name in PEERS:
-        return peer_steps(name, options.peers, Path(folder) / "model", rows, options, Path(folder)), None, None
+    clock, network = StepClock(), 1.0
     if name == FLOOR:
-        seconds, network = plain_steps(load(options), options)
+        plain_steps(load(options), options, clock)
     else:
-        seconds, network = trainer_steps(load(options), options, VARIANTS[name], rows, folder)
-    return seconds, network, peak_memory()
+        network = trainer_steps(load(options), options, VARIANTS[name], rows_of(options), folder, clock)
+    clock.write(network=network, peak_bytes=peak_memory())
+
+
+def started(name: str, folder: Path, options: argparse.Namespace) -> Program:
+    """Start a variant or another project's script; return it stopped before its first timed step."""
+    environment = {"OMP_NUM_THREADS": str(options.threads)}
+    if name in PEERS:
+        command = peer_command(name, folder.parent / "model", rows_of(options), options, folder)
+        environment["ACCELERATE_USE_CPU"] = "true"
+    else:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, str(folder)]
+    return Program(command, folder, environment)
+
+
+def measured(names: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run variants in turns; return what the clock of each wrote."""
+    programs: dict[str, Program] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peers:
+            load(options).save_pretrained(f"{folder}/model")
+        try:
+            for number, name in enumerate(names):
+                programs[name] = started(name, Path(folder) / str(number), options)
+                print(f"started: {name}", flush=True)
+            for _ in tqdm(range(options.steps), desc="Turns"):
+                for program in programs.values():
+                    program.step()
+            return {name: program.finish() for name, program in programs.items()}
+        finally:
+            for program in programs.values():
+                program.kill()
 
 
 def main() -> None:
@@ -235,47 +261,43 @@ def main() -> None:
     parser.add_argument("--network", choices=["shapes", "sd15"], default="shapes")
     parser.add_argument("--resolution", type=int, default=32, help="pixels; of shapes always 32")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a variant in a round (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant (default: 3)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside the plain loop"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--peers", type=Path, help="folder in which the scripts of other projects lie")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    found: dict[str, list[tuple[list[float], float | None, int | None]]] = {
-        name: [] for name in (FLOOR, *VARIANTS, *(PEERS if options.peers else []))
+    if options.worker:
+        work(options.worker[0], Path(options.worker[1]), options)
+        return
+    found = measured([FLOOR, *options.variants, *(PEERS if options.peers else [])], options)
+    facts = {
+        key: value for key, value in vars(options).items() if key not in ("output", "peers", "variants", "worker")
     }
-    with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        if options.peers:
-            load(options).save_pretrained(f"{folder}/model")
-        for turn in range(options.rounds):
-            for name, runs in found.items():
-                runs.append(pool.apply(measure, (name, options, folder)))
-                print(f"round {turn + 1}: {name}: {statistics.median(runs[-1][0]):.3f} s", flush=True)
-    medians = {name: statistics.median(second for run in runs for second in run[0]) for name, runs in found.items()}
-    facts = {key: value for key, value in vars(options).items() if key not in ("output", "peers")}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n{'variant':35} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
+    print(f"\n{'variant':40} {'s/step':>8} {'ratio':>6} {'outside network':>16} {'peak memory':>12}")
     with options.output.open("a") as file:
-        for name, runs in found.items():
-            peaks = [run[2] for run in runs if run[2] is not None]
-            shares = [run[1] for run in runs if run[1] is not None and name in VARIANTS]
+        for name, run in found.items():
+            turns = zip(run["seconds"], found[FLOOR]["seconds"], strict=True)
             line = {
                 "variant": name,
-                "seconds": medians[name],
-                "ratio": medians[name] / medians[FLOOR],
-                "outside_network": 1 - statistics.mean(shares) if shares else None,
-                "peak_bytes": max(peaks, default=None),
-                "all_seconds": [second for run in runs for second in run[0]],
+                "seconds": statistics.median(run["seconds"]),
+                "ratio": statistics.median(own / floor for own, floor in turns),
+                "outside_network": 1 - run["network"] if name in VARIANTS else None,
+                "peak_bytes": run["peak_bytes"],
+                "all_seconds": run["seconds"],
                 "machine": machine,
                 **facts,
             }
             file.write(json.dumps(line) + "\n")
-            memory = f"{line['peak_bytes'] / 1e9:.2f} GB" if peaks else ""
-            outside = f"{100 * line['outside_network']:.1f} %" if shares else ""
-            print(f"{name:35} {medians[name]:8.3f} {line['ratio']:6.2f} {outside:>16} {memory:>12}")
+            outside = f"{100 * line['outside_network']:.1f} %" if name in VARIANTS else ""
+            memory = f"{line['peak_bytes'] / 1e9:.2f} GB"
+            print(f"{name:40} {line['seconds']:8.3f} {line['ratio']:6.2f} {outside:>16} {memory:>12}")
 
 
 if __name__ == "__main__":
