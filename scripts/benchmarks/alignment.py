@@ -278,11 +278,11 @@ def differences(after: np.ndarray, before: np.ndarray, prompts: Sequence[str], h
     }
 
 
-def likelihood_values(training: Training, latents: torch.Tensor, prompts: Sequence[str]) -> np.ndarray:
+def likelihood_values(family: Any, latents: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> np.ndarray:
     """Return minus the base model's error on images noised to t = 100 and 300: how likely it finds them."""
     from tgol_trainer.likelihoods import Draw, RowGenerators
 
-    family, total = training.family, 0.0
+    total = 0.0
     alphas = family.likelihood.alphas_cumprod
     scale_adapter(family.denoiser, 0.0)
     for time_ in (100, 300):
@@ -290,9 +290,7 @@ def likelihood_values(training: Training, latents: torch.Tensor, prompts: Sequen
         kept = alphas[time_]
         draw = Draw(kept.sqrt() * latents + (1 - kept).sqrt() * noise, torch.full((len(latents),), time_), noise)
         with torch.no_grad():
-            total = total - family.likelihood.error(
-                family.predict(family.denoiser, draw, training.conditioning(prompts)), draw
-            )
+            total = total - family.likelihood.error(family.predict(family.denoiser, draw, conditioning), draw)
     return total.numpy()
 
 
@@ -316,8 +314,9 @@ def point(training: Training, meter: Meter, drift: float) -> dict[str, Any]:
         latents = encoded(training.family, images)
     after = measured(place, images, base.prompts)
     plain = [prompt + suffix for prompt in base.prompts] if suffix else base.prompts
-    after["likelihood"] = likelihood_values(training, latents, plain)
-    before = {**base.values, "likelihood": likelihood_values(training, base.latents, plain)}
+    conditioning = training.conditioning(plain)
+    after["likelihood"] = likelihood_values(training.family, latents, conditioning)
+    before = {**base.values, "likelihood": likelihood_values(training.family, base.latents, conditioning)}
     return {
         "drift": round(found, 4),
         "nats": round(nats, 4),

@@ -102,3 +102,32 @@ def test_the_second_world_is_run_with_the_strength_that_is_best_over_all_scores_
     assert benchmark.best_strength(lines, "nft", None) == 0.2  # 2.3 over both, and 0.5 was run on one alone
     assert benchmark.best_strength(lines, "nft", "a") == 0.5 and benchmark.best_strength(lines, "nft", "b") == 0.1
     assert benchmark.best_strength(lines, "kto", None) is None
+
+
+@pytest.fixture(scope="module")
+def optimum(benchmark):
+    return importlib.import_module("alignment_optimum")
+
+
+def test_the_optimum_moves_a_normal_score_by_beta_and_what_correlates_with_it_by_its_share(optimum):
+    rng = np.random.default_rng(0)
+    scores, other = rng.normal(size=(2, 200_000))
+    groups = np.arange(scores.size) % 2
+    beta = optimum.strength_of(scores, groups, 0.5)
+    assert beta == pytest.approx(0.5, abs=0.01)  # a normal density times exp(βs) is the same density, β farther
+    weights = optimum.tilted_weights(scores, groups, beta)
+    assert weights @ (0.6 * scores + 0.8 * other) == pytest.approx(0.3, abs=0.01)
+    assert weights.sum() == pytest.approx(1) and weights[groups == 0].sum() == pytest.approx(0.5)
+
+
+def test_a_gain_beyond_the_best_image_of_each_prompt_has_no_optimum(optimum):
+    assert optimum.strength_of(np.array([0.0, 1.0, 0.0, 2.0]), np.array([0, 0, 1, 1]), 0.76) is None
+    assert optimum.strength_of(np.array([0.0, 1.0, 0.0, 2.0]), np.array([0, 0, 1, 1]), 0.74) > 0
+
+
+def test_the_mean_distance_counts_pairs_of_different_images_of_one_prompt_by_their_weights(optimum):
+    distances = np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 9.0], [4.0, 9.0, 0.0]])
+    weights = np.array([0.5, 0.25, 0.25])
+    expected = (0.125 * 1 + 0.125 * 4 + 0.0625 * 9) / (0.125 + 0.125 + 0.0625)
+    assert optimum.mean_distance(weights, distances, np.zeros(3)) == pytest.approx(expected)
+    assert optimum.mean_distance(weights[:2] * 0 + 0.5, distances[:2, :2], np.zeros(2)) == pytest.approx(1.0)
