@@ -20,6 +20,19 @@ if [ "$1" = --prepare ]; then
         --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
         --platform manylinux2014_x86_64 -d "$2/wheels" -c constraints.txt \
         diffusers accelerate datasets trl xxhash multiprocess dill pandas bitsandbytes pytest pluggy iniconfig
+    # Half of bitsandbytes is libraries for other devices and for versions of CUDA that torch 2.11 does not come with.
+    "$python" - "$2"/wheels/bitsandbytes-*.whl <<'END'
+import re, sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    files = {each: wheel.read(each) for each in wheel.infolist()}
+unused = re.compile(r"bitsandbytes/libbitsandbytes_(rocm|xpu|cuda11|cuda12[0-5])")
+with zipfile.ZipFile(sys.argv[1], "w", zipfile.ZIP_DEFLATED) as wheel:
+    for each, content in files.items():
+        if each.filename.endswith("/RECORD"):
+            content = b"".join(line for line in content.splitlines(True) if not unused.match(line.decode()))
+        if not unused.match(each.filename):
+            wheel.writestr(each, content)
+END
     size=$(du -sm "$2/wheels" | cut -f1)
     echo "wheels: $size MiB"
     if [ "$size" -gt 60 ]; then

@@ -161,6 +161,16 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     assert live.flops * 0.95 < step.flops < live.flops * 1.25
 
 
+def test_blocks_in_8_bits_of_a_network_in_bfloat16_save_a_byte_a_value(tmp_path):
+    TINY["sd3"].build().save_pretrained(tmp_path)  # whose table of positions is a view of float32
+    setup = Setup(model=str(tmp_path), lora=LORA, batch_size=1, dtype="bfloat16", sampling_batch=0)
+    plain, stored = (predict(dataclasses.replace(setup, storage_dtype=kind)) for kind in (None, "float8_e4m3fn"))
+    saved = plain.training.resident["denoiser"] - stored.training.resident["denoiser"]
+    layers = TINY["sd3"].build().transformer.transformer_blocks.named_modules()
+    layers = [layer for name, layer in layers if isinstance(layer, torch.nn.Linear) and "norm" not in name]
+    assert saved == sum(layer.weight.numel() for layer in layers)
+
+
 @pytest.mark.parametrize("name", quick(["sd", "sdxl", "sd3", "flux", "wan"], "flux"))
 def test_sampling_holds_what_a_real_call_of_the_pipeline_holds(name, predicted):
     facts = TINY[name]

@@ -167,7 +167,8 @@ def forget_weights(network: torch.nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    new = torch.empty_like(tensor, device="cpu")
+                    # Not `empty_like`: the base of a view may have kept another dtype, and is looked at.
+                    new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, torch.nn.Parameter)
                     made[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 table[name] = made[id(tensor)]
