@@ -1,6 +1,7 @@
 """What is predicted without weights is what PyTorch holds in a real run, for tiny twins of every family."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tgol_trainer import TGOLTrainer
 from tgol_trainer.families import FamilySettings, wrap_pipeline
 from tgol_trainer.families.skeleton import load_skeleton
 from tgol_trainer.likelihoods import RowGenerators
-from tgol_trainer.planning import Card, Phase, Quantization, Setup, predict
+from tgol_trainer.planning import Card, Phase, Quantization, Setup, memory, predict
 from tgol_trainer.planning.memory import CONTEXT, SLACK, predict_family
 from tgol_trainer.planning.networks import networks, prepare, weight_bytes
 from tgol_trainer.planning.quantized import QuantizedLinear, quantize
@@ -21,25 +22,36 @@ from tgol_trainer.planning.tracing import LiveBytes
 
 FAMILIES = [name for name in TINY if name not in ("sd v", "flux without guidance")]
 KINDS = ("LoRA", "LoRA, checkpointing", "all weights", "bfloat16", "offload", "8 bits")
-# Without a cache a plan has twice the real peak of these. Qwen-Image's text encoder makes a mask only where a prompt
-# of the batch is short: with one, the plan is 7 % above. HunyuanVideo 1.5's is twice the peak then too: not explained.
-APART = ("qwen-image", "hunyuan video 1.5")
-CASES = [(name, kind) for name in FAMILIES for kind in KINDS if name not in APART or kind == "LoRA"]
+CASES = [(name, kind) for name in FAMILIES for kind in KINDS]
+# These pad each prompt to the limit, and their text encoder makes a mask, which a plan has, for a short one alone.
+MASKED = ("ltx-2", "hunyuan video 1.5")
 LORA = LoraConfig(r=16, lora_alpha=16)
+
+
+def long(name):
+    """The end of a prompt as long as those that are planned. Ideogram 4's pipeline refuses 1200 words of the twin."""
+    return " and so on" * (150 if name == "ideogram-4" else 400)
+
+
+def settings_of(name):
+    return FamilySettings(num_frames=TINY[name].settings.get("num_frames"))
 
 
 def skeleton(setup, folder):
     """The family as the planner has it. Meissonic's classes are not in diffusers: its weights are taken away."""
     name = setup.model
     facts = TINY[name]
-    settings = FamilySettings(num_frames=facts.settings.get("num_frames"))
+    settings = settings_of(name)
     if name == "meissonic":
         family = wrap_pipeline(facts.build(), settings=settings)
         for network in networks(family).values():
             network.to("meta")
     else:
-        facts.build().save_pretrained(folder)
+        pipeline = facts.build()
+        pipeline.save_pretrained(folder)
         family = load_skeleton(folder, settings=settings)
+        # Not in files: the length of a template in a twin's few words.
+        vars(family.pipeline).update({key: value for key, value in vars(pipeline).items() if isinstance(value, int)})
     prepare(family, setup)
     return family
 
@@ -53,7 +65,9 @@ def predicted(tmp_path_factory):
         key = (name, str(changes))
         if key not in known:
             setup = Setup(**{"model": name, "lora": LORA, "batch_size": 2, **changes})
-            known[key] = predict_family(skeleton(setup, tmp_path_factory.mktemp("base")), setup)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(memory, "WORDS", len(long(name).split()))
+                known[key] = predict_family(skeleton(setup, tmp_path_factory.mktemp("base")), setup)
         return known[key]
 
     return predict_once
@@ -79,28 +93,38 @@ def traced_run(trainer):
     return found["live"], found["gradients"], sum(value.nbytes for value in states if value.numel() > 1)
 
 
-def saved_for_backward(family, size):
-    """Bytes of the storages that autograd keeps of a pass, by its own hooks; neither weights nor the batch."""
-    pixels = torch.zeros(2, 3, *([family.num_frames] if family.num_frames else []), *size)
+def pixels_of(family, size):
+    return torch.zeros(2, 3, *([family.num_frames] if family.num_frames else []), *size)
+
+
+def saved_for_backward(name, family, size):
+    """
+    Bytes of the storages that autograd keeps of a pass, by its own hooks; neither weights nor the batch.
+
+    Of those alive after it: where nothing takes a result, such as the text of CogView4's last block, its graph goes.
+    """
+    pixels = pixels_of(family, size)
     geometry = torch.zeros(2, 4, dtype=torch.int64)
-    conditioning = family.condition([f"prompt {number} " + "and so on " * 400 for number in (0, 1)], geometry, size)
+    conditioning = family.condition([f"prompt {number}{long(name)}" for number in (0, 1)], geometry, size)
     rows = RowGenerators(0, 0, [0, 1])
     draw = family.likelihood.draw(family.encode_images(pixels, rows, sample=True), rows)
     conditions = [each for value in conditioning.values() for each in (value if isinstance(value, list) else [value])]
     given = [*family.denoiser.parameters(), *conditions, draw.inputs, draw.timesteps, draw.target]
     given += [*family.denoiser.buffers()]
-    known, kept = {each.untyped_storage()._cdata for each in given}, {}
+    tables = [value for module in family.denoiser.modules() for value in vars(module).values()]
+    given += [each for each in tables if isinstance(each, torch.Tensor)]  # Qwen-Image's positions
+    known, kept = {each.untyped_storage()._cdata for each in given}, weakref.WeakSet()
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
+            kept.add(storage)
+        return tensor.detach()  # a result that keeps itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         error = family.likelihood.error(family.predict(family.denoiser, draw, conditioning), draw)
     assert error.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +150,10 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     args = config(max_steps=2 if stored else 1, per_device_train_batch_size=2, **options, **facts.settings)
     # Longer than any limit: the plan is for the longest prompts.
     rows = facts.dataset()
-    if name == "ltx-2":  # whose text encoder makes a mask, which a plan has, only where a prompt of the batch is short
+    if name in MASKED:
         rows = rows.select(range(2))
-    times = [400, 0 if name == "ltx-2" else 400]
-    rows = rows.map(
-        lambda row, index: {"prompt": f"prompt {index} " + "and so on " * times[index % 2]}, with_indices=True
-    )
+    ends = [long(name), "" if name in MASKED else long(name)]
+    rows = rows.map(lambda row, index: {"prompt": f"prompt {index}{ends[index % 2]}"}, with_indices=True)
     trainer = TGOLTrainer(facts.build(), args, rows)
     live, gradients, states = traced_run(trainer)
 
@@ -151,12 +173,9 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
         assert sum(prediction.sampling.resident.values()) in ((texts, whole - texts) if keeps else (whole,))
     assert prediction.training.resident["optimizer"] == states
     assert step.gradients == gradients
-    close = 0.15 if name == "qwen-image" else 0.05
-    assert max(step.peak, step.prompts, step.images) == pytest.approx(live.peak, rel=close)
-    # Of these two the hooks find up to a third more than is planned, while the peaks agree as above: not explained.
-    if kind in ("LoRA", "all weights") and name not in ("cogview4", "qwen-image"):
-        kept = saved_for_backward(trainer.family, size)
-        assert step.activations == pytest.approx(kept, rel=0.1)
+    assert max(step.peak, step.prompts, step.images) == pytest.approx(live.peak, rel=0.05)
+    if kind in ("LoRA", "all weights"):
+        assert step.activations == pytest.approx(saved_for_backward(name, trainer.family, size), rel=0.01)
     # The reference's pass counts with the LoRA, a large part of so small a network.
     assert live.flops * 0.95 < step.flops < live.flops * 1.25
 
@@ -169,6 +188,18 @@ def test_blocks_in_8_bits_of_a_network_in_bfloat16_save_a_byte_a_value(tmp_path)
     layers = TINY["sd3"].build().transformer.transformer_blocks.named_modules()
     layers = [layer for name, layer in layers if isinstance(layer, torch.nn.Linear) and "norm" not in name]
     assert saved == sum(layer.weight.numel() for layer in layers)
+
+
+@pytest.mark.parametrize("name", quick(FAMILIES, "qwen-image", "ltx-2"))
+def test_encoding_prompts_holds_the_most_that_long_ones_hold_and_a_short_one_among_them(name, predicted):
+    """Of Qwen-Image the long ones hold more, of LTX-2 the short one, which is padded and so has a mask."""
+    family, size = wrap_pipeline(TINY[name].build(), settings=settings_of(name)), TINY[name].pixels[-2:]
+    pixels, peaks = pixels_of(family, size), []
+    for last in (f"another{long(name)}", "a cat"):
+        with LiveBytes() as live:
+            family.condition([f"one{long(name)}", last], torch.zeros(2, 4, dtype=torch.int64), size)
+        peaks.append(live.peak + pixels.nbytes)
+    assert predicted(name, resolution=size, cache=False).step.prompts == pytest.approx(max(peaks), rel=0.001)
 
 
 @pytest.mark.parametrize("name", quick(["sd", "sdxl", "sd3", "flux", "wan"], "flux"))
@@ -216,6 +247,13 @@ def test_estimates_are_kept_apart_from_tensors():
     phase = Phase({"denoiser": 5000, "optimizer": 3000}, working=1000)
     assert phase.tensors == 9000
     assert phase.total == 9000 + CONTEXT + SLACK * 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("kolors" not in TINY, reason="sentencepiece is not installed")
+def test_a_text_encoder_that_is_made_on_the_cpu_unless_it_is_told_otherwise_is_planned_without_memory(tmp_path):
+    family = skeleton(Setup("kolors", lora=LORA), tmp_path)
+    assert all(each.is_meta for network in networks(family).values() for each in network.parameters())
 
 
 def test_a_size_that_training_would_refuse_is_refused():

@@ -4,7 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from transformers.masking_utils import sdpa_mask
 
+from tgol_trainer.planning.networks import forget_weights
 from tgol_trainer.planning.tracing import LiveBytes, without_memory
 
 both = pytest.mark.parametrize("mode", [contextlib.nullcontext, without_memory], ids=["real", "without memory"])
@@ -20,11 +22,12 @@ def test_a_storage_counts_once_from_its_first_tensor_to_its_last_and_what_was_th
             view, flat = first.view(10, 100), first[5:]
             assert (live.now, live.peak) == (4000, 4000)
             before.add_(1)
+            tokens = torch.tensor([[7] * 1000])
             second = first + 1
             assert (live.now, live.peak) == (8000, 8000)
             del first, view
             assert live.now == 8000  # `flat` holds it
-            del flat
+            del flat, tokens
             assert (live.now, live.peak) == (4000, 8000)
             live.restart()
             assert live.peak == 4000
@@ -62,7 +65,7 @@ def test_attention_without_memory_keeps_no_matrix_of_tokens_by_tokens():
 
 
 def test_whole_numbers_from_constants_are_computed_and_select_what_they_do_with_memory():
-    """Of masks, `nonzero`, `repeat_interleave`, slices, and gradients through them."""
+    """Of masks, also as floats, `nonzero`, `repeat_interleave`, slices, and gradients through them."""
 
     def shapes():
         places = torch.arange(12)
@@ -72,11 +75,34 @@ def test_whole_numbers_from_constants_are_computed_and_select_what_they_do_with_
         filled = torch.zeros(9, 3).index_put((torch.tensor([True] * 7 + [False] * 2),), tokens[mask[0]])
         filled.sum().backward()
         head = tokens[: int(mask.sum())]
-        return [each.shape for each in (long, tokens[~mask[0]], mask[0].nonzero(), filled, tokens.grad, head)]
+        hidden = tokens[~mask[0].to(tokens.dtype).bool()]
+        return [each.shape for each in (long, hidden, mask[0].nonzero(), filled, tokens.grad, head)]
 
     with without_memory():
         found = shapes()
     assert found == shapes() == [(33, 3), (5, 3), (7, 1), (9, 3), (12, 3), (7, 3)]
+
+
+@pytest.mark.parametrize(("num_padded", "is_masked"), [(0, False), (1, True)])
+def test_transformers_masks_tokens_by_tokens_only_where_there_is_padding_as_it_does_with_memory(num_padded, is_masked):
+    def mask():
+        padding = torch.arange(6)[None] < 6 - num_padded
+        return sdpa_mask(batch_size=1, q_length=6, kv_length=6, attention_mask=padding)
+
+    with without_memory():
+        found = mask()
+    assert (found is not None) == (mask() is not None) == is_masked
+
+
+def test_a_tensor_that_is_an_attribute_of_a_layer_is_there_before_a_pass_as_its_weights_are():
+    with torch.device("meta"):
+        layer = torch.nn.Linear(3, 3)
+        layer.table = torch.empty(5)
+    with without_memory():
+        forget_weights(layer)
+        with LiveBytes() as live:
+            layer(torch.empty(2, 3)), layer.table.to("cpu")
+    assert live.peak == (2 * 3 + 2 * 3) * 4
 
 
 def test_masks_without_values_share_out_the_rows():

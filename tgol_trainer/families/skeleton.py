@@ -84,8 +84,10 @@ def _component(kind: Any, source: str, name: str, options: dict[str, Any]) -> An
     read = kind.load_config if from_diffusers else kind.config_class.from_pretrained
     build = kind.from_config if from_diffusers else kind
     config = read(source, subfolder=name, **options)
+    # Kolors' text encoder makes its weights on the CPU unless it is told where.
+    told = {"device": "meta"} if not from_diffusers and "device" in inspect.signature(kind.__init__).parameters else {}
     with torch.device("meta" if is_network else "cpu"):
-        return build(config)
+        return build(config, **told)
 
 
 def _cast(network: Any, dtype: Any) -> None:

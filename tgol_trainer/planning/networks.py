@@ -158,13 +158,17 @@ def weight_bytes(network: torch.nn.Module) -> int:
 
 
 def forget_weights(network: torch.nn.Module) -> None:
-    """Replace parameters and buffers, inside [`without_memory`], by tensors without memory on the device of a run."""
+    """
+    Replace parameters and buffers, inside [`without_memory`], by tensors without memory on the device of a run.
+
+    Also tensors that are only attributes, such as Qwen-Image's positions: each pass would count them as its own.
+    """
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for module in network.modules():
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
         for table in tables:
             for name, tensor in table.items():
-                if tensor is None:
+                if not isinstance(tensor, torch.Tensor):
                     continue
                 if id(tensor) not in made:
                     # Not `empty_like`: the base of a view may have kept another dtype, and is looked at.

@@ -28,7 +28,8 @@ class LiveBytes(TorchDispatchMode):
     Count the bytes of every storage that is made inside the block, for as long as it lives.
 
     A storage counts once however many tensors share it. What was there before, such as the weights, does not count,
-    nor does what a kernel uses and frees by itself. Works on real tensors and on those of [`without_memory`].
+    nor do numbers that come from Python, nor what a kernel uses and frees by itself. Works on real tensors and on
+    those of [`without_memory`].
 
     Attributes:
         now (`int`): Bytes that are alive.
@@ -48,6 +49,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is _aten.lift_fresh.default:  # numbers of Python, such as tokens
+            return result
         given: set[int] | None = None
         for storage in _storages(result):
             if storage._cdata in self._known:
@@ -94,14 +97,27 @@ def without_memory(shares: int = 1) -> Iterator[None]:
     They pretend to be on a CPU. There, as on a GPU, attention is one operator that keeps no matrix of tokens by
     tokens; the meta device would have one. Whole numbers that come from constants alone, such as a prompt's tokens and
     the places of an image, are computed beside it. Other values do not exist: code that asks for one gets 1, or an
-    array of zeros.
+    array of zeros. transformers is kept from seeing that it is traced.
 
     Args:
         shares (`int`, *optional*, defaults to 1):
             Among how many masks without values the rows are shared out, such as those of experts: evenly.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _WholeNumbers(shares), _Arrays():
+    with FakeTensorMode(allow_non_fake_inputs=True), _WholeNumbers(shares), _Arrays(), _as_real_to_transformers():
         yield
+
+
+@contextlib.contextmanager
+def _as_real_to_transformers() -> Iterator[None]:
+    """Have transformers read masks, as in a run: where it sees that it is traced, it masks prompts without padding."""
+    from transformers.utils import import_utils
+
+    known = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = known
 
 
 _INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
@@ -137,7 +153,8 @@ class _WholeNumbers(TorchDispatchMode):
             vars(result)["whole"] = whole
             return result
         made = [each for each in tree_leaves(result) if isinstance(each, FakeTensor)]
-        known &= all(map(_is_small, made))
+        # Masks too that are handed on as floats, such as HunyuanVideo 1.5's.
+        known &= all(_is_small(each) and (_is_whole(each) or func is _aten._to_copy.default) for each in made)
         values = tree_leaves(_computed(func, args, kwargs)) if known and made else [None] * len(made)
         for each, value in zip(made, values, strict=True):
             vars(each)["whole"] = value
@@ -159,7 +176,7 @@ class _WholeNumbers(TorchDispatchMode):
 
 
 def _is_known(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation takes whole numbers alone, and makes the same of them each time."""
+    """Whether an operation takes known numbers alone, and makes the same of them each time."""
     given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
     wholes = [_whole(each) for each in given]
     if any(each is None or each.is_meta or not _is_small(each) for each in wholes):
@@ -174,12 +191,15 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _is_small(value: torch.Tensor) -> bool:
-    """Whether these are whole numbers, and not too many."""
-    return value.numel() < _LARGE and not value.is_floating_point() and not value.is_complex()
+    return value.numel() < _LARGE
+
+
+def _is_whole(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex()
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call an operation on whole numbers themselves."""
+    """Call an operation on the numbers themselves."""
     args, kwargs = tree_map(lambda each: _whole(each) if isinstance(each, torch.Tensor) else each, (args, kwargs))
     with _disable_current_modes():
         return func(*args, **kwargs)
