@@ -112,7 +112,10 @@ def _as_real_to_transformers() -> Iterator[None]:
     """Have transformers read masks, as in a run: where it sees that it is traced, it masks prompts without padding."""
     from transformers.utils import import_utils
 
-    known = import_utils.is_fake_tensor
+    known = getattr(import_utils, "is_fake_tensor", None)
+    if known is None:  # in a later transformers, whose encoders may be planned with a mask too many
+        yield
+        return
     import_utils.is_fake_tensor = lambda tensor: False
     try:
         yield
