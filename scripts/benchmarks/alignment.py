@@ -130,7 +130,7 @@ class Training:
         modules = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
         config = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=modules)
         adapters.attach(self.family.denoiser, config, seed=run.seed, probe=self.family.probe)
-        suffixes = CSFT_SUFFIXES if self.method.suffixed else [""]
+        suffixes = ["", *CSFT_SUFFIXES] if self.method.suffixed else [""]
         texts = [name + suffix for name in self.place.prompts for suffix in suffixes]
         embedded = self.family.encode_prompts(texts)["encoder_hidden_states"]
         self.embedded = dict(zip(texts, embedded, strict=True))
@@ -429,12 +429,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(perform, run, args.data): run for run in runs}
+        failed = False
         for number, future in enumerate(as_completed(futures), 1):
+            if error := future.exception():  # the others go on, and their lines are kept
+                failed = True
+                print(f"{number}/{len(runs)}  {futures[future]} failed: {error!r}", flush=True)
+                continue
             line = future.result()
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{number}/{len(runs)}  {described(line)}", flush=True)
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

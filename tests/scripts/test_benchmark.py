@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +74,26 @@ def test_each_kind_of_loss_moves_the_adapter(benchmark, folder, method):
     assert (training.values.abs().max() > 0) == method.endswith("value")
     norms = [each.grad.norm() for each in training.family.denoiser.parameters() if each.grad is not None]
     assert torch.isfinite(torch.stack(norms)).all() and torch.stack(norms).max() > 0
+
+
+def test_a_method_with_the_label_in_the_prompt_can_make_the_references_that_others_use(benchmark, folder):
+    training = of(benchmark, folder, "csft")
+    assert len(training.conditioning(training.rows.prompts[:2])["encoder_hidden_states"]) == 2
+
+
+def test_a_run_that_fails_leaves_the_lines_of_the_others(benchmark, monkeypatch, tmp_path, capsys):
+    def perform(run, folder):
+        if run.score == "left_darkness":
+            raise KeyError("a orange cross")
+        return {**vars(run), "points": [], "own_drift": 1.0, "cpu_seconds": {"all": 1.0}}
+
+    monkeypatch.setattr(benchmark, "perform", perform)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    results = tmp_path / "rows.jsonl"
+    given = ["--tune", "--methods", "soft", "--strengths", "0.002", "--results", str(results), "--workers", "1"]
+    assert benchmark.main(given) == 1
+    assert {line["score"] for line in benchmark.read_lines(results)} == {"background_darkness", "grey_centre"}
+    assert "left_darkness" in capsys.readouterr().out
 
 
 def test_the_drift_is_set_by_the_scale_of_the_adapter_and_is_zero_without_it(benchmark, folder):
