@@ -29,6 +29,7 @@ import functools
 import json
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -433,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, future in enumerate(as_completed(futures), 1):
             if error := future.exception():  # the others go on, and their lines are kept
                 failed = True
-                print(f"{number}/{len(runs)}  {futures[future]} failed: {error!r}", flush=True)
+                print(f"{number}/{len(runs)}  {futures[future]} failed", flush=True)
+                traceback.print_exception(error)
                 continue
             line = future.result()
             with results.open("a") as file:

@@ -5,8 +5,10 @@ The optimum has the density p·exp(β·s)/Z at each prompt, with p of the base m
 over images of the base model. β is set so that the score gains as much as a method of the benchmark does at a drift.
 What the optimum loses of another score there is the price of the aim; what a method loses beyond it is damage.
 
-The images are those that the reporting seeds train on, all seeds together. The error is that of leaving out one seed
-at a time. Distances between images are taken from decoded latents. The rows are written beside those of the benchmark.
+The images are those that the reporting seeds train on, all seeds together, and gains are those of the prompts that are
+trained on. The interval is that of leaving out one seed at a time, by Student's t. With fewer than five images a
+prompt, counted by their weights, nothing is said. Distances between images are taken from decoded latents. The rows
+are written beside those of the benchmark.
 
     python scripts/benchmarks/alignment_optimum.py              # for the methods and drifts of the committed rows
 """
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 HERE = Path(__file__).parent
 if __name__ == "__main__":
@@ -33,6 +36,8 @@ from alignment_worlds import world  # noqa: E402
 SEEDS = range(2, 7)
 METHODS = {"anchored, value": 0.25, "nft": None}
 """Methods whose gains are matched, and their strength; `None` is the best one of a score."""
+FEWEST = 5
+"""Images a prompt, counted by their weights, from which on an optimum is shown."""
 WATCHED = ("colour", "jpeg_size", "diversity", "likelihood")
 
 
@@ -118,19 +123,20 @@ class BaseImages:
         nats = float(weights @ np.log(np.maximum(weights / even, 1e-300)))
         return found | {"nats": nats, "images": float(1 / np.square(weights).sum())}
 
-    def with_errors(self, score: str, gain: float) -> dict[str, Any] | None:
-        """Return [`changes`] of all images, each a pair with its error from leaving out a seed at a time."""
+    def with_intervals(self, score: str, gain: float) -> dict[str, Any] | None:
+        """Return [`changes`] of all images, each a pair with half its 95 % interval; `None` with too few images."""
         whole = self.changes(score, gain, np.flatnonzero(self.seeds > 0))
         parts = [self.changes(score, gain, np.flatnonzero(self.seeds != seed)) for seed in SEEDS]
-        if whole is None or None in parts:
+        fewest = FEWEST * len(set(self.groups))
+        if whole is None or any(part is None or part["images"] < fewest for part in parts):
             return None
         count = len(parts)
-        spread = {name: np.std([part[name] for part in parts if part]) * np.sqrt(count - 1) for name in whole}
-        return {name: (value, float(spread[name])) for name, value in whole.items()}
+        wide = stats.t.ppf(0.975, count - 1) * np.sqrt(count - 1)
+        return {name: (value, float(wide * np.std([part[name] for part in parts]))) for name, value in whole.items()}
 
 
 def measured_changes(lines: Sequence[dict[str, Any]], method: str, strength: float, score: str) -> list[dict]:
-    """Return the mean changes of a method at each drift over the reporting seeds, and the nats of its paths."""
+    """Return the mean changes of a method at each drift on prompts that are trained on, and the nats of its paths."""
     rows = [
         line["points"]
         for line in lines
@@ -139,15 +145,21 @@ def measured_changes(lines: Sequence[dict[str, Any]], method: str, strength: flo
         and line["seed"] in SEEDS
     ]
     names = (score, *WATCHED)
+    place = world("shapes")
+    share = len(place.held_out) / len(place.prompts)
+
+    def trained(gains: dict[str, float]) -> float:
+        return (gains["gain"] - share * gains["held_out"]) / (1 - share)
+
     return [
-        {name: float(np.mean([points[number]["gains"][name]["gain"] for points in rows])) for name in names}
+        {name: float(np.mean([trained(points[number]["gains"][name]) for points in rows])) for name in names}
         | {"nats": float(np.mean([points[number]["nats"] for points in rows]))}
         for number in range(len(DRIFTS))
     ]
 
 
 def described(optimum: dict[str, Any] | None, name: str) -> str:
-    """Return a change at the optimum and its error."""
+    """Return a change at the optimum and half its interval."""
     return "–" if optimum is None else f"{optimum[name][0]:+.2f} ± {optimum[name][1]:.2f}"
 
 
@@ -168,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if strength is None:
                 continue
             for drift, found in zip(DRIFTS, measured_changes(lines, method, strength, score), strict=True):
-                optimum = images.with_errors(score, found[score])
+                optimum = images.with_intervals(score, found[score])
                 rows.append({"score": score, "method": method, "drift": drift, "measured": found, "optimum": optimum})
                 cells = [f"{found[name]:+.2f} / {described(optimum, name)}" for name in WATCHED]
                 nats = f"{found['nats']:.1f} / {described(optimum, 'nats')}"

@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -239,6 +240,7 @@ def started(name: str, folder: Path, options: argparse.Namespace) -> Program:
 def measured(names: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run variants in turns; return what the clock of each wrote."""
     programs: dict[str, Program] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # else stopped programs would stay for ever
     with tempfile.TemporaryDirectory() as folder:
         if options.peers:
             load(options).save_pretrained(f"{folder}/model")

@@ -64,7 +64,7 @@ class Program:
         environment (`dict[str, str]`): Variables beside those of this process.
 
     Raises:
-        RuntimeError: where the program ends before its last step; the message has what it printed last.
+        RuntimeError: where the program ends before its last step, or has steps left; with what it printed last.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
@@ -74,25 +74,42 @@ class Program:
             self.process = subprocess.Popen(  # noqa: S603
                 command, stdout=log, stderr=log, env={**os.environ, **environment, STEPS_FILE: str(self.file)}
             )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
 
     def _wait(self) -> None:
         """Return when the program has stopped."""
         _, status = os.waitpid(self.process.pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             self.process.returncode = os.waitstatus_to_exitcode(status)
-            raise RuntimeError(f"{self.process.args!r} ended early:\n{self.log.read_text()[-3000:]}")
+            raise self._failure("ended early")
+
+    def _go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)  # notices a program that has been killed while it was stopped
+        if self.process.returncode is not None:
+            raise self._failure(f"was ended ({self.process.returncode})")
+
+    def _failure(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{self.process.args!r} {what}:\n{self.log.read_text()[-3000:]}")
 
     def step(self) -> None:
         """Run one step."""
-        self.process.send_signal(signal.SIGCONT)
+        self._go_on()
         self._wait()
 
     def finish(self) -> dict[str, Any]:
         """Let the program end; return what its clock wrote."""
-        self.process.send_signal(signal.SIGCONT)
-        if self.process.wait():
-            raise RuntimeError(f"{self.process.args!r} failed:\n{self.log.read_text()[-3000:]}")
+        self._go_on()
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            self.kill()
+            raise self._failure("has more steps than turns")
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.process.returncode:
+            raise self._failure(f"failed ({self.process.returncode})")
         found: dict[str, Any] = json.loads(self.file.read_text())
         return found
 

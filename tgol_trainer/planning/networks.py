@@ -161,7 +161,8 @@ def forget_weights(network: torch.nn.Module) -> None:
     """
     Replace parameters and buffers, inside [`without_memory`], by tensors without memory on the device of a run.
 
-    Also tensors that are only attributes, such as Qwen-Image's positions: each pass would count them as its own.
+    Also tensors that are only attributes, such as Qwen-Image's positions: each pass would count them as its own. Whole
+    numbers among them keep their values.
     """
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for module in network.modules():
@@ -169,6 +170,8 @@ def forget_weights(network: torch.nn.Module) -> None:
         for table in tables:
             for name, tensor in table.items():
                 if not isinstance(tensor, torch.Tensor):
+                    continue
+                if table is tables[2] and not (tensor.is_floating_point() or tensor.is_complex()):
                     continue
                 if id(tensor) not in made:
                     # Not `empty_like`: the base of a view may have kept another dtype, and is looked at.
