@@ -64,11 +64,12 @@ def strength_of(scores: np.ndarray, groups: np.ndarray, gain: float) -> float | 
 
 def mean_distance(weights: np.ndarray, distances: np.ndarray, groups: np.ndarray) -> float:
     """Return the mean distance of two different images of a group that are drawn by weight, mean over groups."""
-    pairs = weights[:, None] * weights[None, :] * (groups[:, None] == groups[None, :])
-    np.fill_diagonal(pairs, 0.0)
-    means = [
-        (pairs[rows] * distances[rows]).sum() / pairs[rows].sum() for rows in map(groups.__eq__, np.unique(groups))
-    ]
+    means = []
+    for name in np.unique(groups):
+        rows = np.flatnonzero(groups == name)
+        pairs = np.outer(weights[rows], weights[rows])
+        np.fill_diagonal(pairs, 0.0)
+        means.append((pairs * distances[np.ix_(rows, rows)]).sum() / pairs.sum())
     return float(np.mean(means))
 
 
