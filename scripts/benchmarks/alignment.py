@@ -348,11 +348,12 @@ def best_strength(lines: Sequence[dict[str, Any]], method: str, score: str | Non
     Return the strength that gained most on the tuning seed of the shapes world; `None` where none was run.
 
     Without a score it is the one that gained most on average over the scores, of those that were run on all scores.
+    Only runs of the usual number of updates count: longer ones take their strengths over.
     """
     gains: dict[float, list[float]] = {}
     for line in lines:
-        kind = tuple(line[name] for name in ("method", "world", "regime"))
-        if kind == (method, "shapes", "dense") and line["seed"] in TUNING and score in (None, line["score"]):
+        kind = tuple(line[name] for name in ("method", "world", "regime", "updates"))
+        if kind == (method, "shapes", "dense", UPDATES) and line["seed"] in TUNING and score in (None, line["score"]):
             gains.setdefault(line["strength"], []).append(line["points"][0]["gains"][line["score"]]["gain"])
     most = max(map(len, gains.values()), default=0)
     complete = {strength: float(np.mean(found)) for strength, found in gains.items() if len(found) == most}
@@ -369,7 +370,7 @@ def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[R
     seeds = args.seeds or (TUNING if args.tune else REPORTING)
     if args.tune:
         return [
-            Run(name, strength, score, seed, args.regime, args.world)
+            Run(name, strength, score, seed, args.regime, args.world, args.updates)
             for seed in seeds
             for name in names
             for strength in (args.strengths or METHODS[name].strengths)
@@ -381,7 +382,7 @@ def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[R
             for name in names:
                 strength = best_strength(lines, name, score if args.world == "shapes" else None)
                 if strength is not None:
-                    found.append(Run(name, strength, score, seed, args.regime, args.world))
+                    found.append(Run(name, strength, score, seed, args.regime, args.world, args.updates))
     return found
 
 
@@ -394,6 +395,7 @@ def described(line: dict[str, Any]) -> str:
     """Return one line of text about a run."""
     gains = ", ".join(f"{each['gains'][line['score']]['gain']:.2f} at {each['drift']:.1f}" for each in line["points"])
     setting = f"{line['method']}, {line['strength']:g}, {line['regime']} {line['score']}, seed {line['seed']}"
+    setting += f", {line['updates']} updates"
     return f"{setting}: gain {gains} (drift {line['own_drift']:.1f}); {line['cpu_seconds']['all']:.0f} s"
 
 
@@ -411,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--regime", choices=REGIMES, default="dense", help="kind of scores (default: %(default)s)")
     parser.add_argument("--world", choices=WORLDS, default="shapes", help="model and scores (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of a run (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="results file (default: results/alignment.jsonl here)")
     parser.add_argument("--data", type=Path, default=Path("alignment_data"), help="folder of images and references")
     parser.add_argument("--workers", type=int, default=2, help="number of one-thread processes (default: %(default)s)")

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
 
-from alignment import DRIFTS, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
+from alignment import DRIFTS, UPDATES, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
 from alignment_worlds import world  # noqa: E402
 
 SEEDS = range(2, 7)
@@ -142,7 +142,7 @@ def measured_changes(lines: Sequence[dict[str, Any]], method: str, strength: flo
         line["points"]
         for line in lines
         if (line["method"], line["strength"], line["score"]) == (method, strength, score)
-        and (line["regime"], line["world"]) == ("dense", "shapes")
+        and (line["regime"], line["world"], line["updates"]) == ("dense", "shapes", UPDATES)
         and line["seed"] in SEEDS
     ]
     names = (score, *WATCHED)

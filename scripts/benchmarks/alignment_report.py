@@ -158,20 +158,21 @@ def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0
         raise SystemExit("There are no results yet: run without --report first.")
     parts = [INTRODUCTION]
     tuned = [line for line in lines if line["seed"] in tuning and line["regime"] == "dense"]
-    if tuned:
-        drift = tuned[0]["points"][0]["drift"]
-        heading = f"## Settings tried on the tuning seed: gain at a drift of {drift:.0f} (number of seeds)"
-        parts.append(f"{heading}\n\n{tuning_table(tuned)}")
+    for updates in dict.fromkeys(line["updates"] for line in tuned):
+        chosen = [line for line in tuned if line["updates"] == updates]
+        kind = f"{updates} updates: gain at a drift of {chosen[0]['points'][0]['drift']:.0f} (number of seeds)"
+        parts.append(f"## Settings tried on the tuning seed, {kind}\n\n{tuning_table(chosen)}")
     reported = [line for line in lines if line["seed"] >= first]
-    for key in dict.fromkeys((line["world"], line["regime"], line["score"]) for line in reported):
-        chosen = [line for line in reported if (line["world"], line["regime"], line["score"]) == key]
-        parts.append(f"## {key[0]}, {key[1]} scores, trained on {key[2]}")
+    names = ("world", "regime", "updates", "score")
+    for key in dict.fromkeys(tuple(line[name] for name in names) for line in reported):
+        chosen = [line for line in reported if tuple(line[name] for name in names) == key]
+        parts.append(f"## {key[0]}, {key[1]} scores, {key[2]} updates, trained on {key[3]}")
         ours = [name for name in by_method(chosen) if name.split(" (")[0] not in RIVALS]
         for drift in drifts_of(chosen):
-            parts.append(f"### Drift {drift:g}\n\n{gain_table(chosen, key[2], drift)}")
+            parts.append(f"### Drift {drift:g}\n\n{gain_table(chosen, key[3], drift)}")
             for name in ours:
                 for equal_gain, place in ((False, "at equal drift"), (True, "at equal gain")):
-                    table = difference_table(chosen, key[2], name, drift, equal_gain=equal_gain)
+                    table = difference_table(chosen, key[3], name, drift, equal_gain=equal_gain)
                     if table.count("\n") > 1:
                         parts.append(f"{name}, {place}:\n\n{table}")
     text = "\n\n".join(parts) + "\n"

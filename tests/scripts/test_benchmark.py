@@ -111,15 +111,17 @@ def test_the_drift_is_set_by_the_scale_of_the_adapter_and_is_zero_without_it(ben
 
 
 def test_the_second_world_is_run_with_the_strength_that_is_best_over_all_scores_of_the_first(benchmark):
-    def line(strength, score, gain, world="shapes", seed=0):
+    def line(strength, score, gain, world="shapes", seed=0, updates=benchmark.UPDATES):
         point = {"gains": {score: {"gain": gain}}}
         return {"method": "nft", "strength": strength, "score": score, "seed": seed, "regime": "dense"} | {
             "world": world,
+            "updates": updates,
             "points": [point],
         }
 
     lines = [line(0.1, "a", 1.0), line(0.1, "b", 1.0), line(0.2, "a", 1.5), line(0.2, "b", 0.8), line(0.5, "a", 2.0)]
     lines += [line(0.1, "a", 9.0, world="digits"), line(0.1, "b", 9.0, seed=2)]  # neither is tuned on
+    lines += [line(0.1, "a", 9.0, updates=512), line(0.1, "b", 9.0, updates=512)]  # nor are longer runs
     assert benchmark.best_strength(lines, "nft", None) == 0.2  # 2.3 over both, and 0.5 was run on one alone
     assert benchmark.best_strength(lines, "nft", "a") == 0.5 and benchmark.best_strength(lines, "nft", "b") == 0.1
     assert benchmark.best_strength(lines, "kto", None) is None

@@ -18,7 +18,7 @@ def report():
     return module
 
 
-def run(gains, method="tgo", seed=2, regime="dense", strength=0.1):
+def run(gains, method="tgo", seed=2, regime="dense", strength=0.1, updates=128):
     """A line with {drift: (gain, colour)}."""
     points = [
         {"drift": drift, "nats": 3.0, "gains": {name: {"gain": value, "held_out": value / 2} for name, value in pair}}
@@ -26,7 +26,7 @@ def run(gains, method="tgo", seed=2, regime="dense", strength=0.1):
         for pair in [(("dark", gain), ("colour", colour))]
     ]
     settings = {"method": method, "strength": strength, "score": "dark", "seed": seed, "regime": regime}
-    return {**settings, "world": "shapes", "points": points}
+    return {**settings, "world": "shapes", "updates": updates, "points": points}
 
 
 def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
@@ -57,6 +57,21 @@ def test_differences_are_taken_seed_by_seed(report, tmp_path):
     row = next(row for row in rows if row.startswith("| tgo (0.1) | 3 | 35.00 ± "))
     assert row.split(" | ")[3].startswith("17.50 ± ") and row.endswith("| 3.0 |")
     assert (tmp_path / "benchmarks_alignment.md").read_text().splitlines() == rows
+
+
+def test_longer_runs_stand_in_tables_of_their_own(report, tmp_path):
+    lines = [
+        run({5.0: (gain, 0)}, seed=seed, updates=updates) for gain, updates in ((1, 128), (3, 512)) for seed in (0, 2)
+    ]
+    rows = report.write_report(lines, tmp_path).splitlines()
+    assert [row for row in rows if row.startswith("| dark |")] == [
+        "| dark | tgo | 0.1: 1.00 (1) |",
+        "| dark | tgo | 0.1: 3.00 (1) |",
+    ]
+    assert [row[:23] for row in rows if row.startswith("| tgo (0.1) ")] == [
+        "| tgo (0.1) | 1 | 1.00 ",
+        "| tgo (0.1) | 1 | 3.00 ",
+    ]
 
 
 def test_at_equal_gain_the_run_with_more_is_scaled_back_between_its_measured_points(report):
