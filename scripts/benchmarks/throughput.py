@@ -1,6 +1,8 @@
 """
 Time a training step: a plain LoRA loop as the floor, and this library's losses with and without its caches.
 
+The passes through the network without any adapter stand beside them. No training step can cost less.
+
 All variants train the same network with the same adapter, each in a process of its own. The processes take turns, one
 step at a time (`turns.py`), so that what slows the machine for a while slows them all. All stay in memory: about 1 GB
 each of `shapes`, 6 GB each of `sd15`. A line of the results file holds one variant of one run. Its ratio is the median
@@ -71,6 +73,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of each variant; the cache of images and prompts is on by default."""
 FLOOR = "plain LoRA loop"
+BOUND = "network without adapter"
+"""Both passes through the frozen network, down to the bias of its first layer: no training step costs less."""
 
 
 def random_sd15(resolution: int) -> StableDiffusionPipeline:
@@ -144,11 +148,17 @@ def network_time(trainer: TGOLTrainer) -> Iterator[list[float]]:
     yield spent
 
 
-def plain_steps(pipeline: StableDiffusionPipeline, options: argparse.Namespace, clock: StepClock) -> None:
-    """Train as a plain script would, with all but the network prepared."""
+def plain_steps(
+    pipeline: StableDiffusionPipeline, options: argparse.Namespace, clock: StepClock, *, adapter: bool = True
+) -> None:
+    """Train as a plain script would, with all but the network prepared; without an adapter, one bias."""
     unet, batch = pipeline.unet, options.batch_size
     alphas = load_family(pipeline).likelihood.alphas_cumprod
-    unet.add_adapter(LoraConfig(**LORA))
+    unet.requires_grad_(False)
+    if adapter:
+        unet.add_adapter(LoraConfig(**LORA))
+    else:
+        unet.conv_in.bias.requires_grad_(True)
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -219,8 +229,8 @@ def work(name: str, folder: Path, options: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     clock, network = StepClock(), 1.0
-    if name == FLOOR:
-        plain_steps(load(options), options, clock)
+    if name in (FLOOR, BOUND):
+        plain_steps(load(options), options, clock, adapter=name == FLOOR)
     else:
         network = trainer_steps(load(options), options, VARIANTS[name], rows_of(options), folder, clock)
     clock.write(network=network, peak_bytes=peak_memory())
@@ -276,7 +286,7 @@ def main() -> None:
     if options.worker:
         work(options.worker[0], Path(options.worker[1]), options)
         return
-    found = measured([FLOOR, *options.variants, *(PEERS if options.peers else [])], options)
+    found = measured([FLOOR, BOUND, *options.variants, *(PEERS if options.peers else [])], options)
     facts = {
         key: value for key, value in vars(options).items() if key not in ("output", "peers", "variants", "worker")
     }

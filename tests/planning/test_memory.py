@@ -153,7 +153,7 @@ def test_weights_gradients_optimizer_and_the_peak_of_a_step_are_those_of_a_real_
     if name in MASKED:
         rows = rows.select(range(2))
     ends = [long(name), "" if name in MASKED else long(name)]
-    rows = rows.map(lambda row, index: {"prompt": f"prompt {index}{ends[index % 2]}"}, with_indices=True)
+    rows = rows.map(lambda row, index: {"prompt": f'"prompt {index}{ends[index % 2]}"'}, with_indices=True)
     trainer = TGOLTrainer(facts.build(), args, rows)
     live, gradients, states = traced_run(trainer)
 
@@ -195,9 +195,9 @@ def test_encoding_prompts_holds_the_most_that_long_ones_hold_and_a_short_one_amo
     """Of Qwen-Image the long ones hold more, of LTX-2 the short one, which is padded and so has a mask."""
     family, size = wrap_pipeline(TINY[name].build(), settings=settings_of(name)), TINY[name].pixels[-2:]
     pixels, peaks = pixels_of(family, size), []
-    for last in (f"another{long(name)}", "a cat"):
+    for last in (f'"another{long(name)}"', '"a cat"'):
         with LiveBytes() as live:
-            family.condition([f"one{long(name)}", last], torch.zeros(2, 4, dtype=torch.int64), size)
+            family.condition([f'"one{long(name)}"', last], torch.zeros(2, 4, dtype=torch.int64), size)
         peaks.append(live.peak + pixels.nbytes)
     assert predicted(name, resolution=size, cache=False).step.prompts == pytest.approx(max(peaks), rel=0.001)
 

@@ -405,13 +405,14 @@ def _autocast(setup: Setup) -> Iterator[None]:
 
 def _prompts(batch: int, short: bool = False) -> list[str]:
     """
-    Return different prompts, longer than any limit, or all but the last one.
+    Return different prompts, longer than any limit, or all but the last one, in quotes.
 
-    Where a short one is padded, many text encoders make a mask of tokens by tokens, which may be most of what they
-    hold. Where it is not, it takes less than a long one.
+    HunyuanVideo 1.5 has a text encoder that sees only what is quoted. Where a short prompt is padded, many text
+    encoders make a mask of tokens by tokens, which may be most of what they hold. Where it is not, it takes less than
+    a long one.
     """
-    prompts = [f"prompt {index}" + " and so on" * (WORDS // 3) for index in range(batch)]
-    return [*prompts[:-1], "short"] if short else prompts
+    prompts = [f'"prompt {index}{" and so on" * (WORDS // 3)}"' for index in range(batch)]
+    return [*prompts[:-1], '"short"'] if short else prompts
 
 
 def _pixels(family: ModelFamily, batch: int, size: tuple[int, int]) -> torch.Tensor:
