@@ -201,11 +201,11 @@ B = (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)
 ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
 METHODS: dict[str, Method] = {
     "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
-    "tgo, w=d": Method(of_library, T, DISTANCE),
+    "tgo, w=d": Method(of_library, (0.001, *T, 0.032), DISTANCE),
     "tgo, w=d, shared noise": Method(of_library, T, DISTANCE, shared=True),
     "pairs, w=d": Method(of_library, T, {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP}, shared=True),
     "anchored": Method(of_library, ANCHORS, ANCHORED),
-    "anchored, value": Method(of_library, (0.15, 0.25, 0.5, 1.0), VALUED),
+    "anchored, value": Method(of_library, (0.1, 0.15, 0.25, 0.5, 1.0), VALUED),
     "anchored, shared noise": Method(of_library, ANCHORS, ANCHORED, shared=True),
     "anchored, 4 draws": Method(of_library, ANCHORS, ANCHORED, draws=4),
     "tgo, w=d, 4 draws": Method(of_library, T, DISTANCE, draws=4),
@@ -222,9 +222,15 @@ METHODS: dict[str, Method] = {
     "tgo, w=1": Method(of_library, T, {**MEAN, "weight_form": "none"}),
     "tgo, w=1+5d": Method(of_library, T, MEAN),
     "tgo, w=d, oracle": Method(of_library, T, {**DISTANCE, **ORACLE}),
-    "dpo": Method(of_library, (0.0005, 0.001, *T), {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
-    "kto": Method(of_library, (0.001, *T), {"loss_type": "kto", **MEAN}, rival=True),
-    "nft": Method(nft, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
+    "dpo": Method(
+        of_library,
+        (0.00025, 0.0005, 0.001, *T),
+        {"loss_type": "dpo", "group_size": GROUP},
+        shared=True,
+        rival=True,
+    ),
+    "kto": Method(of_library, (0.0005, 0.001, *T), {"loss_type": "kto", **MEAN}, rival=True),
+    "nft": Method(nft, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
     "dspo": Method(
         dspo,
         (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0),
@@ -232,10 +238,10 @@ METHODS: dict[str, Method] = {
         shared=True,
         rival=True,
     ),
-    "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0, 95.0), {"loss_type": "sft"}, rival=True),
-    "csft": Method(supervised, (50.0, 65.0, 80.0, 90.0), {"loss_type": "csft"}, rival=True, suffixed=True),
+    "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0, 95.0, 97.5), {"loss_type": "sft"}, rival=True),
+    "csft": Method(supervised, (35.0, 50.0, 65.0, 80.0, 90.0, 95.0), {"loss_type": "csft"}, rival=True, suffixed=True),
 }
-"""Name of a method to what it does. Each has four strengths, and more beyond an end at which a rival was best."""
+"""Name of a method to what it does. Not every strength was run for every score: the rows say which."""
 
 
 def arguments(method: Method, strength: float) -> MethodArguments:

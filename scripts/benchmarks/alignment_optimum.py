@@ -30,12 +30,12 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
 
-from alignment import DRIFTS, UPDATES, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
+from alignment import DRIFTS, FIXED, UPDATES, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
 from alignment_worlds import world  # noqa: E402
 
 SEEDS = range(2, 7)
-METHODS = {"anchored, value": 0.25, "nft": None}
-"""Methods whose gains are matched, and their strength; `None` is the best one of a score."""
+METHODS = ("anchored, value", "nft")
+"""Methods whose gains are matched."""
 FEWEST = 5
 """Images a prompt, counted by their weights, from which on an optimum is shown."""
 WATCHED = ("colour", "jpeg_size", "diversity", "likelihood")
@@ -176,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("|---" * (6 + len(WATCHED)) + "|")
     rows = []
     for score in world("shapes").trained:
-        for method, given in METHODS.items():
-            strength = given or best_strength(lines, method, score)
+        for method in METHODS:
+            strength = FIXED.get(method) or best_strength(lines, method, score)
             if strength is None:
                 continue
             for drift, found in zip(DRIFTS, measured_changes(lines, method, strength, score), strict=True):

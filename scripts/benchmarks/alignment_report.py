@@ -24,10 +24,11 @@ INTRODUCTION = f"""# Alignment benchmark: tables
 * *nats* is the mean divergence of sampling paths at that drift.
 * *held out* is the gain of the trained score on the prompts that no run trained on.
 * In tables of differences, *better* means that the interval lies above 0, *no worse* that it lies above -{MARGIN:g},
-  *worse* that it lies below -{MARGIN:g}; otherwise the rows do not decide. The differences are taken seed by seed.
-* *At equal gain*, each run is scaled back to the smaller of the two gains of its seed at that drift. The other scores
-  are interpolated between the measured drifts, linearly in the gain; those of the run with the smaller gain are
-  measured."""
+  *worse* that it lies below -{MARGIN:g}, *lower* that it lies below 0 but not below -{MARGIN:g}; otherwise the rows do
+  not decide. The differences are taken seed by seed. Of many intervals one in twenty misses the true value.
+* *At equal gain*, the runs of a seed are compared at the smaller of their gains at that drift. The other scores
+  are interpolated between the measured drifts, linearly in the gain and from 0 on; those of the run with the smaller
+  gain are measured. Seeds on which one of the two does not gain have no equal gain and are left out there."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -48,12 +49,14 @@ def cell(values: Sequence[float], *, judged: bool = False) -> str:
 
 
 def verdict(low: float, high: float) -> str:
-    """Say what the interval of a difference decides: better, no worse, worse, or nothing."""
+    """Say what the interval of a difference decides: better, no worse, worse, lower, or nothing."""
     if low > 0:
         return "better"
     if low > -MARGIN:
         return "no worse"
-    return "worse" if high < -MARGIN else ""
+    if high < -MARGIN:
+        return "worse"
+    return "lower" if high < 0 else ""
 
 
 def at(line: Line, drift: float) -> Mapping[str, Any]:
@@ -121,6 +124,8 @@ def difference_table(lines: Sequence[Line], score: str, ours: str, drift: float,
     rows = [f"| {ours} minus | seeds | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for rival, seeds in methods.items():
         common = sorted(set(seeds) & set(methods[ours]))
+        if equal_gain:
+            common = [seed for seed in common if smaller_gain(methods[ours][seed], seeds[seed], drift) > 0]
         if rival.split(" (")[0] not in RIVALS or not common:
             continue
         pairs = [(methods[ours][seed], seeds[seed]) for seed in common]
@@ -129,11 +134,16 @@ def difference_table(lines: Sequence[Line], score: str, ours: str, drift: float,
     return "\n".join(rows)
 
 
+def smaller_gain(mine: Line, theirs: Line, drift: float) -> float:
+    """Return the smaller of the gains of two runs at a drift."""
+    return float(min(at(line, drift)["gains"][line["score"]]["gain"] for line in (mine, theirs)))
+
+
 def difference(mine: Line, theirs: Line, name: str, drift: float, equal_gain: bool) -> float:
     """Return a score of one run minus that of another."""
     if not equal_gain:
         return float(at(mine, drift)["gains"][name]["gain"] - at(theirs, drift)["gains"][name]["gain"])
-    gain = min(at(line, drift)["gains"][line["score"]]["gain"] for line in (mine, theirs))
+    gain = smaller_gain(mine, theirs, drift)
     return at_gain(mine, gain, name) - at_gain(theirs, gain, name)
 
 

@@ -1,5 +1,6 @@
 """The alignment benchmark: its runs train as the trainer does, and its drift is set exactly."""
 
+import argparse
 import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +126,20 @@ def test_the_second_world_is_run_with_the_strength_that_is_best_over_all_scores_
     assert benchmark.best_strength(lines, "nft", None) == 0.2  # 2.3 over both, and 0.5 was run on one alone
     assert benchmark.best_strength(lines, "nft", "a") == 0.5 and benchmark.best_strength(lines, "nft", "b") == 0.1
     assert benchmark.best_strength(lines, "kto", None) is None
+
+
+def test_the_recipe_has_one_strength_for_all_scores_and_a_rival_the_best_for_each(benchmark):
+    def line(method, strength, gain, score):
+        settings = {"method": method, "strength": strength, "score": score, "seed": 0, "regime": "dense"}
+        point = {"gains": {score: {"gain": gain}}}
+        return settings | {"world": "shapes", "updates": benchmark.UPDATES, "points": [point]}
+
+    names = ("anchored, value", "nft")
+    lines = [line(name, strength, strength, "left_darkness") for name in names for strength in (0.25, 0.5)]
+    options = {"quick": False, "tune": False, "methods": names, "scores": ["left_darkness"], "seeds": [2]}
+    settings = {"regime": "dense", "world": "shapes", "updates": 128}
+    runs = benchmark.planned(argparse.Namespace(**options, **settings), lines)
+    assert {run.method: run.strength for run in runs} == {"anchored, value": 0.25, "nft": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,13 @@ def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
 
 @pytest.mark.parametrize(
     ("bounds", "expected"),
-    [((0.01, 0.2), "better"), ((-0.04, 0.2), "no worse"), ((-0.06, 0.2), ""), ((-0.3, -0.06), "worse")],
+    [
+        ((0.01, 0.2), "better"),
+        ((-0.04, 0.2), "no worse"),
+        ((-0.06, 0.2), ""),
+        ((-0.3, -0.06), "worse"),
+        ((-0.3, -0.01), "lower"),
+    ],
 )
 def test_a_verdict_needs_the_whole_interval(report, bounds, expected):
     assert report.verdict(*bounds) == expected
@@ -57,6 +63,15 @@ def test_differences_are_taken_seed_by_seed(report, tmp_path):
     row = next(row for row in rows if row.startswith("| tgo (0.1) | 3 | 35.00 ± "))
     assert row.split(" | ")[3].startswith("17.50 ± ") and row.endswith("| 3.0 |")
     assert (tmp_path / "benchmarks_alignment.md").read_text().splitlines() == rows
+
+
+def test_a_run_that_does_not_gain_is_in_no_table_of_equal_gain(report):
+    lines = [
+        run({5.0: (gain, 0)}, method, seed) for seed in (2, 3) for method, gain in (("tgo", 2), ("dpo", seed - 3))
+    ]
+    table = report.difference_table(lines, "dark", "tgo (0.1)", 5.0, equal_gain=False).splitlines()
+    assert table[2].startswith("| dpo (0.1) | 2 | 2.50 ± ")  # seed 2: 2 - (-1), seed 3: 2 - 0
+    assert len(report.difference_table(lines, "dark", "tgo (0.1)", 5.0, equal_gain=True).splitlines()) == 2
 
 
 def test_longer_runs_stand_in_tables_of_their_own(report, tmp_path):
