@@ -85,7 +85,7 @@ def train_rounds(
             policy = folder / "adapter"
             continue
         start = time.time()
-        logger.info("Round %d of %d: images of %s.", number + 1, num_rounds, policy or model)
+        logger.info("Round %d of %d: sampling from %s.", number + 1, num_rounds, policy or model)
         rows = _samples(load, rewards, prompts, folder, model, policy, args.seed + _SEEDS_APART * number, images)
         options = dict(trainer_options or {})
         if policy is not None:
@@ -153,7 +153,7 @@ def _recorded(output: Path) -> list[dict[str, Any]]:
 
 def _facts(trainer: TGOLTrainer, rows: datasets.Dataset, score: str) -> dict[str, Any]:
     scores = np.asarray([value for value in rows[score] if value is not None])
-    logger.info("Mean %s of the images: %.5g.", score, scores.mean())
+    logger.info("Mean %s of the %ss: %.5g.", score, trainer.columns.medium, scores.mean())
     threshold = trainer.threshold.to_dict() if trainer.threshold else None
     return {"num_pictures": int(scores.size), "mean_score": float(scores.mean()), "threshold": threshold}
 
@@ -179,7 +179,7 @@ def _checked(args: TGOLConfig, rewards: Mapping[str, Any], num_rounds: int, imag
             "Rounds train on one score: leave out `score_columns`, and give one reward that adds several by weight."
         )
     if not rewards:
-        raise ValueError("Rounds score their own images: give `reward_funcs`.")
+        raise ValueError("Rounds score what they sample: give `reward_funcs`.")
     if len(rewards) > 1 and args.score_column not in rewards:
         raise ValueError(
             f"`score_column` is {args.score_column!r}, and the rewards are {', '.join(rewards)}. Set it to the reward "

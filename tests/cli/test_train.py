@@ -17,5 +17,6 @@ from tgol_trainer.cli import train
     ],
 )
 def test_a_run_of_few_updates_that_nobody_chose_is_told_how_to_be_longer(num_rows, settings, said, tmp_path, caplog):
-    train._tell_of_few_updates(num_rows, TGOLConfig(output_dir=str(tmp_path), use_cpu=True, **settings))
+    config = TGOLConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    train._tell_of_few_updates(num_rows, "image", config)
     assert (f"{said}, in which an adapter hardly moves. `--max_steps 200`" in caplog.text) if said else not caplog.text

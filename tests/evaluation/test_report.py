@@ -76,7 +76,7 @@ def test_every_image_is_there_below_the_limit_and_those_that_changed_most_above(
     kept = sorted(map(int, embedded(small, "images")["thumbnails"]))
     assert 10 < len(kept) < COUNT and len(small.encode()) <= 0.5 * len(text.encode())
     assert {0, 1, 118, 119} <= set(kept) and not {55, 60, 65} & set(kept)  # both ends of x and of y
-    assert f"small images of {len(kept)} of {COUNT} pairs" in note and note in small
+    assert f"small copies of {len(kept)} of {COUNT} pairs" in note and note in small
     assert len(embedded(small, "rows")["rows"]) == COUNT  # numbers are complete
 
 

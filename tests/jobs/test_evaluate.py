@@ -1,6 +1,8 @@
 """`tgol evaluate`: the same numbers whatever is killed, shared or dropped, for images and videos, and the card."""
 
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -196,6 +198,45 @@ def test_videos_flow_through_with_their_motion(tmp_path):
     assert rows["x"].scores["brightness"] != rows["base"].scores["brightness"]
     gallery = job.gallery(None)
     assert gallery.previews[1][5][:4] == b"RIFF" and b"ANIM" in gallery.previews[1][5]
+
+
+def _read_by_people(page):
+    """Return the text of a page outside its styles and scripts, and the texts that its script writes into it."""
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[-1]
+    written = [text for text in re.findall(r'["`][^"`\n]*["`]', script) if " " in text and "data:" not in text]
+    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    labels = re.findall(r'(?:alt|aria-label|title)="([^"]*)"', body)
+    return " ".join([html.unescape(re.sub(r"<[^>]*>", " ", body)), *labels, *written])
+
+
+def test_what_is_said_of_a_model_of_videos_speaks_of_videos_alone(tmp_path, capfd):
+    pytest.importorskip("av")
+    tiny.wan().save_pretrained(tmp_path / "wan")
+    save_adapter(tiny.wan(), tmp_path / "x", 2.0)
+    write_card(CardFacts(model_name="x", usage="pipe = load()"), tmp_path / "x")
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    arguments = ["evaluate", "--model_name_or_path", str(tmp_path / "wan"), "--adapters", str(tmp_path / "x")]
+    arguments += ["--prompts", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    arguments += ["--rewards", "jpeg_compressibility", "--trained_rewards", "jpeg_compressibility", "--update_card"]
+    sizes = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32, "mean_over_frames": 2}
+    assert cli.main([*arguments, *(f"--{name}={value}" for name, value in sizes.items())]) == 0
+    out, printed, card = tmp_path / "out", capfd.readouterr(), (tmp_path / "x" / "README.md").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    rows = json.loads(re.search(r'id="rows">(.*?)</script>', page, re.DOTALL)[1])
+    said = {
+        "page": _read_by_people(page),
+        "tables": (out / "tables.md").read_text(encoding="utf-8"),
+        "terminal": printed.out,
+        "progress": printed.err,
+        "card": card[card.index("2 prompts (") :].split("\n")[0],
+    }
+    said = {name: re.sub(re.escape(str(tmp_path)), "", text).lower() for name, text in said.items()}
+    assert rows["medium"] == "video"
+    assert not {name for name, text in said.items() if "image" in text}
+    assert not {name for name, text in said.items() if "video" not in text}
+    assert "one video per prompt" in said["page"] and "2 videos of each model" in said["page"]
+    assert all(re.search(rf"{bar}: 100%[^\r\n]*video", printed.err) for bar in ("Generating", "Scoring"))
+    assert "Videos of the base model beside" in card
 
 
 @pytest.mark.parametrize(

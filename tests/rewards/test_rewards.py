@@ -149,6 +149,17 @@ def test_what_is_returned_instead_of_a_list_gets_an_answer_that_fits_it(returned
         score_images(returning(returned), some_images(2), ["p", "q"])
 
 
+@pytest.mark.parametrize("returned", [0.5, [1.0], [math.nan, 1.0], ["a", 1.0], np.zeros((2, 2)), {0: 1.0}])
+def test_what_is_said_of_a_reward_of_videos_speaks_of_videos(returned, capsys):
+    reward = returning(returned)
+    reward.takes = "videos"
+    for prompts in (["p", "q"], ["p"], "p"):
+        with pytest.raises((TypeError, ValueError)) as error:
+            score_images(reward, [some_images(2), some_images(2)], prompts, progress=True)
+        assert "image" not in str(error.value)
+    assert "video" in capsys.readouterr().err
+
+
 def test_an_async_function_is_told_how_it_can_be_called():
     coroutine = waiting()
     with pytest.raises(TypeError, match="is not awaited"):

@@ -514,6 +514,13 @@ def test_a_token_in_the_facts_of_a_dataset_is_refused_without_being_repeated(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_card_of_a_dataset_of_videos_speaks_of_videos_alone(tmp_path):
+    columns = dict.fromkeys(["prompt", "video", "seed", "video_index", "model", "revision", "adapter"], "string")
+    write_dataset_card(DatasetCardFacts("o/d", 2, columns, generators=[{"model": "o/m"}], video=True), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "image" not in text.lower() and "model that made the videos" in text and "seed of this video" in text
+
+
 def test_settings_named_like_secrets_are_left_out():
     names = ["hub_token", "push_to_hub_token", "db_password", "client_secret", "token", "Api_Key"]
     settings = [Hyperparameter(name, "hush") for name in names]

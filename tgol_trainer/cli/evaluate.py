@@ -1,4 +1,4 @@
-"""Run `tgol evaluate`: compare a base model with adapters on the same prompts and seeds, and report every image."""
+"""Run `tgol evaluate`: compare a base model with adapters on the same prompts and seeds, and report every pair."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tgol evaluate",
-        description="Make images with a base model and with adapters from the same prompts and seeds, score them, "
-        "and write metrics.json, tables.md, plots and report.html. The same command continues after a kill.",
+        description="Make images or videos with a base model and with adapters from the same prompts and seeds, score "
+        "them, and write metrics.json, tables.md, plots and report.html. The same command continues after a kill.",
     )
     parser.add_argument("--model_name_or_path", required=True, help="base model: Hub id, folder, or `shapes`")
     parser.add_argument(
@@ -34,7 +34,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", required=True, help="text file, table, dataset, or a named set (hpsv2, ...)")
     parser.add_argument("--rewards", required=True, nargs="+", help="names (docs/rewards.md) or your module:function")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the images, results and report")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of what is made, results and report")
     parser.add_argument(
         "--trained_rewards",
         nargs="+",
@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     prompts.add_argument(
         "--images_per_prompt", type=int, default=1, help="2 or more also measure diversity (default: %(default)s)"
     )
-    add_generation_options(parser.add_argument_group("images"))
+    add_generation_options(parser.add_argument_group("images and videos"))
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--features", help="reward with image features (clip, ...) or module:function, for diversity")
     scoring.add_argument("--scoring_batch_size", type=int, help="images per call of a reward (default: 32; videos 2)")
@@ -62,7 +62,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     scoring.add_argument("--one_at_a_time", action="store_true", help="keep one reward in memory at a time")
     scoring.add_argument("--shard_size", type=int, default=64, help="images per file (default: %(default)s)")
-    scoring.add_argument("--drop_images", action="store_true", help="delete images once scored; small copies stay")
+    text = "delete images or videos once scored; small copies stay"
+    scoring.add_argument("--drop_images", action="store_true", help=text)
     result = parser.add_argument_group("result")
     result.add_argument("--report_megabytes", type=float, default=50, help="limit of report.html (default: 50)")
     result.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: 0.95)")
@@ -92,11 +93,11 @@ def _finish(args: argparse.Namespace, job: EvaluationJob, rewards: list[str], pr
         print(f"\n{format_measures(adapter.measures)}")
     if evaluation.notices:
         print("\nNote:\n" + "\n".join(f"  {notice}" for notice in evaluation.notices))
-    print(f"\n  {args.output_dir / 'report.html'}  tables, plots, and the images by change of score")
+    print(f"\n  {args.output_dir / 'report.html'}  tables, plots, and the {evaluation.medium}s by change of score")
     print(f"  {args.output_dir / 'tables.md'}  the tables; metrics.json has the numbers")
     if args.update_card:
         for card in update_cards(job, evaluation, settings):
-            print(f"  {card}  its evaluation and images are up to date")
+            print(f"  {card}  its evaluation is up to date")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

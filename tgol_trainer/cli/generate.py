@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     from datasets.utils.logging import disable_progress_bar
 
+    from tgol_trainer.evaluation import makes_videos
     from tgol_trainer.jobs import generate_dataset, load_adapted_pipeline, note_source
     from tgol_trainer.sources import load_prompts
 
@@ -110,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = generate_dataset(pipeline, prompts.texts, args.output_dir, settings)
     print(f"This process's shards ({len(files)}) are complete in {args.output_dir / 'data'}.")
     note_source(args.output_dir, None if Path(args.prompts).exists() else args.prompts, prompts.revision)
-    return push_complete_dataset(target, args.output_dir, "Images")
+    return push_complete_dataset(target, args.output_dir, "Videos" if makes_videos(pipeline) else "Images")

@@ -279,7 +279,7 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
             callbacks=[*([_sample_callback(sample, script)] if sample.sample_prompts else []), StopOnSignal()],
         )
         if not script.dataset_streaming and trainer.is_world_process_zero():
-            _tell_of_few_updates(len(trainer.train_dataset), training)
+            _tell_of_few_updates(len(trainer.train_dataset), trainer.columns.medium, training)
         trainer.train(resume_from_checkpoint=resume)
         if not trainer.already_saved:
             trainer.save_state()
@@ -295,15 +295,15 @@ def _train(script: TrainArguments, training: TGOLConfig, model: ModelArguments, 
     return 0 if pushed else PUSH_FAILED
 
 
-def _tell_of_few_updates(num_rows: int, training: TGOLConfig) -> None:
+def _tell_of_few_updates(num_rows: int, medium: str, training: TGOLConfig) -> None:
     """Warn of a run whose length nobody chose and whose result nobody will see."""
     images = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     updates = int(num_rows // images * training.num_train_epochs)
     if training.max_steps <= 0 and 0 < updates < _FEW_UPDATES:
         logger.warning(
-            "%d updates of %d images, in which an adapter hardly moves. `--max_steps 200` makes 200 of them, in "
+            "%d updates of %d %ss, in which an adapter hardly moves. `--max_steps 200` makes 200 of them, in "
             "several passes over the %d rows.",
-            *(updates, images, num_rows),
+            *(updates, images, medium, num_rows),
         )
 
 

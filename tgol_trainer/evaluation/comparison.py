@@ -191,14 +191,14 @@ def format_table(comparisons: Sequence[Comparison]) -> str:
     """
     levels = {comparison.confidence for comparison in comparisons}
     level = f"{100 * levels.pop():.4g} % " if len(levels) == 1 else ""
-    rows = [("score", "trained on", "images", f"win rate [{level}interval]", "mean before -> after")]
+    rows = [("score", "trained on", "pairs", f"win rate [{level}interval]", "mean before -> after")]
     for comparison in comparisons:
         low, high = comparison.interval
         rows.append(
             (
                 _shortened(comparison.name),
                 "yes" if comparison.trained else "no",
-                f"{comparison.num_images:6d}",
+                f"{comparison.num_images:5d}",
                 f"{100 * comparison.win_rate:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
                 _before_after(comparison.mean_before, comparison.mean_after),
             )
@@ -218,7 +218,7 @@ def _check(name: str, lengths: tuple[int, int, int], num_resamples: int, confide
     if len(set(lengths)) > 1:
         raise ValueError(
             f"The score {name!r} has {lengths[0]} values before, {lengths[1]} after and {lengths[2]} prompts; "
-            "all three must belong to the same images."
+            "all three must belong to the same pairs."
         )
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` is {num_resamples}; it must be at least 1.")
@@ -234,7 +234,7 @@ def _as_array(values: Sequence[float | None], name: str, side: str) -> np.ndarra
         rows = ", ".join(f"row {i}: {values[i]}" for i in bad[:3])
         raise ValueError(
             f"The score {name!r} is NaN or infinite in {len(bad)} of {array.size} values {side} ({rows}). "
-            "Use None for an image that could not be scored."
+            "Use None for one that could not be scored."
         )
     return array
 

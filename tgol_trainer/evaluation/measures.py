@@ -18,8 +18,8 @@ MEASURES = {
 
 SPREAD = "seed_spread"
 SPREADS = {
-    SPREAD: "mean distance between two images of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
-    "feature_spread": "mean of 1 − cosine of the features of two images of one prompt, 0 to 2",
+    SPREAD: "mean distance between two seeds of one prompt: root mean square difference of RGB at 16×16, 0 to 1",
+    "feature_spread": "mean of 1 − cosine of the features of two seeds of one prompt, 0 to 2",
 }
 """Names and descriptions of the measures of several images of one prompt, made with different seeds."""
 

@@ -58,7 +58,7 @@ def write_results(
     for adapter in adapters:
         plots[adapter.name] = folder / file_of(DISTRIBUTIONS_NAME, adapter.name, len(adapters))
         pairs = {name: (values, adapter.scores[name]) for name, values in base.scores.items()}
-        save_score_distributions(plots[adapter.name], pairs)
+        save_score_distributions(plots[adapter.name], pairs, evaluation.medium)
     write_metrics(
         folder / METRICS_NAME,
         evaluation.adapters[0].scores,

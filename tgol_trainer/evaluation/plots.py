@@ -113,6 +113,7 @@ def save_score_histogram(
 def save_score_distributions(
     path: str | os.PathLike[str],
     comparisons_data: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]],
+    medium: str = "image",
 ) -> None:
     """
     Draw one small panel per score with its distribution before and after, as in the paper's Figure 3.
@@ -121,6 +122,7 @@ def save_score_distributions(
         path (`str` or `os.PathLike`): PNG file; missing folders are made. It appears whole or not at all.
         comparisons_data (`Mapping[str, tuple[Sequence, Sequence]]`):
             Name of a score to its values before and after; pairs in which either is `None` are left out.
+        medium (`str`, *optional*, defaults to `"image"`): What was scored, `"image"` or `"video"`, for the axis.
 
     Raises:
         ValueError: if there are no scores, two sides differ in length, no pair is left, or a value is NaN or infinite.
@@ -139,7 +141,7 @@ def save_score_distributions(
         for axes in panels[len(pairs) :]:
             axes.set_visible(False)
         for axes in panels[: len(pairs) : columns]:
-            axes.set_ylabel("images")
+            axes.set_ylabel(f"{medium}s")
         handles = [Patch(color=_GREY, label="before"), Patch(color=_BLUE, label="after"), *panels[0].lines]
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
 

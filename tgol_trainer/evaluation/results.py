@@ -40,6 +40,11 @@ class ModelRows:
     descriptors: Mapping[str, Sequence[np.ndarray | None]] = dataclasses.field(default_factory=dict)
     trained: frozenset[str] | None = None
 
+    @property
+    def medium(self) -> str:
+        """What the model makes: `"video"` where motion was measured, else `"image"`."""
+        return "video" if "motion" in self.measures else "image"
+
 
 @dataclasses.dataclass(frozen=True)
 class MeasureChange:
@@ -130,7 +135,8 @@ class Evaluation:
             Every pair of adapters: the first is "before", the second "after".
         notices (`list[str]`): Warnings that a reader must know before the numbers, one or two sentences each.
         num_prompts (`int`): Distinct prompts.
-        num_rows (`int`): Images of each model.
+        num_rows (`int`): Images or videos of each model.
+        medium (`str`): `"image"` or `"video"`, what the models make.
     """
 
     base: str
@@ -139,6 +145,7 @@ class Evaluation:
     notices: list[str]
     num_prompts: int
     num_rows: int
+    medium: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of metrics.json other than `scores`, which are those of the first adapter."""
@@ -211,8 +218,8 @@ def compare_models(
         trained = (one.trained or frozenset()) | (two.trained or frozenset())
         pairs.append((one.name, two.name, _scores(prompts, one, two, trained, options)))
     num_prompts = len(set(prompts))
-    notices = _notices(results, num_prompts, len(prompts))
-    return Evaluation(base.name, results, pairs, notices, num_prompts, len(prompts))
+    notices = _notices(results, num_prompts, len(prompts), base.medium)
+    return Evaluation(base.name, results, pairs, notices, num_prompts, len(prompts), base.medium)
 
 
 def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequence[str] | None) -> None:
@@ -222,7 +229,7 @@ def _check(prompts: Sequence[str], models: Sequence[ModelRows], categories: Sequ
     if len(set(names)) < len(names):
         raise ValueError(f"`adapters`: the names {names} are not distinct; tables could not tell them apart.")
     if not models[0].scores:
-        raise ValueError("`base` has no scores: score its images by at least one reward.")
+        raise ValueError("`base` has no scores: score it by at least one reward.")
     for model in models:
         if list(model.scores) != list(models[0].scores):
             raise ValueError(
@@ -311,7 +318,7 @@ def _change(
     )
 
 
-def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int) -> list[str]:
+def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int, medium: str) -> list[str]:
     notices = []
     if num_prompts < FEW_PROMPTS:
         notices.append(
@@ -326,8 +333,8 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
             )
         elif all(comparison.trained for comparison in adapter.scores):
             notices.append(
-                f"{adapter.name} was trained on every score here, so nothing shows whether the images got better by "
-                "another measure. Add a score that it was not trained on."
+                f"{adapter.name} was trained on every score here, so nothing shows whether the {medium}s got better "
+                "by another measure. Add a score that it was not trained on."
             )
         for comparison in adapter.scores:
             if comparison.num_missing:
@@ -336,8 +343,10 @@ def _notices(adapters: Sequence[AdapterResult], num_prompts: int, num_rows: int)
                 )
         for measure in (measure for measure in adapter.measures if measure.notable):
             alike = measure.name in SPREADS and measure.mean_change < 0
-            advice = " The images of a prompt have become alike: look at them." if alike else ""
+            advice = f" The {medium}s of a prompt have become alike: look at them." if alike else ""
             notices.append(f"{adapter.name}: {measure.name} changed by {measure.text()} of the base model's.{advice}")
     if not any(measure.name in SPREADS for adapter in adapters for measure in adapter.measures):
-        notices.append("One image per prompt, so it was not measured whether the images of a prompt became alike.")
+        notices.append(
+            f"One {medium} per prompt, so it was not measured whether the {medium}s of a prompt became alike."
+        )
     return notices

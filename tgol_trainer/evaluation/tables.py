@@ -81,8 +81,9 @@ def format_markdown(evaluation: Evaluation, *, prompt_set: str = "") -> str:
     """
     adapters, base = evaluation.adapters, evaluation.base
     introduction = (
-        f"{evaluation.num_prompts} prompts, {evaluation.num_rows} images of each model, equal prompts and seeds. "
-        f"Intervals: {level_text(evaluation)}, bootstrap over prompts. † the model was trained on this score."
+        f"{evaluation.num_prompts} prompts, {evaluation.num_rows} {evaluation.medium}s of each model, equal prompts "
+        f"and seeds. Intervals: {level_text(evaluation)}, bootstrap over prompts. † the model was trained on this "
+        "score."
     )
     parts = [introduction, *(f"> {_cell(notice)}" for notice in evaluation.notices)]
     for average in ("mean", "median"):

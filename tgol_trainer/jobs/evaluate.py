@@ -114,13 +114,15 @@ class EvaluationJob:
         """Generate the images that are missing for the wanted results, (model, shard) each."""
         missing = [(name, shard) for name, shard in wanted if not self.images(name, shard).exists()]
         total = self._count(missing)
-        with tqdm(total=total, desc="Generating", unit="image", disable=not (progress and total)) as bar:
+        # What the models make is known when the first is loaded.
+        with tqdm(total=total, desc="Generating", unit="sample", disable=not (progress and total)) as bar:
             for name, adapter in self.models.items():
                 mine = [shard for other, shard in missing if other == name]
                 if not mine:
                     continue
                 shards, folder = self.shards[name], self.output_dir / "images" / name
                 pipeline, revision = load(adapter)
+                bar.unit = "video" if makes_videos(pipeline) else "image"
                 settings = dataclasses.replace(
                     self.settings, adapter=adapter, revision=revision, shard_size=shards.shard_size
                 )
@@ -141,9 +143,10 @@ class EvaluationJob:
         keep_images: bool,
         progress: bool,
     ) -> None:
-        """Score and measure the images of the wanted results, (model, shard) each, and write their rows."""
+        """Score and measure the images of the wanted results, (model, shard) each, at least one; write their rows."""
         total = self._count(wanted) * (len(rewards) if settings.one_at_a_time else 1)
-        with tqdm(total=total, desc="Scoring", unit="image", disable=not (progress and total)) as bar:
+        unit = _visual(_column_names(self.images(*wanted[0])))
+        with tqdm(total=total, desc="Scoring", unit=unit, disable=not progress) as bar:
             for loaders in rewards_in_turn(rewards, settings.one_at_a_time):
                 for name, shard in wanted:
                     self._score_shard(name, shard, loaders, settings)
@@ -161,14 +164,14 @@ class EvaluationJob:
             return
         rows = datasets.Dataset(pyarrow.parquet.read_table(self.images(name, shard)))
         # Without the other columns, their names are free for rewards.
-        rows = rows.select_columns(["prompt", "video" if "video" in rows.column_names else "image"])
+        rows = rows.select_columns(["prompt", _visual(rows.column_names)])
         score_one_shard(rows, missing, self._work(name, shard), settings, report=True)
 
     def _finish(self, name: str, shard: int, features: ImageFeatures | None, keep_images: bool) -> None:
         """Write the results of a shard, then delete what they were made from."""
         path, shards, work = self.images(name, shard), self.shards[name], self._work(name, shard)
         images = pyarrow.parquet.read_table(path)
-        visual = "video" if "video" in images.column_names else "image"
+        visual = _visual(images.column_names)
         content: dict[str, list[Any]] = {
             "prompt": images["prompt"].to_pylist(),
             "seed": images["seed"].to_pylist(),
@@ -293,6 +296,10 @@ def _descriptor(value: Any) -> np.ndarray | None:
     if value is None:
         return None
     return np.frombuffer(value, dtype=np.uint8) if isinstance(value, bytes) else np.asarray(value, dtype=np.float32)
+
+
+def _visual(names: Sequence[str]) -> str:
+    return "video" if "video" in names else "image"
 
 
 def _column_names(path: Path) -> list[str]:

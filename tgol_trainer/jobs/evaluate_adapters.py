@@ -120,8 +120,8 @@ def check_adapters(
             )
         elif not {*rewards} - trained:
             logger.warning(
-                "%s was trained on every score given, so nothing here shows whether its images got better by "
-                "another measure. Add a reward that it was not trained on; images that exist are not made again.",
+                "%s was trained on every score given, so nothing here shows whether it got better by another "
+                "measure. Add a reward that it was not trained on; what exists is not made again.",
                 name,
             )
         if update_cards:
@@ -163,7 +163,8 @@ def compare_adapters(
     evaluation = compare_models(
         gallery.prompts, models[0], models[1:], categories=gallery.categories, confidence=confidence
     )
-    settings = _settings(job, adapters, prompt_set + (f" at {prompts.revision}" if prompts.revision else ""))
+    source = prompt_set + (f" at {prompts.revision}" if prompts.revision else "")
+    settings = _settings(job, adapters, source, evaluation.medium)
     title = f"{', '.join(adapters)} against {job.settings.model}"
     write_grids(job.output_dir, models, gallery)
     write_results(
@@ -179,7 +180,7 @@ def compare_adapters(
     return evaluation, settings
 
 
-def _settings(job: EvaluationJob, adapters: Mapping[str, str], prompts: str) -> dict[str, Any]:
+def _settings(job: EvaluationJob, adapters: Mapping[str, str], prompts: str, medium: str) -> dict[str, Any]:
     """Return how the evaluation was made, for the report and metrics.json."""
     settings = job.settings
     sampling = ", ".join(f"{name}={value}" for name, value in settings.given_sampling().items())
@@ -187,7 +188,7 @@ def _settings(job: EvaluationJob, adapters: Mapping[str, str], prompts: str) -> 
         "base model": settings.model + (f" at {settings.revision}" if settings.revision else ""),
         **{f"adapter {name}": source for name, source in adapters.items()},
         "prompts": prompts,
-        "images of each prompt": settings.images_per_prompt,
+        f"{medium}s of each prompt": settings.images_per_prompt,
         "seed": settings.seed,
         "sampling": sampling or "the pipeline's defaults",
         **{
@@ -204,8 +205,9 @@ def update_cards(job: EvaluationJob, evaluation: Evaluation, settings: Mapping[s
     return the cards.
     """
     fields = {field.name for field in dataclasses.fields(EvaluationRow)}
+    medium = evaluation.medium
     images = {
-        GRID_NAME: "Images of the base model beside those of the trained model, not chosen by score",
+        GRID_NAME: f"{medium.capitalize()}s of the base model beside those of the trained model, not chosen by score",
         DISTRIBUTIONS_NAME: "Distributions of the scores before and after training",
     }
     # A card is public and does not name the folders of this machine.
@@ -218,10 +220,10 @@ def update_cards(job: EvaluationJob, evaluation: Evaluation, settings: Mapping[s
             shutil.copyfile(job.output_dir / file_of(name, result.name, len(evaluation.adapters)), target / name)
         changes = ", ".join(f"{measure.name} {measure.text()}" for measure in result.measures)
         note = (
-            f"{evaluation.num_prompts} prompts ({prompts}), {evaluation.num_rows} images of each model, "
-            f"equal prompts and seeds, {settings['sampling']}. A win is a higher score than the base model's image, "
-            f"a tie counts one half; intervals are {100 * result.scores[0].confidence:g} % bootstrap intervals over "
-            f"prompts. Change of the base model's mean: {changes}."
+            f"{evaluation.num_prompts} prompts ({prompts}), {evaluation.num_rows} {medium}s of each model, "
+            f"equal prompts and seeds, {settings['sampling']}. A win is a higher score than the base model's "
+            f"{medium}, a tie counts one half; intervals are {100 * result.scores[0].confidence:g} % bootstrap "
+            f"intervals over prompts. Change of the base model's mean: {changes}."
         )
         update_card(
             target,

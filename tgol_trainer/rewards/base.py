@@ -125,28 +125,31 @@ def check_call(reward: Callable[..., Any], name: str) -> None:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):  # of compiled code
         return
+    takes = reward_takes(reward)
     try:
         bound = signature.bind([], [])
     except TypeError as error:
         raise TypeError(
-            f"The reward {name!r} is called as reward(images, prompts), with two lists, and takes {signature}: "
+            f"The reward {name!r} is called as reward({takes}, prompts), with two lists, and takes {signature}: "
             f"{error}."
         ) from error
     names = [given.lower() for given, value in bound.arguments.items() if isinstance(value, list)]
     first, second = [*names, "", ""][:2]
     if any(word in first for word in _PROMPT_WORDS) and any(word in second for word in _IMAGE_WORDS):
         raise TypeError(
-            f"The reward {name!r} takes {signature}, prompts first. It is called as reward(images, prompts): swap its "
-            f"arguments, or give `lambda images, prompts: {getattr(reward, '__name__', 'reward')}(prompts, images)`."
+            f"The reward {name!r} takes {signature}, prompts first. It is called as reward({takes}, prompts): swap "
+            f"its arguments, or give `lambda {takes}, prompts: "
+            f"{getattr(reward, '__name__', 'reward')}(prompts, {takes})`."
         )
 
 
-def check_prompts(images: Sequence[Any], prompts: Sequence[str]) -> None:
-    """Raise an error unless `prompts` is a list with one prompt per image."""
+def check_prompts(images: Sequence[Any], prompts: Sequence[str], takes: Medium = "images") -> None:
+    """Raise an error unless `prompts` is a list with one prompt per image, or per video for what takes videos."""
+    one = takes.removesuffix("s")
     if isinstance(prompts, str):
-        raise TypeError("`prompts` is one string; pass a list with one prompt per image.")
+        raise TypeError(f"`prompts` is one string; pass a list with one prompt per {one}.")
     if len(images) != len(prompts):
-        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: pass one prompt per image.")
+        raise ValueError(f"There are {len(images)} {takes} and {len(prompts)} prompts: pass one prompt per {one}.")
 
 
 def score_columns(
@@ -177,7 +180,7 @@ def score_columns(
     call = getattr(reward, "columns", None) or _as_columns(reward)
     if images:
         check_call(reward, reward_name(reward))
-    return _score(call, reward_name(reward), images, prompts, batch_size, progress, first_row)
+    return _score(reward, call, images, prompts, batch_size, progress, first_row)
 
 
 def score_images(
@@ -214,7 +217,7 @@ def score_images(
     """
     if images:
         check_call(reward, reward_name(reward))
-    return _score(_as_columns(reward), reward_name(reward), images, prompts, batch_size, progress, first_row)[""]
+    return _score(reward, _as_columns(reward), images, prompts, batch_size, progress, first_row)[""]
 
 
 def _as_columns(reward: RewardFunction) -> Callable[[list[Any], list[str]], dict[str, Any]]:
@@ -222,24 +225,25 @@ def _as_columns(reward: RewardFunction) -> Callable[[list[Any], list[str]], dict
 
 
 def _score(
+    reward: RewardFunction,
     call: Callable[[list[Any], list[str]], Any],
-    name: str,
     images: Sequence[Any],
     prompts: Sequence[str],
     batch_size: int,
     progress: bool,
     first_row: int,
 ) -> dict[str, list[float | None]]:
-    check_prompts(images, prompts)
+    name, takes = reward_name(reward), reward_takes(reward)
+    check_prompts(images, prompts, takes)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     found: dict[str, list[float | None]] = {}
-    with tqdm(total=len(images), desc=f"Scoring ({name})", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(images), desc=f"Scoring ({name})", unit=takes.removesuffix("s"), disable=not progress) as bar:
         for start in range(0, max(1, len(images)), batch_size):
             batch = images[start : start + batch_size]
             present = [index for index, image in enumerate(batch) if image is not None]
             texts = [prompts[start + index] for index in present]
-            returned = _called(call, name, [batch[index] for index in present], texts)
+            returned = _called(call, name, takes, [batch[index] for index in present], texts)
             if not isinstance(returned, Mapping) or "" not in returned or (found and returned.keys() != found.keys()):
                 raise ValueError(
                     f"`columns` of the reward {name!r} must return a dictionary with the same keys each time, and '' "
@@ -248,7 +252,8 @@ def _score(
             rows = [first_row + start + index for index in present]
             for ending, values in returned.items():
                 scores: list[float | None] = [None] * len(batch)
-                for index, score in zip(present, _checked(values, texts, rows, name + ending), strict=True):
+                found_here = _checked(values, texts, rows, name + ending, takes)
+                for index, score in zip(present, found_here, strict=True):
                     scores[index] = score
                 found.setdefault(ending, []).extend(scores)
             bar.update(len(batch))
@@ -256,7 +261,7 @@ def _score(
 
 
 def _called(
-    call: Callable[[list[Any], list[str]], Any], name: str, images: list[Any], prompts: list[str]
+    call: Callable[[list[Any], list[str]], Any], name: str, takes: Medium, images: list[Any], prompts: list[str]
 ) -> Mapping[str, Any]:
     """Call a reward; where it takes prompts first under names that do not say so, raise an error that does."""
     try:
@@ -268,49 +273,49 @@ def _called(
         except Exception:  # then it fails for another reason, which its own error says
             raise error from None
         raise TypeError(
-            f"The reward {name!r} takes prompts first: called with images and prompts it fails, "
+            f"The reward {name!r} takes prompts first: called with {takes} and prompts it fails, "
             f"{type(error).__name__}: {error}, and the other way round it does not. Swap its arguments."
         ) from error
 
 
-def _checked(returned: Any, prompts: list[str], rows: list[int], name: str) -> list[float | None]:
+def _checked(returned: Any, prompts: list[str], rows: list[int], name: str, takes: Medium) -> list[float | None]:
     """Return the scores of one batch as floats, or raise an error that names the reward and the first bad rows."""
-    shape = tuple(getattr(returned, "shape", ()))
+    shape, one = tuple(getattr(returned, "shape", ())), takes.removesuffix("s")
     if len(shape) > 1:
         raise TypeError(
-            f"The reward {name!r} returned {type(returned).__name__} of shape {shape} for {len(prompts)} images; it "
-            "must return a list with one number, or None, per image. `.flatten()` makes one of shape (n, 1), "
-            "`.diagonal()` of a table of all images by all prompts."
+            f"The reward {name!r} returned {type(returned).__name__} of shape {shape} for {len(prompts)} {takes}; it "
+            f"must return a list with one number, or None, per {one}. `.flatten()` makes one of shape (n, 1), "
+            f"`.diagonal()` of a table of all {takes} by all prompts."
         )
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(
             f"The reward {name!r} returned {type(returned).__name__}; it must return a list with one number, or None, "
-            f"per image.{_hint(values)}"
+            f"per {one}.{_hint(values, takes)}"
         )
     if len(values) != len(prompts):
         where = f" (rows {rows[0]} to {rows[-1]})" if rows else ""
         raise ValueError(
-            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} images{where}. It must return "
-            "one per image: None for one that cannot be scored."
+            f"The reward {name!r} returned {len(values)} scores for {len(prompts)} {takes}{where}. It must return "
+            f"one per {one}: None for one that cannot be scored."
         )
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     wrong = [i for i, value in enumerate(values) if not (value is None or isinstance(value, numbers.Real))]
     if wrong:
         raise TypeError(
             f"The reward {name!r} returned something that is not a number for {_shown(wrong, values, prompts, rows)}. "
-            "It must return a float, or None, per image."
+            f"It must return a float, or None, per {one}."
         )
     wrong = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
     if wrong:
         raise ValueError(
             f"The reward {name!r} returned NaN or infinity for {_shown(wrong, values, prompts, rows)}. "
-            "Return None for an image that cannot be scored."
+            "Return None for one that cannot be scored."
         )
     return [None if value is None else float(value) for value in values]
 
 
-def _hint(returned: Any) -> str:
+def _hint(returned: Any, takes: Medium) -> str:
     if isinstance(returned, Mapping):
         keys = ", ".join(repr(key) for key in list(returned)[:_ROWS_SHOWN])
         return f" Return the list under one of its keys ({keys}), or see `columns` of RewardFunction for several."
@@ -319,7 +324,7 @@ def _hint(returned: Any) -> str:
     if returned is None:
         return " Does the function lack its `return`?"
     if isinstance(returned, numbers.Real):
-        return " It is called with a list of images, not with one."
+        return f" It is called with a list of {takes}, not with one."
     if inspect.isawaitable(returned):
         return " An `async` function is not awaited: run it with `asyncio.run` inside the reward."
     return ""

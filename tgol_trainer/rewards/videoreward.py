@@ -222,7 +222,7 @@ class VideoReward(ModelReward):
         Returns:
             `dict[str, list[float | None]]`: `""` for the sum, `"_vq"`, `"_mq"` and `"_ta"`.
         """
-        check_prompts(videos, prompts)
+        check_prompts(videos, prompts, self.takes)
         found = [self._three_scores(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
         columns: dict[str, list[float | None]] = {"": [None if scores is None else sum(scores) for scores in found]}
         for index, name in enumerate(NAMES):

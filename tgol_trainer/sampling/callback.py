@@ -123,7 +123,7 @@ class SampleCallback(RunCallback):
                 "`load_best_model_at_end=True` and a `DriftAlarm` that stops both choose the weights at the end: "
                 "leave one out."
             )
-        self.makes_videos = num_frames is not None
+        self.medium = "image" if num_frames is None else "video"
         plain = [apply_syntax(prompt, args.prompt_syntax) for prompt, _ in self.rows]
         if not all(plain):
             raise DataError(f"`prompts` of sampling: {self.rows[plain.index('')][0]!r} has no plain text. Replace it.")
@@ -153,7 +153,7 @@ class SampleCallback(RunCallback):
             "height": height,
             "width": width,
         }
-        if self.makes_videos:
+        if self.medium == "video":
             self.sampling["num_frames"] = run.num_frames
         self.files = SampleFiles(
             args.output_dir,
@@ -172,9 +172,10 @@ class SampleCallback(RunCallback):
                 raise ValueError(
                     f"`reward_funcs`: two rewards are called {name!r}, which would be one key of the log."
                 )
-            if self.makes_videos and reward_takes(reward) == "images":
+            takes = reward_takes(reward)
+            if self.medium == "video" and takes == "images":
                 reward = MeanOverFrames(reward, _FRAMES_SCORED)
-            elif not self.makes_videos and reward_takes(reward) == "videos":
+            elif self.medium == "image" and takes == "videos":
                 raise ValueError(f"`reward_funcs`: {name!r} scores videos, and this model makes images.")
             rewards[name] = reward
         return rewards
@@ -224,11 +225,12 @@ class SampleCallback(RunCallback):
         (step, found), (kept, put_back) = self._drifted, self._kept
         if kept == 0:
             raise TrainingDivergedError(
-                f"Training stopped at step {step}, the first that was sampled: its images had drifted from the base "
-                f"model's ({found}). No weights before it were kept. Lower `learning_rate`, or sample more often."
+                f"Training stopped at step {step}, the first that was sampled: its {self.medium}s had drifted from "
+                f"the base model's ({found}). No weights before it were kept. Lower `learning_rate`, or sample more "
+                "often."
             )
         put_back()
-        said = f"Training stopped at step {step}, where images had drifted from the base model's ({found})."
+        said = f"Training stopped at step {step}, where {self.medium}s had drifted from the base model's ({found})."
         self.run.add_limit(f"{said} The weights are those of step {kept}.")
         logger.warning("%s The weights of step %d are put back.", said, kept)
 
@@ -286,9 +288,9 @@ class SampleCallback(RunCallback):
         with self.run.base_model(self.moved) as there:
             if not there:
                 logger.warning(
-                    "The base model's images in %s are gone, and the reference has moved since: the strip goes on "
+                    "The base model's %ss in %s are gone, and the reference has moved since: the strip goes on "
                     "without them and without win rates.",
-                    self.files.folder,
+                    *(self.medium, self.files.folder),
                 )
                 return
             images, scores = self._make("Sampling (base)")
@@ -324,7 +326,7 @@ class SampleCallback(RunCallback):
     def _make_batch(self, rows: list[tuple[str, int]]) -> tuple[list[Image.Image], dict[str, list[float | None]]]:
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         options = {"batch_size": len(rows), "progress": False, **self.sampling}
-        if self.makes_videos:
+        if self.medium == "video":
             with self.run.pipeline() as pipeline:
                 clips = [Clip(frames) for frames in generate_videos(pipeline, prompts, seeds, **options)]
             return [frame_row(clip) for clip in clips], self._score(clips, prompts)
@@ -343,9 +345,9 @@ class SampleCallback(RunCallback):
             self._drifted = (step, found)
         elif self.alarm.action == "warn":
             logger.warning(
-                "Step %d: images have drifted from the base model's (%s). Look at %s; a lower `learning_rate` or an "
+                "Step %d: %ss have drifted from the base model's (%s). Look at %s; a lower `learning_rate` or an "
                 "earlier checkpoint may be better.",
-                *(step, found, self.files.folder / STRIP_NAME),
+                *(step, self.medium, found, self.files.folder / STRIP_NAME),
             )
 
     def _keep_policy(self, step: int) -> None:
@@ -360,7 +362,7 @@ class SampleCallback(RunCallback):
         for name, values in scores.items():
             base = self.base.scores[name] if self.base is not None else values
             if all(old is None or new is None for old, new in zip(base, values, strict=True)):
-                logger.warning("The reward %r scored no pair of images, so nothing of it is logged.", name)
+                logger.warning("The reward %r scored no pair of %ss, so nothing of it is logged.", name, self.medium)
                 continue
             found = compare_scores(name, base, values, prompts, trained=False, num_resamples=1)
             metrics[f"samples/{name}/mean"] = found.mean_after
@@ -376,7 +378,8 @@ class SampleCallback(RunCallback):
         if not self._is_first():
             return
         self.files.write(self.columns, column, images)
-        alt = "Images of equal prompts and seeds by step of training, with their scores; means at the top"
+        made = f"{self.medium.capitalize()}s"
+        alt = f"{made} of equal prompts and seeds by step of training, with their scores; means at the top"
         self.run.add_card_image(CardImage(f"{FOLDER}/{STRIP_NAME}", alt=alt))
         shown = range(min(len(self.rows), MAX_ROWS))
         log_images(

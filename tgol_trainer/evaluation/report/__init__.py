@@ -115,6 +115,7 @@ def write_report(
         "prompt_set": options.prompt_set,
         "settings": options.settings,
         "evaluation": evaluation,
+        "medium": evaluation.medium,
         "level": level_text(evaluation),
         "averages": {average: average_rows(evaluation, average) for average in ("mean", "median")},
         "measure_texts": measure_texts(evaluation),
@@ -154,6 +155,7 @@ def _rows(evaluation: Evaluation, models: Sequence[ModelRows], gallery: Gallery)
         rows.append({"prompt": prompt, "number": int(number), "category": category, "values": values})
     return {
         "models": [model.name for model in models],
+        "medium": evaluation.medium,
         "scores": scores,
         "categories": categories,
         "ratio": _ratio(gallery),
@@ -209,7 +211,7 @@ def _fitting(
     if not any(left_out):
         return kept[0], kept[1], ""
     note = (
-        f"To stay below {megabytes:g} MB, this file holds small images of {len(kept[0]):,} of {count:,} pairs and "
+        f"To stay below {megabytes:g} MB, this file holds small copies of {len(kept[0]):,} of {count:,} pairs and "
         f"large ones of {len(kept[1]):,}: the pairs that changed most in any score. Numbers are complete."
     )
     return kept[0], kept[1], note

@@ -4,7 +4,7 @@
   const data = JSON.parse(find("rows").textContent);
   const images = JSON.parse(find("images").textContent);
   find("images").textContent = "";
-  const { models, scores, rows } = data;
+  const { models, medium, scores, rows } = data;
   const page = 48;
   let shown = [];
   let drawn = 0;
@@ -34,8 +34,8 @@
 
   const image = (row, model, large) => {
     const text = (large && images.previews[row]?.[model]) || images.thumbnails[row]?.[model];
-    if (!text) return make("span", { className: "absent", textContent: images.thumbnails[row] ? "no image" : "not in this file" });
-    const node = make("img", { alt: `${models[model]}: ${rows[row].prompt}, image ${rows[row].number + 1}`, loading: "lazy", decoding: "async", draggable: false });
+    if (!text) return make("span", { className: "absent", textContent: images.thumbnails[row] ? `no ${medium}` : "not in this file" });
+    const node = make("img", { alt: `${models[model]}: ${rows[row].prompt}, ${medium} ${rows[row].number + 1}`, loading: "lazy", decoding: "async", draggable: false });
     // Images of a few pixels are shown as they are, not blurred.
     node.addEventListener("load", () => node.classList.toggle("small", node.naturalWidth < 100));
     node.src = source(text);

@@ -13,11 +13,11 @@ from .writing import update_file
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _MEANINGS = {
-    "prompt": "text from which the image was made",
-    "seed": "seed of this image",
+    "prompt": "text from which the {medium} was made",
+    "seed": "seed of this {medium}",
     "image_index": "number of the image among those of its prompt",
     "video_index": "number of the video among those of its prompt",
-    "model": "model that made the image",
+    "model": "model that made the {medium}",
     "revision": "commit of the model",
     "adapter": "adapter that was loaded",
     "settings": "arguments of sampling, as JSON",
@@ -96,8 +96,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
+def _medium(facts: DatasetCardFacts) -> str:
+    return "video" if facts.video else "image"
+
+
 def _title(facts: DatasetCardFacts) -> str:
-    about = f"{facts.num_rows:,} {'videos' if facts.video else 'images'} with their prompts"
+    about = f"{facts.num_rows:,} {_medium(facts)}s with their prompts"
     imports, source = ["from datasets import load_dataset"], []
     if facts.scores:
         about += f" and {len(facts.scores)} column{'s' if len(facts.scores) > 1 else ''} of scores"
@@ -112,7 +116,8 @@ def _title(facts: DatasetCardFacts) -> str:
 
 
 def _columns(facts: DatasetCardFacts) -> str:
-    meanings = _MEANINGS | {score.column: "score; higher is better" for score in facts.scores}
+    made = {name: meaning.format(medium=_medium(facts)) for name, meaning in _MEANINGS.items()}
+    meanings = made | {score.column: "score; higher is better" for score in facts.scores}
     rows = [[code(name), cell(kind), cell(meanings.get(name))] for name, kind in facts.columns.items()]
     return "## Columns\n\n" + _table(["Column", "Type", "Meaning"], rows)
 
@@ -149,7 +154,8 @@ def _making(facts: DatasetCardFacts) -> str:
 
 
 def _limits(facts: DatasetCardFacts) -> str:
-    lines = ["* The terms of the model that made the images, and of the source of the prompts, apply to the images."]
+    made = f"{_medium(facts)}s"
+    lines = [f"* The terms of the model that made the {made}, and of the source of the prompts, apply to the {made}."]
     if facts.raters is not None:
         lines.append(f"* The scores come from {facts.raters} {'person' if facts.raters == 1 else 'people'}.")
     elif facts.scores:
