@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TGOLConfig, size_of
+from .config import TGOLConfig, check_sides, size_of
 from .families import FamilySettings, ModelFamily, StoredBlocks, load_family
+from .families.skeleton import check_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,7 +31,8 @@ def load_model(
         [`ModelFamily`]
 
     Raises:
-        ValueError: see [`load_family`]; also for a denoiser that is quantised and trained.
+        ValueError: see [`load_family`]; also for a denoiser that is quantised and trained, and, before weights are
+            loaded where configs tell, for a `resolution` that the model does not take.
     """
     options = args.pipeline_kwargs
     if quantization_config is not None:
@@ -46,7 +48,9 @@ def load_model(
         text_encoders_in_4bit=args.text_encoders_in_4bit,
         size=size_of(args.resolution),
     )
+    check_size(model, options, settings, resolution=args.resolution)
     family = load_family(model, options, settings, None if args.full_finetuning else args.device)
+    check_sides(family.resolution_multiple, family.max_side, resolution=args.resolution)
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one process uses one; `accelerate launch` uses all.", args.n_gpu)
         args._n_gpu = 1

@@ -18,6 +18,8 @@ import numpy as np
 from tgol_trainer._files import write_json
 from tgol_trainer.config import TGOLConfig, size_of
 from tgol_trainer.evaluation import makes_videos
+from tgol_trainer.families import FamilySettings
+from tgol_trainer.families.skeleton import check_size
 from tgol_trainer.jobs import GenerationSettings, ScoringSettings, check_medium, generate_dataset, score_dataset
 from tgol_trainer.rewards import RewardFunction
 from tgol_trainer.saving.hub import checkpoints
@@ -71,10 +73,12 @@ def train_rounds(
         [`TGOLTrainer`]: that of the last round; `None` if all rounds were there.
 
     Raises:
-        ValueError: for settings that do not go with rounds, with the remedy.
+        ValueError: for settings that do not go with rounds or with the model, with the remedy; of a size, before
+            anything is loaded or drawn.
     """
     images = {"images_per_prompt": 8, **_trained_size(args), **(sampling or {})}
     score = _checked(args, rewards, num_rounds, images["images_per_prompt"])
+    _check_size(model, args, images)
     output = Path(args.output_dir)
     records = _recorded(output)
     policy: Path | None = None
@@ -132,6 +136,13 @@ def _trained_size(args: TGOLConfig) -> dict[str, int]:
     """Return the size and the frames that the run set, under the names of [`GenerationSettings`]."""
     found = {} if args.num_frames is None else {"num_frames": args.num_frames}
     return found | dict(zip(("height", "width"), size_of(args.resolution) or (), strict=False))
+
+
+def _check_size(model: str, args: TGOLConfig, images: Mapping[str, Any]) -> None:
+    """Refuse a size or a number of frames, trained or drawn, that the model does not take."""
+    settings = FamilySettings(num_frames=images.get("num_frames"), expert=args.expert)
+    drawn = {name: images.get(name) for name in ("height", "width")}
+    check_size(model, args.pipeline_kwargs, settings, resolution=args.resolution, **drawn)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from transformers import EvalPrediction, TrainerCallback
 
 from . import adapters, thresholds
 from .caching import Workers
-from .config import TGOLConfig
+from .config import TGOLConfig, size_of
 from .config.checks import check_processes, check_sharding
 from .data import (
     LABELS,
@@ -142,7 +142,7 @@ class TGOLTrainer(SavingTrainer):
         self.data_reports: dict[str, DataReport] = {}
         self.dataset_facts, self.example_prompt = [], None
         self.labeler: Labeler | None = None
-        size = args.training_size(self.family.native_size, self.family.resolution_multiple)
+        size = size_of(args.resolution) or self.family.native_size
         self.collator = Collator(size, num_frames=self.family.num_frames)
         self.draws = BatchDraws(self.family, args, self.collator)
         self._value = ValueBaseline(self.draws, self._reference_prediction) if args.value_baseline else None

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.conftest import scored_dataset
 from tests.tiny import stable_diffusion, wan
 from tgol_trainer import TGOLConfig, TGOLTrainer
+from tgol_trainer.config import size_of
 from tgol_trainer.data import DataError
 from tgol_trainer.evaluation import generate_images, generate_videos, save_contact_sheet
 from tgol_trainer.families import FamilySettings, wrap_pipeline
@@ -181,10 +182,7 @@ def test_height_and_width_are_read_from_a_text():
     assert TGOLConfig(output_dir="x", resolution="480x832").resolution == "480x832"
     assert TGOLConfig(output_dir="x", resolution=" 480 × 832 ").resolution == "480x832"
     assert TGOLConfig(output_dir="x", resolution="512").resolution == 512
-    size = TGOLConfig(output_dir="x", resolution="480x832").training_size
-    assert size((64, 64), 16) == (480, 832)
-    assert TGOLConfig(output_dir="x", resolution=512).training_size((64, 64), 8) == (512, 512)
-    assert TGOLConfig(output_dir="x").training_size((480, 832), 16) == (480, 832)
+    assert [size_of(given) for given in ("480x832", 512, None)] == [(480, 832), (512, 512), None]
 
 
 @pytest.mark.parametrize("value", ["480x", "x832", "480x0", "a", "1.5", "480x832x3", "-16"])

@@ -116,12 +116,14 @@ def _diagnose(args: argparse.Namespace) -> Diagnosis:
 
     from tgol_trainer.checking.findings import diagnose
     from tgol_trainer.checking.limits import load_limits, refuse_unnamed_videos
-    from tgol_trainer.config import size_of
+    from tgol_trainer.config import check_sides, size_of
     from tgol_trainer.data import Columns, DataError
     from tgol_trainer.sources import load_scored_dataset
     from tgol_trainer.sources.found import found_in
 
     limits = load_limits(args.model_name_or_path, revision=args.model_revision, num_frames=args.num_frames)
+    if args.model_name_or_path is not None:
+        check_sides(limits.multiple, limits.max_side, resolution=args.resolution)
     if (size := size_of(args.resolution)) is not None:
         limits = dataclasses.replace(limits, resolution=size)
     video = args.video_column or ("video" if limits.num_frames else None)

@@ -57,7 +57,8 @@ def generation_settings(args: argparse.Namespace, **facts: Any) -> GenerationSet
 def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of [`load_adapted_pipeline`] that were given as options."""
     names = ("dtype", "model_init_kwargs", "num_frames", "use_cpu")
-    return {"revision": args.model_revision, **{name: getattr(args, name) for name in names}}
+    sizes = {"height": args.height, "width": args.width}
+    return {"revision": args.model_revision, "sizes": sizes, **{name: getattr(args, name) for name in names}}
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -220,6 +220,7 @@ def _train_rounds(script: TrainArguments, training: TGOLConfig, model: ModelArgu
                 use_cpu=training.use_cpu,
                 model_init_kwargs=training.pipeline_kwargs,
                 num_frames=training.num_frames,
+                sizes={"resolution": training.resolution},
             ),
             num_rounds=script.rounds or 1,
             sampling={key: value for key, value in sampling.items() if value is not None},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .method import CONFIDENT_LOSSES, MethodArguments, default_of
 from .recipes import RECIPES, recipe_fields
-from .resolution import read_resolution, size_of
+from .resolution import check_sides, read_resolution, size_of
 
 if TYPE_CHECKING:
     from .arguments import CHANGED_DEFAULTS, FULL_LEARNING_RATE, LORA_LEARNING_RATE, TGOLConfig
@@ -20,6 +20,7 @@ __all__ = [
     "RECIPES",
     "MethodArguments",
     "TGOLConfig",
+    "check_sides",
     "default_of",
     "read_resolution",
     "recipe_fields",

@@ -14,7 +14,7 @@ from tgol_trainer._secrets import is_secret
 from .checks import check_folder, check_ranges, is_asked_for
 from .method import MethodArguments, check_choices, default_of
 from .recipes import recipe_fields
-from .resolution import read_resolution, size_of
+from .resolution import read_resolution
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
@@ -314,29 +314,6 @@ class TGOLConfig(MethodArguments, TrainingArguments):  # noqa: D101 - made from 
         if isinstance(self.model_init_kwargs, str):
             raise ValueError(f"`model_init_kwargs` is not a JSON object: {self.model_init_kwargs!r}.")
         return dict(self.model_init_kwargs or {})
-
-    def training_size(self, native: tuple[int, int], multiple: int) -> tuple[int, int]:
-        """
-        Return the (height, width) in pixels that a model is trained at.
-
-        Args:
-            native (`tuple[int, int]`): The model's own size, used if `resolution` is not given.
-            multiple (`int`): Both must be multiples of it.
-
-        Raises:
-            ValueError: if one is not, with the nearest sizes that are.
-        """
-        given = size_of(self.resolution)
-        if given is None:
-            return native
-        sides = [int(side) for side in str(self.resolution).split("x")]
-        fitting = [max(round(side / multiple), 1) * multiple for side in sides]
-        if fitting != sides:
-            raise ValueError(
-                f"`resolution` {self.resolution} is not a multiple of {multiple}, the factor of the autoencoder"
-                f"{', on both sides' if len(sides) > 1 else ''}: use {'x'.join(map(str, fitting))}."
-            )
-        return given
 
     def _check_ranges(self) -> None:
         check_ranges(self)

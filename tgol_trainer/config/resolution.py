@@ -1,7 +1,8 @@
-"""Read a training size as it is written: a side in pixels, or height and width."""
+"""Read a size as it is written, a side in pixels or height and width, and refuse one that a model does not take."""
 
 from __future__ import annotations
 
+import math
 import re
 
 _LARGEST_SIDE = 16384
@@ -30,3 +31,30 @@ def size_of(resolution: int | str | None) -> tuple[int, int] | None:
     """Return the (height, width) in pixels that [`read_resolution`] read; `None` where it is not given."""
     sides = [] if resolution is None else [int(side) for side in str(resolution).split("x")]
     return (sides[0], sides[-1]) if sides else None
+
+
+def check_sides(multiple: int, max_side: int | None = None, **given: int | str | None) -> None:
+    """
+    Refuse a size that a model does not take.
+
+    Args:
+        multiple (`int`): Sides in pixels must be multiples of it.
+        max_side (`int`, *optional*): The longest side in pixels that the model takes.
+        given (`int` or `str`, *optional*):
+            Name of an argument to its value: a side, or height and width as in `"480x832"`; `None` if it is not given.
+
+    Raises:
+        ValueError: for the first that does not fit, with the nearest that does.
+    """
+    longest = math.inf if max_side is None else max_side // multiple * multiple
+    for name, value in given.items():
+        sides = [] if value is None else [int(side) for side in str(value).split("x")]
+        fitting = [min(max(round(side / multiple), 1) * multiple, longest) for side in sides]
+        if fitting == sides:
+            continue
+        cause = f"is more than {longest}, the longest side that this model takes"
+        if any(side < 1 or side % multiple for side in sides):
+            cause = (
+                f"is not a multiple of {multiple}, as this model needs{', on both sides' if len(sides) > 1 else ''}"
+            )
+        raise ValueError(f"`{name}` {value} {cause}: use {'x'.join(map(str, fitting))}.")

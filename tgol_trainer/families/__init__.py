@@ -103,7 +103,7 @@ FROZEN_DTYPE = {"default": "bfloat16", "vae": "float32", "vqvae": "float32"}
 """Dtype of a base model that stays frozen on a GPU, where none is asked for."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INDEX_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+INDEX_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 __all__ = [
     "FAMILIES",
@@ -246,7 +246,7 @@ def read_index(model: str, options: dict[str, Any]) -> dict[str, Any]:
                 "of weights is loaded with the pipeline class's `from_single_file`: pass the object."
             )
     elif is_hub_id(model):
-        place = {name: options[name] for name in _INDEX_OPTIONS if name in options}
+        place = {name: options[name] for name in INDEX_OPTIONS if name in options}
         file = Path(hf_hub_download(model, "model_index.json", **place))
     else:
         raise FileNotFoundError(f"{model} does not exist, and it is not a Hub id (`owner/name`).")
@@ -284,6 +284,23 @@ def wrap_pipeline(
         ValueError: for a pipeline class without a family, a tokenizer whose files were not there, or weights that are
             NaN or infinite.
     """
+    family = choose_family(pipeline, origin, settings)
+    unused = []
+    if family.settings.timestep_sampling and not isinstance(family.likelihood, FlowLikelihood):
+        unused.append("`timestep_sampling` is for models of flow matching")
+    if family.settings.guidance is not None and not family.denoiser.config.get("guidance_embeds"):
+        unused.append("`train_guidance` is for models distilled with guidance")
+    if warning := warn_of_distillation(pipeline):
+        logger.warning("%s", warning)
+    for reason in unused:
+        logger.warning("%s and has no effect on this %s: leave it out.", reason, type(pipeline).__name__)
+    return family
+
+
+def choose_family(
+    pipeline: DiffusionPipeline, origin: ModelOrigin | None, settings: FamilySettings | None
+) -> ModelFamily:
+    """Wrap a pipeline as [`wrap_pipeline`] does, without its warnings."""
     name = type(pipeline).__name__
     components = pipeline.components.items()
     _check_supported(name, {part: type(each).__name__ for part, each in components if each is not None})
@@ -296,15 +313,6 @@ def wrap_pipeline(
         _tile(getattr(pipeline, family.autoencoder_name))
     if family.settings.expert is not None and not isinstance(family, WanFamily):
         raise ValueError(f"`expert` means nothing to {name}, which has one transformer: leave it out.")
-    unused = []
-    if family.settings.timestep_sampling and not isinstance(family.likelihood, FlowLikelihood):
-        unused.append("`timestep_sampling` is for models of flow matching")
-    if family.settings.guidance is not None and not family.denoiser.config.get("guidance_embeds"):
-        unused.append("`train_guidance` is for models distilled with guidance")
-    if warning := warn_of_distillation(pipeline):
-        logger.warning("%s", warning)
-    for reason in unused:
-        logger.warning("%s and has no effect on this %s: leave it out.", reason, name)
     return family
 
 

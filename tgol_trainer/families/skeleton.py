@@ -1,21 +1,28 @@
-"""Load a pipeline without its weights: enough to know limits and sizes, from a few JSON files."""
+"""Load a pipeline without its weights: enough to know and to check limits and sizes, from a few JSON files."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tgol_trainer.config import check_sides
 from tgol_trainer.shapes import embedded_model
 
-from . import read_dtype, read_index, wrap_pipeline
+from . import INDEX_OPTIONS, choose_family, read_dtype, read_index, wrap_pipeline
 from .base import FamilySettings, ModelFamily
 from .inspection import is_component
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+_HARMLESS = {*INDEX_OPTIONS, "dtype", "variant", "use_safetensors", "quantization_config"}
+"""Options of loading that change no size."""
 
 
 def load_skeleton(
@@ -46,11 +53,44 @@ def load_skeleton(
         ValueError: for an unsupported pipeline, Meissonic among them, whose classes are not in diffusers, and for
             tokenizers without files; for a dtype that only the weights know (`"auto"`).
     """
+    options = {"revision": revision} if revision is not None else {}
+    return wrap_pipeline(_skeleton(model, options, dtype), settings=settings)
+
+
+def check_size(model: Any, options: Mapping[str, Any], settings: FamilySettings, **sizes: int | str | None) -> None:
+    """
+    Refuse sizes and a number of frames that a model does not take, before its weights are loaded.
+
+    What cannot be known without loading is let through: a loaded pipeline, one with parts or code of its own, and
+    files that cannot be read, of which loading says why.
+
+    Args:
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`): As in [`load_family`].
+        options (`Mapping[str, Any]`): The `model_init_kwargs` of [`load_family`].
+        settings ([`FamilySettings`]): Choices of the run, of which frames and expert count here.
+        sizes (`int` or `str`, *optional*): As in [`check_sides`].
+
+    Raises:
+        ValueError: with the name of the argument, and the nearest value that the model takes.
+    """
+    asked = settings.num_frames is not None or any(value is not None for value in sizes.values())
+    if not asked or not isinstance(model, str | Path) or options.keys() - _HARMLESS:
+        return
+    try:
+        pipeline = _skeleton(model, {name: options[name] for name in INDEX_OPTIONS if name in options})
+    except (OSError, ValueError, ImportError, AttributeError):
+        return
+    choices = FamilySettings(num_frames=settings.num_frames, expert=settings.expert)
+    family = choose_family(pipeline, None, choices)
+    check_sides(family.resolution_multiple, family.max_side, **sizes)
+
+
+def _skeleton(model: str | Path, options: dict[str, Any], dtype: Any = torch.float32) -> DiffusionPipeline:
+    """Load a pipeline whose networks stand on the meta device; `options` say where its files are."""
     import diffusers
 
     embedded = embedded_model(model)
     source = str(embedded.folder if embedded else model)
-    options = {"revision": revision} if revision is not None else {}
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     index = read_index(source, options)
     kind = getattr(diffusers, index["_class_name"], None)
@@ -73,7 +113,7 @@ def load_skeleton(
                 _cast(arguments[name], read_dtype(dtypes.get(name, dtypes.get("default", torch.float32))))
     if "requires_safety_checker" in known:
         arguments["requires_safety_checker"] = False
-    return wrap_pipeline(kind(**arguments), settings=settings)
+    return kind(**arguments)
 
 
 def _component(kind: Any, source: str, name: str, options: dict[str, Any]) -> Any:

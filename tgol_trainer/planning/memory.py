@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tgol_trainer.config import check_sides
 from tgol_trainer.families import Conditioning, ModelFamily, keeps_prompts
 from tgol_trainer.likelihoods import RowGenerators
 
@@ -180,10 +181,8 @@ def predict_family(family: ModelFamily, setup: Setup) -> Prediction:
     at_denoiser, encoders = _weights(family, setup)
     _check_optimizer(setup.optimizer)
     size = setup.resolution or family.native_size
-    if any(side % family.resolution_multiple for side in size):
-        raise ValueError(
-            f"`resolution` {size[0]}x{size[1]} is not a multiple of {family.resolution_multiple} on both sides."
-        )
+    if setup.resolution is not None:
+        check_sides(family.resolution_multiple, family.max_side, resolution="x".join(map(str, size)))
     with without_memory(family.shares):
         for network in networks(family).values():
             forget_weights(network)
