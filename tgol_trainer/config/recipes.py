@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "value_baseline": True,
     },
 }
-"""Name to the fields of [`TGOLConfig`] that it sets. 'paper' is the defaults. docs/benchmarks.md compares them."""
+"""Name to the fields of [`TGOLConfig`] that it sets. 'paper' is the defaults. docs/benchmarks.md compares both."""
 
 
 def recipe_fields(name: str) -> dict[str, Any]:

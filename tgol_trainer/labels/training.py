@@ -233,5 +233,5 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
         raise ValueError(
             f"{args.comparing} compares images of one group, and none of the {len(lowest)} groups (equal values of "
             f"{args.group_column or args.prompt_column!r}) has two images with different float32 scores. Score "
-            "several images per prompt, name another `group_column`, or train with `loss_type='tgol'`, uncentred."
+            "several images per prompt, name another `group_column`, or train with `loss_type='tgol'`."
         )
