@@ -246,7 +246,7 @@ def _of_recipe(report: LabelReport) -> list[Advice]:
     if images >= _COMPARED and _is_divided(report.prompts):
         why = "Each prompt can have a threshold of its own, which cancels what is common to its images."
     elif images <= _ALONE:
-        why = "A loss that counts how far a score is from the threshold gained more than the default one."
+        why = "On a small model a loss that counts how far a score is from its threshold gained more than the default."
     else:
         return []
     return [Advice("recipe", f"Images a prompt: {images:,.1f}. {why}", "--recipe anchored")]
