@@ -74,13 +74,14 @@ def train_rounds(
 
     Raises:
         ValueError: for settings that do not go with rounds or with the model, with the remedy; of a size, before
-            anything is loaded or drawn.
+            weights are loaded where configs tell.
     """
     images = {"images_per_prompt": 8, **_trained_size(args), **(sampling or {})}
     score = _checked(args, rewards, num_rounds, images["images_per_prompt"])
-    _check_size(model, args, images)
     output = Path(args.output_dir)
     records = _recorded(output)
+    if len(records) < num_rounds:
+        _check_size(model, args, images)
     policy: Path | None = None
     trainer: TGOLTrainer | None = None
     for number in range(num_rounds):
@@ -140,9 +141,10 @@ def _trained_size(args: TGOLConfig) -> dict[str, int]:
 
 def _check_size(model: str, args: TGOLConfig, images: Mapping[str, Any]) -> None:
     """Refuse a size or a number of frames, trained or drawn, that the model does not take."""
-    settings = FamilySettings(num_frames=images.get("num_frames"), expert=args.expert)
-    drawn = {name: images.get(name) for name in ("height", "width")}
-    check_size(model, args.pipeline_kwargs, settings, resolution=args.resolution, **drawn)
+    sizes = {"resolution": args.resolution, **{name: images.get(name) for name in ("height", "width")}}
+    for frames in {args.num_frames, images.get("num_frames")}:
+        settings = FamilySettings(num_frames=frames, expert=args.expert)
+        check_size(model, args.pipeline_kwargs, settings, **sizes)
 
 
 @contextlib.contextmanager

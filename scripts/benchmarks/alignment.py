@@ -8,9 +8,9 @@ divergence of sampling paths, which weights early and late times differently, st
 
 Every method has several settings of its one strength. They are compared on the tuning seed, and the best one for a
 score is run on the reporting seeds, which have training images, noise and evaluation images of their own. The recipe
-has one strength for all scores. A quarter of the prompts are never trained on. The report calls a method no worse than
-another where the 95 % interval of the difference, seed by seed, lies above -0.05 standard deviations of the base
-model's score. This margin was fixed before the runs.
+and the same loss without its baseline have one strength for all scores. A quarter of the prompts are never trained on.
+The report calls a method no worse than another where the 95 % interval of the difference, seed by seed, lies above
+-0.05 standard deviations of the base model's score. This margin was fixed before the runs.
 
 Each run is one line of JSON. Runs that the file already holds are skipped, so the program can be stopped and started
 again, and a file kept in git grows.
@@ -420,6 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="number of one-thread processes (default: %(default)s)")
     parser.add_argument("--max_runs", type=int, help="stop after this number of runs")
     args = parser.parse_args(argv)
+    if args.updates <= WARMUP:
+        parser.error(f"--updates {args.updates}: use more than {WARMUP}, the warm-up.")
     results = args.results or HERE / "results" / ("alignment_quick.jsonl" if args.quick else "alignment.jsonl")
     lines = read_lines(results)
     if args.report is not None:

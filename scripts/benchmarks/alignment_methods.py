@@ -205,7 +205,7 @@ DISTANCE = {**MEAN, "weight_form": "abs"}
 ANCHORED = {**MEAN, "loss_type": "tgol_anchored"}
 T = (0.002, 0.004, 0.008, 0.016)
 VALUED = {**ANCHORED, "value_baseline": True}
-ANCHORS = (0.05, 0.15, 0.5, 1.5)
+ANCHORS = (0.05, 0.1, 0.15, 0.25, 0.5, 1.5)
 B = (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)
 ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
 METHODS: dict[str, Method] = {
@@ -239,7 +239,7 @@ METHODS: dict[str, Method] = {
     "nft": Method(nft, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
     "dspo": Method(
         dspo,
-        (0.001, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0),
+        B,
         {"loss_type": "dpo", "group_size": GROUP},
         shared=True,
         rival=True,

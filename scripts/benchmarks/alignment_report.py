@@ -24,8 +24,8 @@ INTRODUCTION = f"""# Alignment benchmark: tables
 * *nats* is the mean divergence of sampling paths at that drift.
 * *held out* is the gain of the trained score on the prompts that no run trained on.
 * In tables of differences, *better* means that the interval lies above 0, *no worse* that it lies above -{MARGIN:g},
-  *worse* that it lies below -{MARGIN:g}, *lower* that it lies below 0 but not below -{MARGIN:g}; otherwise the rows do
-  not decide. The differences are taken seed by seed. Of many intervals one in twenty misses the true value.
+  *worse* that it lies below -{MARGIN:g}, *lower* that it lies below 0 and none of these; otherwise the rows do not
+  decide. The differences are taken seed by seed. Of many intervals one in twenty misses the true value.
 * *At equal gain*, the runs of a seed are compared at the smaller of their gains at that drift. The other scores
   are interpolated between the measured drifts, linearly in the gain and from 0 on; those of the run with the smaller
   gain are measured. Seeds on which one of the two does not gain have no equal gain and are left out there."""
@@ -168,9 +168,11 @@ def write_report(lines: Sequence[Line], folder: Path, tuning: Sequence[int] = (0
         raise SystemExit("There are no results yet: run without --report first.")
     parts = [INTRODUCTION]
     tuned = [line for line in lines if line["seed"] in tuning and line["regime"] == "dense"]
-    for updates in dict.fromkeys(line["updates"] for line in tuned):
-        chosen = [line for line in tuned if line["updates"] == updates]
-        kind = f"{updates} updates: gain at a drift of {chosen[0]['points'][0]['drift']:.0f} (number of seeds)"
+    for place, updates in dict.fromkeys((line["world"], line["updates"]) for line in tuned):
+        chosen = [line for line in tuned if (line["world"], line["updates"]) == (place, updates)]
+        kind = (
+            f"{place}, {updates} updates: gain at a drift of {chosen[0]['points'][0]['drift']:.0f} (number of seeds)"
+        )
         parts.append(f"## Settings tried on the tuning seed, {kind}\n\n{tuning_table(chosen)}")
     reported = [line for line in lines if line["seed"] >= first]
     names = ("world", "regime", "updates", "score")

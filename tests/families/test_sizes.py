@@ -55,7 +55,7 @@ def commands(video_model, tmp_path):
     ("command", "size", "said"),
     [
         ("generate", ["--height", "20"], "`height` 20 is not a multiple of 16, as this model needs: use 16."),
-        ("generate", ["--width", "0"], "`width` 0 is not a multiple of 16, as this model needs: use 16."),
+        ("generate", ["--width", "0"], "`width` 0 is less than 16, the shortest side that this model takes: use 16."),
         ("generate", ["--num_frames", "6"], "`num_frames` is 6; it must be 4·k + 1"),
         ("evaluate", ["--width", "41"], "`width` 41 is not a multiple of 16, as this model needs: use 48."),
         ("evaluate", ["--num_frames", "6"], "`num_frames` is 6; it must be 4·k + 1"),
@@ -117,6 +117,20 @@ def test_a_side_beyond_the_models_positions_is_refused(tmp_path, config):
         TGOLTrainer(model, config(resolution=f"{2 * longest}x{longest // 2}"), scored_dataset())
 
 
+def test_parts_that_an_index_does_not_name_are_absent_as_diffusers_loads_them(tmp_path):
+    """As in folders from before the safety checker; `check_size` asks for the multiple of the sides."""
+    stable_diffusion().save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({name: index[name] for name in index if name not in ("safety_checker", "feature_extractor")})
+    )
+    with pytest.raises(ValueError, match="`height` 33 is not a multiple of"):
+        load_adapted_pipeline(str(tmp_path), sizes={"height": 33}, use_cpu=True)
+    pipeline, _ = load_adapted_pipeline(str(tmp_path), sizes={"height": 32}, use_cpu=True)
+    assert pipeline.safety_checker is None
+
+
 def test_a_loaded_pipeline_and_one_with_parts_of_its_own_are_checked_by_what_was_loaded(tmp_path, config):
     pipeline = stable_diffusion()
     pipeline.save_pretrained(tmp_path)
@@ -141,6 +155,8 @@ def test_a_loaded_pipeline_and_one_with_parts_of_its_own_are_checked_by_what_was
         ("8x13", None, "8x16"),
         (40, 24, 24),
         ("40x8", 20, "16x8"),
+        ("40x9", 20, "16x8"),
+        ("0x9", None, "8x8"),
     ],
 )
 def test_the_nearest_size_that_fits_is_offered_and_fits(value, longest, use):

@@ -67,7 +67,20 @@ def test_the_first_loss_of_tgo_is_the_mean_weight_times_ln_2(benchmark, folder):
 
 
 @pytest.mark.parametrize(
-    "method", ["dpo", "kto", "nft", "dspo", "sft", "csft", "anchored", "anchored, value", "anchored, even", "tilted"]
+    "method",
+    [
+        "dpo",
+        "kto",
+        "nft",
+        "dspo",
+        "sft",
+        "csft",
+        "anchored",
+        "anchored, value",
+        "anchored, even",
+        "tilted",
+        "pairs, w=d",
+    ],
 )
 def test_each_kind_of_loss_moves_the_adapter(benchmark, folder, method):
     training = of(benchmark, folder, method)

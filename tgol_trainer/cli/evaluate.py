@@ -54,14 +54,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_generation_options(parser.add_argument_group("images and videos"))
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--features", help="reward with image features (clip, ...) or module:function, for diversity")
-    scoring.add_argument("--scoring_batch_size", type=int, help="images per call of a reward (default: 32; videos 2)")
+    scoring.add_argument(
+        "--scoring_batch_size", type=int, help="images or videos per call of a reward (default: 32 or 2)"
+    )
     scoring.add_argument(
         "--mean_over_frames",
         type=int,
         help="score videos with rewards of images: the mean over this number of frames",
     )
     scoring.add_argument("--one_at_a_time", action="store_true", help="keep one reward in memory at a time")
-    scoring.add_argument("--shard_size", type=int, default=64, help="images per file (default: %(default)s)")
+    scoring.add_argument("--shard_size", type=int, default=64, help="images or videos per file (default: %(default)s)")
     text = "delete images or videos once scored; small copies stay"
     scoring.add_argument("--drop_images", action="store_true", help=text)
     result = parser.add_argument_group("result")

@@ -214,7 +214,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         """Whether rows must carry the group they belong to."""
         return (
             self.threshold_strategy in ("group", "oracle")
-            or self.comparing is not None
+            or self.loss_type == "dpo"
             or self.group_size is not None
             or self.share_group_noise
         )
@@ -223,11 +223,6 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     def needs_reference(self) -> bool:
         """Whether the loss compares policy and reference."""
         return self.loss_type not in ("sft", "csft")
-
-    @property
-    def comparing(self) -> str | None:
-        """The setting, as written, that compares samples of a group within a batch; `None` where nothing does."""
-        return f"`loss_type={self.loss_type!r}`" if self.loss_type == "dpo" else None
 
     def check_method(self, batch_size: int) -> None:
         """
@@ -302,9 +297,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError("`threshold_percentile` must lie between 0 and 100, both excluded, for groups.")
 
     def _check_groups(self, batch_size: int) -> None:
-        if self.comparing and self.group_size is None:
+        if self.loss_type == "dpo" and self.group_size is None:
             raise ValueError(
-                f"{self.comparing} compares images of a prompt in one batch: set `group_size`, for example to 4."
+                "`loss_type='dpo'` compares images of a prompt in one batch: set `group_size`, for example to 4."
             )
         if self.group_size is not None and batch_size % self.group_size:
             raise ValueError(

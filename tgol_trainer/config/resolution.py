@@ -52,9 +52,12 @@ def check_sides(multiple: int, max_side: int | None = None, **given: int | str |
         fitting = [min(max(round(side / multiple), 1) * multiple, longest) for side in sides]
         if fitting == sides:
             continue
-        cause = f"is more than {longest}, the longest side that this model takes"
-        if any(side < 1 or side % multiple for side in sides):
-            cause = (
-                f"is not a multiple of {multiple}, as this model needs{', on both sides' if len(sides) > 1 else ''}"
-            )
-        raise ValueError(f"`{name}` {value} {cause}: use {'x'.join(map(str, fitting))}.")
+        causes = []
+        if min(sides) < 1:
+            causes.append(f"is less than {multiple}, the shortest side that this model takes")
+        elif any(side % multiple for side in sides):
+            both = ", on both sides" if len(sides) > 1 else ""
+            causes.append(f"is not a multiple of {multiple}, as this model needs{both}")
+        if max(sides) > longest:
+            causes.append(f"is more than {longest}, the longest side that this model takes")
+        raise ValueError(f"`{name}` {value} {' and '.join(causes)}: use {'x'.join(map(str, fitting))}.")

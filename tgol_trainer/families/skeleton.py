@@ -78,7 +78,7 @@ def check_size(model: Any, options: Mapping[str, Any], settings: FamilySettings,
         return
     try:
         pipeline = _skeleton(model, {name: options[name] for name in INDEX_OPTIONS if name in options})
-    except (OSError, ValueError, ImportError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, ImportError, AttributeError, RuntimeError):
         return
     choices = FamilySettings(num_frames=settings.num_frames, expert=settings.expert)
     family = choose_family(pipeline, None, choices)
@@ -97,7 +97,8 @@ def _skeleton(model: str | Path, options: dict[str, Any], dtype: Any = torch.flo
     if kind is None:
         raise ValueError(f"{source!r} is of the class {index['_class_name']}, which diffusers does not have.")
     known = inspect.signature(kind.__init__).parameters
-    arguments: dict[str, Any] = {}
+    # Parts that an index does not name are None, as diffusers loads them.
+    arguments: dict[str, Any] = {name: None for name in kind._optional_components if name in known}
     for name, value in index.items():
         if name not in known:
             continue

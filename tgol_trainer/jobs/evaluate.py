@@ -143,7 +143,7 @@ class EvaluationJob:
         keep_images: bool,
         progress: bool,
     ) -> None:
-        """Score and measure the images of the wanted results, (model, shard) each, at least one; write their rows."""
+        """Score and measure the images of one or more wanted results, (model, shard) each; write their rows."""
         total = self._count(wanted) * (len(rewards) if settings.one_at_a_time else 1)
         unit = _visual(_column_names(self.images(*wanted[0])))
         with tqdm(total=total, desc="Scoring", unit=unit, disable=not progress) as bar:

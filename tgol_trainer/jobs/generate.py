@@ -224,7 +224,7 @@ def _check(prompts: Sequence[str], **numbers: int) -> None:
     blank = [row for row, prompt in enumerate(prompts) if not prompt.strip()]
     if not prompts or blank:
         cause = f"prompts {blank[:5]} of {len(prompts)} are blank (counted from 0)" if blank else "there are none"
-        raise DataError(f"`prompts`: {cause}. Give at least one text, and no blank one.")
+        raise DataError(f"`prompts`: {cause}. Give at least one text; none may be blank.")
     for name, number in numbers.items():
         if number < 1:
             raise DataError(f"`{name}` is {number}; it must be at least 1.")
