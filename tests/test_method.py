@@ -58,6 +58,9 @@ def expected_first_loss(name, scores, reference_error):
     margin = scores - np.median(scores)
     if name == "tgol":
         return (1 + 5 * np.abs(margin)).mean() * math.log(2)
+    if name == "tgol_pairs":  # eight prompts in turn, eight rows each
+        differences = [abs(scores[i] - scores[j]) for i in range(64) for j in range(i % 8, 64, 8) if i != j]
+        return (1 + 5 * np.mean(differences)) * math.log(2)
     if name == "kto":
         return 0.5
     if name == "dpo":
@@ -72,7 +75,7 @@ def expected_first_loss(name, scores, reference_error):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type):
     settings = {"max_steps": 1, "per_device_train_batch_size": 64, "loss_type": loss_type}
-    if loss_type == "dpo":
+    if loss_type in ("dpo", "tgol_pairs"):
         settings["group_size"] = 8
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped, peft_config=LORA)
     with torch.no_grad():
@@ -88,7 +91,7 @@ def test_the_first_loss_is_what_zero_log_ratios_give(config, grouped, loss_type)
 def test_eight_steps_lower_every_loss_on_its_own_batch(config, grouped, loss_type):
     """Error of the reference for the supervised losses starts at a finite value; the others at their zero value."""
     settings = {"max_steps": 8, "per_device_train_batch_size": 16, "loss_type": loss_type}
-    if loss_type == "dpo":
+    if loss_type in ("dpo", "tgol_pairs"):
         settings["group_size"] = 8
     trainer = TGOLTrainer(stable_diffusion(), config(**settings), grouped.select(range(16)), peft_config=LORA)
     batch = trainer.collator([trainer.train_dataset[row] for row in range(16)])
@@ -207,12 +210,13 @@ def test_a_fixed_threshold_on_a_stream_still_reads_the_scores_that_the_loss_need
     assert trainer.labeler.score_std == pytest.approx(scores.std())
 
 
-def test_groups_without_two_different_scores_are_refused(config, grouped):
-    """They would give a loss of 0 for ever."""
+@pytest.mark.parametrize("loss_type", ["dpo", "tgol_pairs"])
+def test_groups_without_two_different_scores_are_refused(config, grouped, loss_type):
+    """They would give a loss of 0 for ever, or train on nothing but labels at random."""
     rows = grouped.remove_columns("prompt").add_column("prompt", [f"prompt {index // 2}" for index in range(64)])
     rows = rows.remove_columns("score").add_column("score", [float(index // 2) for index in range(64)])
     with pytest.raises(ValueError, match="none of the 32 groups"):
-        TGOLTrainer(stable_diffusion(), config(group_size=2, loss_type="dpo"), rows, peft_config=LORA)
+        TGOLTrainer(stable_diffusion(), config(group_size=2, loss_type=loss_type), rows, peft_config=LORA)
 
 
 def test_the_sampler_is_told_each_epoch_by_the_trainer_itself(config, grouped):
@@ -296,6 +300,12 @@ def test_normalised_weights_have_mean_one_and_class_weights_multiply(config, gro
     assert np.array_equal(again.weight, rows.weight)
 
 
+def test_a_mean_of_weights_is_refused_where_images_are_compared(config):
+    """The weights of s - τ, which it would divide by, are not those of the differences within a batch."""
+    with pytest.raises(ValueError, match="known only in their batch"):
+        config(normalize_weights=True, group_size=2, loss_type="tgol_pairs")
+
+
 def test_normalised_weights_of_a_stream_are_divided_by_their_mean_over_its_rows(config, grouped):
     """Also with a fixed threshold or a proxy set, which alone would not need the scores."""
     scores, settings = np.asarray(grouped["score"]), {"normalize_weights": True, "max_steps": 1}
@@ -327,6 +337,35 @@ def test_advice_in_training_counts_labels_as_training_does(config, grouped, capl
 
 
 # ---- Groups ----
+
+
+def loss_of_a_moved_policy(args, dataset, rows):
+    """Loss of some rows at random weights, their log-ratios from the logged errors at T = 0.001, and their scores."""
+    trainer = TGOLTrainer(stable_diffusion(), args, dataset, peft_config=LORA)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    batch = trainer.collator([trainer.train_dataset[row] for row in rows])
+    loss, record = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    return loss, -(record[:, 5] - record[:, 6]).double().numpy() / 0.001, np.asarray(dataset["score"])[rows]
+
+
+def test_pairs_take_each_other_sample_of_the_group_for_threshold(config, grouped):
+    """A group of eight and a row that is alone, everything again in loops: Eq. 10 of each difference, then means."""
+    settings = {"loss_type": "tgol_pairs", "group_size": 8}
+    rows = [*range(0, 64, 8), 1]
+    loss, log_ratio, scores = loss_of_a_moved_policy(config(**settings), grouped, rows)
+    margin = scores - np.median(grouped["score"])
+
+    def eq_10(ratio: float, distance: float) -> float:
+        return (1 + 5 * abs(distance)) * math.log1p(math.exp(-ratio if distance >= 0 else ratio))
+
+    expected = [
+        np.mean([eq_10(log_ratio[row] - log_ratio[i], scores[row] - scores[i]) for i in range(8) if i != row])
+        for row in range(8)
+    ]
+    assert loss.item() == pytest.approx(np.mean([*expected, eq_10(log_ratio[8], margin[8])]), rel=1e-3)
 
 
 def test_batches_hold_whole_groups_which_share_noise_when_asked(config, grouped, monkeypatch):
@@ -364,6 +403,7 @@ def test_groups_need_a_dataset_with_a_length(config, grouped, settings):
     [
         ({"loss_type": "dpo"}, "group_size"),
         ({"group_size": 3}, "must divide"),
+        ({"loss_type": "tgol_pairs"}, "group_size"),
         ({"threshold_strategy": "group", "threshold": 0.1}, "leave one out"),
         ({"csft_suffixes": ["one"]}, "two texts"),
         ({"oracle_beta": -1.0}, "larger than 0"),
@@ -413,6 +453,11 @@ def test_other_scores_at_resume_are_told(config, grouped, tmp_path, caplog):
             ["with c =", "an alternative to"],
         ),
         ({"loss_type": "kto"}, ["the loss `kto`, an alternative"], ["No pairs of samples"]),
+        (
+            {"loss_type": "tgol_pairs", "group_size": 8},
+            ["threshold-guided optimization (TGO", "samples are compared in pairs"],
+            ["No pairs of samples", "an alternative to"],
+        ),
         (
             {"threshold_strategy": "group", "weight_form": "abs", "normalize_weights": True},
             [

@@ -211,6 +211,7 @@ def test_policy_and_reference_see_the_same_inputs(config, dataset):
         {"loss_type": "nft"},
         {"loss_type": "csft"},
         {"loss_type": "dpo", "group_size": 2},
+        {"loss_type": "tgol_pairs", "group_size": 2},
         {"precompute_ref_log_probs": True},
         {"random_flip": True, "caption_dropout": 0.5},
     ],

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from . import losses
+from . import losses, thresholds
 from .config import MethodArguments, TGOLConfig
 from .likelihoods import Likelihood
 from .losses import LossRecord
@@ -17,7 +17,7 @@ from .metrics import temperature_advice
 
 logger = logging.getLogger(__name__)
 
-SIGMOID_LOSSES = ("tgol", "kto", "dpo")
+SIGMOID_LOSSES = ("tgol", "tgol_pairs", "kto", "dpo")
 """Losses of a sigmoid of the implicit reward, which T must bring to about 1."""
 
 
@@ -45,13 +45,16 @@ class ScoredBatch:
     mixed_error: Callable[[float], torch.Tensor]
 
 
-def training_loss(scored: ScoredBatch, args: MethodArguments, score_std: float = 1.0) -> LossRecord:
+def training_loss(
+    scored: ScoredBatch, args: MethodArguments, weighting: thresholds.Weighting, score_std: float = 1.0
+) -> LossRecord:
     """
     Compute the loss of `args.loss_type` on a batch.
 
     Args:
         scored ([`ScoredBatch`]): The batch after both passes.
         args ([`MethodArguments`]): Loss type and its settings.
+        weighting ([`thresholds.Weighting`]): Weights of margins that only the batch knows: those within a group.
         score_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the normalised scores, which 'tgol_anchored' and 'nft' divide by.
 
@@ -60,6 +63,9 @@ def training_loss(scored: ScoredBatch, args: MethodArguments, score_std: float =
     """
     batch, beta, log_ratio = scored.batch, args.beta, scored.log_ratio
     margin, weight = batch["margin"], batch["weight"]
+    if args.loss_type == "tgol_pairs":
+        margins = losses.pair_margins(batch["score"], margin)
+        return losses.pairwise_threshold_loss(log_ratio, margins, batch["group"], weighting(margins), beta=beta)
     if args.loss_type == "tgol":
         return losses.threshold_guided_loss(log_ratio, margin, weight, beta=beta)
     if args.loss_type == "tgol_anchored":

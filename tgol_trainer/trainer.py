@@ -598,7 +598,9 @@ class TGOLTrainer(SavingTrainer):
         batch = {name: to_device(inputs[name], error.device) for name in (*LABELS, "group") if name in inputs}
         errors = {"error": error, "reference_error": reference_error, "change": change}
         scored = ScoredBatch(log_ratio=log_ratio, **errors, value=value, batch=batch, mixed_error=mixed_error)
-        result = training_loss(scored, args, self.labeler.score_std if self.labeler else 1.0)
+        labeler = self.labeler
+        weighting = labeler.weighting if labeler else args.weighting
+        result = training_loss(scored, args, weighting, labeler.score_std if labeler else 1.0)
         level = unknown if draw.noise_level is None else draw.noise_level
         record = stack_record(**result._asdict(), **errors, score=batch["score"], noise_level=level)
         if training:

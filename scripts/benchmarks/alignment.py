@@ -241,6 +241,7 @@ class Training:
             draw.target,
             batch,
             self.labeler.score_std,
+            self.labeler.weighting,
             self.scales[step],
             self.values[step],
             self.method.draws,

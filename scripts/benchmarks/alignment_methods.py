@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tgol_trainer import losses
+from tgol_trainer import losses, thresholds
 from tgol_trainer.config import MethodArguments
 from tgol_trainer.objective import ScoredBatch, training_loss
 
@@ -28,6 +28,7 @@ class Passed:
         target (`torch.Tensor`): (B, C, h, w).
         rows (`dict[str, torch.Tensor]`): `score`, `margin`, `weight` and `group`.
         score_std (`float`): Standard deviation of the scores.
+        weighting ([`thresholds.Weighting`]): Margins to weights.
         scale (`torch.Tensor`): √(ē(t)·ē), the reference's mean error at the time of a draw and at all times.
         value (`torch.Tensor`): (B,) what the noised latents tell of the advantage; 0 where the method has no baseline.
         draws (`int`): Draws of an image, side by side; errors are their means, and `rows` has each image once.
@@ -38,6 +39,7 @@ class Passed:
     target: torch.Tensor
     rows: dict[str, torch.Tensor]
     score_std: float
+    weighting: thresholds.Weighting
     scale: torch.Tensor
     value: torch.Tensor
     draws: int = 1
@@ -93,7 +95,7 @@ def of_library(passed: Passed, args: MethodArguments, strength: float) -> torch.
     error, reference_error, change = passed.errors
     log_ratio = (reference_error - error) / strength
     scored = ScoredBatch(log_ratio, error, reference_error, change, passed.value, passed.rows, lambda share: error)
-    return training_loss(scored, args, passed.score_std).loss
+    return training_loss(scored, args, passed.weighting, passed.score_std).loss
 
 
 def supervised(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
@@ -158,17 +160,6 @@ def tilted(passed: Passed, args: MethodArguments, strength: float) -> torch.Tens
     return (tilt - 1) * (error - reference_error) + change
 
 
-def pairs(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
-    """Eq. 10 on the differences to each other image of the prompt, with |s_i - s_j| as weights; the strength is T."""
-    error, reference_error, _ = passed.errors
-    log_ratio, scores, groups = (reference_error - error) / strength, passed.rows["score"], passed.rows["group"]
-    differences, margins = (each[:, None] - each[None, :] for each in (log_ratio, scores))
-    mates = (groups[:, None] == groups[None, :]).float().fill_diagonal_(0.0)
-    sign = torch.where(margins >= 0, -1.0, 1.0)
-    losses_ = margins.abs() * torch.nn.functional.softplus(sign * differences)
-    return (mates * losses_).sum(1) / mates.sum(1)
-
-
 def symmetric(passed: Passed, args: MethodArguments, strength: float) -> torch.Tensor:
     """Eq. 10 on `-2⟨e, D⟩/T`, with 0.1/T times the squared change as anchor; the strength is T."""
     error, reference_error, change = passed.errors
@@ -211,7 +202,12 @@ ORACLE = {"threshold_strategy": "oracle", "group_statistic": "percentile"}
 METHODS: dict[str, Method] = {
     "tgo": Method(of_library, (0.001, 0.004, 0.016, 0.064), {}),
     "tgo, w=d": Method(of_library, (0.001, *T, 0.032), DISTANCE),
-    "pairs, w=d": Method(pairs, T, {**DISTANCE, "group_size": GROUP}, shared=True),
+    "pairs, w=d": Method(
+        of_library,
+        (0.00025, 0.0005, 0.001, *T),
+        {**DISTANCE, "loss_type": "tgol_pairs", "group_size": GROUP},
+        shared=True,
+    ),
     "anchored": Method(of_library, ANCHORS, ANCHORED),
     "anchored, value": Method(of_library, (0.1, 0.15, 0.25, 0.5, 1.0), VALUED),
     "anchored, 4 draws": Method(of_library, ANCHORS, ANCHORED, draws=4),

@@ -133,6 +133,7 @@ def test_a_choice_refuses_any_other_value_and_lists_the_allowed_ones(make, name)
 def test_a_choice_takes_each_of_its_values(make, name, value):
     needed = {
         "initial": {"adapter_name_or_path": "somewhere"},
+        "tgol_pairs": {"group_size": 4},
         "dpo": {"group_size": 4},
         "score_combination": {"score_columns": ["a", "b"]},
         "group_statistic": {"threshold_strategy": "group"},

@@ -193,6 +193,7 @@ def test_a_stream_is_refused_with_the_remedy(config, rows):
         ({"score_combination": "min", "threshold": 0.5}, r"`threshold=0.5` and .*use `score_combination='sum'`"),
         ({"score_combination": "min", "threshold_strategy": "group"}, "`threshold_strategy='group'` and"),
         ({"score_combination": "min", "score_normalization": "zscore"}, "`score_normalization='zscore'` and"),
+        ({"score_combination": "min", "loss_type": "tgol_pairs", "group_size": 2}, "`loss_type='tgol_pairs'` and"),
         ({"score_column": "other"}, "both name the scores"),
         ({"prompt_column": "looks"}, "which is the `prompt_column`"),
     ],

@@ -9,6 +9,7 @@ import torch
 from tgol_trainer.losses import (
     kto_loss,
     nft_loss,
+    pairwise_threshold_loss,
     preference_loss,
     quantile_regression_loss,
     regression_loss,
@@ -74,6 +75,39 @@ def test_gradients_of_the_preference_loss_sum_to_zero_within_a_group():
     preference_loss(log_ratio, scores, groups).loss.sum().backward()
     assert log_ratio.grad[:4].sum().item() == pytest.approx(0, abs=1e-6)
     assert log_ratio.grad.abs().min() > 0.01
+
+
+def test_the_pairwise_threshold_loss_by_hand():
+    """
+    Group 1: scores 3, 2, 2, rewards ln 3, 0, 0. Row 0 is above both: ln(4/3), with weights 1 and 3: 2·ln(4/3).
+    Rows 1 and 2 are below row 0, ln(4/3), and equal, ln 2. Row 3 is alone and at τ, which is positive: 2·ln(4/3).
+    """
+    margins = torch.tensor([3.0, 2.0, 2.0, 0.0])[:, None] - torch.tensor([3.0, 2.0, 2.0, 0.0])[None, :]
+    weights = torch.ones(4, 4)
+    weights[0, 2], weights[3, 3] = 3.0, 2.0
+    record = pairwise_threshold_loss(torch.tensor([LN3, 0.0, 0.0, LN3]), margins, torch.tensor([1, 1, 1, 2]), weights)
+    equal = (math.log(4 / 3) + math.log(2)) / 2
+    close(record.loss, [2 * math.log(4 / 3), equal, equal, 2 * math.log(4 / 3)])
+    close(record.weight, [2, 1, 1, 2])
+    close(record.implicit_reward, [LN3, -LN3 / 2, -LN3 / 2, LN3])
+    assert record.label.tolist() == [True, False, False, True]
+    untrained = pairwise_threshold_loss(torch.zeros(4), margins, torch.tensor([1, 1, 1, 2]), weights)
+    close(untrained.loss, [math.log(2) * weight for weight in (2, 1, 1, 2)])
+
+
+def test_the_pairwise_threshold_loss_with_equal_weights_is_that_of_preferences():
+    generator = torch.Generator().manual_seed(0)
+    log_ratio, scores = torch.randn(8, generator=generator), torch.randperm(8, generator=generator).float()
+    groups, margins = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), scores[:, None] - scores[None, :]
+    found = pairwise_threshold_loss(log_ratio, margins, groups, torch.ones(8, 8), beta=1.5)
+    close(found.loss, preference_loss(log_ratio, scores, groups, beta=1.5).loss.tolist())
+
+
+@pytest.mark.parametrize("name", ["margins", "weights"])
+def test_the_pairwise_threshold_loss_refuses_what_is_no_square(name):
+    square = {"margins": torch.zeros(3, 3), "weights": torch.ones(3, 3)}
+    with pytest.raises(ValueError, match=r"must be \(3, 3\)"):
+        pairwise_threshold_loss(torch.zeros(3), groups=torch.zeros(3), **(square | {name: torch.zeros(3)}))
 
 
 def test_kto_by_hand():

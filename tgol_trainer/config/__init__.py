@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .method import MethodArguments, default_of
+from .method import CONFIDENT_LOSSES, MethodArguments, default_of
 from .recipes import RECIPES, recipe_fields
 from .resolution import check_sides, read_resolution, size_of
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHANGED_DEFAULTS",
+    "CONFIDENT_LOSSES",
     "FULL_LEARNING_RATE",
     "LORA_LEARNING_RATE",
     "RECIPES",

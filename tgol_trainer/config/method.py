@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from tgol_trainer.thresholds import Weighting, check_combination
 
-LossType = Literal["tgol", "tgol_anchored", "sft", "csft", "kto", "dpo", "nft"]
+LossType = Literal["tgol", "tgol_anchored", "tgol_pairs", "sft", "csft", "kto", "dpo", "nft"]
+CONFIDENT_LOSSES = ("tgol", "tgol_pairs")
+"""Losses that confidence weights act on; the others stand as their papers have them."""
 _UNWEIGHTED_LOSSES = ("tgol_anchored", "sft", "csft", "dpo", "nft")
 
 
@@ -19,7 +21,8 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default="tgol",
         metadata={
             "help": "'tgol' is the paper's loss (Eq. 10); 'tgol_anchored' is linear in the score and holds the policy "
-            "by its distance from the reference. For comparison: 'sft', 'csft', 'kto', 'dpo', 'nft' (docs/losses.md)."
+            "by its distance from the reference; 'tgol_pairs' compares the images of a prompt. For comparison: 'sft', "
+            "'csft', 'kto', 'dpo', 'nft' (docs/losses.md)."
         },
     )
     beta: float = field(default=1.0, metadata={"help": "β, the scale of the implicit reward (paper: 1)."})
@@ -137,7 +140,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         default=None,
         metadata={
             "help": "Images of one group side by side in a batch. It must divide `per_device_train_batch_size`. "
-            "The loss 'dpo' needs it. None: rows in random order."
+            "The losses 'dpo' and 'tgol_pairs' need it. None: rows in random order."
         },
     )
     share_group_noise: bool = field(
@@ -199,7 +202,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     @property
     def weighting(self) -> Weighting:
         """Margins to weights, as the loss type takes them."""
-        form = self.weight_form if self.loss_type == "tgol" else "none"
+        form = self.weight_form if self.loss_type in CONFIDENT_LOSSES else "none"
         if self.loss_type == "tgol_anchored":  # by itself: the loss takes the margin, and reports its size
             form = "abs"
         return Weighting(
@@ -214,7 +217,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
         """Whether rows must carry the group they belong to."""
         return (
             self.threshold_strategy in ("group", "oracle")
-            or self.loss_type == "dpo"
+            or self.comparing is not None
             or self.group_size is not None
             or self.share_group_noise
         )
@@ -223,6 +226,11 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
     def needs_reference(self) -> bool:
         """Whether the loss compares policy and reference."""
         return self.loss_type not in ("sft", "csft")
+
+    @property
+    def comparing(self) -> str | None:
+        """The setting, as written, that compares samples of a group within a batch; `None` where nothing does."""
+        return f"`loss_type={self.loss_type!r}`" if self.loss_type in ("dpo", "tgol_pairs") else None
 
     def check_method(self, batch_size: int) -> None:
         """
@@ -271,6 +279,7 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             "threshold_strategy": self.threshold_strategy != "global",
             "threshold_update": self.threshold_update != "once",
             "score_normalization": self.score_normalization != "none",
+            "loss_type": self.loss_type == "tgol_pairs",
         }
         for name in (name for name, clash in clashes.items() if clash):
             raise ValueError(
@@ -297,9 +306,9 @@ class MethodArguments:  # noqa: D101 - documented with TGOLConfig
             raise ValueError("`threshold_percentile` must lie between 0 and 100, both excluded, for groups.")
 
     def _check_groups(self, batch_size: int) -> None:
-        if self.loss_type == "dpo" and self.group_size is None:
+        if self.comparing and self.group_size is None:
             raise ValueError(
-                "`loss_type='dpo'` compares images of a prompt in one batch: set `group_size`, for example to 4."
+                f"{self.comparing} compares images of a prompt in one batch: set `group_size`, for example to 4."
             )
         if self.group_size is not None and batch_size % self.group_size:
             raise ValueError(
@@ -343,11 +352,14 @@ _ACTS_WITH: dict[str, tuple[Callable[[MethodArguments], bool], str]] = {
     "oracle_beta": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
     "reference_samples": (lambda args: args.threshold_strategy == "oracle", "with `threshold_strategy='oracle'`"),
     "threshold_window": (lambda args: args.threshold_strategy == "running", "with `threshold_strategy='running'`"),
-    "weight_form": (lambda args: args.loss_type == "tgol", "with `loss_type='tgol'`"),
-    "normalize_weights": (lambda args: args.loss_type == "tgol", "with `loss_type='tgol'`"),
+    "weight_form": (lambda args: args.loss_type in CONFIDENT_LOSSES, f"with the loss types {CONFIDENT_LOSSES}"),
+    "normalize_weights": (
+        lambda args: args.loss_type == "tgol",
+        "with `loss_type='tgol'`: weights of compared images are known only in their batch",
+    ),
     "confidence_scale": (
         lambda args: args.weighting.form == "linear",
-        "with `loss_type='tgol'` and `weight_form='linear'`",
+        f"with the loss types {CONFIDENT_LOSSES} and `weight_form='linear'`",
     ),
     "desirable_weight": (
         lambda args: args.loss_type not in _UNWEIGHTED_LOSSES,

@@ -223,7 +223,7 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
     Raises:
         ValueError: if no group has two rows with different scores.
     """
-    if args.loss_type != "dpo":
+    if args.comparing is None:
         return
     numbers, _ = thresholds.group_ids(rows.groups)
     lowest, highest = np.full(numbers.max() + 1, np.inf), np.full(numbers.max() + 1, -np.inf)
@@ -231,7 +231,7 @@ def check_comparisons(rows: ScoredDataset, scores: np.ndarray, args: TGOLConfig)
     np.maximum.at(highest, numbers, scores)
     if not (highest > lowest).any():
         raise ValueError(
-            f"`loss_type='dpo'` compares images of one group, and none of the {len(lowest)} groups (equal values of "
+            f"{args.comparing} compares images of one group, and none of the {len(lowest)} groups (equal values of "
             f"{args.group_column or args.prompt_column!r}) has two images with different float32 scores. Score "
             "several images per prompt, name another `group_column`, or train with `loss_type='tgol'`."
         )

@@ -3,7 +3,7 @@
 from .anchored import anchored_loss, dspo_loss, linear_change
 from .base import LossRecord
 from .comparison import kto_loss, nft_loss, quantile_regression_loss, regression_loss, supervised_loss
-from .groups import preference_loss
+from .groups import pair_margins, pairwise_threshold_loss, preference_loss
 from .threshold import threshold_guided_loss
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "kto_loss",
     "linear_change",
     "nft_loss",
+    "pair_margins",
+    "pairwise_threshold_loss",
     "preference_loss",
     "quantile_regression_loss",
     "regression_loss",
