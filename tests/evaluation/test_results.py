@@ -201,6 +201,13 @@ def test_what_cannot_be_known_is_said():
         assert part in notices
 
 
+def test_rows_of_videos_are_named_so_whatever_was_measured():
+    base, x = (ModelRows(name, {"s": [1.0, 2.0]}, medium="video") for name in ("base", "x"))
+    evaluation = compare_models(["a", "b"], base, [x])
+    assert evaluation.medium == "video"
+    assert "One video per prompt" in "\n".join(evaluation.notices)
+
+
 def test_the_interval_of_a_relative_change_is_that_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ class ModelRows:
             Name in [`SPREADS`] to the descriptors that [`seed_spread`] takes, one per row.
         trained (`frozenset[str]`, *optional*):
             Names of the scores that the model was trained on; `None` if that is not known.
+        medium (`str`, *optional*, defaults to `"image"`): What the model makes, or `"video"`.
     """
 
     name: str
@@ -39,11 +40,7 @@ class ModelRows:
     measures: Mapping[str, Sequence[float | None]] = dataclasses.field(default_factory=dict)
     descriptors: Mapping[str, Sequence[np.ndarray | None]] = dataclasses.field(default_factory=dict)
     trained: frozenset[str] | None = None
-
-    @property
-    def medium(self) -> str:
-        """What the model makes: `"video"` where motion was measured, else `"image"`."""
-        return "video" if "motion" in self.measures else "image"
+    medium: str = "image"
 
 
 @dataclasses.dataclass(frozen=True)

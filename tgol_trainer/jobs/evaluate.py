@@ -202,6 +202,7 @@ class EvaluationJob:
             {measure: table[measure] for measure in MEASURES if measure in table},
             {spread: [_descriptor(value) for value in table[spread]] for spread in SPREADS if spread in table},
             trained,
+            "video" if "motion" in table else "image",  # motion is measured of videos alone, and of each
         )
 
     def gallery(self, categories: Sequence[str] | None) -> Gallery:
