@@ -81,3 +81,13 @@ def test_the_rate_of_videos_is_the_one_their_models_were_made_for(tmp_path):
     settings = GenerationSettings(num_inference_steps=1, height=16, width=32, num_frames=5)
     (file,) = generate_dataset(pipeline, ["a cat"], tmp_path, settings, progress=False)
     assert datasets.load_dataset("parquet", data_files=str(file), split="train")["fps"] == [24.0]
+
+
+def test_a_pipeline_that_draws_another_size_than_was_asked_for_says_so_once(tmp_path, caplog):
+    """FLUX rounds 33 pixels to 32; a size that is drawn, and none, say nothing."""
+    for asked, said in ((33, 1), (32, 0), (None, 0)):
+        caplog.clear()
+        settings = GenerationSettings(num_inference_steps=1, height=asked, width=asked, batch_size=1)
+        generate_dataset(TINY["flux"].build(), ["a", "b"], tmp_path / str(asked), settings, progress=False)
+        assert caplog.text.count("drew 32×32 pixels (width×height) where 33×33 were asked for") == said
+        assert caplog.text.count("where") == said

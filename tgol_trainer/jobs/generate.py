@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tgol_trainer.families import frame_rate
 from tgol_trainer.sources.shards import GENERATED
 
 from .shards import Shards, process_share, prompts_digest, weights_digest
+
+logger = logging.getLogger(__name__)
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
 IMAGE_BATCH_SIZE = 8
@@ -191,6 +194,7 @@ def generate_dataset(
     options = {"batch_size": batch_size, "progress": False, **sampling}
     total = shards.count(mine)
     initial = total - shards.count(missing)
+    told = False
     with tqdm(total=total, initial=initial, desc="Generating", unit=medium.name, disable=not progress) as bar:
         for shard in missing:
             rows = [numbered[row] for row in shards.rows(shard)]
@@ -200,11 +204,25 @@ def generate_dataset(
                 part = slice(start, start + batch_size)
                 texts = [prompt for prompt, _ in rows[part]]
                 outputs = medium.generate(pipeline, texts, seeds[part], **options)
+                told = told or _tell_of_size(outputs[0], settings, type(pipeline).__name__)
                 for name, values in medium.columns(outputs, fps).items():  # encoded at once: frames are large
                     made[name] += values
                 bar.update(len(texts))
             shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))
     return [shards.path(shard) for shard in mine]
+
+
+def _tell_of_size(output: Any, settings: GenerationSettings, pipeline: str) -> bool:
+    """Warn where an image, or the first frame of a video, has another size than was asked for; return `True`."""
+    width, height = (output[0] if isinstance(output, list) else output).size
+    asked = settings.width or width, settings.height or height
+    if asked != (width, height):
+        logger.warning(
+            "%s drew %d×%d pixels (width×height) where %d×%d were asked for: it has sizes of its own. Train at what "
+            "was drawn; the recorded settings have what was asked for.",
+            *(pipeline, width, height, *asked),
+        )
+    return True
 
 
 def _negative_prompt(pipeline: Any, settings: GenerationSettings) -> dict[str, str]:
