@@ -193,21 +193,19 @@ def generate_dataset(
     missing = [shard for shard in mine if not shards.path(shard).exists()]
     options = {"batch_size": batch_size, "progress": False, **sampling}
     total = shards.count(mine)
-    initial = total - shards.count(missing)
-    told = False
-    with tqdm(total=total, initial=initial, desc="Generating", unit=medium.name, disable=not progress) as bar:
+    done, told = total - shards.count(missing), False
+    with tqdm(total=total, initial=done, desc="Generating", unit=medium.name, disable=not progress) as bar:
         for shard in missing:
             rows = [numbered[row] for row in shards.rows(shard)]
             seeds = [image_seed(settings.seed, prompt, index) for prompt, index in rows]
             made: dict[str, list[Any]] = {name: [] for name in medium.features}
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
-                texts = [prompt for prompt, _ in rows[part]]
-                outputs = medium.generate(pipeline, texts, seeds[part], **options)
+                outputs = medium.generate(pipeline, [prompt for prompt, _ in rows[part]], seeds[part], **options)
                 told = told or _tell_of_size(outputs[0], settings, type(pipeline).__name__)
                 for name, values in medium.columns(outputs, fps).items():  # encoded at once: frames are large
                     made[name] += values
-                bar.update(len(texts))
+                bar.update(len(outputs))
             shards.write(shard, _table(rows, made, seeds, medium, {**facts, "settings": json.dumps(recorded)}))
     return [shards.path(shard) for shard in mine]
 
