@@ -274,9 +274,8 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=32, help="pixels; of shapes always 32")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside the plain loop"
-    )
+    known = [BOUND, *VARIANTS]
+    parser.add_argument("--variants", nargs="+", choices=known, default=known, help="beside the plain loop")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--peers", type=Path, help="folder in which the scripts of other projects lie")
@@ -286,7 +285,7 @@ def main() -> None:
     if options.worker:
         work(options.worker[0], Path(options.worker[1]), options)
         return
-    found = measured([FLOOR, BOUND, *options.variants, *(PEERS if options.peers else [])], options)
+    found = measured([FLOOR, *options.variants, *(PEERS if options.peers else [])], options)
     facts = {
         key: value for key, value in vars(options).items() if key not in ("output", "peers", "variants", "worker")
     }
