@@ -55,7 +55,7 @@ TUNING, REPORTING = (0,), tuple(range(2, 10))
 IMAGES_PER_PROMPT, EVALUATED_PER_PROMPT = 40, 3
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.5, "batch_size": 72}
 REGIMES = ("dense", "stars", "single")
-"""Scores as they are; ratings from 1 to 5; one image a prompt with a tenth of the scores wrong."""
+"""Scores as they are; ratings from 1 to 5; one threshold for all with a tenth of the scores wrong."""
 FIXED = {"anchored, value": 0.25, "anchored": 0.25}
 """Strength of the recipe, one for all scores, and of the same loss without its baseline."""
 QUICK = ("tgo, w=d", "anchored", "dpo", "kto")
@@ -124,7 +124,7 @@ class Training:
         self.family = wrap_pipeline(self.place.load())
         self.rows = pictures(self.place, self.folder, run.seed, training=True)
         self.args = arguments(self.method, run.strength)
-        # One image a prompt: each row is a group of its own.
+        # As with one image a prompt, each row is a group of its own; the batches stay as they are.
         names = self.rows.prompts if run.regime != "single" else list(map(str, range(len(self.rows.prompts))))
         self.groups = np.unique(self.rows.prompts, return_inverse=True)[1]
         scores = training_scores(run, self.rows.values[run.score])
@@ -347,11 +347,14 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 
 def best_strength(lines: Sequence[dict[str, Any]], method: str, score: str | None) -> float | None:
     """
-    Return the strength that gained most on the tuning seed of the shapes world; `None` where none was run.
+    Return the strength that gained most on the tuning seed of the shapes world; `None` where none was run. Methods in
+    `FIXED` have the one that stands there.
 
     Without a score it is the one that gained most on average over the scores, of those that were run on all scores.
     Only runs of the usual number of updates count: longer ones take their strengths over.
     """
+    if method in FIXED:
+        return FIXED[method]
     gains: dict[float, list[float]] = {}
     for line in lines:
         kind = tuple(line[name] for name in ("method", "world", "regime", "updates"))
@@ -382,7 +385,7 @@ def planned(args: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> list[R
     for seed in seeds:
         for score in scores:
             for name in names:
-                strength = FIXED.get(name) or best_strength(lines, name, score if args.world == "shapes" else None)
+                strength = best_strength(lines, name, score if args.world == "shapes" else None)
                 if strength is not None:
                     found.append(Run(name, strength, score, seed, args.regime, args.world, args.updates))
     return found

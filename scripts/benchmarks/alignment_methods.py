@@ -233,13 +233,7 @@ METHODS: dict[str, Method] = {
     ),
     "kto": Method(of_library, (0.0005, 0.001, *T), {"loss_type": "kto", **MEAN}, rival=True),
     "nft": Method(nft, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), MEAN, rival=True),
-    "dspo": Method(
-        dspo,
-        B,
-        {"loss_type": "dpo", "group_size": GROUP},
-        shared=True,
-        rival=True,
-    ),
+    "dspo": Method(dspo, B, {"loss_type": "dpo", "group_size": GROUP}, shared=True, rival=True),
     "sft": Method(supervised, (50.0, 65.0, 80.0, 90.0, 95.0, 97.5), {"loss_type": "sft"}, rival=True),
     "csft": Method(supervised, (35.0, 50.0, 65.0, 80.0, 90.0, 95.0), {"loss_type": "csft"}, rival=True, suffixed=True),
 }

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
 
-from alignment import DRIFTS, FIXED, UPDATES, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
+from alignment import DRIFTS, UPDATES, best_strength, likelihood_values, pictures, read_lines  # noqa: E402
 from alignment_worlds import world  # noqa: E402
 
 SEEDS = range(2, 7)
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for score in world("shapes").trained:
         for method in METHODS:
-            strength = FIXED.get(method) or best_strength(lines, method, score)
+            strength = best_strength(lines, method, score)
             if strength is None:
                 continue
             for drift, found in zip(DRIFTS, measured_changes(lines, method, strength, score), strict=True):

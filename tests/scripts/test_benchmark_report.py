@@ -41,6 +41,7 @@ def test_an_interval_over_two_seeds_is_that_of_the_t_distribution(report):
     [
         ((0.01, 0.2), "better"),
         ((-0.04, 0.2), "no worse"),
+        ((-0.04, -0.01), "no worse"),
         ((-0.06, 0.2), ""),
         ((-0.3, -0.06), "worse"),
         ((-0.3, -0.01), "lower"),
