@@ -9,6 +9,7 @@ from tests.tiny import flux, stable_diffusion, stable_diffusion_3, wan
 from tgol_trainer import TGOLConfig, TGOLTrainer, cli
 from tgol_trainer.config import check_sides
 from tgol_trainer.families import wrap_pipeline
+from tgol_trainer.families.skeleton import load_skeleton
 from tgol_trainer.jobs import load_adapted_pipeline
 from tgol_trainer.rounds import train_rounds
 
@@ -87,6 +88,7 @@ def test_a_command_refuses_a_size_that_the_model_does_not_take_before_it_loads_w
         ({}, {"height": 24}, "`height` 24 is not a multiple of 16"),
         ({"num_frames": 6}, {}, "`num_frames` is 6"),
         ({}, {"num_frames": 6}, "`num_frames` is 6"),
+        ({"num_frames": 6}, {"num_frames": 5}, "`num_frames` is 6"),  # trained at one, drawn at another
     ],
 )
 def test_rounds_refuse_a_size_before_they_load_draw_or_write(video_model, tmp_path, settings, sampling, said):
@@ -127,6 +129,7 @@ def test_parts_that_an_index_does_not_name_are_absent_as_diffusers_loads_them(tm
     )
     with pytest.raises(ValueError, match="`height` 33 is not a multiple of"):
         load_adapted_pipeline(str(tmp_path), sizes={"height": 33}, use_cpu=True)
+    assert load_skeleton(str(tmp_path)).pipeline.safety_checker is None
     pipeline, _ = load_adapted_pipeline(str(tmp_path), sizes={"height": 32}, use_cpu=True)
     assert pipeline.safety_checker is None
 

@@ -211,7 +211,7 @@ def generate_dataset(
 
 
 def _tell_of_size(output: Any, settings: GenerationSettings, pipeline: str) -> bool:
-    """Warn where an image, or the first frame of a video, has another size than was asked for; return `True`."""
+    """Warn where an image, or the first frame of a video, has another size than was asked for; return whether so."""
     width, height = (output[0] if isinstance(output, list) else output).size
     asked = settings.width or width, settings.height or height
     if asked != (width, height):
@@ -220,7 +220,7 @@ def _tell_of_size(output: Any, settings: GenerationSettings, pipeline: str) -> b
             "was drawn; the recorded settings have what was asked for.",
             *(pipeline, width, height, *asked),
         )
-    return True
+    return asked != (width, height)
 
 
 def _negative_prompt(pipeline: Any, settings: GenerationSettings) -> dict[str, str]:
